@@ -1,0 +1,38 @@
+# Two commands: `make pmgaft` (set up, then the main job) and `make test` (set up, then every check).
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+OUTPUT ?= out/pmgaft
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: pmgaft test test-slow lint benchmark clean
+
+# torch first and by its exact version: a range would let the resolver choose a CUDA build of several gigabytes
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+pmgaft: $(VENV)/.ready
+	$(BIN)/accelerate launch --config_file recipes/accelerate/one_process.yaml recipes/pmgaft.py \
+		--output_dir $(OUTPUT) --overwrite --compare tecoa $(ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pylint hf_robust_clip recipes tests
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+benchmark: $(VENV)/.ready
+	$(BIN)/python tests/benchmarks/step_speed.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,8 @@
+"""A small real CLIP (0.35 M parameters, 8 px) pretrained on handwritten digits by `recipes/pretrain_digits.py`."""
+
+from pathlib import Path
+
+
+def digits_clip_path() -> str:
+    """The folder of the checkpoint, for `from_pretrained`."""
+    return str(Path(__file__).parent)

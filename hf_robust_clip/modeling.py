@@ -1,0 +1,307 @@
+"""CLIP as a classifier of pixels in [0, 1], with the class names as a part of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedTokenizerBase,
+)
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .threat_model import check_images
+
+PAPER_TEMPLATE = "This is a photo of a {}"
+
+
+@dataclass
+class ZeroShotOutput(ModelOutput):
+    """What `CLIPForZeroShotClassification` returns.
+
+    Args:
+        loss: mean cross-entropy, if labels were given.
+        logits: (B, C), s * cos(f(x), t_c) with s = exp(logit_scale).
+        cosine: (B, C), the same without s: the logits at temperature 1.
+        image_embeds: (B, D), f(x): projected, not normalised.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cosine: Tensor | None = None
+    image_embeds: Tensor | None = None
+
+
+class CLIPForZeroShotClassification(CLIPModel):
+    """`CLIPModel` that maps pixels in [0, 1] to one logit per class: z_c = s * cos(f((x - mean) / std), t_c).
+
+    Mean and std are read from the checkpoint's image processor, s from its `logit_scale`. The class embeddings t_c are
+    made by `set_classes` and computed once; while any parameter of the text side is trainable they are computed anew
+    from the stored token ids in every forward. Neither is written into the weights: the checkpoint is a plain
+    `CLIPModel` with its `CLIPProcessor`.
+
+        model = CLIPForZeroShotClassification.from_pretrained(path)
+        model.set_classes(["cat", "dog"])
+        logits = model(pixel_values).logits          # pixel_values: (B, 3, H, W) in [0, 1]
+    """
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__(config)
+        self.processor: CLIPProcessor | None = None
+        self.class_names: tuple[str, ...] = ()
+        self.templates: tuple[str, ...] = ()
+        channels = config.vision_config.num_channels
+        self.register_buffer("image_mean", torch.full((channels, 1, 1), torch.nan), persistent=False)
+        self.register_buffer("image_std", torch.full((channels, 1, 1), torch.nan), persistent=False)
+        self.register_buffer("class_token_ids", torch.zeros(0, 0, 0, dtype=torch.long), persistent=False)
+        self.register_buffer("class_embeds", torch.zeros(0, config.projection_dim), persistent=False)
+
+    @torch.no_grad()
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CLIPForZeroShotClassification):  # after `from_pretrained` buffers are raw memory
+            init.constant_(module.image_mean, torch.nan)
+            init.constant_(module.image_std, torch.nan)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args, **kwargs):  # the Hub's own signature
+        """Load weights and processor from a folder or the Hub. Arguments are those of `CLIPModel.from_pretrained`.
+
+        Raises OSError with the mend if there is no such checkpoint, its files are cut short, or it has no processor.
+        """
+        where = {
+            name: kwargs[name]
+            for name in ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
+            if name in kwargs
+        }
+        source = str(pretrained_model_name_or_path)
+        loaded = _explain(
+            source, lambda: super(CLIPForZeroShotClassification, cls).from_pretrained(source, *args, **kwargs)
+        )
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        image_processor = _explain(source, lambda: AutoImageProcessor.from_pretrained(source, **where))
+        tokenizer = _explain(source, lambda: AutoTokenizer.from_pretrained(source, **where))
+        model.set_processor(CLIPProcessor(image_processor, tokenizer))
+        return loaded
+
+    @classmethod
+    def from_clip(cls, clip: CLIPModel, processor: CLIPProcessor) -> CLIPForZeroShotClassification:
+        """Give a `CLIPModel` that is already in memory this interface. The weights are shared, not copied."""
+        with torch.device("meta"):
+            model = cls(clip.config)
+        for name, child in clip.named_children():
+            setattr(model, name, child)
+        model.logit_scale = clip.logit_scale
+        for name in ("image_mean", "image_std", "class_embeds"):
+            setattr(model, name, torch.empty_like(getattr(model, name), device=clip.device))
+        model.class_token_ids = torch.zeros(0, 0, 0, dtype=torch.long, device=clip.device)
+        model.set_processor(processor)
+        return model.train(clip.training)
+
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
+        """Write a plain `CLIPModel` checkpoint, with the processor (its mean and std those of this model) beside it."""
+        self.config.architectures = [CLIPModel.__name__]
+        super().save_pretrained(save_directory, *args, **kwargs)
+        config_file = Path(save_directory) / "config.json"
+        if config_file.is_file():
+            config_file.write_text(config_file.read_text().replace(type(self).__name__, CLIPModel.__name__))
+            self.require_processor().save_pretrained(save_directory)
+
+    def require_processor(self) -> CLIPProcessor:
+        """The processor; raises ValueError if none was set."""
+        if self.processor is None:
+            raise ValueError("the model has no processor; load it with from_pretrained or call set_processor first.")
+        return self.processor
+
+    def set_processor(self, processor: CLIPProcessor) -> None:
+        """Take tokenizer and picture preparation from `processor`, and its image_mean and image_std as normalisation."""
+        self.processor = processor
+        self.set_normalisation(processor.image_processor.image_mean, processor.image_processor.image_std)
+
+    def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Normalise by `mean` and `std` (one value per channel, in units of [0, 1]), in the saved processor too."""
+        channels = self.config.vision_config.num_channels
+        if len(mean) != channels or len(std) != channels or not all(value > 0 for value in std):
+            raise ValueError(f"mean={mean!r} and std={std!r} must have {channels} values each, std positive.")
+        self.image_mean = torch.tensor(mean, dtype=self.dtype, device=self.device).view(-1, 1, 1)
+        self.image_std = torch.tensor(std, dtype=self.dtype, device=self.device).view(-1, 1, 1)
+        if self.processor is not None:
+            self.processor.image_processor.image_mean = list(mean)
+            self.processor.image_processor.image_std = list(std)
+
+    def set_classes(self, class_names: Sequence[str], template: str | Sequence[str] = PAPER_TEMPLATE) -> None:
+        """Choose the classes: one prompt per class, or the normalised mean over several templates, as CLIP does.
+
+        Args:
+            class_names: C distinct names, in label order.
+            template: a text with `{}` for the class name, or several; default PMG-AFT's.
+
+        Raises ValueError for no, empty or duplicate names, a template without `{}`, a prompt longer than the context.
+        """
+        names, templates = check_classes(class_names, template)
+        config = self.config.text_config
+        tokenizer = self.require_processor().tokenizer
+        prompts = [text.format(name) for name in names for text in templates]
+        ids = tokenize_prompts(tokenizer, prompts, config.max_position_embeddings, self.text_model.eos_token_id)
+        self.class_token_ids = ids.view(len(names), len(templates), -1).to(self.device)
+        self.class_names, self.templates = names, templates
+        with torch.no_grad():
+            self.class_embeds = self.encode_classes()
+
+    def encode_classes(self) -> Tensor:
+        """The unit-length class embeddings (C, D) of the stored prompts, by the text tower as it is now."""
+        classes, templates, length = self.class_token_ids.shape
+        features_PD = self.get_text_features(input_ids=self.class_token_ids.view(-1, length)).pooler_output
+        features_CTD = F.normalize(features_PD, dim=-1).view(classes, templates, -1)
+        return F.normalize(features_CTD.mean(dim=1), dim=-1)
+
+    def forward(  # type: ignore[override]  # pixels to logits, where CLIPModel pairs pixels with texts
+        self, pixel_values: Tensor, labels: Tensor | None = None, interpolate_pos_encoding: bool = False
+    ) -> ZeroShotOutput:
+        """Logits for each class.
+
+        Args:
+            pixel_values: (B, C, H, W), float in [0, 1], not normalised.
+            labels: (B,), class indices, for the mean cross-entropy in `loss`.
+            interpolate_pos_encoding: accept another image size than the checkpoint's.
+
+        Raises ValueError if no classes are set, the shape is wrong, a label is out of range, or (in eval mode) values
+        lie outside [0, 1].
+        """
+        if not self.class_names:
+            raise ValueError("the model has no classes; call set_classes(class_names) first.")
+        if not torch.compiler.is_compiling():
+            self.check_pixels(pixel_values, values=not self.training, any_size=interpolate_pos_encoding)
+        features = self.get_image_features(
+            pixel_values=(pixel_values - self.image_mean) / self.image_std,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        )
+        class_embeds_CD = self.encode_classes() if self.text_is_trainable() else self.class_embeds
+        with torch.autocast(pixel_values.device.type, enabled=False):  # bf16 would leave two digits of 100 * cos
+            head = torch.promote_types(features.pooler_output.dtype, torch.float32)
+            image_embeds_BD = features.pooler_output.to(head)
+            cosine_BC = F.normalize(image_embeds_BD, dim=-1) @ class_embeds_CD.to(head).T
+            logits_BC = self.logit_scale.exp().to(head) * cosine_BC
+        loss = None
+        if labels is not None:
+            check_labels(labels, len(self.class_names))
+            loss = F.cross_entropy(logits_BC, labels)
+        return ZeroShotOutput(loss=loss, logits=logits_BC, cosine=cosine_BC, image_embeds=image_embeds_BD)
+
+    def check_pixels(self, pixel_values: Tensor, *, values: bool = True, any_size: bool = False) -> None:
+        """Raise ValueError/TypeError unless the images fit this model: channels, size and (if asked) values."""
+        vision = self.config.vision_config
+        expected = (vision.num_channels, vision.image_size, vision.image_size)
+        given = tuple(pixel_values.shape[1:])
+        if pixel_values.dim() != 4 or given[0] != expected[0] or (given != expected and not any_size):
+            raise ValueError(
+                f"pixel_values have shape {tuple(pixel_values.shape)}; this model takes (batch, {expected[0]}, "
+                f"{expected[1]}, {expected[2]}): convert the images to RGB and resize them with the model's processor."
+            )
+        if values:
+            check_images(pixel_values, "pixel_values")
+
+    def text_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters that class embeddings depend on."""
+        return [*self.text_model.parameters(), *self.text_projection.parameters()]
+
+    def vision_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters of the image encoder, its projection included."""
+        return [*self.vision_model.parameters(), *self.visual_projection.parameters()]
+
+    def text_is_trainable(self) -> bool:
+        """Whether class embeddings must be computed in every forward."""
+        return any(parameter.requires_grad for parameter in self.text_parameters())
+
+
+def check_classes(
+    class_names: Sequence[str], template: str | Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names and templates as tuples; raises ValueError if they can't label anything."""
+    if isinstance(class_names, str):
+        raise ValueError(f"class_names={class_names!r} is one text; give a list of names.")
+    names = tuple(class_names)
+    templates = (template,) if isinstance(template, str) else tuple(template)
+    if not names:
+        raise ValueError("class_names is empty; give at least one name.")
+    blank = [i for i, name in enumerate(names) if not isinstance(name, str) or not name.strip()]
+    if blank:
+        raise ValueError(f"class_names[{blank[0]}]={names[blank[0]]!r} is not a name.")
+    seen: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if name in seen:
+            raise ValueError(f"class_names[{i}]={name!r} repeats class_names[{seen[name]}]; names must differ.")
+        seen[name] = i
+    wrong = [text for text in templates if "{}" not in text]
+    if wrong or not templates:
+        raise ValueError(f"template={wrong[0] if wrong else template!r} has no '{{}}' where the class name goes.")
+    return names, templates
+
+
+def check_labels(labels_B: Tensor, num_classes: int) -> None:
+    """Raise ValueError unless every label is in 0 .. num_classes - 1."""
+    if len(labels_B) == 0:
+        return
+    low, high = int(labels_B.min()), int(labels_B.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"labels lie in {low} .. {high}, but there are {num_classes} classes (0 .. {num_classes - 1}); "
+            "give set_classes one name per label."
+        )
+
+
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], context_length: int, eos_token_id: int | None
+) -> Tensor:
+    """Token ids (P, L), padded to the longest prompt only: the tower is causal, so what follows EOS changes nothing.
+
+    Raises ValueError for a prompt longer than `context_length` tokens, and for a tokenizer that doesn't end prompts
+    with the EOS id of the text tower (it would pool the first token of every prompt, all alike).
+    """
+    rows = tokenizer(list(prompts), padding=False, truncation=False, verbose=False).input_ids
+    for prompt, row in zip(prompts, rows, strict=True):
+        if len(row) > context_length:
+            raise ValueError(
+                f"the prompt {prompt!r} has {len(row)} tokens, more than the {context_length} of the text tower; shorten it."
+            )
+        if eos_token_id is not None and eos_token_id != 2 and eos_token_id not in row:
+            raise ValueError(
+                f"the tokenizer doesn't end {prompt!r} with the text tower's EOS id {eos_token_id}; "
+                "load tokenizer and model from the same checkpoint."
+            )
+    longest = max(map(len, rows))
+    return torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows])
+
+
+def _explain(source: str, load):
+    """Run a loader; turn what it raises about a missing or damaged checkpoint into one OSError that names the mend."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from safetensors import SafetensorError
+
+    folder = Path(source).is_dir()
+    try:
+        return load()
+    except SafetensorError as error:
+        raise OSError(
+            f"the weights in {source!r} are cut short or damaged ({error}); copy or download them again."
+        ) from error
+    except (OSError, ValueError) as error:
+        if folder:
+            mend = "the folder lacks a readable config.json, model.safetensors or processor; save it with save_pretrained."
+        elif HF_HUB_OFFLINE:
+            mend = (
+                "no such folder, and the Hub is switched off (HF_HUB_OFFLINE=1): give a folder, or unset the variable."
+            )
+        else:
+            mend = "no such folder, and the Hub could not give it: check the name, the connection and your token."
+        raise OSError(f"can't load {source!r}: {mend} ({str(error).splitlines()[0]})") from error

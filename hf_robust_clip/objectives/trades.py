@@ -1,0 +1,51 @@
+"""TRADES (Zhang et al., ICML 2019) on zero-shot logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..attacks.losses import cross_entropy, kl_divergence
+from .base import Batch, Objective, Paper
+
+
+@dataclass(frozen=True)
+class TRADES(Objective):
+    """L = mean_b CE(z(x_b), y_b) + beta * mean_b KL(softmax z(x_b) || softmax z(x_adv_b)); the attack maximises the KL.
+
+    Args:
+        beta: weight of the KL term, at least 0; the paper's default is 6.
+    """
+
+    beta: float = 6.0
+    paper = Paper(
+        "TRADES",
+        "Theoretically Principled Trade-off between Robustness and Accuracy",
+        "ICML 2019",
+        "1901.08573",
+        """@inproceedings{zhang2019trades,
+  title = {Theoretically Principled Trade-off between Robustness and Accuracy},
+  author = {Zhang, Hongyang and Yu, Yaodong and Jiao, Jiantao and Xing, Eric P. and El Ghaoui, Laurent
+            and Jordan, Michael I.},
+  booktitle = {ICML}, year = {2019}
+}""",
+    )
+
+    def __post_init__(self) -> None:
+        if not self.beta >= 0:
+            raise ValueError(f"beta={self.beta!r} must be at least 0.")
+
+    def attack_loss(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        with torch.no_grad():
+            clean_BC = batch.student(batch.images).logits
+        return lambda adv_BCHW: kl_divergence(clean_BC, batch.student(adv_BCHW).logits)
+
+    def __call__(self, batch: Batch, adv_BCHW: Tensor) -> dict[str, Tensor]:
+        adv, clean = batch.student_on_both(adv_BCHW)
+        return {
+            "ce": cross_entropy(clean.logits, batch.labels).mean(),
+            "kl": self.beta * kl_divergence(clean.logits, adv.logits).mean(),
+        }

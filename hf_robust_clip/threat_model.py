@@ -1,0 +1,159 @@
+"""The set of perturbations that an attack may use.
+
+Shape suffixes in this package: B images, C channels (or classes, where said), H height, W width, D embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Norm = Literal["linf", "l2"]
+
+
+def parse_radius(value: float | str, name: str = "eps") -> float:
+    """A radius in units of [0, 1] from a number or a text such as `"4/255"`, `"0.5"`.
+
+    Raises ValueError if the text is no number or fraction, or the radius is negative or not finite.
+    """
+    try:
+        if isinstance(value, str) and "/" in value:
+            numerator, denominator = value.split("/")
+            radius = float(numerator) / float(denominator)
+        else:
+            radius = float(value)
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise ValueError(f"{name}={value!r} is not a number or a fraction; write it like '1/255' or 0.5.") from None
+    if not math.isfinite(radius) or radius < 0:
+        raise ValueError(f"{name}={value!r} must be finite and at least 0.")
+    return radius
+
+
+def check_images(images_BCHW: Tensor, name: str = "images", bounds: tuple[float, float] = (0.0, 1.0)) -> None:
+    """Raise TypeError/ValueError unless the images are a finite float tensor (B, C, H, W) within `bounds`."""
+    if not isinstance(images_BCHW, Tensor) or not images_BCHW.is_floating_point():
+        kind = images_BCHW.dtype if isinstance(images_BCHW, Tensor) else type(images_BCHW).__name__
+        raise TypeError(f"{name} must be a floating-point tensor in {list(bounds)}, got {kind}.")
+    if images_BCHW.dim() != 4:
+        raise ValueError(f"{name} must have shape (batch, channels, height, width), got {tuple(images_BCHW.shape)}.")
+    if images_BCHW.numel() == 0:
+        return
+    low, high = (value.item() for value in torch.aminmax(images_BCHW.detach()))
+    if math.isnan(low) or math.isnan(high):
+        raise ValueError(f"{name} contain NaN.")
+    if low < bounds[0] or high > bounds[1]:
+        raise ValueError(
+            f"{name} have values in [{low:.4g}, {high:.4g}], outside {list(bounds)}. "
+            "Did you normalise them or leave them in 0..255? Normalisation is inside the model."
+        )
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """All images x' with ||x' - x|| <= eps and every pixel of x' within `bounds`.
+
+    Args:
+        eps: radius in pixel units of [0, 1], before mean/std normalisation: a float or a fraction such as `"4/255"`
+            (1/255 is one grey level).
+        norm: `"linf"` (largest change of any value) or `"l2"` (Euclidean length over all values of one image).
+        bounds: lowest and highest value of a pixel.
+
+    Raises ValueError for an unknown norm, a negative or unparsable radius, and an L-inf radius of 1 or more.
+    """
+
+    eps: float
+    norm: Norm = "linf"
+    bounds: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"norm={self.norm!r} is unknown; choose one of {', '.join(get_args(Norm))}.")
+        low, high = self.bounds
+        if not low < high:
+            raise ValueError(f"bounds={self.bounds!r} must be (low, high) with low < high.")
+        eps = parse_radius(self.eps)
+        if self.norm == "linf" and eps >= high - low:
+            raise ValueError(
+                f"eps={self.eps!r} covers the whole pixel range {list(self.bounds)}; "
+                f"radii are in units of [0, 1], so {eps:g} grey levels are '{eps:g}/255'."
+            )
+        object.__setattr__(self, "eps", eps)
+
+    def __str__(self) -> str:
+        levels = self.eps * 255
+        whole = abs(levels - round(levels)) < 1e-6
+        radius = f"{round(levels)}/255" if whole and self.norm == "linf" else f"{self.eps:.4g}"
+        return f"{'L-inf' if self.norm == 'linf' else 'L2'} eps={radius}"
+
+    def project(self, adv_BCHW: Tensor, images_BCHW: Tensor) -> Tensor:
+        """Carry each image to the ball around its original, then to `bounds`.
+
+        L-inf: clamp(x', x - eps, x + eps). L2: x + (x' - x) * min(1, eps / ||x' - x||_2). Clamping to the bounds
+        afterwards never leaves the ball, since the original lies within them.
+        """
+        if self.norm == "linf":
+            adv_BCHW = torch.minimum(torch.maximum(adv_BCHW, images_BCHW - self.eps), images_BCHW + self.eps)
+        else:
+            delta_BCHW = adv_BCHW - images_BCHW
+            length_B111 = _length(delta_BCHW)
+            shrink_B111 = (self.eps / length_B111.clamp_min(torch.finfo(adv_BCHW.dtype).tiny)).clamp_max(1)
+            adv_BCHW = images_BCHW + delta_BCHW * shrink_B111
+        return adv_BCHW.clamp(*self.bounds)
+
+    def ascend(self, adv_BCHW: Tensor, grad_BCHW: Tensor, images_BCHW: Tensor, step_size: float) -> Tensor:
+        """One projected step of steepest ascent: x' + a*sign(g) for L-inf, x' + a*g/||g||_2 for L2.
+
+        A value (L-inf) or an image (L2) whose gradient is exactly zero stays where it is.
+        """
+        if self.norm == "linf":
+            direction_BCHW = grad_BCHW.sign()
+        else:
+            direction_BCHW = grad_BCHW / _length(grad_BCHW).clamp_min(torch.finfo(grad_BCHW.dtype).tiny)
+        return self.project(adv_BCHW + step_size * direction_BCHW, images_BCHW)
+
+    def random_start(self, images_BCHW: Tensor, seed: int) -> Tensor:
+        """A point drawn uniformly from the ball around each image, then clamped to `bounds`.
+
+        The draw of an image depends on `seed` and on that image's own pixels alone: not on its batch, its place in it,
+        the device, the number of processes or any global random state. (L2: a Gaussian direction and the radius
+        eps * u^(1/d) with d values per image.)
+        """
+        if self.eps == 0:
+            return images_BCHW.detach().clone()
+        uniform_BCHW = _uniform(images_BCHW, seed, stream=0)
+        if self.norm == "linf":
+            delta_BCHW = (2 * uniform_BCHW - 1) * self.eps
+        else:
+            angle_BCHW = 2 * math.pi * _uniform(images_BCHW, seed, stream=1)
+            normal_BCHW = torch.sqrt(-2 * torch.log1p(-uniform_BCHW)) * torch.cos(angle_BCHW)
+            radius_B111 = _uniform(images_BCHW, seed, stream=2)[:, :1, :1, :1] ** (1 / images_BCHW[0].numel())
+            delta_BCHW = normal_BCHW / _length(normal_BCHW) * radius_B111 * self.eps
+        return self.project(images_BCHW + delta_BCHW.to(images_BCHW), images_BCHW)
+
+
+def _length(delta_BCHW: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(delta_BCHW, dim=(1, 2, 3), keepdim=True)
+
+
+def _mix(value: Tensor) -> Tensor:
+    """A bijective 32-bit integer hash (xor-shift and multiply), on int64 tensors so that no product overflows."""
+    value = value & 0xFFFFFFFF
+    value = ((value ^ (value >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
+    value = ((value ^ (value >> 15)) * 0x735A2D97) & 0xFFFFFFFF
+    return value ^ (value >> 15)
+
+
+def _uniform(images_BCHW: Tensor, seed: int, stream: int) -> Tensor:
+    """Uniform numbers in [0, 1), shape (B, C, H, W), float64: a counter-based generator keyed by seed and image."""
+    values_BN = images_BCHW.detach().float().contiguous().flatten(1).view(torch.int32).long()
+    place_N = _mix(torch.arange(values_BN.shape[1], device=values_BN.device) + 0x9E3779B9)
+    key_B1 = _mix(values_BN ^ place_N).sum(dim=1, keepdim=True)  # integer sum: the same in any order
+    seed_key = _mix(torch.tensor([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, stream], device=values_BN.device))
+    for word in seed_key:
+        key_B1 = _mix(key_B1 + word)
+    bits_BN = _mix(_mix(key_B1 + place_N) ^ place_N)
+    return (bits_BN.double() / 2**32).view(images_BCHW.shape)

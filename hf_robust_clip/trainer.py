@@ -1,0 +1,426 @@
+"""Adversarial fine-tuning of CLIP: one `Trainer` for every objective."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from accelerate.utils import DistributedType
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+
+from .attacks.losses import cross_entropy
+from .attacks.pgd import PGDSettings, pgd
+from .modeling import CLIPForZeroShotClassification, check_labels
+from .objectives.base import Batch, Objective
+from .objectives.clean import Clean
+from .objectives.fare import FARE
+from .objectives.pmg_aft import PMGAFT
+from .objectives.tecoa import TeCoA
+from .objectives.trades import TRADES
+from .threat_model import ThreatModel
+from .zero_shot_data.loading import collate_images
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch.utils.data import Dataset
+
+
+@dataclass
+class RobustClipConfig(TrainingArguments):
+    """`TrainingArguments` with a threat model, an attack and a choice of what is trained.
+
+    Defaults are those with which PMG-AFT and TeCoA were published, save the warm-up (theirs: `warmup_steps=1000`) and
+    the batch (theirs: 256 images), which depend on the size of the run.
+    """
+
+    eps: str = field(default="1/255", metadata={"help": "Radius in units of [0, 1]: a fraction or a number."})
+    norm: str = field(default="linf", metadata={"help": "linf or l2."})
+    attack_steps: int = field(default=2, metadata={"help": "PGD steps in training."})
+    attack_step_size: str = field(default="1/255", metadata={"help": "PGD step in units of [0, 1]."})
+    attack_random_start: bool = field(default=True, metadata={"help": "Start PGD from a random point of the ball."})
+    eval_attack_steps: int = field(default=10, metadata={"help": "PGD steps in evaluate() and predict()."})
+    trainable_layers: int | None = field(
+        default=None, metadata={"help": "Train the last n layers of the vision encoder; None trains all of it."}
+    )
+    momentum: float = field(default=0.9, metadata={"help": "Momentum, for optim='sgd'."})
+
+    optim: str = field(default="sgd", metadata={"help": "Optimizer."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after the warm-up."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 is off, as published."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Off: a non-finite loss stops the run."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Off: the objective needs the columns."})
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Label columns."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All trained ones are used."})
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Buffers don't change."})
+
+    def __post_init__(self) -> None:
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
+        super().__post_init__()
+        self.threat_model()
+        self.attack()
+
+    def threat_model(self) -> ThreatModel:
+        """The threat model of training and evaluation."""
+        return ThreatModel(self.eps, self.norm)  # type: ignore[arg-type]
+
+    def attack(self) -> PGDSettings:
+        """The attack of training."""
+        return PGDSettings(self.attack_steps, self.attack_step_size, self.attack_random_start)  # type: ignore[arg-type]
+
+
+def robust_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """`clean_accuracy` and `robust_accuracy` in [0, 1] from the (clean, adversarial) logits of `RobustClipTrainer`."""
+    clean, adv = (logits.argmax(-1) == prediction.label_ids for logits in prediction.predictions)
+    return {"clean_accuracy": float(clean.mean()), "robust_accuracy": float((clean & adv).mean())}
+
+
+class RobustClipTrainer(Trainer):
+    """Fine-tunes a `CLIPForZeroShotClassification` on adversarial examples, by any `Objective`.
+
+    In each step: adversarial images by PGD on `objective.attack_loss` (through the module without its distributed
+    wrapper, differentiating the images alone), then `sum(objective(batch, adv).values())` through the wrapped model.
+    The random start of an image depends on the seed, the step and the image alone, so the result depends neither on how
+    a batch is split over processes and accumulated batches, nor on an interruption.
+
+    Args:
+        model: with its classes set, in label order of the data (objectives without labels need none).
+        args: training settings, attack, and which layers are trained.
+        objective: default `objective_cls()`. Its normalisation, if it prescribes one, is given to the model.
+        train_dataset, eval_dataset: examples `{"pixel_values": (3, H, W) in [0, 1], "labels": int}`.
+        teacher: frozen reference of objectives that need one; default the model as it is now. Same architecture.
+        peft_config: train an adapter (LoRA, say) instead. It is kept out of the text tower.
+        data_collator, compute_metrics, callbacks, optimizers: as in `transformers.Trainer`; metrics default to clean
+            and robust accuracy.
+
+    The text tower and logit_scale stay frozen. Checkpoints hold the student alone.
+    Raises TypeError/ValueError for a model of another class, a teacher of another architecture, and bad settings.
+    """
+
+    objective_cls: ClassVar[type[Objective]]
+    loss_is_scaled_for_ga = False  # a batch mean: the Trainer must divide it by the accumulated batches
+
+    def __init__(
+        self,
+        model: CLIPForZeroShotClassification,
+        args: RobustClipConfig,
+        objective: Objective | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        teacher: CLIPForZeroShotClassification | None = None,
+        peft_config: PeftConfig | None = None,
+        data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]] = collate_images,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] = robust_accuracy,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ):
+        if not isinstance(model, CLIPForZeroShotClassification):
+            raise TypeError(
+                f"model is a {type(model).__name__}; give a CLIPForZeroShotClassification "
+                "(from_pretrained(path), or from_clip(model, processor) for a CLIPModel in memory)."
+            )
+        if not isinstance(args, RobustClipConfig):
+            raise TypeError(f"args is a {type(args).__name__}; give a RobustClipConfig.")
+        if objective is None:
+            if not hasattr(self, "objective_cls"):
+                raise ValueError("objective is missing; give one, or use a subclass such as PMGAFTTrainer.")
+            objective = self.objective_cls()
+        self.objective = objective
+        self.threat_model, self.attack = args.threat_model(), args.attack()
+        if not model.class_names:
+            if objective.needs_labels:
+                raise ValueError("model has no classes; call model.set_classes(class_names) first.")
+            model.set_classes(["image"])  # such objectives never look at the logits
+        if objective.normalisation is not None:
+            model.set_normalisation(*objective.normalisation)
+        select_trainable(model, args.trainable_layers)
+        self.teacher = self._make_teacher(model, teacher) if objective.needs_teacher else None
+        student: nn.Module = model
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            if getattr(peft_config, "exclude_modules", "") is None:
+                peft_config = copy.deepcopy(peft_config)
+                peft_config.exclude_modules = r".*text_(model|projection).*"
+            student = get_peft_model(model, peft_config)
+            if model.text_is_trainable():
+                raise ValueError("peft_config reaches the text tower; restrict target_modules to the vision encoder.")
+        sgd = (torch.optim.SGD, {"lr": args.learning_rate, "momentum": args.momentum})
+        self._terms: dict[str, list[Tensor]] = {}
+        super().__init__(
+            model=student,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=sgd if args.optim == "sgd" and optimizers[0] is None else None,
+        )
+        if self.teacher is not None:
+            self.teacher.to(self.args.device)
+
+    @staticmethod
+    def _make_teacher(
+        model: CLIPForZeroShotClassification, teacher: CLIPForZeroShotClassification | None
+    ) -> CLIPForZeroShotClassification:
+        """A frozen copy of the model (its frozen text tower shared), or the given teacher made comparable."""
+        if teacher is None:
+            frozen = () if model.text_is_trainable() else (model.text_model, model.text_projection)
+            shared = (*frozen, model.processor)
+            teacher = copy.deepcopy(model, {id(part): part for part in shared})
+        else:
+            for name in ("hidden_size", "num_hidden_layers", "patch_size", "image_size"):
+                own, other = (getattr(m.config.vision_config, name) for m in (model, teacher))
+                if own != other:
+                    raise ValueError(
+                        f"teacher has another architecture: its vision {name} is {other}, the model's is {own}; "
+                        "give the checkpoint that the model starts from."
+                    )
+            if model.config.projection_dim != teacher.config.projection_dim:
+                raise ValueError(
+                    f"teacher has another architecture: projection_dim {teacher.config.projection_dim}, "
+                    f"the model's is {model.config.projection_dim}; give the checkpoint that the model starts from."
+                )
+            teacher = copy.deepcopy(teacher)
+            teacher.set_normalisation(model.image_mean.flatten().tolist(), model.image_std.flatten().tolist())
+            teacher.set_classes(model.class_names, model.templates)
+        return teacher.eval().requires_grad_(False)
+
+    def make_batch(self, inputs: dict[str, Tensor], student: nn.Module) -> Batch:
+        """What the objective sees of a batch, with `student` behind its images."""
+        accumulated = getattr(self, "current_gradient_accumulation_steps", 1) if student.training else 1
+        images = inputs["pixel_values"]
+        return Batch(
+            images=images,
+            labels=inputs.get("labels"),
+            student=lambda pixels: student(pixel_values=pixels),
+            teacher=None if self.teacher is None else lambda pixels: self.teacher(pixel_values=pixels),
+            images_per_update=len(images) * accumulated * self.accelerator.num_processes,
+        )
+
+    def attackable(self, model: nn.Module) -> nn.Module:
+        """The module that attacks differentiate: without the distributed wrapper, unless its parameters are sharded."""
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            return model
+        return self.accelerator.unwrap_model(model)
+
+    def perturb(
+        self, model: nn.Module, inputs: dict[str, Tensor], loss_fn: Callable[[Tensor], Tensor] | None, num_steps: int
+    ) -> Tensor:
+        """Adversarial images for a batch; `loss_fn` None attacks the objective's own loss."""
+        core = self.attackable(model)
+        with torch.enable_grad(), self.accelerator.autocast():
+            if loss_fn is None:
+                loss_fn = self.objective.attack_loss(self.make_batch(inputs, core))
+            return pgd(
+                loss_fn,
+                inputs["pixel_values"],
+                self.threat_model,
+                num_steps=num_steps,
+                step_size=self.attack.step_size,
+                random_start=self.attack.random_start,
+                seed=(self.args.seed << 32) + self.state.global_step,
+            )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The objective's loss on freshly attacked images. Raises FloatingPointError if a term is not finite."""
+        self._check_batch(inputs)
+        adv = (
+            self.perturb(model, inputs, None, self.attack.num_steps)
+            if self.objective.attacked
+            else inputs["pixel_values"]
+        )
+        with self.accelerator.autocast():
+            terms = self.objective(self.make_batch(inputs, model), adv)
+        finite = torch.stack([term.detach() for term in terms.values()]).isfinite()
+        if not finite.all():
+            name = list(terms)[int((~finite).int().argmax())]
+            raise FloatingPointError(
+                f"step {self.state.global_step}: the loss term {name!r} is {terms[name].item()}; "
+                "lower the learning rate or eps, or train in float32. Nothing of this step was saved."
+            )
+        if model.training:
+            for name, term in terms.items():
+                self._terms.setdefault(name, []).append(term.detach())
+        return torch.stack(list(terms.values())).sum()
+
+    def _check_batch(self, inputs: dict[str, Tensor]) -> None:
+        core = self.accelerator.unwrap_model(self.model)
+        core = core.get_base_model() if hasattr(core, "get_base_model") else core
+        core.check_pixels(inputs["pixel_values"], values=False)  # pgd checks the values
+        if self.objective.needs_labels:
+            if inputs.get("labels") is None:
+                raise ValueError(f"{type(self.objective).__name__} needs labels, but the dataset gives no 'labels'.")
+            check_labels(inputs["labels"], len(core.class_names))
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
+        """Robust cross-entropy, (clean, adversarial) logits and labels: PGD with `eval_attack_steps` on cross-entropy."""
+        inputs = self._prepare_inputs(inputs)
+        images, labels = inputs["pixel_values"], inputs["labels"]
+        core = self.attackable(model)
+
+        def attack_loss(adv_BCHW: Tensor) -> Tensor:
+            return cross_entropy(core(pixel_values=adv_BCHW).logits, labels)
+
+        adv = self.perturb(model, inputs, attack_loss, self.args.eval_attack_steps)
+        with torch.no_grad(), self.accelerator.autocast():
+            clean_logits, adv_logits = (core(pixel_values=pixels).logits.float() for pixels in (images, adv))
+        loss = cross_entropy(adv_logits, labels).mean()
+        return (loss, None, None) if prediction_loss_only else (loss, (clean_logits, adv_logits), labels)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of each loss term since the last log, over all processes."""
+        if "loss" in logs and self._terms:
+            means = torch.stack([torch.stack(values).mean() for values in self._terms.values()])
+            means = self.accelerator.reduce(means, reduction="mean")
+            logs = {**logs, **dict(zip(self._terms, (round(value, 4) for value in means.tolist()), strict=True))}
+            self._terms = {}
+        super().log(logs, start_time)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ):
+        """Train. `resume_from_checkpoint=True` goes on from the newest whole checkpoint (a kill may cut one short).
+
+        Raises OSError if a named checkpoint is cut short or missing, ValueError if there is none to go on from.
+        """
+        if resume_from_checkpoint is True:
+            newest = newest_whole_checkpoint(self.args.output_dir)
+            if newest is None:
+                raise ValueError(
+                    f"no whole checkpoint in {self.args.output_dir!r} to resume from; start without resume."
+                )
+            resume_from_checkpoint = str(newest)
+        elif resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint)
+        self._terms = {}
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:  # no pickled arguments beside the weights
+            core = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            core.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+
+    def settings(self) -> dict[str, Any]:
+        """Method, objective, attack and optimisation, as plain values, for cards and reports."""
+        args = self.args
+        core = self.accelerator.unwrap_model(self.model)
+        return {
+            "method": self.objective.paper.method,
+            "objective": asdict(self.objective) if is_dataclass(self.objective) else {},
+            "threat_model": str(self.threat_model),
+            "attack": asdict(self.attack) if self.objective.attacked else None,
+            "trainable_parameters": sum(p.numel() for p in core.parameters() if p.requires_grad),
+            "optimizer": str(getattr(args.optim, "value", args.optim)),
+            "learning_rate": args.learning_rate,
+            "weight_decay": args.weight_decay,
+            **({"momentum": args.momentum} if args.optim == "sgd" else {}),
+            "warmup_steps": args.warmup_steps,
+            "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            "images_per_update": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "updates": self.state.global_step,
+            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+            "seed": args.seed,
+        }
+
+
+class CleanTrainer(RobustClipTrainer):
+    """Fine-tuning without an attack, the control. See `objectives.clean.Clean`."""
+
+    objective_cls = Clean
+
+
+class TeCoATrainer(RobustClipTrainer):
+    """TeCoA (ICLR 2023). See `objectives.tecoa.TeCoA`."""
+
+    objective_cls = TeCoA
+
+
+class FARETrainer(RobustClipTrainer):
+    """FARE (ICML 2024). See `objectives.fare.FARE`."""
+
+    objective_cls = FARE
+
+
+class TRADESTrainer(RobustClipTrainer):
+    """TRADES (ICML 2019). See `objectives.trades.TRADES`."""
+
+    objective_cls = TRADES
+
+
+class PMGAFTTrainer(RobustClipTrainer):
+    """PMG-AFT (CVPR 2024). See `objectives.pmg_aft.PMGAFT`."""
+
+    objective_cls = PMGAFT
+
+
+def select_trainable(model: CLIPForZeroShotClassification, last_layers: int | None = None) -> None:
+    """Freeze everything but the vision encoder with its projection, or but its last layers, final norm and projection.
+
+    Raises ValueError if `last_layers` is not in 1 .. the encoder's number of layers.
+    """
+    layers = model.vision_model.encoder.layers
+    if last_layers is not None and not 1 <= last_layers <= len(layers):
+        raise ValueError(f"trainable_layers={last_layers!r} must be None or in 1 .. {len(layers)}.")
+    model.requires_grad_(False)
+    trained: list[nn.Module] = [model.vision_model, model.visual_projection]
+    if last_layers is not None:
+        trained = [*layers[-last_layers:], model.vision_model.post_layernorm, model.visual_projection]
+    for module in trained:
+        module.requires_grad_(True)
+
+
+def check_checkpoint(folder: str | Path) -> None:
+    """Raise OSError unless a Trainer checkpoint is whole: state readable, every safetensors file of its full length."""
+    folder = Path(folder)
+    try:
+        json.loads((folder / "trainer_state.json").read_text())  # the Trainer writes it last
+        weights = sorted(folder.glob("*.safetensors"))
+        if not weights:
+            raise FileNotFoundError("no *.safetensors")
+        for file in weights:
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError) as error:
+        raise OSError(
+            f"checkpoint {str(folder)!r} is missing or cut short ({error}); resume from an earlier one."
+        ) from error
+
+
+def newest_whole_checkpoint(output_dir: str | Path) -> Path | None:
+    """The `checkpoint-<step>` folder of the highest step that is whole, or None."""
+    folders = [f for f in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", f.name)]
+    for folder in sorted(folders, key=lambda f: int(f.name.split("-")[1]), reverse=True):
+        try:
+            check_checkpoint(folder)
+        except OSError:
+            continue
+        return folder
+    return None

@@ -1,0 +1,233 @@
+"""What PGD owes every objective and every loss, in both norms. A new objective or loss adds its row here."""
+
+import copy
+import importlib
+import inspect
+import itertools
+import pkgutil
+
+import pytest
+import torch
+
+import hf_robust_clip.objectives
+from hf_robust_clip.attacks import losses
+from hf_robust_clip.attacks.losses import cross_entropy, cw_margin, dlr, kl_divergence
+from hf_robust_clip.attacks.pgd import pgd
+from hf_robust_clip.objectives.base import Batch, Objective
+from hf_robust_clip.objectives.clean import Clean
+from hf_robust_clip.objectives.fare import FARE
+from hf_robust_clip.objectives.pmg_aft import PMGAFT
+from hf_robust_clip.objectives.tecoa import TeCoA
+from hf_robust_clip.objectives.trades import TRADES
+from hf_robust_clip.threat_model import ThreatModel
+
+OBJECTIVES = {
+    "Clean": Clean(),
+    "TeCoA": TeCoA(),
+    "FARE": FARE(),
+    "TRADES": TRADES(),
+    "PMGAFT-paper": PMGAFT.paper_preset(),
+    "PMGAFT-released": PMGAFT.released_preset(),
+}
+LOSSES = {
+    "cross_entropy": lambda batch: lambda x: cross_entropy(batch.student(x).logits, batch.labels),
+    "cw_margin": lambda batch: lambda x: cw_margin(batch.student(x).logits, batch.labels),
+    "dlr": lambda batch: lambda x: dlr(batch.student(x).logits, batch.labels),
+    "embedding_l2": FARE().attack_loss,
+    "kl_divergence": lambda batch: lambda x: kl_divergence(batch.teacher_on_clean.logits, batch.student(x).logits),
+}
+ROWS = {**{f"objective-{name}": objective.attack_loss for name, objective in OBJECTIVES.items()}, **LOSSES}
+THREAT_MODELS = {"linf": ThreatModel("4/255"), "l2": ThreatModel(0.3, "l2")}
+STEP_SIZES = {"linf": "2/255", "l2": 0.1}
+
+each_row = pytest.mark.parametrize("row", ROWS)
+each_norm = pytest.mark.parametrize("norm", THREAT_MODELS)
+
+
+@pytest.fixture
+def world(tiny_clip, tiny_batch):
+    """A student apart from its teacher; `of(row, rows, size)` gives the row's batch."""
+    student, teacher = tiny_clip(), tiny_clip().requires_grad_(False)
+    with torch.no_grad():
+        for i, parameter in enumerate(student.vision_parameters()):
+            parameter.mul_(1 + 0.02 * (i % 3 - 1))
+
+    def of(row, rows=slice(None), size=7):
+        objective = OBJECTIVES.get(row.removeprefix("objective-"))
+        if objective is not None and objective.normalisation is not None:
+            student.set_normalisation(*objective.normalisation)
+            teacher.set_normalisation(*objective.normalisation)
+        images, labels = tiny_batch(size)
+        return Batch(images[rows], labels[rows], student, teacher)
+
+    return of
+
+
+def attack(row, norm, batch, images=None, **settings):
+    return pgd(
+        ROWS[row](batch),
+        batch.images if images is None else images,
+        THREAT_MODELS[norm],
+        **{"num_steps": 3, "step_size": STEP_SIZES[norm], "seed": 11, **settings},
+    )
+
+
+def test_every_objective_and_loss_has_a_row():
+    modules = pkgutil.iter_modules(hf_robust_clip.objectives.__path__, "hf_robust_clip.objectives.")
+    members = [value for module in modules for value in vars(importlib.import_module(module.name)).values()]
+    classes = {value for value in members if inspect.isclass(value) and issubclass(value, Objective)}
+    assert classes - {Objective} == {type(objective) for objective in OBJECTIVES.values()}
+    functions = {name for name, value in vars(losses).items() if inspect.isfunction(value) and name[0] != "_"}
+    assert functions == set(LOSSES)
+
+
+@each_norm
+@each_row
+def test_adversarial_images_lie_in_ball_and_range_and_raise_the_loss(world, row, norm):
+    batch = world(row)
+    adv = attack(row, norm, batch)
+    change = (adv - batch.images).flatten(1)
+    radii = change.abs().amax(1) if norm == "linf" else change.norm(dim=1)
+    assert (radii <= THREAT_MODELS[norm].eps * (1 + 1e-12)).all()
+    assert adv.min() >= 0 and adv.max() <= 1
+    assert adv.dtype == batch.images.dtype and not adv.requires_grad
+    loss_fn = ROWS[row](batch)
+    start = THREAT_MODELS[norm].random_start(batch.images, 11)
+    assert (loss_fn(adv) > loss_fn(start)).all()
+
+
+@each_row
+def test_everything_is_left_as_found(world, row):
+    """Gradients (absent or filled), modes, requires_grad flags, values, images and the global random state."""
+    batch = world(row)
+    student = batch.student
+    parameters = list(student.parameters())
+    for i, parameter in enumerate(parameters):
+        parameter.grad = torch.full_like(parameter, 0.25 * i) if i % 2 else None
+    student.train()
+    student.vision_model.encoder.layers[0].eval()
+    parameters[-1].requires_grad_(not parameters[-1].requires_grad)
+
+    def state():
+        grads = [None if parameter.grad is None else parameter.grad.clone() for parameter in parameters]
+        modes = [module.training for model in (student, batch.teacher) for module in model.modules()]
+        flags = [parameter.requires_grad for model in (student, batch.teacher) for parameter in model.parameters()]
+        values = [value.clone() for value in (*student.state_dict().values(), batch.images)]
+        return grads, modes, flags, values, torch.get_rng_state()
+
+    before = state()
+    attack(row, "linf", batch)
+    after = state()
+    assert before[1:3] == after[1:3]
+    for old, new in zip(before[0], after[0], strict=True):
+        assert (old is None and new is None) or torch.equal(old, new)
+    for old, new in zip((*before[3], before[4]), (*after[3], after[4]), strict=True):
+        assert torch.equal(old, new)
+    assert not batch.images.requires_grad and batch.images.grad is None
+    assert all(parameter.grad is None for parameter in batch.teacher.parameters())
+
+
+@each_norm
+@each_row
+def test_an_image_does_not_depend_on_its_batch(world, row, norm):
+    """Alone, third of seven and third of 64: the same adversarial image."""
+    alone, few, many = world(row, slice(2, 3), 64), world(row, slice(7), 64), world(row, slice(None), 64)
+    threat_model = THREAT_MODELS[norm]
+    starts = [threat_model.random_start(batch.images, 11)[i] for batch, i in ((alone, 0), (few, 2), (many, 2))]
+    assert torch.equal(starts[0], starts[1]) and torch.equal(starts[0], starts[2])
+    expected = attack(row, norm, alone)[0]
+    for batch in (few, many):
+        torch.testing.assert_close(attack(row, norm, batch)[2], expected, rtol=0, atol=1e-9)
+
+
+@each_norm
+@each_row
+def test_seed_decides_the_result(world, row, norm):
+    batch = world(row)
+    first = attack(row, norm, batch)
+    torch.rand(3)  # moves the global state, which must play no part
+    assert torch.equal(first, attack(row, norm, batch))
+    other = attack(row, norm, batch, seed=12)
+    assert all((a != b).any() for a, b in zip(first, other, strict=True))
+
+
+@each_row
+@pytest.mark.parametrize("random_start", [True, False])
+def test_radius_zero_returns_the_images(world, row, random_start):
+    batch = world(row)
+    for norm in THREAT_MODELS:
+        adv = pgd(
+            ROWS[row](batch), batch.images, ThreatModel(0, norm), num_steps=2, step_size=0.1, random_start=random_start
+        )
+        assert torch.equal(adv, batch.images) and adv.data_ptr() != batch.images.data_ptr()
+
+
+@each_norm
+@each_row
+def test_more_steps_never_lower_the_best_loss(world, row, norm):
+    """With steps too long to settle, so that the last iterate does get worse at times."""
+    batch = world(row)
+    loss_fn = ROWS[row](batch)
+    settings = dict(step_size=2 * THREAT_MODELS[norm].eps)
+    reached = [
+        loss_fn(attack(row, norm, batch, num_steps=k, keep_best=True, **settings)).detach() for k in range(1, 6)
+    ]
+    for shorter, longer in itertools.pairwise(reached):
+        assert (longer >= shorter - 1e-12 * shorter.abs()).all()
+    last = [loss_fn(attack(row, norm, batch, num_steps=k, **settings)).detach() for k in range(1, 6)]
+    best_of_last = torch.stack(last).amax(0)
+    assert (reached[-1] >= best_of_last - 1e-12 * best_of_last.abs()).all()
+
+
+@each_norm
+@each_row
+def test_works_without_gradients_around_it(world, row, norm):
+    batch = world(row)
+    expected = attack(row, norm, batch)
+    batch = world(row)  # nothing computed beforehand is reused
+    with torch.no_grad():
+        assert torch.equal(attack(row, norm, batch), expected)
+        assert not torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_terms_are_finite_scalars_and_train_the_whole_image_encoder(world, name):
+    """Every vision parameter gets a gradient; the frozen text tower, the logit scale and the teacher get none."""
+    batch, objective = world(f"objective-{name}"), OBJECTIVES[name]
+    adv = attack(f"objective-{name}", "linf", batch)
+    terms = objective(batch, adv)
+    assert all(value.shape == () and value.isfinite() for value in terms.values())
+    sum(terms.values()).backward()
+    student = batch.student
+    assert all(parameter.grad is not None for parameter in student.vision_parameters())
+    others = [*student.text_parameters(), student.logit_scale, *batch.teacher.parameters()]
+    assert all(parameter.grad is None for parameter in others)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_one_update_against_the_gradient_lowers_the_loss(world, name):
+    batch, objective = world(f"objective-{name}"), OBJECTIVES[name]
+    adv = attack(f"objective-{name}", "linf", batch)
+    loss = sum(objective(batch, adv).values())
+    grads = torch.autograd.grad(loss, batch.student.vision_parameters())
+    size = sum(grad.square().sum() for grad in grads).sqrt()
+    moved = copy.deepcopy(batch.student)
+    with torch.no_grad():
+        for parameter, grad in zip(moved.vision_parameters(), grads, strict=True):
+            parameter.sub_(1e-4 * grad / size)
+        after = sum(objective(Batch(batch.images, batch.labels, moved, batch.teacher), adv).values())
+    assert after.item() == pytest.approx(loss.item() - 1e-4 * size.item(), rel=0, abs=1e-5 * size.item())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_loss_of_a_batch_is_the_average_over_its_halves(world, name):
+    """What gradient accumulation and several processes rely on."""
+    objective = OBJECTIVES[name]
+    whole = world(f"objective-{name}", slice(None), 8)
+    adv = attack(f"objective-{name}", "linf", whole)
+
+    def loss(rows):
+        part = Batch(whole.images[rows], whole.labels[rows], whole.student, whole.teacher, images_per_update=8)
+        return sum(objective(part, adv[rows]).values()).item()
+
+    assert (loss(slice(4)) + loss(slice(4, 8))) / 2 == pytest.approx(loss(slice(8)), rel=1e-12)
