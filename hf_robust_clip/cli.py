@@ -5,6 +5,7 @@ Nothing heavy is imported before the settings have been read, so that `--help` a
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import shutil
@@ -281,7 +282,7 @@ def use_cpu(device: str) -> bool:
 
 
 def check_output_dir(run: RunSettings) -> None:
-    """Raise OSError if the output directory is a file, or holds something and neither overwrite nor resume is given."""
+    """Raise OSError if the output directory is a file, or holds something without overwrite or resume."""
     folder = Path(run.output_dir)
     if folder.exists() and not folder.is_dir():
         raise OSError(f"output_dir={run.output_dir!r} is a file; name a folder.")
@@ -438,8 +439,15 @@ def make_trainer(
 
         targets = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj)"
         peft_config = LoraConfig(r=recipe.model.lora_rank, lora_alpha=recipe.model.lora_alpha, target_modules=targets)
-    training = recipe.training if save else replace(recipe.training, save_strategy="no")
+    training = recipe.training if save else without_checkpoints(recipe.training)
     return trainer_class(method)(model, training, objective, data, peft_config=peft_config)
+
+
+def without_checkpoints(training: RobustClipConfig) -> RobustClipConfig:
+    """The same settings for a run that saves nothing."""
+    quiet = copy.copy(training)
+    quiet.set_save("no")
+    return quiet
 
 
 def plain_model(trainer: RobustClipTrainer) -> CLIPForZeroShotClassification:

@@ -17,7 +17,6 @@ from transformers import (
     CLIPProcessor,
     PreTrainedTokenizerBase,
 )
-from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .threat_model import check_images
@@ -37,9 +36,9 @@ class ZeroShotOutput(ModelOutput):
     """
 
     loss: Tensor | None = None
-    logits: Tensor | None = None
-    cosine: Tensor | None = None
-    image_embeds: Tensor | None = None
+    logits: Tensor = None  # type: ignore[assignment]  # always there; `ModelOutput` asks for defaults
+    cosine: Tensor = None  # type: ignore[assignment]
+    image_embeds: Tensor = None  # type: ignore[assignment]
 
 
 class CLIPForZeroShotClassification(CLIPModel):
@@ -60,18 +59,12 @@ class CLIPForZeroShotClassification(CLIPModel):
         self.processor: CLIPProcessor | None = None
         self.class_names: tuple[str, ...] = ()
         self.templates: tuple[str, ...] = ()
+        self.class_embeds_are_stale = False
         channels = config.vision_config.num_channels
         self.register_buffer("image_mean", torch.full((channels, 1, 1), torch.nan), persistent=False)
         self.register_buffer("image_std", torch.full((channels, 1, 1), torch.nan), persistent=False)
         self.register_buffer("class_token_ids", torch.zeros(0, 0, 0, dtype=torch.long), persistent=False)
         self.register_buffer("class_embeds", torch.zeros(0, config.projection_dim), persistent=False)
-
-    @torch.no_grad()
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, CLIPForZeroShotClassification):  # after `from_pretrained` buffers are raw memory
-            init.constant_(module.image_mean, torch.nan)
-            init.constant_(module.image_std, torch.nan)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args, **kwargs):  # the Hub's own signature
@@ -85,6 +78,9 @@ class CLIPForZeroShotClassification(CLIPModel):
             if name in kwargs
         }
         source = str(pretrained_model_name_or_path)
+        folder = Path(source, kwargs.get("subfolder", ""))
+        if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise OSError(f"can't load {source!r}: the folder has no config.json; save it with save_pretrained.")
         loaded = _explain(
             source, lambda: super(CLIPForZeroShotClassification, cls).from_pretrained(source, *args, **kwargs)
         )
@@ -109,7 +105,11 @@ class CLIPForZeroShotClassification(CLIPModel):
         return model.train(clip.training)
 
     def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
-        """Write a plain `CLIPModel` checkpoint, with the processor (its mean and std those of this model) beside it."""
+        """Write a plain `CLIPModel` checkpoint, with the processor (mean and std those of this model) beside it."""
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError(
+                "push_to_hub=True would upload before the processor is there; call model.push_to_hub(id)."
+            )
         self.config.architectures = [CLIPModel.__name__]
         super().save_pretrained(save_directory, *args, **kwargs)
         config_file = Path(save_directory) / "config.json"
@@ -124,7 +124,7 @@ class CLIPForZeroShotClassification(CLIPModel):
         return self.processor
 
     def set_processor(self, processor: CLIPProcessor) -> None:
-        """Take tokenizer and picture preparation from `processor`, and its image_mean and image_std as normalisation."""
+        """Take tokenizer, picture preparation and normalisation (image_mean, image_std) from `processor`."""
         self.processor = processor
         self.set_normalisation(processor.image_processor.image_mean, processor.image_processor.image_std)
 
@@ -151,12 +151,23 @@ class CLIPForZeroShotClassification(CLIPModel):
         names, templates = check_classes(class_names, template)
         config = self.config.text_config
         tokenizer = self.require_processor().tokenizer
-        prompts = [text.format(name) for name in names for text in templates]
+        prompts = [text.replace("{}", name) for name in names for text in templates]
         ids = tokenize_prompts(tokenizer, prompts, config.max_position_embeddings, self.text_model.eos_token_id)
         self.class_token_ids = ids.view(len(names), len(templates), -1).to(self.device)
         self.class_names, self.templates = names, templates
-        with torch.no_grad():
-            self.class_embeds = self.encode_classes()
+        self.class_embeds_are_stale = True
+        self.current_class_embeds()
+
+    def current_class_embeds(self) -> Tensor:
+        """The class embeddings (C, D): with a graph while text parameters are trainable, else computed once."""
+        if self.text_is_trainable():
+            self.class_embeds_are_stale = True
+            return self.encode_classes()
+        if self.class_embeds_are_stale:
+            with torch.no_grad():
+                self.class_embeds = self.encode_classes()
+            self.class_embeds_are_stale = False
+        return self.class_embeds
 
     def encode_classes(self) -> Tensor:
         """The unit-length class embeddings (C, D) of the stored prompts, by the text tower as it is now."""
@@ -165,7 +176,7 @@ class CLIPForZeroShotClassification(CLIPModel):
         features_CTD = F.normalize(features_PD, dim=-1).view(classes, templates, -1)
         return F.normalize(features_CTD.mean(dim=1), dim=-1)
 
-    def forward(  # type: ignore[override]  # pixels to logits, where CLIPModel pairs pixels with texts
+    def forward(  # pixels to logits, where CLIPModel pairs pixels with texts
         self, pixel_values: Tensor, labels: Tensor | None = None, interpolate_pos_encoding: bool = False
     ) -> ZeroShotOutput:
         """Logits for each class.
@@ -186,7 +197,7 @@ class CLIPForZeroShotClassification(CLIPModel):
             pixel_values=(pixel_values - self.image_mean) / self.image_std,
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
-        class_embeds_CD = self.encode_classes() if self.text_is_trainable() else self.class_embeds
+        class_embeds_CD = self.current_class_embeds()
         with torch.autocast(pixel_values.device.type, enabled=False):  # bf16 would leave two digits of 100 * cos
             head = torch.promote_types(features.pooler_output.dtype, torch.float32)
             image_embeds_BD = features.pooler_output.to(head)
@@ -272,8 +283,10 @@ def tokenize_prompts(
     for prompt, row in zip(prompts, rows, strict=True):
         if len(row) > context_length:
             raise ValueError(
-                f"the prompt {prompt!r} has {len(row)} tokens, more than the {context_length} of the text tower; shorten it."
+                f"the prompt {prompt!r} has {len(row)} tokens, the text tower takes {context_length}; shorten it."
             )
+        if row.count(tokenizer.eos_token_id) != 1:  # CLIP's unknown token is its end token
+            raise ValueError(f"the tokenizer doesn't know part of {prompt!r}; is its vocabulary file missing?")
         if eos_token_id is not None and eos_token_id != 2 and eos_token_id not in row:
             raise ValueError(
                 f"the tokenizer doesn't end {prompt!r} with the text tower's EOS id {eos_token_id}; "
@@ -297,11 +310,13 @@ def _explain(source: str, load):
         ) from error
     except (OSError, ValueError) as error:
         if folder:
-            mend = "the folder lacks a readable config.json, model.safetensors or processor; save it with save_pretrained."
+            mend = "the folder lacks a readable config, weights or processor; save it with save_pretrained."
         elif HF_HUB_OFFLINE:
             mend = (
                 "no such folder, and the Hub is switched off (HF_HUB_OFFLINE=1): give a folder, or unset the variable."
             )
         else:
             mend = "no such folder, and the Hub could not give it: check the name, the connection and your token."
-        raise OSError(f"can't load {source!r}: {mend} ({str(error).splitlines()[0]})") from error
+        raise OSError(
+            f"can't load {source!r}: {mend} ({(str(error) or type(error).__name__).splitlines()[0]})"
+        ) from error

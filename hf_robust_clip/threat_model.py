@@ -112,7 +112,10 @@ class ThreatModel:
         if self.norm == "linf":
             direction_BCHW = grad_BCHW.sign()
         else:
-            direction_BCHW = grad_BCHW / _length(grad_BCHW).clamp_min(torch.finfo(grad_BCHW.dtype).tiny)
+            tiny = torch.finfo(grad_BCHW.dtype).tiny
+            largest_B111 = grad_BCHW.abs().amax(dim=(1, 2, 3), keepdim=True)
+            grad_BCHW = grad_BCHW / largest_B111.clamp_min(tiny)  # squares of small gradients would underflow
+            direction_BCHW = grad_BCHW / _length(grad_BCHW).clamp_min(tiny)
         return self.project(adv_BCHW + step_size * direction_BCHW, images_BCHW)
 
     def random_start(self, images_BCHW: Tensor, seed: int) -> Tensor:

@@ -90,8 +90,8 @@ class RobustClipTrainer(Trainer):
 
     In each step: adversarial images by PGD on `objective.attack_loss` (through the module without its distributed
     wrapper, differentiating the images alone), then `sum(objective(batch, adv).values())` through the wrapped model.
-    The random start of an image depends on the seed, the step and the image alone, so the result depends neither on how
-    a batch is split over processes and accumulated batches, nor on an interruption.
+    The random start of an image depends on the seed, the step and the image alone, so the result depends neither on
+    how a batch is split over processes and accumulated batches, nor on an interruption.
 
     Args:
         model: with its classes set, in label order of the data (objectives without labels need none).
@@ -201,17 +201,17 @@ class RobustClipTrainer(Trainer):
     def make_batch(self, inputs: dict[str, Tensor], student: nn.Module) -> Batch:
         """What the objective sees of a batch, with `student` behind its images."""
         accumulated = getattr(self, "current_gradient_accumulation_steps", 1) if student.training else 1
-        images = inputs["pixel_values"]
+        images, teacher = inputs["pixel_values"], self.teacher
         return Batch(
             images=images,
-            labels=inputs.get("labels"),
+            labels=inputs.get("labels"),  # type: ignore[arg-type]  # checked: objectives that need them have them
             student=lambda pixels: student(pixel_values=pixels),
-            teacher=None if self.teacher is None else lambda pixels: self.teacher(pixel_values=pixels),
+            teacher=None if teacher is None else lambda pixels: teacher(pixel_values=pixels),
             images_per_update=len(images) * accumulated * self.accelerator.num_processes,
         )
 
     def attackable(self, model: nn.Module) -> nn.Module:
-        """The module that attacks differentiate: without the distributed wrapper, unless its parameters are sharded."""
+        """The module that attacks differentiate: without distributed wrapper, unless its parameters are sharded."""
         if self.accelerator.distributed_type == DistributedType.FSDP:
             return model
         return self.accelerator.unwrap_model(model)
@@ -278,7 +278,7 @@ class RobustClipTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
-        """Robust cross-entropy, (clean, adversarial) logits and labels: PGD with `eval_attack_steps` on cross-entropy."""
+        """Robust loss, (clean, adversarial) logits and labels: PGD with `eval_attack_steps` on cross-entropy."""
         inputs = self._prepare_inputs(inputs)
         images, labels = inputs["pixel_values"], inputs["labels"]
         core = self.attackable(model)
@@ -327,6 +327,24 @@ class RobustClipTrainer(Trainer):
         if self.args.should_save:  # no pickled arguments beside the weights
             core = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             core.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Keep the README.md that `make_card` wrote into output_dir; without one, write the Trainer's own draft."""
+        if not (Path(self.args.output_dir) / "README.md").is_file():
+            super().create_model_card(
+                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
+            )
 
     def settings(self) -> dict[str, Any]:
         """Method, objective, attack and optimisation, as plain values, for cards and reports."""
@@ -398,7 +416,7 @@ def select_trainable(model: CLIPForZeroShotClassification, last_layers: int | No
 
 
 def check_checkpoint(folder: str | Path) -> None:
-    """Raise OSError unless a Trainer checkpoint is whole: state readable, every safetensors file of its full length."""
+    """Raise OSError unless a Trainer checkpoint is whole: state readable, safetensors files of their full length."""
     folder = Path(folder)
     try:
         json.loads((folder / "trainer_state.json").read_text())  # the Trainer writes it last

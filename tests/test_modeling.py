@@ -72,7 +72,8 @@ def test_loading_in_another_precision_and_with_report(saved, tiny_batch):
     loaded, report = CLIPForZeroShotClassification.from_pretrained(
         folder, dtype=torch.float64, output_loading_info=True
     )
-    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
     loaded.set_classes(NAMES)
     images, _ = tiny_batch()
     with torch.no_grad():
@@ -269,7 +270,7 @@ def test_a_model_without_classes_says_what_to_call(tiny_clip, tiny_batch):
         (["cat"], "a photo", "template='a photo' has no '{}'"),
         (["cat"], ("a {}", "a photo"), "template='a photo' has no '{}'"),
         (["cat"], (), r"template=\(\) has no '{}'"),
-        (["cat", "x" * 40], "{}", "the prompt 'x+' has 42 tokens, more than the 32 of the text tower; shorten it"),
+        (["cat", "x" * 40], "{}", "x+. has 42 tokens.* 32"),
     ],
 )
 def test_unusable_classes_are_refused_and_change_nothing(tiny_clip, tiny_batch, names, template, text):
@@ -278,7 +279,8 @@ def test_unusable_classes_are_refused_and_change_nothing(tiny_clip, tiny_batch, 
     expected = model(images).logits
     with pytest.raises(ValueError, match=text):
         model.set_classes(names, template)
-    assert model.class_names == NAMES and torch.equal(model(images).logits, expected)
+    assert model.class_names == NAMES
+    assert torch.equal(model(images).logits, expected)
 
 
 def test_a_tokenizer_without_the_towers_end_is_refused(tiny_clip):
@@ -321,9 +323,7 @@ def test_weights_cut_short_are_named(saved, kept):
 def test_a_folder_that_lacks_a_file_is_named(saved, missing):
     folder, _ = saved
     (folder / missing).unlink()
-    with pytest.raises(
-        OSError, match=r"the folder lacks a readable config.json, model.safetensors or processor"
-    ) as caught:
+    with pytest.raises(OSError, match=r"the folder lacks a readable config") as caught:
         CLIPForZeroShotClassification.from_pretrained(folder)
     assert str(folder) in str(caught.value)
 
@@ -353,7 +353,7 @@ def test_a_folder_without_an_image_processor_is_named(saved):
     folder, _ = saved
     for file in folder.glob("*processor*.json"):
         file.unlink()
-    with pytest.raises(OSError, match=r"lacks a readable.*processor"):
+    with pytest.raises(OSError, match=r"lacks .*processor"):
         CLIPForZeroShotClassification.from_pretrained(folder)
 
 
@@ -373,4 +373,5 @@ def test_a_missing_folder_online_points_to_name_and_connection(monkeypatch, tmp_
     monkeypatch.setattr(CLIPModel, "from_pretrained", fail)
     with pytest.raises(OSError, match="check the name, the connection and your token") as caught:
         CLIPForZeroShotClassification.from_pretrained("someone/something")
-    assert "'someone/something'" in str(caught.value) and "second line" not in str(caught.value)
+    assert "'someone/something'" in str(caught.value)
+    assert "second line" not in str(caught.value)

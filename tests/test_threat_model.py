@@ -120,7 +120,8 @@ def test_projection_lands_in_ball_and_bounds_and_stays(norm, data):
     threat_model = ThreatModel(data.draw(RADII), norm)
     projected = threat_model.project(adv, images)
     assert (lengths(projected - images, norm) <= threat_model.eps * (1 + 1e-12) + 1e-15).all()
-    assert projected.min() >= 0 and projected.max() <= 1
+    assert projected.min() >= 0
+    assert projected.max() <= 1
     torch.testing.assert_close(threat_model.project(projected, images), projected, rtol=0, atol=1e-15)
 
 
@@ -248,7 +249,8 @@ def test_draws_are_clamped_to_the_bounds(norm):
     images = torch.zeros(50, 3, 4, 4, dtype=torch.float64)
     images[:, 0] = 1
     start = ThreatModel(0.3, norm).random_start(images, 0)
-    assert start.min() >= 0 and start.max() <= 1
+    assert start.min() >= 0
+    assert start.max() <= 1
     assert (start != images).any()
 
 

@@ -34,14 +34,14 @@ class Batch:
 
     Args:
         images: (B, C, H, W), clean, in [0, 1].
-        labels: (B,), class indices; None for objectives with `needs_labels = False`.
+        labels: (B,), class indices; may be None for objectives with `needs_labels = False`.
         student: the model being trained, pixels to `ZeroShotOutput`.
         teacher: the frozen pretrained model, if the objective has `needs_teacher = True`.
         images_per_update: images that one optimiser step sees over all processes and accumulated batches.
     """
 
     images: Tensor
-    labels: Tensor | None
+    labels: Tensor
     student: Classifier
     teacher: Classifier | None = None
     images_per_update: int = 0

@@ -24,7 +24,8 @@ class FARE(Objective):
     needs_labels: ClassVar[bool] = False
     paper = Paper(
         "FARE",
-        "Robust CLIP: Unsupervised Adversarial Fine-Tuning of Vision Embeddings for Robust Large Vision-Language Models",
+        "Robust CLIP: Unsupervised Adversarial Fine-Tuning of Vision Embeddings for Robust "
+        "Large Vision-Language Models",
         "ICML 2024",
         "2402.12336",
         """@inproceedings{schlarmann2024fare,

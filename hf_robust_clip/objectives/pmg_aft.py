@@ -26,10 +26,10 @@ class PMGAFT(Objective):
         KL_general = KL(P_0(x_adv) || P(x_adv))        the guide, on the same adversarial image
         KL_clean   = KL(P(x)       || P(x_adv))        the gradient flows through both
 
-    `PMGAFT()` and `PMGAFT.paper_preset()` follow the paper; `PMGAFT.released_preset()` follows the authors' code, which
-    differs: re-normalising the text features after scaling them sets the temperature to 1, both KL terms are summed
-    over the batch (of 256: alpha = beta = 256 in batch-mean terms) while CE is a mean, and pixels are normalised by
-    ImageNet's statistics.
+    `PMGAFT()` and `PMGAFT.paper_preset()` follow the paper; `PMGAFT.released_preset()` follows the authors' code,
+    which differs: re-normalising the text features after scaling them sets the temperature to 1, both KL terms are
+    summed over the batch (of 256: alpha = beta = 256 in batch-mean terms) while CE is a mean, and pixels are
+    normalised by ImageNet's statistics.
 
     Args:
         alpha, beta: weights of KL_general and KL_clean, at least 0. At 0 the pass that a term needs is left out; with
@@ -39,8 +39,8 @@ class PMGAFT(Objective):
             of the code did.
         reduction: `"batch_mean"`, or `"sum"` over all images of one optimiser step (all processes and accumulated
             batches together). Cross-entropy is a batch mean in either case.
-        image_mean, image_std: normalisation, in units of [0, 1]; None keeps the checkpoint's. The saved image processor
-            carries it.
+        image_mean, image_std: normalisation, in units of [0, 1]; None keeps the checkpoint's. The saved image
+            processor carries it.
 
     Source: arXiv 2401.04350 and the code released with it.
     """

@@ -14,7 +14,8 @@ from .base import Batch, Objective, Paper
 
 @dataclass(frozen=True)
 class TRADES(Objective):
-    """L = mean_b CE(z(x_b), y_b) + beta * mean_b KL(softmax z(x_b) || softmax z(x_adv_b)); the attack maximises the KL.
+    """L = mean_b CE(z(x_b), y_b) + beta * mean_b KL(softmax z(x_b) || softmax z(x_adv_b)); the attack
+    maximises the KL.
 
     Args:
         beta: weight of the KL term, at least 0; the paper's default is 6.

@@ -1,7 +1,7 @@
 """scikit-learn's handwritten digits as a `datasets.Dataset` with `image` and `label` columns, in a fixed split.
 
-Source: the test part of the UCI ML hand-written digits (Alpaydin and Kaynak, 1998), 1,797 pictures of 8 x 8 pixels with
-17 grey levels, as shipped by `sklearn.datasets.load_digits`. Nothing is downloaded.
+Source: the test part of the UCI ML hand-written digits (Alpaydin and Kaynak, 1998), 1,797 pictures of 8 x 8 pixels
+with 17 grey levels, as shipped by `sklearn.datasets.load_digits`. Nothing is downloaded.
 """
 
 from datasets import ClassLabel, Dataset, Features, Image

@@ -121,8 +121,8 @@ def load_image_dataset(
     """Load one split of a dataset.
 
     Args:
-        name: a dataset of `specs.py` (`"digits"` needs no download), any Hub id, or a folder that `load_dataset` reads.
-        split: `"train"`, `"test"` or the dataset's own name for it; a known dataset's test split may be called otherwise.
+        name: a dataset of `specs.py` (`"digits"` needs no download), a Hub id, or a folder that `load_dataset` reads.
+        split: `"train"`, `"test"` (whatever a known dataset calls it), or the dataset's own name for it.
         data_root: looked at first, for a folder `<data_root>/<name>` in Hub layout; default the environment variable
             HF_ROBUST_CLIP_DATA_ROOT.
         revision: Hub revision; None takes the newest.

@@ -89,8 +89,10 @@ def test_adversarial_images_lie_in_ball_and_range_and_raise_the_loss(world, row,
     change = (adv - batch.images).flatten(1)
     radii = change.abs().amax(1) if norm == "linf" else change.norm(dim=1)
     assert (radii <= THREAT_MODELS[norm].eps * (1 + 1e-12)).all()
-    assert adv.min() >= 0 and adv.max() <= 1
-    assert adv.dtype == batch.images.dtype and not adv.requires_grad
+    assert adv.min() >= 0
+    assert adv.max() <= 1
+    assert adv.dtype == batch.images.dtype
+    assert not adv.requires_grad
     loss_fn = ROWS[row](batch)
     start = THREAT_MODELS[norm].random_start(batch.images, 11)
     assert (loss_fn(adv) > loss_fn(start)).all()
@@ -123,7 +125,8 @@ def test_everything_is_left_as_found(world, row):
         assert (old is None and new is None) or torch.equal(old, new)
     for old, new in zip((*before[3], before[4]), (*after[3], after[4]), strict=True):
         assert torch.equal(old, new)
-    assert not batch.images.requires_grad and batch.images.grad is None
+    assert not batch.images.requires_grad
+    assert batch.images.grad is None
     assert all(parameter.grad is None for parameter in batch.teacher.parameters())
 
 
@@ -134,7 +137,8 @@ def test_an_image_does_not_depend_on_its_batch(world, row, norm):
     alone, few, many = world(row, slice(2, 3), 64), world(row, slice(7), 64), world(row, slice(None), 64)
     threat_model = THREAT_MODELS[norm]
     starts = [threat_model.random_start(batch.images, 11)[i] for batch, i in ((alone, 0), (few, 2), (many, 2))]
-    assert torch.equal(starts[0], starts[1]) and torch.equal(starts[0], starts[2])
+    assert torch.equal(starts[0], starts[1])
+    assert torch.equal(starts[0], starts[2])
     expected = attack(row, norm, alone)[0]
     for batch in (few, many):
         torch.testing.assert_close(attack(row, norm, batch)[2], expected, rtol=0, atol=1e-9)
@@ -159,7 +163,8 @@ def test_radius_zero_returns_the_images(world, row, random_start):
         adv = pgd(
             ROWS[row](batch), batch.images, ThreatModel(0, norm), num_steps=2, step_size=0.1, random_start=random_start
         )
-        assert torch.equal(adv, batch.images) and adv.data_ptr() != batch.images.data_ptr()
+        assert torch.equal(adv, batch.images)
+        assert adv.data_ptr() != batch.images.data_ptr()
 
 
 @each_norm

@@ -1,0 +1,162 @@
+"""Tiny training runs: built here once for the tests, and run as a script where a test needs processes of its own.
+
+python training_script.py kill FOLDER          12 steps, ended by SIGKILL after the tenth
+accelerate launch ... training_script.py ranks FOLDER   every case of CASES; each rank writes what it holds
+"""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from conftest import CLASS_NAMES, make_clip, make_processor
+from peft import LoraConfig
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from hf_robust_clip import (
+    PMGAFT,
+    CLIPForZeroShotClassification,
+    EvaluationSettings,
+    PMGAFTTrainer,
+    RobustClipConfig,
+    digits_clip_path,
+    evaluate_robustness,
+    load_image_dataset,
+)
+
+CASES = {
+    "released": dict(objective=PMGAFT.released_preset()),
+    "accumulated": dict(objective=PMGAFT.released_preset(), accumulation=2),
+    "last layer": dict(objective=PMGAFT(), trainable_layers=1),
+    "adapter": dict(objective=PMGAFT(), lora=True),
+}
+GLOBAL_BATCH = 8
+
+
+def tiny_model(dtype=torch.float64, classes=CLASS_NAMES):
+    processor = make_processor()
+    model = CLIPForZeroShotClassification.from_clip(make_clip(processor).to(dtype), processor)
+    if classes:
+        model.set_classes(classes)
+    return model
+
+
+def tiny_data(size=24, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(size, 3, 8, 8, generator=generator, dtype=dtype)
+    return [{"pixel_values": image, "labels": i % len(CLASS_NAMES)} for i, image in enumerate(images)]
+
+
+def arguments(folder, **changes):
+    """Three quick steps; PGD moves by several grey levels, so that what it finds matters."""
+    settings = dict(
+        output_dir=str(folder),
+        max_steps=3,
+        per_device_train_batch_size=GLOBAL_BATCH,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        eps="8/255",
+        attack_step_size="4/255",
+        eval_attack_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=3,
+    )
+    return RobustClipConfig(**{**settings, **changes})
+
+
+def state(model):
+    """A copy of every parameter and saved buffer."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def case_trainer(name, folder, processes):
+    """The trainer of a case, with the same global batch on any number of processes."""
+    case = CASES[name]
+    accumulation = case.get("accumulation", 1) if processes > 1 else 1
+    args = arguments(
+        folder,
+        per_device_train_batch_size=GLOBAL_BATCH // processes // accumulation,
+        gradient_accumulation_steps=accumulation,
+        per_device_eval_batch_size=2,
+        trainable_layers=case.get("trainable_layers"),
+    )
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False) if case.get("lora") else None
+    torch.manual_seed(0)
+    return PMGAFTTrainer(tiny_model(), args, case["objective"], tiny_data(), tiny_data(7), peft_config=lora)
+
+
+def digits_report(accelerator=None):
+    """What `evaluate_robustness` finds on nine digits."""
+    model = CLIPForZeroShotClassification.from_pretrained(digits_clip_path()).double()
+    data = load_image_dataset("digits", "test", model.processor).first(9)
+    model.set_normalisation(model.processor.image_processor.image_mean, model.processor.image_processor.image_std)
+    model.set_classes(data.class_names)
+    data = DoubleImages(data)
+    settings = EvaluationSettings(["4/255", "12/255"], num_steps=3, batch_size=2)
+    report = evaluate_robustness(model, data, settings, name="d", task="t", model_id="m", accelerator=accelerator)
+    return json.loads(json.dumps(asdict(report)))
+
+
+class DoubleImages:
+    """An image dataset in float64, where rounding decides nothing."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __getattr__(self, name):
+        return getattr(self.data, name)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        example = self.data[index]
+        return {**example, "pixel_values": example["pixel_values"].double()}
+
+
+def long_run(folder, callbacks=()):
+    """12 steps over shuffled epochs of five, with everything that a resume must bring back: momentum and schedule."""
+    args = arguments(
+        folder,
+        max_steps=12,
+        per_device_train_batch_size=4,
+        lr_scheduler_type="cosine",
+        warmup_steps=3,
+        save_strategy="steps",
+        save_steps=4,
+    )
+    model, data = tiny_model(torch.float32), tiny_data(20, torch.float32)
+    return PMGAFTTrainer(model, args, train_dataset=data, callbacks=list(callbacks))
+
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ranks(folder):
+    for name in CASES:
+        trainer = case_trainer(name, folder / "out", processes=2)
+        trainer.train()
+        found = {"world": trainer.accelerator.num_processes, "metrics": trainer.evaluate()}
+        found["logs"] = [{key: log[key] for key in log if key in ("loss", "ce")} for log in trainer.state.log_history]
+        found["report"] = digits_report(trainer.accelerator) if name == "released" else None
+        place = folder / f"{name}-{trainer.args.process_index}"
+        save_file(state(trainer.accelerator.unwrap_model(trainer.model)), f"{place}.safetensors")
+        Path(f"{place}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "kill":
+        long_run(sys.argv[2], [Kill()]).train()
+    else:
+        ranks(Path(sys.argv[2]))
