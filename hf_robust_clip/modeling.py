@@ -80,7 +80,7 @@ class CLIPForZeroShotClassification(CLIPModel):
         source = str(pretrained_model_name_or_path)
         folder = Path(source, kwargs.get("subfolder", ""))
         if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise OSError(f"can't load {source!r}: the folder has no config.json; save it with save_pretrained.")
+            raise OSError(f"can't load {source!r}: the folder lacks a readable config.json; use save_pretrained.")
         loaded = _explain(
             source, lambda: super(CLIPForZeroShotClassification, cls).from_pretrained(source, *args, **kwargs)
         )

@@ -122,19 +122,21 @@ class ThreatModel:
         """A point drawn uniformly from the ball around each image, then clamped to `bounds`.
 
         The draw of an image depends on `seed` and on that image's own pixels alone: not on its batch, its place in it,
-        the device, the number of processes or any global random state. (L2: a Gaussian direction and the radius
-        eps * u^(1/d) with d values per image.)
+        the number of processes or any global random state. (L2: a Gaussian direction and the radius eps * u^(1/d) with
+        d values per image.)
         """
         if self.eps == 0:
             return images_BCHW.detach().clone()
-        uniform_BCHW = _uniform(images_BCHW, seed, stream=0)
-        if self.norm == "linf":
-            delta_BCHW = (2 * uniform_BCHW - 1) * self.eps
-        else:
-            angle_BCHW = 2 * math.pi * _uniform(images_BCHW, seed, stream=1)
-            normal_BCHW = torch.sqrt(-2 * torch.log1p(-uniform_BCHW)) * torch.cos(angle_BCHW)
-            radius_B111 = _uniform(images_BCHW, seed, stream=2)[:, :1, :1, :1] ** (1 / images_BCHW[0].numel())
-            delta_BCHW = normal_BCHW / _length(normal_BCHW) * radius_B111 * self.eps
+        generator = torch.Generator(images_BCHW.device)
+        delta_BCHW = torch.empty(images_BCHW.shape, device=images_BCHW.device)
+        for key, delta_CHW in zip(_image_keys(images_BCHW, seed), delta_BCHW, strict=True):
+            generator.manual_seed(key)
+            if self.norm == "linf":
+                delta_CHW.uniform_(-self.eps, self.eps, generator=generator)
+            else:
+                radius = torch.rand(1, device=delta_CHW.device, generator=generator) ** (1 / delta_CHW.numel())
+                delta_CHW.normal_(generator=generator)
+                delta_CHW.mul_(self.eps * radius / torch.linalg.vector_norm(delta_CHW))
         return self.project(images_BCHW + delta_BCHW.to(images_BCHW), images_BCHW)
 
 
@@ -142,21 +144,20 @@ def _length(delta_BCHW: Tensor) -> Tensor:
     return torch.linalg.vector_norm(delta_BCHW, dim=(1, 2, 3), keepdim=True)
 
 
+def _image_keys(images_BCHW: Tensor, seed: int) -> list[int]:
+    """A 32-bit random seed for each image, from its float32 bits and `seed`."""
+    bits_BN = images_BCHW.detach().float().contiguous().flatten(1).view(torch.int32).long()
+    weights_N = _mix(torch.arange(bits_BN.shape[1], device=bits_BN.device) + 0x9E3779B9)
+    key_B = (bits_BN * weights_N).sum(dim=1)  # integers: the same in any order; overflow wraps around
+    key_B = _mix(key_B ^ (key_B >> 32))
+    for word in (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF):
+        key_B = _mix(key_B + word)
+    return key_B.tolist()
+
+
 def _mix(value: Tensor) -> Tensor:
-    """A bijective 32-bit integer hash (xor-shift and multiply), on int64 tensors so that no product overflows."""
+    """A bijective hash of 32-bit integers (xor-shift and multiply), held in int64."""
     value = value & 0xFFFFFFFF
     value = ((value ^ (value >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
     value = ((value ^ (value >> 15)) * 0x735A2D97) & 0xFFFFFFFF
     return value ^ (value >> 15)
-
-
-def _uniform(images_BCHW: Tensor, seed: int, stream: int) -> Tensor:
-    """Uniform numbers in [0, 1), shape (B, C, H, W), float64: a counter-based generator keyed by seed and image."""
-    values_BN = images_BCHW.detach().float().contiguous().flatten(1).view(torch.int32).long()
-    place_N = _mix(torch.arange(values_BN.shape[1], device=values_BN.device) + 0x9E3779B9)
-    key_B1 = _mix(values_BN ^ place_N).sum(dim=1, keepdim=True)  # integer sum: the same in any order
-    seed_key = _mix(torch.tensor([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, stream], device=values_BN.device))
-    for word in seed_key:
-        key_B1 = _mix(key_B1 + word)
-    bits_BN = _mix(_mix(key_B1 + place_N) ^ place_N)
-    return (bits_BN.double() / 2**32).view(images_BCHW.shape)

@@ -60,7 +60,7 @@ def client(folder: Path, work: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """The server and what the client saw; skipped modules aside, nothing here reaches beyond this machine."""
+    """The server, what the client saw, and the folder that it pushed."""
     from conftest import make_clip, make_processor
     from hub_server import HubServer
     from test_report import make_report

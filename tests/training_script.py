@@ -37,9 +37,9 @@ CASES = {
 GLOBAL_BATCH = 8
 
 
-def tiny_model(dtype=torch.float64, classes=CLASS_NAMES):
+def tiny_model(dtype=torch.float64, classes=CLASS_NAMES, seed=0):
     processor = make_processor()
-    model = CLIPForZeroShotClassification.from_clip(make_clip(processor).to(dtype), processor)
+    model = CLIPForZeroShotClassification.from_clip(make_clip(processor, seed).to(dtype), processor)
     if classes:
         model.set_classes(classes)
     return model
@@ -83,6 +83,7 @@ def case_trainer(name, folder, processes):
     accumulation = case.get("accumulation", 1) if processes > 1 else 1
     args = arguments(
         folder,
+        learning_rate=0.1,
         per_device_train_batch_size=GLOBAL_BATCH // processes // accumulation,
         gradient_accumulation_steps=accumulation,
         per_device_eval_batch_size=2,
@@ -90,23 +91,28 @@ def case_trainer(name, folder, processes):
     )
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False) if case.get("lora") else None
     torch.manual_seed(0)
-    return PMGAFTTrainer(tiny_model(), args, case["objective"], tiny_data(), tiny_data(7), peft_config=lora)
+    data = dict(train_dataset=tiny_data(), eval_dataset=tiny_data(7))
+    return PMGAFTTrainer(tiny_model(), args, case["objective"], **data, teacher=tiny_model(seed=5), peft_config=lora)
+
+
+def digits(count):
+    """The embedded model with its classes, and some of its test images, in float64: rounding decides nothing."""
+    model = CLIPForZeroShotClassification.from_pretrained(digits_clip_path()).double()
+    data = load_image_dataset("digits", "test", model.processor).first(count)
+    model.set_classes(data.class_names)
+    return model, DoubleImages(data)
 
 
 def digits_report(accelerator=None):
     """What `evaluate_robustness` finds on nine digits."""
-    model = CLIPForZeroShotClassification.from_pretrained(digits_clip_path()).double()
-    data = load_image_dataset("digits", "test", model.processor).first(9)
-    model.set_normalisation(model.processor.image_processor.image_mean, model.processor.image_processor.image_std)
-    model.set_classes(data.class_names)
-    data = DoubleImages(data)
+    model, data = digits(9)
     settings = EvaluationSettings(["4/255", "12/255"], num_steps=3, batch_size=2)
     report = evaluate_robustness(model, data, settings, name="d", task="t", model_id="m", accelerator=accelerator)
     return json.loads(json.dumps(asdict(report)))
 
 
 class DoubleImages:
-    """An image dataset in float64, where rounding decides nothing."""
+    """An image dataset in float64."""
 
     def __init__(self, data):
         self.data = data
@@ -133,8 +139,9 @@ def long_run(folder, callbacks=()):
         save_strategy="steps",
         save_steps=4,
     )
-    model, data = tiny_model(torch.float32), tiny_data(20, torch.float32)
-    return PMGAFTTrainer(model, args, train_dataset=data, callbacks=list(callbacks))
+    model, teacher = (tiny_model(torch.float32, seed=seed) for seed in (0, 5))
+    data = tiny_data(20, torch.float32)
+    return PMGAFTTrainer(model, args, train_dataset=data, teacher=teacher, callbacks=list(callbacks))
 
 
 class Kill(TrainerCallback):

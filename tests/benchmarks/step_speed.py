@@ -20,6 +20,7 @@ bf16 autocast (with `--compile` also through torch.compile) and `released` in fp
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import resource
 import statistics
@@ -264,6 +265,7 @@ def compare(task: Task) -> dict[str, float]:
     gradient = torch.cat([p.grad.flatten() for p in ours.student.vision_parameters() if p.grad is not None])
     start_BCHW = ours.threat_model.random_start(task.images_BCHW, SEED)
     del ours, batch, terms
+    gc.collect()  # models hold cycles: without this they stay in memory
 
     released = Released(task)
     delta_BCHW = released.attack(start_BCHW)
@@ -377,6 +379,7 @@ def run_cuda(args: argparse.Namespace, classes: int) -> None:
         except torch.OutOfMemoryError:
             print(f"{classes} classes: {name}: out of memory with {args.images} images", flush=True)
         way = None
+        gc.collect()
         torch.compiler.reset()
         torch.cuda.empty_cache()
     slow = [median for name, median in medians.items() if name.startswith("released")]
@@ -475,6 +478,7 @@ def main(argv: list[str] | None = None) -> None:
     clock = "processor time" if args.processor_time else "wall time"
     print(f"{place}, torch {torch.__version__}, {size}, {args.images} images, {args.dtype}, PGD-{NUM_STEPS}, {clock}")
     for classes in args.classes:
+        gc.collect()
         if args.parts:
             run_parts(args, classes)
             continue
@@ -484,6 +488,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{classes} classes: loss ours, released, share of other pixels, relative differences: {listed}")
             if not found["loss"] < 1e-4:
                 raise SystemExit("the two ways differ in their loss: their times can't be compared.")
+            gc.collect()
         if args.device == "cuda":
             run_cuda(args, classes)
             continue

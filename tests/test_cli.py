@@ -1,0 +1,393 @@
+"""From words on a command line to settings; no model is loaded here."""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from hf_robust_clip import cli
+from hf_robust_clip.cli import METHODS, build, build_objective, check_key, coerce, parse_arguments, read_recipe
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+DEFAULT = RECIPES / "configs/digits-clip/pmg_aft.yaml"
+CONFIGS = sorted((RECIPES / "configs").rglob("*.yaml"))
+ACCELERATE_CONFIGS = sorted((RECIPES / "accelerate").glob("*.yaml"))
+
+
+def named(paths):
+    return {"argvalues": paths, "ids": [path.relative_to(RECIPES).as_posix() for path in paths]}
+
+
+def method_of(config: Path) -> str:
+    return next(method for method in METHODS if config.name.startswith(method))
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Configs name a relative output folder, and TrainingArguments may set variables."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+
+def recipe(*words, config=DEFAULT):
+    return read_recipe(method_of(config), parse_arguments(words, config))
+
+
+# ---- words to plain settings
+
+
+def test_overrides_are_read_as_yaml_and_the_last_one_wins():
+    settings = parse_arguments(
+        ["--training.seed", "1", "--data.classes", "[two, one]", "--training.bf16=true", "--training.seed=2"], DEFAULT
+    )
+    assert settings["training"]["seed"] == 2
+    assert settings["training"]["bf16"] is True
+    assert settings["data"] == {"dataset": "digits", "split": "train", "classes": ["two", "one"]}
+    assert settings["training"]["attack_steps"] == 3
+
+
+def test_config_replaces_the_default_whole(tmp_path):
+    (tmp_path / "own.yaml").write_text("data: {dataset: a/b}\nrun: {output_dir: here}\n")
+    settings = parse_arguments(["--data.split", "dev", "--config", "own.yaml"], DEFAULT)
+    assert settings == {"data": {"dataset": "a/b", "split": "dev"}, "run": {"output_dir": "here"}}
+
+
+@pytest.mark.parametrize("words", [["--overwrite"], ["--overwrite", "true"], ["--overwrite=true"], ["--run.overwrite", "true"]])
+def test_short_forms(words):
+    run = parse_arguments([*words, "--output_dir", "a", "--device=cpu"], DEFAULT)["run"]
+    assert run == {"output_dir": "a", "overwrite": True, "device": "cpu"}
+
+
+def test_whole_sections_that_are_lists():
+    settings = parse_arguments(["--compare", "[tecoa, fare]", "--tasks", "[{dataset: digits}]"], DEFAULT)
+    assert settings["compare"] == ["tecoa", "fare"]
+    assert settings["tasks"] == [{"dataset": "digits"}]
+    assert recipe("--compare", "tecoa").compare == ("tecoa",)
+    assert recipe("--compare", "[pmg_aft, fare]").compare == ("fare",)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["epochs"], "'epochs' stands alone"),
+        (["--training.eps"], "--training.eps has no value"),
+        (["--training.eps", "--overwrite"], "--training.eps has no value"),
+        (["--trainig.eps", "1"], "did you mean 'training'"),
+        (["--epochs", "1"], "unknown option --epochs: 'epochs'; known: model, data"),
+        (["--training", "1"], "not of the form --section.key"),
+        (["--training.eps.x", "1"], "not of the form --section.key"),
+    ],
+)
+def test_words_that_are_no_options(words, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_arguments(words, DEFAULT)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("trainng: {}", "'trainng'; did you mean 'training'"), ("- a", "must hold sections"), ("1: {}", "unknown section")],
+)
+def test_config_with_other_sections(content, message, tmp_path):
+    (tmp_path / "own.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(["--config", "own.yaml"], DEFAULT)
+
+
+def test_yaml_that_is_none_is_one_clear_error(tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text("training: {eps: [}")
+    for words, what in ((["--training.eps", "["], "--training.eps"), (["--config", "own.yaml"], "own.yaml")):
+        with pytest.raises(SystemExit):
+            cli.run_recipe("pmg_aft", DEFAULT, "", words)
+        error = capsys.readouterr().err
+        assert what in error
+        assert error.count("\n") == 1
+
+
+# ---- plain settings to typed ones
+
+
+@dataclass
+class Sample:
+    count: int = 0
+    share: float = 0.0
+    text: str = ""
+    flag: bool = False
+    maybe: float | None = None
+    names: list[str] | None = None
+    norm: Literal["linf", "l2"] = "linf"
+    other: Any = None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("share", "1e-5", 1e-5),
+        ("share", 2, 2.0),
+        ("maybe", "1e-5", 1e-5),
+        ("maybe", None, None),
+        ("text", 0.5, "0.5"),
+        ("text", 8, "8"),
+        ("flag", True, True),
+        ("names", ["a"], ["a"]),
+        ("norm", "l2", "l2"),
+        ("other", None, None),
+    ],
+)
+def test_values_take_the_type_of_their_field(key, value, expected):
+    found = getattr(build(Sample, {key: value}, "sample"), key)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("count", "abc"),
+        ("count", 2.5),
+        ("count", True),
+        ("count", False),
+        ("count", None),
+        ("share", "abc"),
+        ("share", True),
+        ("share", False),
+        ("text", True),
+        ("text", None),
+        ("flag", 1),
+        ("flag", "yes"),
+        ("names", "a"),
+        ("norm", "l7"),
+        ("maybe", [1]),
+    ],
+)
+def test_values_of_another_type_are_refused_by_name(key, value):
+    with pytest.raises(ValueError, match=rf"sample\.{key}"):
+        build(Sample, {key: value}, "sample")
+
+
+def test_an_unlisted_kind_of_value_names_what_would_fit():
+    with pytest.raises(ValueError, match=re.escape("x='l7' must be 'linf'/'l2'.")):
+        coerce("l7", Literal["linf", "l2"], "x")
+
+
+def test_nearest_name_is_offered():
+    with pytest.raises(ValueError, match=re.escape("unknown method: 'tekoa'; did you mean 'tecoa'?")):
+        check_key("tekoa", list(METHODS), "method")
+    with pytest.raises(ValueError, match="known: pmg_aft, tecoa"):
+        check_key("zzz", list(METHODS), "method")
+
+
+@pytest.mark.parametrize("section", ["model", "data", "prompt", "objective", "training", "evaluation", "run"])
+def test_unknown_keys_are_errors_in_every_section(section):
+    with pytest.raises(ValueError, match=f"unknown key in {section}: 'no_such_key'"):
+        recipe(f"--{section}.no_such_key", "1")
+
+
+def test_unknown_keys_are_errors_in_tasks():
+    with pytest.raises(ValueError, match=re.escape("unknown key in tasks[1]: 'splitt'; did you mean 'split'?")):
+        recipe("--tasks", "[{dataset: digits}, {dataset: digits, splitt: test}]")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--training.learning_rate", "abc"], "training.learning_rate='abc' must be float"),
+        (["--training.eps", "null"], "training.eps must not be empty"),
+        (["--training.attack_steps", "0"], "num_steps=0"),
+        (["--evaluation.num_steps", "0"], "num_steps=0"),
+        (["--evaluation.radii", "[]"], "radii=[]"),
+        (["--evaluation.radii", "8/255"], "evaluation.radii='8/255'"),
+        (["--evaluation.batch_size", "0"], "batch_size=0"),
+        (["--tasks", "5"], "tasks=5 must be a list"),
+        (["--tasks", "[digits]"], "tasks[0]='digits' must hold keys"),
+        (["--tasks", "[{split: test}]"], "tasks[0].dataset is missing"),
+        (["--compare", "5"], "compare=5"),
+        (["--compare", "tekoa"], "did you mean 'tecoa'"),
+        (["--device", "gpu"], "run.device='gpu' must be 'auto'/'cpu'/'cuda'"),
+        (["--objective.alpha", "-1"], "alpha=-1"),
+        (["--data.max_images", "0"], "max_images=0"),
+        (["--run.push_to_hub", "a b"], "a b"),
+    ],
+)
+def test_bad_values(words, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        recipe(*words)
+
+
+def test_tasks_that_tables_could_not_tell_apart_are_refused():
+    with pytest.raises(ValueError, match="name"):
+        recipe("--tasks", "[{dataset: digits, split: test}, {dataset: digits, split: train}]")
+
+
+def test_everything_has_a_default_but_data_and_output(tmp_path):
+    (tmp_path / "own.yaml").write_text("")
+    for words, missing in (
+        (["--data.dataset", "digits"], "run.output_dir is missing"),
+        (["--output_dir", "a"], "data.dataset is missing"),
+        (["--output_dir", "a", "--data.dataset", "digits"], "evaluation.radii is missing"),
+    ):
+        with pytest.raises(ValueError, match=missing):
+            read_recipe("tecoa", parse_arguments([*words, "--config", "own.yaml"], DEFAULT))
+
+
+def test_values_reach_the_settings():
+    found = recipe("--training.learning_rate", "1e-5", "--training.eps", "0.1", "--training.bf16", "true",
+                   "--data.classes", "[one, two]", "--evaluation.radii", "[1/255]", "--device", "cpu")  # fmt: skip
+    assert found.training.learning_rate == 1e-5
+    assert found.training.threat_model().eps == 0.1
+    assert found.training.bf16 is True
+    assert found.training.use_cpu is True
+    assert found.data.classes == ["one", "two"]
+    assert [threat.eps for threat, _ in found.evaluation.threats()] == [1 / 255]
+    assert [task.name for task in found.tasks] == ["trained classes", "held-out classes"]
+    assert found.source["training"]["learning_rate"] == "1e-5"
+
+
+# ---- objectives
+
+
+def test_presets():
+    paper, released = (build_objective("pmg_aft", {"preset": name}) for name in ("paper", "released"))
+    assert (paper.temperature, paper.reduction, paper.image_mean) == (None, "batch_mean", None)
+    assert (released.temperature, released.reduction, released.alpha) == (1.0, "sum", 1.0)
+    assert released.image_mean[0] == 0.485
+    assert build_objective("pmg_aft", None) == paper
+
+
+def test_overriding_one_field_of_a_preset_keeps_the_others():
+    released = build_objective("pmg_aft", {"preset": "released"})
+    changed = build_objective("pmg_aft", {"preset": "released", "alpha": "0"})
+    assert changed.alpha == 0.0
+    assert (changed.temperature, changed.reduction, changed.image_std) == (1.0, "sum", released.image_std)
+    assert recipe("--objective.temperature", "2").objective.reduction == "sum"
+    own = {"preset": "paper", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    assert build_objective("pmg_aft", own).image_mean == [0.5] * 3
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "message"),
+    [
+        ("pmg_aft", {"preset": "realeased"}, "did you mean 'released'"),
+        ("tecoa", {"preset": "paper"}, "none for this method"),
+        ("pmg_aft", {"alfa": 1}, "did you mean 'alpha'"),
+        ("pmg_aft", {"preset": "released", "alfa": 1}, "did you mean 'alpha'"),
+        ("fare2", {}, "did you mean 'fare'"),
+    ],
+)
+def test_unknown_objectives(method, values, message):
+    with pytest.raises(ValueError, match=message):
+        build_objective(method, values)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_its_trainer(method):
+    assert build_objective(method, None) == cli.trainer_class(method).objective_cls()
+
+
+# ---- help and usage
+
+
+@pytest.mark.parametrize("script", ["pmgaft.py", "tecoa.py", "fare.py"])
+def test_help_answers_without_torch(script):
+    probe = (
+        "import runpy, sys; sys.argv = [sys.argv[1], '--help']; runpy.run_path(sys.argv[0], run_name='__main__'); "
+        "print('HEAVY', [name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", probe, str(RECIPES / script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    assert "HEAVY []" in done.stdout
+    assert "--section.key VALUE" in done.stdout
+    assert "per_device_train_batch_size: 64" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [([], 2), (["--help"], 0), (["train"], 2), (["train", "tekoa", "--config", "a"], 2), (["train", "tecoa"], 2)],
+)
+def test_usage(words, status, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert stopped.value.code == status
+    assert "hf-robust-clip train {pmg_aft,tecoa,fare,trades,clean} --config FILE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--config", str(DEFAULT)], [f"--config={DEFAULT}"]], ids=["two words", "one word"])
+def test_main_runs_a_method_with_a_config(words, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "train", seen.append)
+    cli.main(["train", "pmg_aft", *words])
+    assert [found.method for found in seen] == ["pmg_aft"]
+    assert seen[0].objective.reduction == "sum"
+
+
+@pytest.mark.parametrize("words", [["--config", "none.yaml"], ["--config"]], ids=["missing file", "no file"])
+def test_main_with_a_wrong_config_ends_with_one_line(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "tecoa", *words])
+    assert stopped.value.code == 2
+    assert re.fullmatch(r"error: .*--config.*\n", capsys.readouterr().err)
+
+
+def test_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("HF_ROBUST_CLIP_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="unknown"):
+        cli.run_recipe("pmg_aft", DEFAULT, "", ["--epochs", "1"])
+
+
+# ---- the configs that come along
+
+
+def top_comment(config: Path) -> str:
+    """The comment lines a config begins with, continuation marks and line breaks removed."""
+    lines = config.read_text(encoding="utf-8").splitlines()
+    count = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    return re.sub(r"\\?\s+", " ", " ".join(line.removeprefix("#") for line in lines[:count]))
+
+
+def test_there_are_configs_for_three_methods_and_four_models():
+    assert {method_of(config) for config in CONFIGS} == {"pmg_aft", "tecoa", "fare"}
+    assert len({config.parent for config in CONFIGS}) == 4
+
+
+@pytest.mark.parametrize("config", **named(CONFIGS))
+def test_every_config_is_read(config):
+    found = recipe(config=config)
+    assert found.training.threat_model().eps > 0
+    assert (found.model.name.split("/")[-1]) == config.parent.name
+    if "imagenet" in config.name:
+        update = found.training.per_device_train_batch_size * found.training.gradient_accumulation_steps
+        assert update == (128 if found.method == "fare" else 256)
+        assert ("tiny" in config.name) == (found.data.dataset == "zh-plus/tiny-imagenet")
+
+
+@pytest.mark.parametrize("config", **named(CONFIGS))
+def test_every_config_says_how_to_launch_it_and_what_is_known(config):
+    text = top_comment(config)
+    launch = re.search(r"launch: (accelerate launch .*?)(?= published| measured|$)", text)[1]
+    paths = re.findall(r"recipes/\S+", launch)
+    assert all((RECIPES.parent / path).is_file() for path in paths), paths
+    script = (RECIPES.parent / next(path for path in paths if path.endswith(".py"))).read_text()
+    assert f'run_recipe("{method_of(config)}"' in script
+    own = config.relative_to(RECIPES).as_posix()
+    if "--config " in launch:
+        assert f"--config recipes/{own}" in launch
+    else:
+        assert own in script
+    assert "published" in text
+    assert "measured by us" in text
+
+
+@pytest.mark.parametrize("config", **named(ACCELERATE_CONFIGS))
+def test_accelerate_reads_its_configs(config):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = load_config_from_file(str(config))
+    content = yaml.safe_load(config.read_text())
+    assert found.num_processes == content["num_processes"]
+    assert found.distributed_type.value == content["distributed_type"]
+    assert found.mixed_precision == content["mixed_precision"]
+    assert config.read_text().startswith("# ")

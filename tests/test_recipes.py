@@ -1,0 +1,247 @@
+"""The training scripts, end to end on the model that ships with the package, and what they say to wrong settings."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import CLIPModel, CLIPProcessor
+
+from hf_robust_clip.cli import run_recipe
+from hf_robust_clip.report import load_reports
+
+ROOT = Path(__file__).parent.parent
+SCRIPT, DEFAULT = ROOT / "recipes/pmgaft.py", ROOT / "recipes/configs/digits-clip/pmg_aft.yaml"
+FILES = {"README.md", "report.json", "accuracy.png", "recipe.yaml", "model.safetensors", "config.json",
+         "processor_config.json"}  # fmt: skip
+SMALL = ["--data.max_images", "24", "--training.max_steps", "2", "--training.logging_steps", "1",
+         "--training.per_device_train_batch_size", "8", "--evaluation.num_steps", "2", "--evaluation.radii", "[24/255]",
+         "--tasks", "[{name: trained, dataset: digits, split: test, classes: [zero, one], max_images: 20},"
+         " {name: held out, dataset: digits, split: test, classes: [six, nine], max_images: 19}]"]  # fmt: skip
+
+
+def launch(*command: str | Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("ACCELERATE_MIXED_PRECISION", None)
+    words = [sys.executable, *map(str, command)]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def run(*words: str | Path, method: str = "pmg_aft") -> None:
+    run_recipe(method, DEFAULT, "", [*SMALL, *map(str, words)])
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch, tmp_path):
+    """Precision and device are chosen once per process; each run here makes its own choice."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of the script as a user starts it: (folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("recipes") / "out"
+    done = launch(SCRIPT, *SMALL, "--output_dir", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- a run
+
+
+def test_script_writes_everything_and_says_how_to_load_it(finished):
+    folder, printed = finished
+    assert {path.name for path in folder.iterdir()} >= FILES
+    assert "pmg_aft: 24 images, 6 classes, 1 process(es)" in printed
+    assert f'CLIPForZeroShotClassification.from_pretrained("{folder}")' in printed
+    for row in ("undefended, trained", "undefended, held out", "PMG-AFT, trained", "PMG-AFT, held out"):
+        assert row in printed
+    assert Image.open(folder / "accuracy.png").width > 800
+    assert not list(folder.glob("*.part"))
+    assert not (folder / "training_args.bin").exists()
+
+
+def test_reports_card_and_recipe_agree(finished):
+    folder, _ = finished
+    own, compared = load_reports(folder / "report.json")
+    assert [(r.name, r.task, r.num_images) for r in own] == [("PMG-AFT", "trained", 20), ("PMG-AFT", "held out", 19)]
+    assert [(r.name, r.task) for r in compared] == [("undefended", "trained"), ("undefended", "held out")]
+    card = ModelCard.load(folder / "README.md")
+    values = {row.dataset_config: row.metric_value for row in card.data.eval_results}
+    assert values["trained, clean"] == round(own[0].clean_accuracy, 4)
+    assert len(values) == 4
+    assert "| updates | 2 |" in card.text
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert recipe["training"]["max_steps"] == 2
+    assert recipe["objective"] == {"preset": "released"}
+
+
+def test_saved_folder_is_a_plain_clip_that_has_changed(finished):
+    folder, _ = finished
+    clip, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
+    before = CLIPModel.from_pretrained(ROOT / "hf_robust_clip/digits_clip")
+    changed = {name for name, value in before.state_dict().items() if not torch.equal(value, clip.state_dict()[name])}
+    assert changed
+    assert all(name.startswith(("vision_model.", "visual_projection.")) for name in changed)
+    assert processor.image_processor.image_mean == [0.485, 0.456, 0.406]
+
+
+def test_recipe_that_was_saved_gives_the_same_model(finished):
+    folder, _ = finished
+    run_recipe("pmg_aft", DEFAULT, "", ["--config", str(folder / "recipe.yaml"), "--output_dir", "again"])
+    for name in ("model.safetensors", "recipe.yaml"):
+        old, new = (folder / name).read_bytes(), Path("again", name).read_bytes()
+        assert old.replace(str(folder).encode(), b"again") == new, name
+
+
+def test_second_run_is_refused_and_changes_nothing(finished, capsys):
+    folder, _ = finished
+    before = contents(folder)
+    with pytest.raises(SystemExit) as stopped:
+        run("--output_dir", folder)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert "--overwrite or --resume" in error
+    assert contents(folder) == before
+
+
+def test_resume_goes_on_from_the_checkpoint(finished, capfd):
+    folder, _ = finished
+    shutil.copytree(folder, "out")
+    run("--output_dir", "out", "--resume", "--training.max_steps", "3")
+    assert "| updates | 3 |" in Path("out/README.md").read_text()
+    assert Path("out/checkpoint-3").is_dir()
+    assert capfd.readouterr().out.count("'loss'") == 1, "two of three steps were done before"
+
+
+def test_overwrite_begins_anew(finished):
+    folder, _ = finished
+    shutil.copytree(folder, "out")
+    run("--output_dir", "out", "--overwrite", "--training.max_steps", "1")
+    assert "| updates | 1 |" in Path("out/README.md").read_text()
+    assert [path.name for path in Path("out").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_compare_trains_and_shows_both(capsys):
+    run("--output_dir", "out", "--compare", "[tecoa]", "--training.max_steps", "1")
+    own, compared = load_reports("out/report.json")
+    assert [r.name for r in own] == ["PMG-AFT"] * 2
+    assert [r.name for r in compared] == ["undefended"] * 2 + ["TeCoA"] * 2
+    assert "TeCoA, held out" in capsys.readouterr().out
+
+
+def test_two_processes_train_together_and_write_one_report(tmp_path):
+    """With `drop_last` off, 24 images in batches of 8 on each of 2 processes make 2 updates of 16 an epoch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    config = ROOT / "recipes/accelerate/two_cpu_processes.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", port]
+    done = launch(*launcher, SCRIPT, *SMALL, "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("2 process(es)") == 1
+    assert done.stdout.count("load it: ") == 1
+    own, _ = load_reports(tmp_path / "out/report.json")
+    assert [(report.task, report.num_images) for report in own] == [("trained", 20), ("held out", 19)]
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| images per update | 16 |" in card
+    assert "| updates | 2 |" in card
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("launched", [False, True], ids=["training.bf16", "accelerate config"])
+def test_bf16_runs_and_is_named_in_the_card(launched, monkeypatch):
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # what `mixed_precision: bf16` of a config sets
+    run("--output_dir", "out", *([] if launched else ["--training.bf16", "true"]))
+    assert "| precision | bf16 |" in Path("out/README.md").read_text()
+    assert all(value.dtype == torch.float32 for value in CLIPModel.from_pretrained("out").state_dict().values())
+    assert load_reports("out/report.json")[0][0].precision == "float32", "the evaluation never runs in bf16"
+
+
+# ---- wrong settings
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+WRONG = {
+    "eps in grey levels": (["--training.eps", "8"], "'8/255'"),
+    "negative eps": (["--training.eps", "-1/255"], "eps='-1/255' must be finite and at least 0"),
+    "eps is no number": (["--training.eps", "abc"], "eps='abc' is not a number or a fraction"),
+    "unknown norm": (["--training.norm", "l7"], "norm='l7' is unknown; choose one of linf, l2"),
+    "unknown norm of the evaluation": (["--evaluation.norm", "l7"], "norm='l7' is unknown"),
+    "unknown method": (["--compare", "tekoa"], "did you mean 'tecoa'"),
+    "unknown key": (["--training.epz", "1"], "unknown key in training: 'epz'; did you mean 'eps'"),
+    "step of zero": (["--training.attack_step_size", "0"], "step_size=0 never moves an image"),
+    "missing value": (["--training.eps"], "--training.eps has no value"),
+    "missing config": (["--config", "none.yaml"], "--config 'none.yaml' is not a file"),
+    "too many layers": (["--training.trainable_layers", "9"], "trainable_layers=9"),
+    "no such model": (["--model.name", "no/such"], "can't load 'no/such': no such folder, and the Hub is switched off"),
+    "no such dataset": (["--data.dataset", "no/such"], "can't load dataset 'no/such'"),
+    "no such split": (["--data.split", "dev"], "split='dev' does not exist"),
+    "no such split of a task": (["--tasks", "[{dataset: digits, split: dev}]"], "split='dev' does not exist"),
+    "unknown class": (["--data.classes", "[zero, ten]"], "class 'ten' is not in digits"),
+    "class twice": (["--data.classes", "[zero, zero]"], "'zero'"),
+    "no classes": (["--data.classes", "[]"], "class_names is empty"),
+    "template without place": (["--prompt.template", "a photo"], "template='a photo' has no '{}'"),
+    "template with two places": (["--prompt.template", "a {} of {}"], "template='a {} of {}'"),
+    "template with a named place": (["--prompt.template", "a {} of {x}"], "template='a {} of {x}'"),
+    "text beyond the context": (["--prompt.template", "very " * 60 + "{}"], "shorten it"),
+    "cuda where there is none": pytest.param(["--device", "cuda"], "torch sees no CUDA device", marks=NO_CUDA),
+    "fp16 on the CPU": pytest.param(["--training.fp16", "true"], "fp16", marks=NO_CUDA),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_setting_ends_with_one_line_and_writes_nothing(words, message, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as stopped:
+        run("--output_dir", "out", *words)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_output_that_is_there_stays_as_it_is(kind, capsys):
+    Path("folder").mkdir()
+    for name in ("file", "folder/mine.txt"):
+        Path(name).write_text("mine")
+    before = contents(Path())
+    with pytest.raises(SystemExit) as stopped:
+        run("--output_dir", kind)
+    assert stopped.value.code == 2
+    assert f"output_dir={kind!r} is " in capsys.readouterr().err
+    assert contents(Path()) == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("--output_dir", "out", "--training.learning_rate", "1e30", "--training.warmup_steps", "0")
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: step 1: the loss term" in last
+    assert "lower the learning rate" in last
+    assert not Path("out/model.safetensors").exists()
+    assert not Path("out/report.json").exists()
