@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_o
 import yaml
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from .evaluation import EvaluationSettings
     from .modeling import CLIPForZeroShotClassification
     from .report import RobustnessReport
@@ -331,30 +333,30 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     train_data, tasks = load_data(recipe.data, model), [load_data(task, model) for task in recipe.tasks]
     names = [task.name or task.dataset for task in recipe.tasks]
     model.set_classes(train_data.class_names, recipe.prompt.template)  # a bad class name fails here, before any work
-    accelerator = make_accelerator(recipe.training)
-    say = accelerator.print
+    processes = join_processes(recipe.training)
+    say = processes.print
     say(f"{recipe.method}: {len(train_data)} images, {len(train_data.class_names)} classes, "
-        f"{accelerator.num_processes} process(es) on {accelerator.device.type}")  # fmt: skip
+        f"{processes.num_processes} process(es) on {processes.device.type}")  # fmt: skip
 
     def evaluate(subject: CLIPForZeroShotClassification, title: str, model_id: str) -> list[RobustnessReport]:
         from .evaluation import evaluate_robustness
 
-        subject.to(accelerator.device)
+        subject.to(processes.device)
         found = []
         for data, task in zip(tasks, names, strict=True):
             subject.set_classes(data.class_names, recipe.prompt.template)
             found.append(
                 evaluate_robustness(
-                    subject, data, recipe.evaluation, name=title, task=task, model_id=model_id, accelerator=accelerator
+                    subject, data, recipe.evaluation, name=title, task=task, model_id=model_id, processes=processes
                 )
             )
         subject.set_classes(train_data.class_names, recipe.prompt.template)
         return found
 
-    if accelerator.is_main_process and recipe.run.overwrite:
+    if processes.is_main_process and recipe.run.overwrite:
         for old in folder.glob("checkpoint-*"):
             shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    processes.wait_for_everyone()
     by_method = {"undefended": evaluate(model, "undefended", recipe.model.name)}
     for other in recipe.compare:
         rival = load_model(recipe.model)
@@ -363,17 +365,18 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
         trainer = make_trainer(recipe, other, rival, objective, train_data, save=False)
         trainer.train()
         title = objective.paper.method
-        by_method[title] = evaluate(plain_model(trainer), title, f"{title} from {recipe.model.name}, same settings")
+        rival = plain_model(trainer, folder / "compared" / other)
+        by_method[title] = evaluate(rival, title, f"{title} from {recipe.model.name}, same settings")
 
     trainer = make_trainer(recipe, recipe.method, model, recipe.objective, train_data, save=True)
     resume = recipe.run.resume and any(folder.glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=True if resume else None)
-    tuned = plain_model(trainer)
+    tuned = plain_model(trainer, folder)
     title = recipe.objective.paper.method
     repo_id = recipe.run.push_to_hub or recipe.run.output_dir
     reports = evaluate(tuned, title, repo_id)
     compared = [report for rows in by_method.values() for report in rows]
-    if accelerator.is_main_process:
+    if processes.is_main_process:
         tuned.save_pretrained(folder)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.source, sort_keys=False, allow_unicode=True))
         save_reports(folder / "report.json", reports, compared)
@@ -395,6 +398,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
             limits=limits_of(recipe.model.name),
             datasets=[recipe.data.dataset],
             plot="accuracy.png",
+            license="apache-2.0" if recipe.model.name == EMBEDDED_MODEL else None,
         )
         make_card(reports, compared, info).save(folder / "README.md")
         from rich.console import Console
@@ -411,22 +415,22 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
             say(f"pushed: {push_folder(folder, recipe.run.push_to_hub)}")
         say(f"saved to {folder}: weights, processor, README.md, report.json, accuracy.png, recipe.yaml")
         say(f'load it: CLIPForZeroShotClassification.from_pretrained("{repo_id}")  # or transformers.CLIPModel')
-    accelerator.wait_for_everyone()
+    processes.wait_for_everyone()
     return reports
 
 
-def make_accelerator(training: RobustClipConfig) -> Any:
-    """An `Accelerator` on the processes that were launched. Raises ValueError if fewer joined than were launched."""
-    from accelerate import Accelerator
+def join_processes(training: RobustClipConfig) -> PartialState:
+    """The processes that were launched together. Raises ValueError if fewer joined than were launched."""
+    from accelerate import PartialState
 
-    accelerator = Accelerator(cpu=training.use_cpu)
+    processes = PartialState(cpu=training.use_cpu)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
+    if processes.num_processes != launched:
         raise ValueError(
-            f"{launched} processes were launched, but {accelerator.num_processes} joined: each would train alone. "
+            f"{launched} processes were launched, but {processes.num_processes} joined: each would train alone. "
             "Use one of the accelerate configs in recipes/accelerate."
         )
-    return accelerator
+    return processes
 
 
 def make_trainer(
@@ -450,8 +454,16 @@ def without_checkpoints(training: RobustClipConfig) -> RobustClipConfig:
     return quiet
 
 
-def plain_model(trainer: RobustClipTrainer) -> CLIPForZeroShotClassification:
-    """The trained model without wrappers, adapters merged into its weights."""
+def plain_model(trainer: RobustClipTrainer, folder: Path) -> CLIPForZeroShotClassification:
+    """The trained model without wrappers, adapters merged into its weights; sharded ones go through `folder`."""
+    from accelerate.utils import DistributedType
+
+    if trainer.accelerator.distributed_type == DistributedType.FSDP:
+        from .modeling import CLIPForZeroShotClassification
+
+        trainer.save_model(str(folder))
+        trainer.accelerator.wait_for_everyone()
+        return CLIPForZeroShotClassification.from_pretrained(folder).eval()
     core = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     return core.merge_and_unload() if hasattr(core, "merge_and_unload") else core
 
@@ -459,7 +471,7 @@ def plain_model(trainer: RobustClipTrainer) -> CLIPForZeroShotClassification:
 def limits_of(model_name: str) -> str:
     """One sentence for the card."""
     if model_name == EMBEDDED_MODEL:
-        return "A demonstration of 0.35 M parameters that knows nothing but 8 x 8 pictures of handwritten digits."
+        return "A demonstration of 0.35 M parameters that knows nothing but pictures of handwritten digits."
     return f"It inherits what `{model_name}` can't do, and its biases."
 
 

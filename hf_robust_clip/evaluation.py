@@ -19,7 +19,7 @@ from .threat_model import ThreatModel
 from .zero_shot_data.loading import ImageDataset, collate_images
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def evaluate_robustness(
     name: str,
     task: str,
     model_id: str,
-    accelerator: Accelerator | None = None,
+    processes: Accelerator | PartialState | None = None,
 ) -> RobustnessReport:
     """Accuracy on clean images and under PGD (cross-entropy, white box, best iterate) at every radius.
 
@@ -88,14 +88,14 @@ def evaluate_robustness(
         name: what tables call the model.
         task: what tables call the images.
         model_id: Hub id or folder, for the report.
-        accelerator: splits the images over its processes; each process gets the whole report.
+        processes: splits the images over its processes; each of them gets the whole report.
 
     Raises ValueError for an empty dataset, labels beyond the classes, images outside [0, 1] or of wrong size.
     """
     if len(dataset) == 0:
         raise ValueError("dataset is empty; nothing to evaluate.")
     threats = settings.threats()
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    rank, world = (processes.process_index, processes.num_processes) if processes else (0, 1)
     loader = DataLoader(
         Subset(dataset, range(rank, len(dataset), world)), settings.batch_size, collate_fn=collate_images
     )
@@ -112,7 +112,7 @@ def evaluate_robustness(
     finally:
         model.train(training)
     zeros, total = zero_share.zeros, zero_share.total
-    if accelerator and world > 1:
+    if world > 1:
         from accelerate.utils import gather_object
 
         results = gather_object(results)

@@ -31,7 +31,7 @@ class CardInfo:
         limits: one sentence on what this very model can't do.
         datasets: Hub ids of the training data, for the metadata.
         plot: file name of the plot beside the card, or None.
-        license: SPDX id.
+        license: SPDX id of the weights; None where it follows from the base model.
     """
 
     repo_id: str
@@ -44,7 +44,7 @@ class CardInfo:
     limits: str
     datasets: Sequence[str] = ()
     plot: str | None = None
-    license: str = "apache-2.0"
+    license: str | None = None
 
 
 def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessReport], info: CardInfo) -> ModelCard:

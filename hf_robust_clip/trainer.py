@@ -364,7 +364,7 @@ class RobustClipTrainer(Trainer):
             "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
             "images_per_update": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "updates": self.state.global_step,
-            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+            "precision": {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
             "seed": args.seed,
         }
 

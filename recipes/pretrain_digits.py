@@ -32,6 +32,7 @@ CAPTIONS = (
     "{}",
 )
 CONTEXT_LENGTH = 32
+IMAGE_SIZE = 8
 
 
 def make_tokenizer(vocab_size: int = 800) -> CLIPTokenizer:
@@ -51,14 +52,14 @@ def make_tokenizer(vocab_size: int = 800) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CONTEXT_LENGTH)
 
 
-def make_model(tokenizer: CLIPTokenizer, image_size: int) -> CLIPModel:
-    """A CLIP of 0.35 M parameters: three layers of width 64 in each tower, 16 patches."""
+def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """A CLIP of 0.35 M parameters: three layers of width 64 in each tower, patches of 2 x 2 pixels."""
     tower = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
     special = dict(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     text = dict(tower, vocab_size=len(tokenizer), max_position_embeddings=CONTEXT_LENGTH, **special)
-    vision = dict(tower, image_size=image_size, patch_size=image_size // 4)
+    vision = dict(tower, image_size=IMAGE_SIZE, patch_size=2)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
 
@@ -70,18 +71,16 @@ def contrastive_loss(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> torch.T
 
 
 def shifted(images_BCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each picture moved by at most an eighth of its size in both directions, the edge filled with background."""
+    """Each picture moved by -1, 0 or 1 pixel in both directions, the edge filled with background."""
     size = images_BCHW.shape[-1]
-    reach = size // 8
-    padded = F.pad(images_BCHW, (reach, reach, reach, reach))
-    offsets = torch.randint(0, 2 * reach + 1, (len(images_BCHW), 2), generator=generator).tolist()
+    padded = F.pad(images_BCHW, (1, 1, 1, 1))
+    offsets = torch.randint(0, 3, (len(images_BCHW), 2), generator=generator).tolist()
     return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, offsets, strict=True)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--image_size", type=int, default=16, help="pixels; the processor enlarges the 8 x 8 pictures")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
@@ -92,11 +91,10 @@ def main() -> None:
     set_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     tokenizer = make_tokenizer()
-    size = options.image_size
-    model = make_model(tokenizer, size)
+    model = make_model(tokenizer)
     image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
+        size={"shortest_edge": IMAGE_SIZE},
+        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         image_mean=OPENAI_CLIP_MEAN,
         image_std=OPENAI_CLIP_STD,
     )

@@ -57,7 +57,9 @@ def test_config_replaces_the_default_whole(tmp_path):
     assert settings == {"data": {"dataset": "a/b", "split": "dev"}, "run": {"output_dir": "here"}}
 
 
-@pytest.mark.parametrize("words", [["--overwrite"], ["--overwrite", "true"], ["--overwrite=true"], ["--run.overwrite", "true"]])
+@pytest.mark.parametrize(
+    "words", [["--overwrite"], ["--overwrite", "true"], ["--overwrite=true"], ["--run.overwrite", "true"]]
+)
 def test_short_forms(words):
     run = parse_arguments([*words, "--output_dir", "a", "--device=cpu"], DEFAULT)["run"]
     assert run == {"output_dir": "a", "overwrite": True, "device": "cpu"}
@@ -90,7 +92,11 @@ def test_words_that_are_no_options(words, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("trainng: {}", "'trainng'; did you mean 'training'"), ("- a", "must hold sections"), ("1: {}", "unknown section")],
+    [
+        ("trainng: {}", "'trainng'; did you mean 'training'"),
+        ("- a", "must hold sections"),
+        ("1: {}", "unknown section"),
+    ],
 )
 def test_config_with_other_sections(content, message, tmp_path):
     (tmp_path / "own.yaml").write_text(content)

@@ -30,6 +30,7 @@ INFO = CardInfo(
     limits="It knows four animals.",
     datasets=["user/pictures"],
     plot="accuracy.png",
+    license="apache-2.0",
 )
 OWN = [
     make_report(name="PMG-AFT"),
@@ -96,9 +97,12 @@ def test_a_card_without_figures_is_refused():
 
 
 def test_paths_are_no_hub_ids():
-    info = replace(INFO, repo_id="out/robust/", base_model="digits-clip", datasets=["digits", "/data/pictures"])
+    info = replace(
+        INFO, repo_id="out/robust/", base_model="digits-clip", datasets=["digits", "/data/pictures"], license=None
+    )
     card = make_card(OWN, [], info)
     assert (card.data.model_name, card.data.base_model, card.data.datasets) == ("robust", None, None)
+    assert "license" not in card.data.to_dict()
     assert "# robust\n" in card.text
     assert "`digits-clip`" in card.text
 

@@ -99,7 +99,7 @@ def test_saved_folder_is_a_plain_clip_that_has_changed(finished):
     changed = {name for name, value in before.state_dict().items() if not torch.equal(value, clip.state_dict()[name])}
     assert changed
     assert all(name.startswith(("vision_model.", "visual_projection.")) for name in changed)
-    assert processor.image_processor.image_mean == [0.485, 0.456, 0.406]
+    assert list(processor.image_processor.image_mean) == [0.485, 0.456, 0.406]
 
 
 def test_recipe_that_was_saved_gives_the_same_model(finished):
@@ -194,7 +194,10 @@ WRONG = {
     "missing value": (["--training.eps"], "--training.eps has no value"),
     "missing config": (["--config", "none.yaml"], "--config 'none.yaml' is not a file"),
     "too many layers": (["--training.trainable_layers", "9"], "trainable_layers=9"),
-    "no such model": (["--model.name", "no/such"], "can't load 'no/such': no such folder, and the Hub is switched off"),
+    "no such model": (
+        ["--model.name", "no/such"],
+        "can't load 'no/such': no such folder, and the Hub is switched off",
+    ),
     "no such dataset": (["--data.dataset", "no/such"], "can't load dataset 'no/such'"),
     "no such split": (["--data.split", "dev"], "split='dev' does not exist"),
     "no such split of a task": (["--tasks", "[{dataset: digits, split: dev}]"], "split='dev' does not exist"),
@@ -202,11 +205,8 @@ WRONG = {
     "class twice": (["--data.classes", "[zero, zero]"], "'zero'"),
     "no classes": (["--data.classes", "[]"], "class_names is empty"),
     "template without place": (["--prompt.template", "a photo"], "template='a photo' has no '{}'"),
-    "template with two places": (["--prompt.template", "a {} of {}"], "template='a {} of {}'"),
-    "template with a named place": (["--prompt.template", "a {} of {x}"], "template='a {} of {x}'"),
     "text beyond the context": (["--prompt.template", "very " * 60 + "{}"], "shorten it"),
     "cuda where there is none": pytest.param(["--device", "cuda"], "torch sees no CUDA device", marks=NO_CUDA),
-    "fp16 on the CPU": pytest.param(["--training.fp16", "true"], "fp16", marks=NO_CUDA),
 }
 
 

@@ -138,6 +138,21 @@ def test_adapter_resumes_bitwise(lora, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_optimizer_is_the_published_sgd_unless_told(tmp_path):
+    def optimizer(optimizers=(None, None), **settings):
+        trainer = TeCoATrainer(tiny_model(), arguments(tmp_path, **settings), optimizers=optimizers)
+        trainer.create_optimizer()
+        return trainer.optimizer
+
+    sgd = optimizer()
+    assert isinstance(sgd, torch.optim.SGD)
+    assert {(group["momentum"], group["lr"]) for group in sgd.param_groups} == {(0.9, 1e-2)}
+    assert {group["momentum"] for group in optimizer(momentum=0.5).param_groups} == {0.5}
+    assert isinstance(optimizer(optim="adamw_torch"), torch.optim.AdamW)
+    own = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
+    assert optimizer((own, None)) is own
+
+
 # ---- the same training however the batch is split
 
 
@@ -192,7 +207,8 @@ def test_bf16_is_close_to_float32_and_gives_float32_logits(tmp_path):
         dtypes.clear()
         batch = next(iter(trainer.get_train_dataloader()))
         with trainer.accelerator.autocast():
-            assert model(batch["pixel_values"]).logits.dtype == torch.float32
+            output = model(batch["pixel_values"])
+        assert output.logits.dtype == output.cosine.dtype == torch.float32
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert all(math.isfinite(loss) for loss in losses[True])
     assert losses[True] != losses[False]
