@@ -140,10 +140,10 @@ def parse_arguments(argv: Sequence[str], default_config: Path) -> dict[str, Any]
         if key == "config":
             config = Path(value)
         else:
-            overrides.append((key, yaml.safe_load(value)))
+            overrides.append((key, parse_yaml(value, f"--{key}")))
     if not config.is_file():
         raise OSError(f"--config {str(config)!r} is not a file.")
-    settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    settings = parse_yaml(config.read_text(encoding="utf-8"), str(config)) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{config} must hold sections: {', '.join(SECTIONS)}.")
     for section in settings:
@@ -158,6 +158,14 @@ def parse_arguments(argv: Sequence[str], default_config: Path) -> dict[str, Any]
         else:
             settings[section] = {**(settings.get(section) or {}), rest: value}
     return settings
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """What a YAML text says. Raises ValueError in one line if it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{what} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def check_key(key: str, known: Sequence[str], what: str) -> None:
@@ -197,7 +205,7 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
         if (
             isinstance(option, type)
             and isinstance(value, option)
-            and not (option in (int, float) and value is True | False)
+            and not (option in (int, float) and isinstance(value, bool))
         ):
             return value
         if option is str and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -254,10 +262,24 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
         raise ValueError(f"tasks={tasks!r} must be a list of datasets to evaluate on.")
     compare = settings.get("compare") or []
     compare = [compare] if isinstance(compare, str) else compare
+    if not isinstance(compare, list):
+        raise ValueError(f"compare={compare!r} must be a method or a list of methods.")
     for other in compare:
         check_key(other, list(METHODS), "method in compare")
     evaluation = build(EvaluationSettings, settings.get("evaluation"), "evaluation")
     evaluation.threats()
+    settings_of_tasks = tuple(build(DataSettings, task, f"tasks[{i}]") for i, task in enumerate(tasks))
+    names = [task.name or task.dataset for task in settings_of_tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two tasks have the name {name!r}; give each its own by `name`.")
+    for section, chosen in (("data", data), *((f"tasks[{i}]", task) for i, task in enumerate(settings_of_tasks))):
+        if chosen.max_images is not None and chosen.max_images < 1:
+            raise ValueError(f"{section}.max_images={chosen.max_images!r} must be at least 1.")
+    if run.push_to_hub is not None:
+        from huggingface_hub.utils import validate_repo_id
+
+        validate_repo_id(run.push_to_hub)
     training = {"output_dir": run.output_dir, **(settings.get("training") or {}), "use_cpu": use_cpu(run.device)}
     return Recipe(
         method=method,
@@ -267,8 +289,8 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
         objective=build_objective(method, settings.get("objective")),
         training=build(RobustClipConfig, training, "training"),
         evaluation=evaluation,
-        tasks=tuple(build(DataSettings, task, f"tasks[{i}]") for i, task in enumerate(tasks)),
-        compare=tuple(other for other in compare if other != method),
+        tasks=settings_of_tasks,
+        compare=tuple(other for other in dict.fromkeys(compare) if other != method),
         run=run,
         source=settings,
     )
@@ -388,7 +410,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
         classes = ", ".join(train_data.class_names[:10]) + (", ..." if len(train_data.class_names) > 10 else "")
         info = CardInfo(
             repo_id=repo_id,
-            base_model=recipe.model.name,
+            base_model=f"./{recipe.model.name}" if Path(recipe.model.name).is_dir() else recipe.model.name,
             training_data=f"{recipe.data.dataset}, split {train_data.split}, {len(train_data)} images of "
             f"{len(train_data.class_names)} classes ({classes}), {train_data.revision}",
             paper=recipe.objective.paper,
@@ -482,7 +504,10 @@ def push_folder(folder: Path, repo_id: str) -> str:
     api = HfApi()
     api.create_repo(repo_id, exist_ok=True)
     commit = api.upload_folder(
-        repo_id=repo_id, folder_path=folder, commit_message="Upload robust CLIP", ignore_patterns=["checkpoint-*"]
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message="Upload robust CLIP",
+        ignore_patterns=["checkpoint-*", "compared/*", "training_args.bin"],
     )
     return str(commit.repo_url)
 
@@ -507,13 +532,17 @@ def fail(error: Exception) -> NoReturn:
     """Print an error in one line and exit with status 2; HF_ROBUST_CLIP_TRACEBACK=1 shows where it came from."""
     if os.environ.get("HF_ROBUST_CLIP_TRACEBACK") == "1":
         raise error
-    print(f"error: {error}", file=sys.stderr)
+    print(f"\nerror: {error}" if isinstance(error, FloatingPointError) else f"error: {error}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`hf-robust-clip train METHOD --config FILE ...`."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [
+        part
+        for word in (sys.argv[1:] if argv is None else argv)
+        for part in (word.split("=", 1) if word.startswith("--config=") else [word])
+    ]
     if len(words) < 2 or words[0] != "train" or words[1] not in METHODS or "--config" not in words:
         print(f"usage: hf-robust-clip train {{{','.join(METHODS)}}} --config FILE [--section.key VALUE ...]")
         raise SystemExit(0 if {"-h", "--help"} & set(words) else 2)

@@ -46,9 +46,10 @@ class EvaluationSettings:
         """The threat models in ascending order of radius, each with its attack. Raises ValueError if there is none."""
         if isinstance(self.radii, str) or not self.radii:
             raise ValueError(f"radii={self.radii!r} must be a list of at least one radius, such as ['1/255'].")
+        PGDSettings(self.num_steps, 1.0)  # raises for a bad number of steps
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size!r} must be at least 1.")
-        threats = sorted((ThreatModel(r, self.norm) for r in self.radii), key=lambda threat: threat.eps)  # type: ignore[arg-type]
+        threats = sorted({ThreatModel(r, self.norm) for r in self.radii}, key=lambda threat: threat.eps)  # type: ignore[arg-type]
         if not threats[0].eps > 0:
             raise ValueError(f"radii={self.radii!r} hold 0, which is the clean accuracy; leave it out.")
         steps = [2.5 * t.eps / self.num_steps if self.step_size is None else self.step_size for t in threats]

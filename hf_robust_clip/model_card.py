@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -74,7 +75,7 @@ def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessRe
     radii = sorted({radius for report in (*reports, *before) for radius in report.robust_accuracy})
     settings = {**info.settings, **{f"objective.{k}": v for k, v in info.settings["objective"].items()}}
     training = {
-        key.replace("_", " "): "none" if value is None else value
+        key.replace("_", " "): "none" if value is None else _cell(value)
         for key, value in settings.items()
         if key not in ("objective", "attack", "threat_model")
     }
@@ -89,10 +90,10 @@ def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessRe
         attacked=info.settings["attack"] is not None,
         attack=info.settings["attack"],
         threat_model=info.settings["threat_model"],
-        training_data=info.training_data,
+        training_data=_cell(info.training_data),
         training=training,
-        template=info.template,
-        example_names=list(info.class_names[:3]),
+        template=json.dumps(info.template, ensure_ascii=False),  # JSON text is Python text too
+        example_names=json.dumps(list(info.class_names[:3]), ensure_ascii=False),
         radii=[str(ThreatModel(radius, reports[0].norm)) for radius in radii],  # type: ignore[arg-type]
         rows=[_row(report, radii) for report in (*before, *reports)],
         first=reports[0],
@@ -110,11 +111,16 @@ def _row(report: RobustnessReport, radii: Sequence[float]) -> dict[str, Any]:
         low, high = report.interval(value) if value is not None else (0, 0)
         cells.append("-" if value is None else f"{100 * value:.1f} ({100 * low:.0f}-{100 * high:.0f})")
     return {
-        "name": f"{report.name}, {report.task}",
+        "name": _cell(f"{report.name}, {report.task}"),
         "n": report.num_images,
         "classes": report.num_classes,
         "cells": cells,
     }
+
+
+def _cell(value: Any) -> str:
+    """A value in one cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def _is_repo_id(name: str) -> bool:

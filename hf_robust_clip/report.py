@@ -74,7 +74,7 @@ class RobustnessReport:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if getattr(self, field.name) in (None, ""):
+            if getattr(self, field.name) in (None, "", {}):
                 raise ValueError(f"{field.name} is missing; a report must say it.")
         if self.attack_target not in get_args(AttackTarget):
             raise ValueError(f"attack_target={self.attack_target!r} is unknown; one of {get_args(AttackTarget)}.")
@@ -165,8 +165,11 @@ def save_reports(
         raise ValueError("reports is empty; evaluate before saving.")
     rows = {"reports": [asdict(report) for report in reports], "compared": [asdict(report) for report in compared]}
     partial = Path(path).with_suffix(".part")
-    partial.write_text(json.dumps({"format": REPORT_FORMAT, **rows}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps({"format": REPORT_FORMAT, **rows}, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_reports(path: str | Path) -> tuple[list[RobustnessReport], list[RobustnessReport]]:
@@ -174,9 +177,14 @@ def load_reports(path: str | Path) -> tuple[list[RobustnessReport], list[Robustn
 
     Raises ValueError for another format or a missing or unknown field.
     """
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is cut short or no JSON ({error}).") from error
     if not isinstance(content, dict) or content.get("format") != REPORT_FORMAT:
         raise ValueError(f"{path} is not a report of format {REPORT_FORMAT}.")
+    if not {"reports", "compared"} <= set(content):
+        raise ValueError(f"{path} lacks 'reports' or 'compared'.")
     known = {field.name for field in fields(RobustnessReport)}
     for row in content["reports"] + content["compared"]:
         if set(row) != known:

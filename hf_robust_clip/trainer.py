@@ -181,6 +181,10 @@ class RobustClipTrainer(Trainer):
             shared = (*frozen, model.processor)
             teacher = copy.deepcopy(model, {id(part): part for part in shared})
         else:
+            if not isinstance(teacher, CLIPForZeroShotClassification):
+                raise TypeError(
+                    f"teacher is a {type(teacher).__name__}; give a CLIPForZeroShotClassification, as for model."
+                )
             for name in ("hidden_size", "num_hidden_layers", "patch_size", "image_size"):
                 own, other = (getattr(m.config.vision_config, name) for m in (model, teacher))
                 if own != other:
@@ -242,7 +246,7 @@ class RobustClipTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """The objective's loss on freshly attacked images. Raises FloatingPointError if a term is not finite."""
-        self._check_batch(inputs)
+        self._check_batch(inputs, self.objective.needs_labels)
         adv = (
             self.perturb(model, inputs, None, self.attack.num_steps)
             if self.objective.attacked
@@ -254,7 +258,7 @@ class RobustClipTrainer(Trainer):
         if not finite.all():
             name = list(terms)[int((~finite).int().argmax())]
             raise FloatingPointError(
-                f"step {self.state.global_step}: the loss term {name!r} is {terms[name].item()}; "
+                f"step {self.state.global_step + 1}: the loss term {name!r} is {terms[name].item()}; "
                 "lower the learning rate or eps, or train in float32. Nothing of this step was saved."
             )
         if model.training:
@@ -262,13 +266,14 @@ class RobustClipTrainer(Trainer):
                 self._terms.setdefault(name, []).append(term.detach())
         return torch.stack(list(terms.values())).sum()
 
-    def _check_batch(self, inputs: dict[str, Tensor]) -> None:
+    def _check_batch(self, inputs: dict[str, Tensor], needs_labels: bool) -> None:
         core = self.accelerator.unwrap_model(self.model)
         core = core.get_base_model() if hasattr(core, "get_base_model") else core
-        core.check_pixels(inputs["pixel_values"], values=False)  # pgd checks the values
-        if self.objective.needs_labels:
+        core.check_pixels(inputs["pixel_values"], values=not self.objective.attacked)  # pgd checks them
+        if needs_labels:
             if inputs.get("labels") is None:
-                raise ValueError(f"{type(self.objective).__name__} needs labels, but the dataset gives no 'labels'.")
+                user = type(self.objective).__name__ if self.model.training else "evaluation"
+                raise ValueError(f"{user} needs labels, but the dataset gives no 'labels'.")
             check_labels(inputs["labels"], len(core.class_names))
 
     def prediction_step(
@@ -280,6 +285,7 @@ class RobustClipTrainer(Trainer):
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
         """Robust loss, (clean, adversarial) logits and labels: PGD with `eval_attack_steps` on cross-entropy."""
         inputs = self._prepare_inputs(inputs)
+        self._check_batch(inputs, needs_labels=True)
         images, labels = inputs["pixel_values"], inputs["labels"]
         core = self.attackable(model)
 
@@ -297,7 +303,7 @@ class RobustClipTrainer(Trainer):
         if "loss" in logs and self._terms:
             means = torch.stack([torch.stack(values).mean() for values in self._terms.values()])
             means = self.accelerator.reduce(means, reduction="mean")
-            logs = {**logs, **dict(zip(self._terms, (round(value, 4) for value in means.tolist()), strict=True))}
+            logs = {**logs, **dict(zip(self._terms, means.tolist(), strict=True))}
             self._terms = {}
         super().log(logs, start_time)
 
@@ -360,7 +366,7 @@ class RobustClipTrainer(Trainer):
             "learning_rate": args.learning_rate,
             "weight_decay": args.weight_decay,
             **({"momentum": args.momentum} if args.optim == "sgd" else {}),
-            "warmup_steps": args.warmup_steps,
+            "warmup_steps": int(args.warmup_steps) if args.warmup_steps >= 1 else args.warmup_steps,
             "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
             "images_per_update": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "updates": self.state.global_step,

@@ -29,7 +29,7 @@ def two_processes(tmp_path_factory):
     config = ROOT / "recipes" / "accelerate" / "two_cpu_processes.yaml"
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
     done = run(*launch, training_script.__file__, "ranks", folder=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, [line for line in done.stderr.splitlines() if "Error" in line]
 
     def read(case, rank):
         place = folder / f"{case}-{rank}"

@@ -69,6 +69,7 @@ def test_counts_equal_an_attack_written_out(undefended):
         clean, robust = (model(x).logits.argmax(1) == labels for x in (images, adv))
     report = evaluate_robustness(model, data, EvaluationSettings(["12/255"], num_steps=5, seed=4), **NAMES)
     assert report.clean_accuracy == float(clean.double().mean())
+    assert report.attack_parameters["keep_best"]
     assert report.robust_accuracy == {12 / 255: float((clean & robust).double().mean())}
     for index, name in enumerate(model.class_names):
         own = labels == index

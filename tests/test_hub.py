@@ -1,5 +1,7 @@
-"""Push and load through a local stand-in for the Hub. This file run as a script is the client, in a process of its own:
-huggingface_hub reads its address once, when it is imported."""
+"""Push and load through a local stand-in for the Hub.
+
+This file run as a script is the client, in a process of its own: huggingface_hub reads its address once, on import.
+"""
 
 import dataclasses
 import json

@@ -22,8 +22,11 @@ ROOT = Path(__file__).parent.parent
 SCRIPT, DEFAULT = ROOT / "recipes/pmgaft.py", ROOT / "recipes/configs/digits-clip/pmg_aft.yaml"
 FILES = {"README.md", "report.json", "accuracy.png", "recipe.yaml", "model.safetensors", "config.json",
          "processor_config.json"}  # fmt: skip
-SMALL = ["--data.max_images", "24", "--training.max_steps", "2", "--training.logging_steps", "1",
-         "--training.per_device_train_batch_size", "8", "--evaluation.num_steps", "2", "--evaluation.radii", "[24/255]",
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+SMALL = ["--objective.image_mean", str(MEAN), "--objective.image_std", str(STD),
+         "--data.max_images", "24", "--training.max_steps", "2", "--training.logging_steps", "1",
+         "--training.per_device_train_batch_size", "8",
+         "--evaluation.num_steps", "2", "--evaluation.radii", "[24/255]",
          "--tasks", "[{name: trained, dataset: digits, split: test, classes: [zero, one], max_images: 20},"
          " {name: held out, dataset: digits, split: test, classes: [six, nine], max_images: 19}]"]  # fmt: skip
 
@@ -89,7 +92,7 @@ def test_reports_card_and_recipe_agree(finished):
     assert "| updates | 2 |" in card.text
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert recipe["training"]["max_steps"] == 2
-    assert recipe["objective"] == {"preset": "released"}
+    assert recipe["objective"]["image_std"] == STD
 
 
 def test_saved_folder_is_a_plain_clip_that_has_changed(finished):
@@ -99,7 +102,7 @@ def test_saved_folder_is_a_plain_clip_that_has_changed(finished):
     changed = {name for name, value in before.state_dict().items() if not torch.equal(value, clip.state_dict()[name])}
     assert changed
     assert all(name.startswith(("vision_model.", "visual_projection.")) for name in changed)
-    assert list(processor.image_processor.image_mean) == [0.485, 0.456, 0.406]
+    assert list(processor.image_processor.image_mean) == MEAN
 
 
 def test_recipe_that_was_saved_gives_the_same_model(finished):
@@ -135,7 +138,7 @@ def test_resume_goes_on_from_the_checkpoint(finished, capfd):
 def test_overwrite_begins_anew(finished):
     folder, _ = finished
     shutil.copytree(folder, "out")
-    run("--output_dir", "out", "--overwrite", "--training.max_steps", "1")
+    run("--output_dir", "out", "--overwrite", "--training.max_steps", "1", "--training.save_total_limit", "5")
     assert "| updates | 1 |" in Path("out/README.md").read_text()
     assert [path.name for path in Path("out").glob("checkpoint-*")] == ["checkpoint-1"]
 

@@ -103,11 +103,11 @@ def digits(count):
     return model, DoubleImages(data)
 
 
-def digits_report(accelerator=None):
+def digits_report(processes=None):
     """What `evaluate_robustness` finds on nine digits."""
     model, data = digits(9)
     settings = EvaluationSettings(["4/255", "12/255"], num_steps=3, batch_size=2)
-    report = evaluate_robustness(model, data, settings, name="d", task="t", model_id="m", accelerator=accelerator)
+    report = evaluate_robustness(model, data, settings, name="d", task="t", model_id="m", processes=processes)
     return json.loads(json.dumps(asdict(report)))
 
 

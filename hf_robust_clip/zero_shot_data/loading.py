@@ -83,6 +83,8 @@ class ImageDataset(Dataset):
 
     def first(self, count: int | None, seed: int = 0) -> ImageDataset:
         """At most `count` images, drawn once by `seed`; all of them if `count` is None."""
+        if count is not None and count < 1:
+            raise ValueError(f"max_images={count!r} must be at least 1, or None for all.")
         if count is None or count >= len(self):
             return self
         return ImageDataset(**{**self.__dict__, "rows": self.rows.shuffle(seed=seed).select(range(count))})
@@ -139,7 +141,8 @@ def load_image_dataset(
         split = spec.splits.get(split, split) if spec else split
         rows, found = _load_rows(name, split, data_root, revision)
     column = _label_column(rows, spec, label_column, name)
-    image_column = spec.image_column if spec else "image"
+    pictures = [key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    image_column = spec.image_column if spec else next(iter(pictures), "image")
     if image_column not in rows.column_names:
         raise ValueError(f"dataset {name!r} has no column {image_column!r}; its columns: {rows.column_names}.")
     feature = rows.features[column]
@@ -147,6 +150,8 @@ def load_image_dataset(
     names = names or getattr(feature, "names", None)
     if not names:
         raise ValueError(f"dataset {name!r} doesn't name its classes; give class_names in label order.")
+    if len(names) < (getattr(feature, "num_classes", None) or 0):
+        raise ValueError(f"class_names has {len(names)} names, but dataset {name!r} has {feature.num_classes} labels.")
     return ImageDataset(rows, processor, tuple(names), name, found, split, image_column, column, resize)
 
 

@@ -110,7 +110,10 @@ def test_first_of_nothing_is_refused(images, count):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK"])
-def test_pictures_of_every_mode_become_rgb(mode, processor):
+def test_pictures_of_every_mode_become_rgb(mode):
+    """Also where the checkpoint's processor would leave them as they are."""
+    processor = make_processor()
+    processor.image_processor.do_convert_rgb = False
     pixels = to_pixels(processor, [Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode)])
     assert pixels.shape == (1, 3, 8, 8)
     assert pixels.dtype == torch.float32
