@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(capsys):
         run("--output_dir", "out", "--training.learning_rate", "1e30", "--training.warmup_steps", "0")
     assert stopped.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "error: step 1: the loss term" in last
+    assert "error: step 2: the loss term" in last
     assert "lower the learning rate" in last
     assert not Path("out/model.safetensors").exists()
     assert not Path("out/report.json").exists()
