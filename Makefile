@@ -23,7 +23,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pylint hf_robust_clip recipes tests
+	$(BIN)/pylint hf_robust_clip recipes
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

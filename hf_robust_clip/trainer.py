@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -225,7 +226,9 @@ class RobustClipTrainer(Trainer):
     ) -> Tensor:
         """Adversarial images for a batch; `loss_fn` None attacks the objective's own loss."""
         core = self.attackable(model)
-        with torch.enable_grad(), self.accelerator.autocast():
+        # eager autograd skips weight gradients nobody asked for; a compiled backward computes all it was traced for
+        frozen = without_gradients(core) if self.args.torch_compile else nullcontext()
+        with frozen, torch.enable_grad(), self.accelerator.autocast():
             if loss_fn is None:
                 loss_fn = self.objective.attack_loss(self.make_batch(inputs, core))
             return pgd(
@@ -419,6 +422,19 @@ def select_trainable(model: CLIPForZeroShotClassification, last_layers: int | No
         trained = [*layers[-last_layers:], model.vision_model.post_layernorm, model.visual_projection]
     for module in trained:
         module.requires_grad_(True)
+
+
+@contextmanager
+def without_gradients(module: nn.Module) -> Iterator[None]:
+    """Parameters with `requires_grad` off inside, as found outside."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def check_checkpoint(folder: str | Path) -> None:

@@ -537,3 +537,16 @@ def test_adapter_that_reaches_the_text_tower_is_refused(tmp_path):
     config = LoraConfig(target_modules=r".*text_model.*\.q_proj", exclude_modules="nothing")
     with pytest.raises(ValueError, match="peft_config reaches the text tower"):
         PMGAFTTrainer(tiny_model(), arguments(tmp_path), peft_config=config)
+
+
+def test_compiled_training_gives_the_same_losses(tmp_path):
+    losses = []
+    for compiled in (False, True):
+        args = arguments(
+            tmp_path / str(compiled), max_steps=2, torch_compile=compiled, torch_compile_backend="aot_eager"
+        )
+        trainer = PMGAFTTrainer(tiny_model(), args, None, tiny_data())
+        trainer.train()
+        losses.append(trainer.state.log_history[-1]["train_loss"])
+        assert any(parameter.requires_grad for parameter in trainer.model.parameters())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
