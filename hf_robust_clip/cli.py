@@ -349,6 +349,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     """
     from .model_card import CardInfo, make_card
     from .report import percent, plot_accuracy, save_reports, to_table
+    from .trainer import newest_whole_checkpoint
 
     folder = Path(recipe.run.output_dir)
     model = load_model(recipe.model)
@@ -391,7 +392,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
         by_method[title] = evaluate(rival, title, f"{title} from {recipe.model.name}, same settings")
 
     trainer = make_trainer(recipe, recipe.method, model, recipe.objective, train_data, save=True)
-    resume = recipe.run.resume and any(folder.glob("checkpoint-*"))
+    resume = recipe.run.resume and newest_whole_checkpoint(folder) is not None
     trainer.train(resume_from_checkpoint=True if resume else None)
     tuned = plain_model(trainer, folder)
     title = recipe.objective.paper.method
@@ -477,7 +478,7 @@ def without_checkpoints(training: RobustClipConfig) -> RobustClipConfig:
 
 
 def plain_model(trainer: RobustClipTrainer, folder: Path) -> CLIPForZeroShotClassification:
-    """The trained model without wrappers, adapters merged into its weights; sharded ones go through `folder`."""
+    """The trained model without wrappers or autocast, adapters merged; sharded weights go through `folder`."""
     from accelerate.utils import DistributedType
 
     if trainer.accelerator.distributed_type == DistributedType.FSDP:
@@ -486,7 +487,7 @@ def plain_model(trainer: RobustClipTrainer, folder: Path) -> CLIPForZeroShotClas
         trainer.save_model(str(folder))
         trainer.accelerator.wait_for_everyone()
         return CLIPForZeroShotClassification.from_pretrained(folder).eval()
-    core = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    core = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
     return core.merge_and_unload() if hasattr(core, "merge_and_unload") else core
 
 

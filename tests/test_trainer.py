@@ -34,6 +34,7 @@ from hf_robust_clip import (
     pgd,
 )
 from hf_robust_clip.attacks.losses import cross_entropy
+from hf_robust_clip.cli import plain_model
 from hf_robust_clip.trainer import robust_accuracy
 
 METHODS = {
@@ -550,3 +551,15 @@ def test_compiled_training_gives_the_same_losses(tmp_path):
         losses.append(trainer.state.log_history[-1]["train_loss"])
         assert any(parameter.requires_grad for parameter in trainer.model.parameters())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_model_of_a_bf16_run_is_evaluated_in_float32(tmp_path):
+    trainer = TeCoATrainer(tiny_model(), arguments(tmp_path, max_steps=1, bf16=True), None, tiny_data())
+    trainer.train()
+    plain = plain_model(trainer, tmp_path).eval()
+    plain.save_pretrained(tmp_path / "saved")
+    again = CLIPForZeroShotClassification.from_pretrained(tmp_path / "saved").eval()
+    again.set_classes(plain.class_names, plain.templates)
+    images = tiny_data()[0]["pixel_values"][None]
+    with torch.no_grad():
+        assert torch.equal(plain(images).image_embeds, again(images).image_embeds)
