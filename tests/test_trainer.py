@@ -554,12 +554,13 @@ def test_compiled_training_gives_the_same_losses(tmp_path):
 
 
 def test_model_of_a_bf16_run_is_evaluated_in_float32(tmp_path):
-    trainer = TeCoATrainer(tiny_model(), arguments(tmp_path, max_steps=1, bf16=True), None, tiny_data())
+    data = tiny_data(dtype=torch.float32)
+    trainer = TeCoATrainer(tiny_model(torch.float32), arguments(tmp_path, max_steps=1, bf16=True), None, data)
     trainer.train()
     plain = plain_model(trainer, tmp_path).eval()
     plain.save_pretrained(tmp_path / "saved")
     again = CLIPForZeroShotClassification.from_pretrained(tmp_path / "saved").eval()
     again.set_classes(plain.class_names, plain.templates)
-    images = tiny_data()[0]["pixel_values"][None]
+    images = data[0]["pixel_values"][None]
     with torch.no_grad():
         assert torch.equal(plain(images).image_embeds, again(images).image_embeds)
