@@ -164,7 +164,7 @@ class CLIPForZeroShotClassification(CLIPModel):
             self.class_embeds_are_stale = True
             return self.encode_classes()
         if self.class_embeds_are_stale:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # kept for good: full precision
                 self.class_embeds = self.encode_classes()
             self.class_embeds_are_stale = False
         return self.class_embeds
