@@ -32,7 +32,7 @@ test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 benchmark: $(VENV)/.ready
-	$(BIN)/python tests/benchmarks/step_speed.py $(ARGS)
+	$(BIN)/python tests/benchmarks/step_speed.py $(or $(ARGS),--images 16 --classes 12 62)
 
 clean:
 	rm -rf $(VENV) out
