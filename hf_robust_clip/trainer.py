@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -361,7 +361,7 @@ class RobustClipTrainer(Trainer):
         core = self.accelerator.unwrap_model(self.model)
         return {
             "method": self.objective.paper.method,
-            "objective": asdict(self.objective) if is_dataclass(self.objective) else {},
+            "objective": asdict(self.objective),
             "threat_model": str(self.threat_model),
             "attack": asdict(self.attack) if self.objective.attacked else None,
             "trainable_parameters": sum(p.numel() for p in core.parameters() if p.requires_grad),
