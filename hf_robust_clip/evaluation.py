@@ -143,6 +143,8 @@ def evaluate_robustness(
         norm=settings.norm,
         clean_accuracy=share[0],
         robust_accuracy={threat.eps: value for (threat, _), value in zip(threats, share[1:], strict=True)},
+        after_each={threat.eps: {"pgd": value} for (threat, _), value in zip(threats, share[1:], strict=True)},
+        model_flags={"randomised": False, "optimising": False},
         per_class=per_class,
         zero_gradient_share=zeros / total if total else 0.0,
         seed=settings.seed,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 AttackTarget = Literal["static", "defence_blind", "adaptive", "bpda", "transfer_from_adapted"]
-REPORT_FORMAT = 1
+REPORT_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,9 @@ class RobustnessReport:
         norm: `"linf"` or `"l2"`.
         clean_accuracy: in [0, 1].
         robust_accuracy: accuracy in [0, 1] by radius in units of [0, 1], ascending.
+        after_each: for each radius, the accuracy left after each attack of the suite, in the order in which they ran;
+            the last one is the robust accuracy.
+        model_flags: what was checked of the model before the attack: `{"randomised": False, "optimising": False}`.
         per_class: class name to (images, correct clean, correct at the largest radius).
         zero_gradient_share: share in [0, 1] of exactly-zero input gradients over the whole attack. Well above 0, the
             attack was blind and the robust accuracy means nothing.
@@ -65,6 +68,8 @@ class RobustnessReport:
     norm: str
     clean_accuracy: float
     robust_accuracy: dict[float, float]
+    after_each: dict[float, dict[str, float]]
+    model_flags: dict[str, bool]
     per_class: dict[str, tuple[int, int, int]]
     zero_gradient_share: float
     seed: int
@@ -80,8 +85,11 @@ class RobustnessReport:
             raise ValueError(f"attack_target={self.attack_target!r} is unknown; one of {get_args(AttackTarget)}.")
         if self.num_images < 1:
             raise ValueError(f"num_images={self.num_images!r}: nothing was evaluated.")
-        radii = sorted((float(radius), value) for radius, value in self.robust_accuracy.items())
-        object.__setattr__(self, "robust_accuracy", dict(radii))
+        for name in ("robust_accuracy", "after_each"):  # JSON's keys are texts
+            by_radius = sorted((float(radius), value) for radius, value in getattr(self, name).items())
+            object.__setattr__(self, name, dict(by_radius))
+        if list(self.robust_accuracy) != list(self.after_each):
+            raise ValueError(f"after_each has the radii {list(self.after_each)}, not those of robust_accuracy.")
         object.__setattr__(self, "per_class", {name: tuple(row) for name, row in self.per_class.items()})
 
     def interval(self, accuracy: float) -> tuple[float, float]:
@@ -93,7 +101,8 @@ class RobustnessReport:
         rows: list[tuple[str, str, float, dict[str, Any]]] = [("clean", "accuracy", self.clean_accuracy, {})]
         for index, (radius, accuracy) in enumerate(self.robust_accuracy.items()):
             arguments = {**self.attack_parameters, "eps": radius, "attack_target": self.attack_target}
-            arguments["step_size"] = self.attack_parameters["step_size"][index]
+            if "step_size" in arguments:  # one for each radius
+                arguments["step_size"] = self.attack_parameters["step_size"][index]
             threat = ThreatModel(radius, self.norm)  # type: ignore[arg-type]
             rows.append((f"{self.attack} {threat}", "robust_accuracy", accuracy, arguments))
         return [

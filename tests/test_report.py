@@ -38,6 +38,8 @@ def make_report(**changes) -> RobustnessReport:
         norm="linf",
         clean_accuracy=0.9,
         robust_accuracy={1 / 255: 0.7, 4 / 255: 0.25},
+        after_each={1 / 255: {"pgd": 0.7}, 4 / 255: {"pgd": 0.25}},
+        model_flags={"randomised": False, "optimising": False},
         per_class={"cat": (20, 19, 5), "dog": (20, 17, 5)},
         zero_gradient_share=0.0125,
         seed=0,
@@ -45,6 +47,8 @@ def make_report(**changes) -> RobustnessReport:
         library_versions={"torch": "2.0"},
         hardware="CPU",
     )
+    if "robust_accuracy" in changes:
+        changes = {"after_each": {r: {"pgd": v} for r, v in changes["robust_accuracy"].items()}, **changes}
     return RobustnessReport(**{**values, **changes})
 
 
@@ -68,7 +72,7 @@ def test_every_field_is_mandatory(name, tmp_path):
     del values[name]
     with pytest.raises(TypeError, match=name):
         RobustnessReport(**values)
-    (tmp_path / "report.json").write_text(json.dumps({"format": 1, "reports": [values], "compared": []}))
+    (tmp_path / "report.json").write_text(json.dumps({"format": 2, "reports": [values], "compared": []}))
     with pytest.raises(ValueError, match=rf"report\.json.*{name}"):
         load_reports(tmp_path / "report.json")
 
@@ -96,14 +100,14 @@ def test_impossible_values_are_refused(change, message):
 @pytest.mark.parametrize(
     "content",
     [
-        '{"format": 2, "reports": [], "compared": []}',
+        '{"format": 1, "reports": [], "compared": []}',
         "[]",
         "{}",
-        '{"format": 1}',
-        '{"format": 1, "reports": [{"na',
+        '{"format": 2}',
+        '{"format": 2, "reports": [{"na',
         "",
     ],
-    ids=["format 2", "list", "no format", "no reports", "cut short", "empty file"],
+    ids=["format 1", "list", "no format", "no reports", "cut short", "empty file"],
 )
 def test_other_files_are_refused_by_name(content, tmp_path):
     (tmp_path / "report.json").write_text(content)
@@ -113,7 +117,7 @@ def test_other_files_are_refused_by_name(content, tmp_path):
 
 def test_an_unknown_field_is_refused(tmp_path):
     row = {**asdict(make_report()), "certified": 1}
-    (tmp_path / "report.json").write_text(json.dumps({"format": 1, "reports": [row], "compared": []}))
+    (tmp_path / "report.json").write_text(json.dumps({"format": 2, "reports": [row], "compared": []}))
     with pytest.raises(ValueError, match="certified"):
         load_reports(tmp_path / "report.json")
 

@@ -138,8 +138,11 @@ def load_image_dataset(
         rows, spec, found = digits_split(split), find_spec(name), "scikit-learn"
     else:
         spec = find_spec(name)
-        split = spec.splits.get(split, split) if spec else split
+        asked, split = split, spec.splits.get(split, split) if spec else split
         rows, found = _load_rows(name, split, data_root, revision)
+        if spec and spec.test_every and asked in ("train", "test"):
+            rows = rows.select([i for i in range(len(rows)) if (i % spec.test_every == 0) == (asked == "test")])
+            split = f"{asked}, where every {spec.test_every}th row of {split} is test"
     column = _label_column(rows, spec, label_column, name)
     pictures = [key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     image_column = spec.image_column if spec else next(iter(pictures), "image")
@@ -161,12 +164,13 @@ def _load_rows(
     root = Path(data_root or os.environ.get(DATA_ROOT_VARIABLE, ""))
     folders = [folder for folder in (root / name, Path(name)) if folder.is_dir() and any(folder.iterdir())]
     source = str(folders[0]) if folders else name
+    base = split.partition("[")[0]  # "train[:1000]" is a part of "train"
     try:
         if not folders:
             return datasets.load_dataset(source, split=split, revision=revision), revision or "main"
-        files = [str(path) for path in sorted(folders[0].rglob("*.parquet")) if path.name.startswith(f"{split}-")]
+        files = [str(path) for path in sorted(folders[0].rglob("*.parquet")) if path.name.startswith(f"{base}-")]
         if files:
-            return datasets.load_dataset("parquet", data_files={split: files}, split=split), "local"
+            return datasets.load_dataset("parquet", data_files={base: files}, split=split), "local"
         return datasets.load_dataset(source, split=split), "local"
     except ValueError as error:
         raise ValueError(f"dataset {name!r} has no split {split!r}: {error}") from error

@@ -19,6 +19,7 @@ class DatasetSpec:
         image_column, label_column: names of the columns.
         class_names: key in `class_names.json`: a list in label order, or a mapping from the dataset's own label names
             (WordNet ids, say); None takes the names of the label feature.
+        test_every: where the Hub has a single split: every n-th of its rows is `"test"`, the others are `"train"`.
         checked: False where the layout on the Hub was taken from its documentation and not seen.
         source: who published it.
     """
@@ -28,6 +29,7 @@ class DatasetSpec:
     image_column: str = "image"
     label_column: str = "label"
     class_names: str | None = None
+    test_every: int | None = None
     checked: bool = True
     source: str = ""
 
@@ -50,6 +52,9 @@ class DatasetSpec:
 
 SPECS = (
     DatasetSpec("digits", source="UCI ML hand-written digits, as shipped by scikit-learn"),
+    DatasetSpec("uoft-cs/cifar10", image_column="img", source="Krizhevsky, 2009"),
+    DatasetSpec("zalando-datasets/fashion_mnist", class_names="fashion_mnist", source="Xiao et al., 2017"),
+    DatasetSpec("flwrlabs/pacs", splits={"test": "train"}, test_every=5, source="Li et al., 2017"),
     DatasetSpec(
         "zh-plus/tiny-imagenet",
         splits={"test": "valid"},
