@@ -1,4 +1,8 @@
-"""Known datasets, one literal row each: where they are, what their columns are called, what their classes are."""
+"""Known datasets, one literal row each: where they are, what their columns are called, what their classes are.
+
+PMG-AFT's 16 test sets, TAPT's 11 (CoOp's), and three small ones. A new dataset is a row here, and its class names in
+`class_names.json` unless its own labels read well.
+"""
 
 from __future__ import annotations
 
@@ -14,69 +18,263 @@ class DatasetSpec:
     """One dataset of the Hub.
 
     Args:
+        key: short name.
         hub_id: name on the Hub, or `"digits"`.
-        splits: `"train"` and `"test"` to the dataset's own split names, where they differ.
+        num_classes: how many classes it has.
+        splits: `"train"`, `"test"` and, where a paper tests on more than the test split, `"all"`, to the dataset's own
+            split names, where they differ; `"train+test"` joins two.
         image_column, label_column: names of the columns.
-        class_names: key in `class_names.json`: a list in label order, or a mapping from the dataset's own label names
+        class_names: key in `class_names.json`: a list in label order, or a mapping from the dataset's own labels
             (WordNet ids, say); None takes the names of the label feature.
+        templates: key in `templates.json`.
+        attack_resolution: side in pixels at which pictures are attacked, before the model scales them up; None is the
+            model's input size.
         test_every: where the Hub has a single split: every n-th of its rows is `"test"`, the others are `"train"`.
-        checked: False where the layout on the Hub was taken from its documentation and not seen.
+        frames_of: for videos stored as frames: the column that names the video. Of each video only the middle frame
+            by the column `frame` is kept.
+        revision: commit or branch on the Hub; None takes the newest, so that a report has to name what it found.
+        checked: whether the layout was seen, rather than taken from the dataset's card and programs that load it.
         source: who published it.
+        note: how the Hub's splits differ from those of the papers.
     """
 
+    key: str
     hub_id: str
+    num_classes: int
     splits: Mapping[str, str] = field(default_factory=dict)
     image_column: str = "image"
     label_column: str = "label"
     class_names: str | None = None
+    templates: str = "pmg_aft"
+    attack_resolution: int | None = None
     test_every: int | None = None
-    checked: bool = True
+    frames_of: str | None = None
+    revision: str | None = None
+    checked: bool = False
     source: str = ""
+    note: str = ""
 
-    def names_in_label_order(self, feature_names: Sequence[str] | None) -> list[str] | None:
-        """Class names in label order. Raises ValueError if the dataset's labels are not those the names belong to."""
+    def names_in_label_order(self, label_names: Sequence[str] | None) -> list[str] | None:
+        """Class names in the order of the dataset's labels; None if they are those of the label feature.
+
+        Args:
+            label_names: what the dataset's label feature calls its labels; None if the labels are plain values.
+
+        Raises ValueError if the dataset's labels are not those the names belong to.
+        """
         if self.class_names is None:
             return None
-        names = _class_names()[self.class_names]
-        if isinstance(names, list):
-            if feature_names is not None and len(feature_names) != len(names):
-                raise ValueError(f"{self.hub_id} has {len(feature_names)} labels, expected {len(names)}.")
-            return names
-        if feature_names is None:
-            return list(names.values())
-        unknown = [name for name in feature_names if name not in names]
+        names = class_names(self.class_names)
+        if label_names is None:
+            return list(names.values()) if isinstance(names, dict) else list(names)
+        if isinstance(names, dict):
+            return self._translate(label_names, {plain(label): name for label, name in names.items()})
+        if len(label_names) != len(names):
+            raise ValueError(f"{self.hub_id} has {len(label_names)} labels, expected {len(names)}; give class_names.")
+        by_name = {plain(name): name for name in names}
+        if {plain(label) for label in label_names} == set(by_name):
+            return self._translate(label_names, by_name)
+        for label, name in zip(label_names, names, strict=True):
+            if by_name.get(plain(label), name) != name:
+                raise ValueError(
+                    f"{self.hub_id} has the label {label!r} where {name!r} was expected; give class_names."
+                )
+        return list(names)
+
+    def label_keys(self) -> list[str] | None:
+        """The dataset's own labels in the order of its class names, where `class_names.json` has a mapping."""
+        names = class_names(self.class_names) if self.class_names else None
+        return list(names) if isinstance(names, dict) else None
+
+    def _translate(self, label_names: Sequence[str], names: Mapping[str, str]) -> list[str]:
+        unknown = [label for label in label_names if plain(label) not in names]
         if unknown:
             raise ValueError(f"{self.hub_id} has a label {unknown[0]!r} that has no class name; give class_names.")
-        return [names[name] for name in feature_names]
+        return [names[plain(label)] for label in label_names]
 
 
+# Layouts could be seen only for the rows with checked=True; every other row is taken from the dataset's card and from
+# public programs that load it, and says so (checked=False) until someone loads it from the Hub.
 SPECS = (
-    DatasetSpec("digits", source="UCI ML hand-written digits, as shipped by scikit-learn"),
-    DatasetSpec("uoft-cs/cifar10", image_column="img", source="Krizhevsky, 2009"),
-    DatasetSpec("zalando-datasets/fashion_mnist", class_names="fashion_mnist", source="Xiao et al., 2017"),
-    DatasetSpec("flwrlabs/pacs", splits={"test": "train"}, test_every=5, source="Li et al., 2017"),
+    DatasetSpec("digits", "digits", 10, checked=True, source="UCI ML hand-written digits, as shipped by scikit-learn"),
     DatasetSpec(
+        "fashion_mnist",
+        "zalando-datasets/fashion_mnist",
+        10,
+        class_names="fashion_mnist",
+        checked=True,
+        source="Xiao et al., 2017",
+    ),
+    DatasetSpec(
+        "pacs", "flwrlabs/pacs", 7, splits={"test": "train"}, test_every=5, checked=True, source="Li et al., 2017"
+    ),
+    DatasetSpec(
+        "cifar10",
+        "uoft-cs/cifar10",
+        10,
+        image_column="img",
+        attack_resolution=32,
+        checked=True,
+        source="Krizhevsky, 2009",
+    ),
+    DatasetSpec(
+        "cifar100",
+        "uoft-cs/cifar100",
+        100,
+        image_column="img",
+        label_column="fine_label",
+        class_names="cifar100",
+        attack_resolution=32,
+        source="Krizhevsky, 2009",
+    ),
+    DatasetSpec(
+        "stl10", "tanganke/stl10", 10, class_names="stl10", attack_resolution=96, source="Coates et al., 2011"
+    ),
+    DatasetSpec(
+        "tiny_imagenet",
         "zh-plus/tiny-imagenet",
+        200,
         splits={"test": "valid"},
         class_names="tiny_imagenet",
-        checked=False,
         source="Le and Yang, Tiny ImageNet Visual Recognition Challenge, 2015",
     ),
     DatasetSpec(
-        "ILSVRC/imagenet-1k",
+        "imagenet",
+        "ILSVRC/imagenet-1k",  # gated: accept its terms and log in
+        1000,
         splits={"test": "validation"},
         class_names="imagenet",
-        checked=False,
         source="Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, 2015",
+    ),
+    DatasetSpec(
+        "sun397",
+        "tanganke/sun397",
+        397,
+        class_names="sun397",
+        source="Xiao et al., 2010",
+        note="Partition 1, 19,850 test pictures, as in CoOp; PMG-AFT tests on all 108,754, which this copy lacks.",
+    ),
+    DatasetSpec(
+        "food101",
+        "ethz/food101",
+        101,
+        splits={"test": "validation"},
+        class_names="food101",
+        source="Bossard et al., 2014",
+        note="The official 25,250 test pictures, as in PMG-AFT; CoOp draws its own 30,300.",
+    ),
+    DatasetSpec(
+        "pets",
+        "timm/oxford-iiit-pet",
+        37,
+        class_names="pets",
+        source="Parkhi et al., 2012",
+        note="The official 3,669 test pictures, as in PMG-AFT and CoOp.",
+    ),
+    DatasetSpec(
+        "flowers102",
+        "dpdl-benchmark/oxford_flowers102",
+        102,
+        class_names="flowers102",
+        source="Nilsback and Zisserman, 2008",
+        note="The official 6,149 test pictures, as in PMG-AFT; CoOp draws its own 2,463.",
+    ),
+    DatasetSpec(
+        "dtd",
+        "tanganke/dtd",
+        47,
+        class_names="dtd",
+        source="Cimpoi et al., 2014",
+        note="1,880 test pictures, as in PMG-AFT; CoOp draws its own 1,692.",
+    ),
+    DatasetSpec(
+        "eurosat",
+        "timm/eurosat-rgb",
+        10,
+        splits={"all": "train+validation+test"},
+        class_names="eurosat",
+        source="Helber et al., 2019",
+        note="PMG-AFT tests on all 27,000 pictures; the 5,400 of the test split are not CoOp's 8,100.",
+    ),
+    DatasetSpec(
+        "aircraft",
+        "Donghyun99/FGVC-Aircraft",
+        100,
+        label_column="variation",  # `label` is the family (70)
+        class_names="aircraft",
+        source="Maji et al., 2013",
+        note="The official 3,333 test pictures, as in PMG-AFT and CoOp.",
+    ),
+    DatasetSpec(
+        "caltech101",
+        "flwrlabs/caltech101",
+        101,
+        splits={"test": "train", "all": "train"},
+        class_names="caltech101",
+        test_every=5,
+        source="Fei-Fei et al., 2004",
+        note="PMG-AFT tests on the whole set; CoOp on its own 2,465 pictures, without the class of centered faces.",
+    ),
+    DatasetSpec(
+        "caltech256",
+        "ilee0022/Caltech-256",
+        257,
+        splits={"all": "train+validation+test"},
+        class_names="caltech256",
+        source="Griffin et al., 2007",
+        note="PMG-AFT tests on all 30,607 pictures; clutter is a class.",
+    ),
+    DatasetSpec(
+        "cars",
+        "tanganke/stanford_cars",
+        196,
+        class_names="cars",
+        source="Krause et al., 2013",
+        note="The official 8,041 test pictures, as in PMG-AFT and CoOp.",
+    ),
+    DatasetSpec(
+        "pcam",
+        "dpdl-benchmark/patch_camelyon",
+        2,  # too few for the DLR loss: AutoAttack is APGD-CE and Square here
+        class_names="pcam",
+        source="Veeling et al., 2018",
+        note="The official 32,768 test pictures, as in PMG-AFT.",
+    ),
+    DatasetSpec(
+        "ucf101",
+        "flwrlabs/ucf101",
+        101,
+        class_names="ucf101",
+        frames_of="clip_id",
+        source="Soomro et al., 2012",
+        note="Middle frames, as in CoOp; which of the three official splits this copy follows was not seen.",
     ),
 )
 
 
 def find_spec(name: str) -> DatasetSpec | None:
-    """The row of a dataset, or None if it is not a known one."""
-    return next((spec for spec in SPECS if spec.hub_id == name), None)
+    """The row of a dataset by its key or Hub id, or None if it is not a known one."""
+    return next((spec for spec in SPECS if name in (spec.key, spec.hub_id)), None)
+
+
+def class_names(key: str) -> list[str] | dict[str, str]:
+    """An entry of `class_names.json`: names in label order, or a mapping from a dataset's own labels."""
+    return _facts("class_names.json")[key]
+
+
+def prompt_templates(key: str) -> tuple[str, ...]:
+    """An entry of `templates.json`: texts with `{}` where the class name goes. Raises ValueError if there is none."""
+    known = {name: texts for name, texts in _facts("templates.json").items() if isinstance(texts, list)}
+    if key not in known:
+        raise ValueError(f"templates={key!r} is not in templates.json; it has {sorted(known)}.")
+    return tuple(known[key])
+
+
+def plain(label: object) -> str:
+    """A label's letters and digits in lower case, by which `"apple_pie"` and `"Apple Pie"` are the same."""
+    return "".join(letter for letter in str(label).casefold() if letter.isalnum())
 
 
 @cache
-def _class_names() -> dict[str, list[str] | dict[str, str]]:
-    return json.loads((files(__package__) / "class_names.json").read_text(encoding="utf-8"))
+def _facts(file: str) -> dict:
+    return json.loads((files(__package__) / file).read_text(encoding="utf-8"))

@@ -14,8 +14,10 @@ from hf_robust_clip.zero_shot_data.loading import (
     ImageDataset,
     collate_images,
     load_image_dataset,
+    read_class_names,
     to_pixels,
 )
+from hf_robust_clip.zero_shot_data.specs import DatasetSpec
 
 ROOT = os.environ.get(DATA_ROOT_VARIABLE)
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255), (255, 0, 255)]
@@ -34,6 +36,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s after every shuffled stream
     datasets.disable_progress_bars()
 
 
@@ -207,10 +210,8 @@ def test_a_folder_is_read_by_its_path(tmp_path, processor):
 
 
 def test_missing_label_column(tmp_path, processor):
-    write(tmp_path, "user/colours", "train", table(label_column="colour"))
-    with pytest.raises(
-        ValueError, match=r"no label column 'label' or 'labels'; its columns: .*'colour'.*label_column"
-    ):
+    write(tmp_path, "user/colours", "train", table(label_column="colour", feature=Value("int64")))
+    with pytest.raises(ValueError, match=r"no label column 'label' or .*; its columns: .*'colour'.*label_column"):
         load_image_dataset("user/colours", "train", processor, data_root=tmp_path)
     with pytest.raises(ValueError, match="no label column 'kind'"):
         load_image_dataset("user/colours", "train", processor, data_root=tmp_path, label_column="kind")
@@ -268,3 +269,296 @@ def test_real_files_in_hub_layout(name, first, processor):
     batch = collate_images([data[i] for i in range(16)])
     assert len(set(batch["labels"].tolist())) > 2
     assert batch["pixel_values"].std() > 0.1
+
+
+# ---- attack resolution
+
+
+@pytest.mark.parametrize(("attack", "model", "expected"), [(32, 224, 32), (96, 64, 64), (None, 48, 48), (32, 32, 32)])
+def test_resolution_is_the_smaller_of_both(attack, model, expected):
+    data = ImageDataset(table(), make_processor(model), ("a", "b", "c"), "x", "local", "train", resize=256,
+                        attack_resolution=attack)  # fmt: skip
+    assert data.resolution == expected
+    assert data[0]["pixel_values"].shape == (3, expected, expected)
+    assert data.first(2).resolution == data.only(["a"]).resolution == expected
+
+
+def test_at_native_resolution_no_pixel_changes():
+    """Also with a `resize` meant for the model's size; the longer side is cropped at the centre."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    processor = make_processor(64)
+    native = to_pixels(processor, [Image.fromarray(pixels)], resize=80, resolution=32)
+    expected = torch.from_numpy(pixels[:, 4:36]).permute(2, 0, 1)[None] / 255
+    torch.testing.assert_close(native, expected, rtol=0, atol=1e-6)
+    assert to_pixels(processor, [Image.fromarray(pixels)], resolution=64).shape[-1] == 64
+
+
+# ---- a part of a stream
+
+
+def many(labels, feature=None):
+    """Pictures whose red and green tell the row."""
+    features = Features({"image": datasets.Image(), "label": feature or ClassLabel(names=["a", "b", "c"])})
+    pictures = [Image.new("RGB", (8, 8), (i % 256, i // 256, 0)) for i in range(len(labels))]
+    return Dataset.from_dict({"image": pictures, "label": list(labels)}, features=features)
+
+
+def numbers(data):
+    return [red + 256 * green for (red, green, _), _ in seen(data)]
+
+
+def test_a_stream_gives_a_seeded_part_of_the_rows(tmp_path, processor):
+    write(tmp_path, "user/many", "train", many([i % 3 for i in range(300)]))
+
+    def load(count=20, seed=0):
+        return load_image_dataset("user/many", "train", processor, data_root=tmp_path, streaming=True,
+                                  max_images=count, seed=seed)  # fmt: skip
+
+    data = load()
+    assert isinstance(data.rows, datasets.Dataset) and len(data) == 20
+    drawn = numbers(data)
+    assert len(set(drawn)) == 20 and drawn != sorted(drawn) and max(drawn) > 100
+    assert [label for _, label in seen(data)] == [number % 3 for number in drawn]
+    assert numbers(load()) == drawn != numbers(load(seed=1))
+    assert len(load(count=1000)) == 300
+    assert len(data.only(["b"])) == sum(number % 3 == 1 for number in drawn)
+
+
+def test_a_stream_reads_no_more_than_its_buffer(tmp_path, processor, monkeypatch):
+    write(tmp_path, "user/many", "train", many([0] * 300))
+    read = []
+    shuffle = datasets.IterableDataset.shuffle
+
+    def counting(stream, **arguments):
+        return shuffle(stream.map(lambda row: read.append(1) or row, features=stream.features), **arguments)
+
+    monkeypatch.setattr(datasets.IterableDataset, "shuffle", counting)
+    monkeypatch.setattr("hf_robust_clip.zero_shot_data.loading.STREAM_BUFFER", 50)
+    load_image_dataset("user/many", "train", processor, data_root=tmp_path, streaming=True, max_images=10)
+    assert 50 <= len(read) <= 61
+
+
+def test_streaming_with_rows_of_the_table(tmp_path, processor):
+    """PACS: one split, of which every fifth row is test."""
+    names = ["dog", "elephant", "giraffe", "guitar", "horse", "house", "person"]
+    write(tmp_path, "flwrlabs/pacs", "train", many([6] * 30, ClassLabel(names=names)))
+    data = load_image_dataset("pacs", "test", processor, data_root=tmp_path, streaming=True, max_images=30)
+    assert sorted(numbers(data)) == list(range(0, 30, 5))
+    write(tmp_path, "flwrlabs/ucf101", "test", table(label_column="label"))
+    with pytest.raises(ValueError, match="'flwrlabs/ucf101' is stored as frames of videos; load it with streaming=F"):
+        load_image_dataset("ucf101", "test", processor, data_root=tmp_path, streaming=True, max_images=3)
+
+
+def test_streaming_needs_a_number_of_images(tmp_path, processor):
+    with pytest.raises(ValueError, match="streaming=True needs max_images"):
+        load_image_dataset("user/colours", "train", processor, data_root=tmp_path, streaming=True)
+    with pytest.raises(ValueError, match="max_images=0 must be at least 1"):
+        load_image_dataset("user/colours", "train", processor, data_root=tmp_path, streaming=True, max_images=0)
+
+
+def test_max_images_without_a_stream(tmp_path, processor):
+    write(tmp_path, "user/many", "train", many([0] * 30))
+    data = load_image_dataset("user/many", "train", processor, data_root=tmp_path, max_images=7, seed=3)
+    whole = load_image_dataset("user/many", "train", processor, data_root=tmp_path)
+    assert numbers(data) == numbers(whole.first(7, seed=3)) and len(data) == 7
+
+
+# ---- a user's own pictures
+
+
+def test_a_folder_of_pictures_per_class(tmp_path, processor):
+    for name, colour in (("Zürich cats", COLOURS[0]), ("犬", COLOURS[1])):
+        folder = tmp_path / "own" / "train" / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (9, 8), colour).save(folder / "1.png")
+    for streaming in (False, True):
+        data = load_image_dataset(str(tmp_path / "own"), "train", processor, streaming=streaming, max_images=5)
+        assert data.class_names == ("Zürich cats", "犬")
+        assert sorted(seen(data)) == sorted([(COLOURS[0], 0), (COLOURS[1], 1)])
+    assert (data.attack_resolution, data.templates) == (None, ("This is a photo of a {}",))
+
+
+def test_a_parquet_folder_without_notes_on_its_features(tmp_path, processor):
+    """As other programs write it: pictures as bytes, labels as texts."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = table(feature=Value("int64")).cast_column("image", datasets.Image(decode=False))
+    plain = pyarrow.table({"image": [{"bytes": row["image"]["bytes"], "path": None} for row in rows],
+                           "label": ["A", "b", "c c", "c_c", "b", "A"]})  # fmt: skip
+    (tmp_path / "own").mkdir()
+    pyarrow.parquet.write_table(plain, tmp_path / "own" / "train-0.parquet")
+    for streaming in (False, True):
+        data = load_image_dataset(str(tmp_path / "own"), "train", processor, class_names=["c c", "b", "a"],
+                                  streaming=streaming, max_images=6)  # fmt: skip
+        assert sorted(seen(data)) == sorted(zip(COLOURS, [2, 1, 0, 0, 1, 2], strict=True))
+    assert sorted(seen(data.only(["a", "c c"]))) == sorted(zip((*COLOURS[:1], *COLOURS[2:4], COLOURS[5]),
+                                                               [0, 1, 1, 0], strict=True))  # fmt: skip
+    with pytest.raises(ValueError, match=r"the label 'A', which is none of the 2 class names \(c c, b, ...\)"):
+        load_image_dataset(str(tmp_path / "own"), "train", processor, class_names=["c c", "b"])
+
+
+def test_text_labels_that_differ_in_signs_only(tmp_path, processor):
+    write(tmp_path, "user/tongues", "train", table(["C", "C++", "C#", "C", "C", "C"], feature=Value("string")))
+    data = load_image_dataset("user/tongues", "train", processor, data_root=tmp_path, class_names=["C#", "C", "C++"])
+    assert [label for _, label in seen(data)] == [1, 2, 0, 1, 1, 1]
+    with pytest.raises(ValueError, match="the label 'C', which is none"):
+        load_image_dataset("user/tongues", "train", processor, data_root=tmp_path, class_names=["C#", "c", "C++"])
+
+
+def test_the_only_column_of_class_labels_is_taken(tmp_path, processor):
+    write(tmp_path, "user/kinds", "train", table(label_column="kind").add_column("number", [9] * 6))
+    data = load_image_dataset("user/kinds", "train", processor, data_root=tmp_path)
+    assert (data.label_column, [label for _, label in seen(data)]) == ("kind", LABELS)
+
+
+def test_true_and_false_are_labels(tmp_path, processor):
+    write(tmp_path, "user/flags", "train", table([True, False, True, True, False, False], feature=Value("bool")))
+    data = load_image_dataset("user/flags", "train", processor, data_root=tmp_path, class_names=["no", "yes"])
+    assert [row["labels"] for row in data] == [1, 0, 1, 1, 0, 0]
+    assert all(type(row["labels"]) is int for row in data)
+
+
+def test_a_thousand_classes_and_one(tmp_path, processor):
+    thousand = [f"class {i}" for i in range(1000)]
+    write(tmp_path, "user/thousand", "train", many([999, 0, 500], ClassLabel(names=thousand)))
+    data = load_image_dataset("user/thousand", "train", processor, data_root=tmp_path)
+    assert [data.class_names[label] for _, label in seen(data)] == ["class 999", "class 0", "class 500"]
+    write(tmp_path, "user/one", "train", many([0, 0], ClassLabel(names=["only"])))
+    data = load_image_dataset("user/one", "train", processor, data_root=tmp_path)
+    assert (data.class_names, [label for _, label in seen(data)]) == (("only",), [0, 0])
+
+
+def test_classes_without_pictures_are_no_error(tmp_path, processor):
+    write(tmp_path, "user/colours", "train", table([0, 2, 2, 2, 0, 0], feature=Value("int64")))
+    data = load_image_dataset("user/colours", "train", processor, data_root=tmp_path, class_names=["x", "y", "z"])
+    assert [label for _, label in seen(data)] == [0, 2, 2, 2, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "message"),
+    [
+        ([0, 1, 4, 4, 1, 0], "int64", r"run from 0 to 4 \(3 different\), but there are 3 class names, for 0 .. 2"),
+        ([1, 2, 3, 1, 2, 3], "int64", "run from 1 to 3"),
+        ([0, -1, 0, 0, 0, 0], "int64", "run from -1 to 0"),
+        ([0, 1, None, 1, 0, 0], "int64", "row 2 of dataset 'user/colours' has no label in column 'label'"),
+        (["x", "y", None, "x", "y", "z"], "string", "row 2 of dataset 'user/colours' has no label"),
+        ([0.5, 1, 2, 0, 1, 2], "float64", "holds 0.5, which is no label"),
+        (["x", "y", "w", "x", "y", "z"], "string", "the label 'w', which is none of the 3 class names"),
+    ],
+)
+def test_labels_that_fit_no_name(labels, feature, message, tmp_path, processor):
+    write(tmp_path, "user/colours", "train", table(labels, feature=Value(feature)))
+    with pytest.raises(ValueError, match=message):
+        load_image_dataset("user/colours", "train", processor, data_root=tmp_path, class_names=["x", "y", "z"])
+
+
+def test_labels_that_are_lists(tmp_path, processor):
+    write(
+        tmp_path, "user/colours", "train", table([[0], [1], [0], [1], [0], [1]], feature=datasets.List(Value("int8")))
+    )
+    with pytest.raises(ValueError, match="column 'label' of dataset 'user/colours' holds no labels but List"):
+        load_image_dataset("user/colours", "train", processor, data_root=tmp_path, class_names=["x", "y", "z"])
+
+
+def test_missing_class_label(tmp_path, processor):
+    write(tmp_path, "user/colours", "train", table([0, 1, -1, 0, 1, 2]))
+    with pytest.raises(ValueError, match=r"run from -1 to 2.*leave out rows without a label"):
+        load_image_dataset("user/colours", "train", processor, data_root=tmp_path)
+
+
+@pytest.mark.parametrize("names", [["x", "y", "x"], ["x", " ", "z"]])
+def test_names_that_repeat_or_are_blank(names, tmp_path, processor):
+    write(tmp_path, "user/colours", "train", table(feature=Value("int64")))
+    with pytest.raises(ValueError, match="class_names"):
+        load_image_dataset("user/colours", "train", processor, data_root=tmp_path, class_names=names)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_empty_set(streaming, tmp_path, processor):
+    write(tmp_path, "user/colours", "train", table().select([]))
+    with pytest.raises(ValueError, match="dataset 'user/colours' has no rows in split 'train'"):
+        load_image_dataset("user/colours", "train", processor, data_root=tmp_path, streaming=streaming, max_images=2)
+
+
+@pytest.mark.parametrize("damage", ["no picture", "cut short", "missing"])
+def test_a_picture_that_cannot_be_read(damage, tmp_path, processor):
+    rows = table().cast_column("image", datasets.Image(decode=False)).to_list()
+    good = rows[3]["image"]["bytes"]
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    noise.save(tmp_path / "noise.png")
+    bad = {"no picture": b"nothing", "cut short": (tmp_path / "noise.png").read_bytes()[:2000], "missing": None}[
+        damage
+    ]
+    rows[3]["image"] = bad and {"bytes": bad, "path": None}
+    assert good != bad
+    write(tmp_path, "user/colours", "train", Dataset.from_list(rows, features=table().features))
+    data = load_image_dataset("user/colours", "train", processor, data_root=tmp_path)
+    assert seen(data.__getitems__([0, 5])) == [(COLOURS[0], 0), (COLOURS[5], 0)]
+    with pytest.raises(ValueError, match="row 3 of dataset 'user/colours', split 'train': the picture in column 'ima"):
+        data.__getitems__([0, 3, 5])
+
+
+def test_a_column_without_pictures(tmp_path, processor):
+    write(tmp_path, "uoft-cs/cifar100", "test", table().remove_columns("image").add_column("img", [1] * 6)
+          .rename_column("label", "fine_label"))  # fmt: skip
+    with pytest.raises(ValueError, match="column 'img' of dataset 'uoft-cs/cifar100' holds no pictures but Value"):
+        load_image_dataset("cifar100", "test", processor, data_root=tmp_path)
+
+
+def test_a_row_that_was_not_checked_says_so(tmp_path, processor):
+    write(tmp_path, "tanganke/dtd", "train", table())
+    with pytest.raises(ValueError, match=r"'tanganke/dtd' has no split 'test' \(this row of specs.py was not checked"):
+        load_image_dataset("dtd", "test", processor, data_root=tmp_path)
+    with pytest.raises(
+        OSError, match=r"'ethz/food101' \(this row .*<data root>/ethz/food101/ \(hf download --repo-ty"
+    ):
+        load_image_dataset("food101", "test", processor, data_root=tmp_path)
+    with pytest.raises(OSError, match=r"'uoft-cs/cifar10' \((?!this row)"):
+        load_image_dataset("cifar10", "test", processor, data_root=tmp_path)
+
+
+def test_the_revision_of_a_row_reaches_the_hub(processor, monkeypatch):
+    asked = []
+
+    def load(name, split, revision, streaming):
+        asked.append((name, split, revision, streaming))
+        return table()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    pinned = DatasetSpec("b", "a/b", 3, splits={"test": "val"}, revision="abc")
+    monkeypatch.setattr("hf_robust_clip.zero_shot_data.loading.find_spec", {"b": pinned}.get)
+    assert load_image_dataset("b", "test", processor).revision == "abc"
+    assert load_image_dataset("b", "test", processor, revision="def").revision == "def"
+    assert load_image_dataset("user/c", "test", processor).revision == "main"
+    assert asked == [("a/b", "val", "abc", False), ("a/b", "val", "def", False), ("user/c", "test", None, False)]
+
+
+# ---- files of class names
+
+
+@pytest.mark.parametrize(
+    "text", ["Katze\nhot dog\n犬\n", "\ufeffKatze\r\n hot dog \r\n犬", '["Katze", "hot dog", "\\u72ac"]']
+)
+def test_class_names_of_a_file(text, tmp_path):
+    (tmp_path / "names").write_bytes(text.encode())
+    assert read_class_names(tmp_path / "names") == ["Katze", "hot dog", "犬"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\n\nb\n", r"names': class_names\[1\]='' is not a name"),
+        ("a\nb\na\n", r"class_names\[2\]='a' repeats class_names\[0\]"),
+        ("", "class_names is empty"),
+        ("[]", "class_names is empty"),
+        ('["a", 3]', r"class_names\[1\]=3 is not a name"),
+        ('["a", ', "begin like a JSON list but are none"),
+    ],
+)
+def test_bad_files_of_class_names(text, message, tmp_path):
+    (tmp_path / "names").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_class_names(tmp_path / "names")
+    with pytest.raises(OSError, match="nowhere"):
+        read_class_names(tmp_path / "nowhere")

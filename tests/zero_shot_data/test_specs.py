@@ -25,8 +25,9 @@ def test_class_names_are_in_label_order():
     assert (tiny["n01443537"], tiny["n02123045"]) == ("goldfish", "tabby")
 
 
-def test_specs_are_found_by_id():
-    assert len({spec.hub_id for spec in SPECS}) == len(SPECS)
+def test_specs_are_found_by_key_and_id():
+    assert len({name for spec in SPECS for name in {spec.key, spec.hub_id}}) == 2 * len(SPECS) - 1  # digits, digits
+    assert find_spec("tiny_imagenet") is find_spec("zh-plus/tiny-imagenet")
     assert find_spec("zh-plus/tiny-imagenet").splits["test"] == "valid"
     assert find_spec("zh-plus/tiny-imagenets") is None
 
@@ -44,4 +45,4 @@ def test_a_list_of_names_must_fit_the_labels():
     assert spec.names_in_label_order(["whatever"] * 1000)[0] == "tench"
     with pytest.raises(ValueError, match="has 3 labels, expected 1000"):
         spec.names_in_label_order(["a", "b", "c"])
-    assert DatasetSpec("a/b").names_in_label_order(["x"]) is None
+    assert DatasetSpec("b", "a/b", 1).names_in_label_order(["x"]) is None
