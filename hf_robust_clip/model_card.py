@@ -1,20 +1,28 @@
-"""The model card: a pure function of reports and settings."""
+"""The model card: a pure function of reports and settings, which `report.json` keeps beside it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .objectives.base import Paper
-from .report import RobustnessReport, percent
+from .report import RobustnessReport, load_reports, percent, read_report_file
 from .threat_model import ThreatModel
 
 LIBRARY = "hf_robust_clip"
+TARGETS = {
+    "static": "white box on the plain classifier",
+    "defence_blind": "made on the classifier without its defence, then shown to the defence",
+    "adaptive": "white box through the whole defence",
+    "bpda": "through the whole defence, what has no gradient replaced in the backward pass",
+    "transfer_from_adapted": "made on the adapted classifier held fixed, then shown to the defence",
+}
 
 
 @dataclass(frozen=True)
@@ -26,13 +34,15 @@ class CardInfo:
         base_model: what the training started from.
         training_data: one line: dataset, split, classes, number of images.
         paper: of the method.
-        settings: `RobustClipTrainer.settings()`.
+        settings: `RobustClipTrainer.settings()`, or other plain values under the same keys.
         template: the prompt that was used.
         class_names: of the training data; the first three serve as an example.
-        limits: one sentence on what this very model can't do.
+        limits: what this very model can't do: a sentence or several; each line becomes a point.
         datasets: Hub ids of the training data, for the metadata.
         plot: file name of the plot beside the card, or None.
         license: SPDX id of the weights; None where it follows from the base model.
+
+    Raises TypeError for settings that JSON can't hold.
     """
 
     repo_id: str
@@ -46,6 +56,43 @@ class CardInfo:
     datasets: Sequence[str] = ()
     plot: str | None = None
     license: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("class_names", "datasets"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "settings", json.loads(json.dumps(self.settings)))  # as a file gives them back
+
+
+def load_card_info(path: str | Path) -> CardInfo:
+    """The `CardInfo` that `save_reports(path, ..., card=info)` stored.
+
+    Raises ValueError if there is none, or one with missing or unknown entries.
+    """
+    card = read_report_file(path).get("card")
+    if card is None:
+        raise ValueError(f"{path} has no card entry; write it with save_reports(path, reports, compared, card=info).")
+    paper = card.get("paper") or {}
+    for row, cls in ((card, CardInfo), (paper, Paper)):
+        known = {field.name for field in fields(cls)}
+        if set(row) != known:
+            raise ValueError(f"the card entry of {path} lacks or adds: {', '.join(sorted(set(row) ^ known))}.")
+    return CardInfo(**{**card, "paper": Paper(**paper)})
+
+
+def regenerate_card(folder: str | Path) -> ModelCard:
+    """The card of a folder, made again from its report.json.
+
+    Raises FileNotFoundError if report.json or recipe.yaml is missing, ValueError if the report has no figures or no
+    card entry.
+    """
+    for name, use in (("report.json", "its figures"), ("recipe.yaml", "what would repeat it")):
+        if not (Path(folder) / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}; a card is not made without {use}.")
+    path = Path(folder) / "report.json"
+    reports, compared = load_reports(path)
+    if not reports:
+        raise ValueError(f"{path} has no reports; a card needs at least one evaluation of its model.")
+    return make_card(reports, compared, load_card_info(path))
 
 
 def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessReport], info: CardInfo) -> ModelCard:
@@ -69,10 +116,9 @@ def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessRe
         datasets=[name for name in info.datasets if _is_repo_id(name)] or None,
         tags=[LIBRARY, "clip", "adversarial-robustness", info.paper.method.lower()],
         model_name=model_name,
-        eval_results=[row for report in reports for row in report.to_eval_results()],
+        eval_results=_eval_results(reports),
         metrics=["accuracy"],
     )
-    radii = sorted({radius for report in (*reports, *before) for radius in report.robust_accuracy})
     settings = {**info.settings, **{f"objective.{k}": v for k, v in info.settings["objective"].items()}}
     training = {
         key.replace("_", " "): "none" if value is None else _cell(value)
@@ -94,14 +140,89 @@ def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessRe
         training=training,
         template=json.dumps(info.template, ensure_ascii=False),  # JSON text is Python text too
         example_names=json.dumps(list(info.class_names[:3]), ensure_ascii=False),
-        radii=[str(ThreatModel(radius, reports[0].norm)) for radius in radii],  # type: ignore[arg-type]
-        rows=[_row(report, radii) for report in (*before, *reports)],
-        first=reports[0],
-        zero_gradients=percent(max(report.zero_gradient_share for report in reports)),
-        limits=info.limits,
+        attacks=[_attack_table(own) for own in _by_attack([*before, *reports])],
+        flags=[
+            (name.replace("_", " "), any(report.model_flags.get(name) for report in reports))
+            for name in dict.fromkeys(name for report in reports for name in report.model_flags)
+        ],
+        auto_attack=any("autoattack" in report.attack.lower().replace("-", "") for report in reports),
+        measured=list(
+            dict.fromkeys(f"{r.precision} at {r.attack_resolution} px on {r.hardware}" for r in (*before, *reports))
+        ),
+        limits=[line.strip() for line in info.limits.splitlines() if line.strip()],
         bibtex=info.paper.bibtex,
         plot=info.plot,
     )
+
+
+def _eval_results(reports: Sequence[RobustnessReport]) -> list[EvalResult]:
+    """All `model-index` rows: what two attacks report alike (clean) once, what they name alike numbered."""
+    rows: list[EvalResult] = []
+    for row in (row for report in reports for row in report.to_eval_results()):
+        config, number = row.dataset_config, 1
+        while row not in rows and row.unique_identifier in {other.unique_identifier for other in rows}:
+            number += 1
+            row = replace(row, dataset_config=f"{config} ({number})")
+        if row not in rows:
+            rows.append(row)
+    return rows
+
+
+def _by_attack(reports: Sequence[RobustnessReport]) -> list[list[RobustnessReport]]:
+    """Reports that can stand in one table: same attack, target, norm and parameters."""
+    groups: dict[str, list[RobustnessReport]] = {}
+    for report in reports:
+        key = json.dumps([report.full_attack, report.norm, _parameters(report)], sort_keys=True)
+        groups.setdefault(key, []).append(report)
+    return list(groups.values())
+
+
+def _parameters(report: RobustnessReport) -> dict[str, Any]:
+    return {name: value for name, value in report.attack_parameters.items() if name != "left_out"}
+
+
+def _attack_table(reports: Sequence[RobustnessReport]) -> dict[str, Any]:
+    """What the template says of one attack."""
+    radii = sorted({radius for report in reports for radius in report.robust_accuracy})
+    threats = [ThreatModel(radius, reports[0].norm) for radius in radii]  # type: ignore[arg-type]
+    left_out: dict[str, list[str]] = {}
+    for report in reports:
+        for member, reason in report.attack_parameters.get("left_out", {}).items():
+            tasks = left_out.setdefault(f"{member} ({reason})", [])
+            tasks += [] if report.task in tasks else [report.task]
+    return {
+        "name": reports[0].full_attack,
+        "target": reports[0].attack_target,
+        "target_text": TARGETS[reports[0].attack_target],
+        "parameters": ", ".join(
+            f"{name.replace('_', ' ')} {_plain(v)}" for name, v in _parameters(reports[0]).items()
+        ),
+        "left_out": [f"{what} on {', '.join(tasks)}" for what, tasks in left_out.items()],
+        "radii": [str(threat) for threat in threats],
+        "rows": [_row(report, radii) for report in reports],
+        "members": [
+            (
+                _cell(f"{report.name}, {report.task}"),
+                str(threat),
+                _cell(", ".join(f"{member} {100 * value:.1f}" for member, value in left.items())),
+            )
+            for report in reports
+            for threat, radius in zip(threats, radii, strict=True)
+            if len(left := report.after_each.get(radius, {})) > 1
+        ],
+        "zero_gradients": percent(max(report.zero_gradient_share for report in reports)),
+    }
+
+
+def _plain(value: Any) -> str:
+    """A JSON value in running text: floats with 4 digits, lists and dicts without brackets."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, list):
+        return " / ".join(map(_plain, value))
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{name} {_plain(v)}" for name, v in value.items()) + ")"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _row(report: RobustnessReport, radii: Sequence[float]) -> dict[str, Any]:

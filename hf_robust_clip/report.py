@@ -1,13 +1,15 @@
-"""What an evaluation found, with everything needed to read it: `RobustnessReport`, its JSON, table and plot."""
+"""What an evaluation found, with everything needed to read it: `RobustnessReport`, its JSON, CSV, table and plots."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,13 +17,20 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from huggingface_hub import EvalResult
 
-from .threat_model import ThreatModel
+from .threat_model import ThreatModel, parse_radius
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
     from rich.table import Table
+
+    from .model_card import CardInfo
 
 AttackTarget = Literal["static", "defence_blind", "adaptive", "bpda", "transfer_from_adapted"]
 REPORT_FORMAT = 2
+_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", "#7A4FBF")
+_MARKERS, _DASHES = "osD^vP>X", ("-", "--", "-.", ":")
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,8 @@ class RobustnessReport:
         dataset, dataset_revision, split: the images.
         num_images, num_classes: how many were evaluated, and among how many classes.
         prompt_hash: SHA-256 (16 digits) of class names and templates, in order.
-        attack, attack_parameters: e.g. `"PGD-20"`, and all its settings.
+        attack, attack_parameters: e.g. `"PGD-20"`, and all its settings, in JSON types; a list under `"step_size"` has
+            one for each radius, a dict under `"left_out"` says why members of a suite did not run.
         attack_target: what the gradients went through; `"static"` is the plain classifier, white box.
         attack_resolution: side of the attacked images in pixels.
         norm: `"linf"` or `"l2"`.
@@ -44,11 +54,15 @@ class RobustnessReport:
         after_each: for each radius, the accuracy left after each attack of the suite, in the order in which they ran;
             the last one is the robust accuracy.
         model_flags: what was checked of the model before the attack: `{"randomised": False, "optimising": False}`.
-        per_class: class name to (images, correct clean, correct at the largest radius).
+        per_class: class name to (images, correct clean, correct at the largest radius); the sums agree with
+            `num_images` and the accuracies.
         zero_gradient_share: share in [0, 1] of exactly-zero input gradients over the whole attack. Well above 0, the
             attack was blind and the robust accuracy means nothing.
         seed, precision: of the attack and of the forward passes.
         library_versions, hardware: where it was measured.
+
+    Raises ValueError for a field that is empty, unknown, out of range or at odds with another, TypeError for attack
+    parameters that JSON can't hold.
     """
 
     name: str
@@ -88,29 +102,66 @@ class RobustnessReport:
         for name in ("robust_accuracy", "after_each"):  # JSON's keys are texts
             by_radius = sorted((float(radius), value) for radius, value in getattr(self, name).items())
             object.__setattr__(self, name, dict(by_radius))
+        for radius in self.robust_accuracy:
+            ThreatModel(radius, self.norm)  # type: ignore[arg-type]  # raises for what is no norm or radius
         if list(self.robust_accuracy) != list(self.after_each):
             raise ValueError(f"after_each has the radii {list(self.after_each)}, not those of robust_accuracy.")
+        object.__setattr__(self, "attack_parameters", json.loads(json.dumps(self.attack_parameters)))
         object.__setattr__(self, "per_class", {name: tuple(row) for name, row in self.per_class.items()})
+        self._check_figures()
+
+    def _check_figures(self) -> None:
+        shares = {"clean_accuracy": self.clean_accuracy, "zero_gradient_share": self.zero_gradient_share}
+        shares |= {f"robust_accuracy[{radius:g}]": value for radius, value in self.robust_accuracy.items()}
+        for radius, left in self.after_each.items():
+            if not left or not math.isclose(list(left.values())[-1], self.robust_accuracy[radius], abs_tol=1e-9):
+                raise ValueError(f"after_each[{radius:g}]={left!r} doesn't end with the robust accuracy.")
+            shares |= {f"after_each[{radius:g}][{member!r}]": value for member, value in left.items()}
+        for name, value in shares.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}={value!r} must be in [0, 1].")
+        images, *correct = (sum(column) for column in zip(*self.per_class.values(), strict=True))
+        if images != self.num_images:
+            raise ValueError(f"per_class counts {images} images, num_images is {self.num_images}.")
+        for what, count, share in zip(
+            ("clean", "at the largest radius"),
+            correct,
+            (self.clean_accuracy, list(self.robust_accuracy.values())[-1]),
+            strict=True,
+        ):
+            if abs(count - share * images) > 0.5:
+                raise ValueError(
+                    f"per_class counts {count} of {images} correct {what}, the accuracy there is {share}."
+                )
 
     def interval(self, accuracy: float) -> tuple[float, float]:
         """The 95 % Wilson interval of an accuracy measured on this report's images."""
         return wilson_interval(round(accuracy * self.num_images), self.num_images)
 
+    @property
+    def full_attack(self) -> str:
+        """The attack's name, with what it went through unless that is the plain classifier."""
+        return self.attack if self.attack_target == "static" else f"{self.attack} ({self.attack_target})"
+
     def to_eval_results(self) -> list[EvalResult]:
-        """`model-index` rows: one for clean accuracy, one for each radius (told apart by `dataset_config`)."""
+        """`model-index` rows: one for clean accuracy, one for each radius.
+
+        `dataset_config` tells them apart: it holds task, attack, radius and number of images, the last because a dear
+        attack often sees fewer of them.
+        """
         rows: list[tuple[str, str, float, dict[str, Any]]] = [("clean", "accuracy", self.clean_accuracy, {})]
         for index, (radius, accuracy) in enumerate(self.robust_accuracy.items()):
             arguments = {**self.attack_parameters, "eps": radius, "attack_target": self.attack_target}
-            if "step_size" in arguments:  # one for each radius
-                arguments["step_size"] = self.attack_parameters["step_size"][index]
+            if isinstance(arguments.get("step_size"), list):  # one for each radius
+                arguments["step_size"] = arguments["step_size"][index]
             threat = ThreatModel(radius, self.norm)  # type: ignore[arg-type]
-            rows.append((f"{self.attack} {threat}", "robust_accuracy", accuracy, arguments))
+            rows.append((f"{self.full_attack} {threat}", "robust_accuracy", accuracy, arguments))
         return [
             EvalResult(
                 task_type="zero-shot-image-classification",
                 dataset_type=self.dataset,
                 dataset_name=f"{self.dataset}, {self.task}",
-                dataset_config=f"{self.task}, {config}",
+                dataset_config=f"{self.task}, {config}, n={self.num_images}",
                 dataset_split=self.split,
                 metric_type=metric,
                 metric_name=f"accuracy, {config}",
@@ -164,28 +215,35 @@ def hardware() -> str:
 
 
 def save_reports(
-    path: str | Path, reports: Sequence[RobustnessReport], compared: Sequence[RobustnessReport] = ()
+    path: str | Path,
+    reports: Sequence[RobustnessReport],
+    compared: Sequence[RobustnessReport] = (),
+    card: CardInfo | None = None,
 ) -> None:
     """Write reports of a model, and of those it was compared with, as JSON, whole or not at all.
 
-    Raises ValueError if there are none.
+    `card` goes with them, so that `model_card.regenerate_card` can make the card again from the file alone.
+
+    Raises ValueError if there are no reports.
     """
     if not reports:
         raise ValueError("reports is empty; evaluate before saving.")
-    rows = {"reports": [asdict(report) for report in reports], "compared": [asdict(report) for report in compared]}
+    content = {
+        "format": REPORT_FORMAT,
+        "reports": [asdict(report) for report in reports],
+        "compared": [asdict(report) for report in compared],
+        **({} if card is None else {"card": asdict(card)}),
+    }
     partial = Path(path).with_suffix(".part")
     try:
-        partial.write_text(json.dumps({"format": REPORT_FORMAT, **rows}, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def load_reports(path: str | Path) -> tuple[list[RobustnessReport], list[RobustnessReport]]:
-    """(reports, compared) as `save_reports` wrote them.
-
-    Raises ValueError for another format or a missing or unknown field.
-    """
+def read_report_file(path: str | Path) -> dict[str, Any]:
+    """What `save_reports` wrote, as plain values. Raises ValueError for anything else."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -194,6 +252,15 @@ def load_reports(path: str | Path) -> tuple[list[RobustnessReport], list[Robustn
         raise ValueError(f"{path} is not a report of format {REPORT_FORMAT}.")
     if not {"reports", "compared"} <= set(content):
         raise ValueError(f"{path} lacks 'reports' or 'compared'.")
+    return content
+
+
+def load_reports(path: str | Path) -> tuple[list[RobustnessReport], list[RobustnessReport]]:
+    """(reports, compared) as `save_reports` wrote them.
+
+    Raises ValueError for another format or a missing or unknown field.
+    """
+    content = read_report_file(path)
     known = {field.name for field in fields(RobustnessReport)}
     for row in content["reports"] + content["compared"]:
         if set(row) != known:
@@ -202,51 +269,233 @@ def load_reports(path: str | Path) -> tuple[list[RobustnessReport], list[Robustn
     return own, compared
 
 
+def save_csv(path: str | Path, reports: Sequence[RobustnessReport]) -> None:
+    """Write a line for each report and radius: every field that is one number or text, and the 95 % intervals.
+
+    Raises ValueError if there are no reports.
+    """
+    if not reports:
+        raise ValueError("reports is empty; there is nothing to write.")
+    lines = []
+    for report in reports:
+        scalars = {name: value for name, value in vars(report).items() if not isinstance(value, dict)}
+        clean_low, clean_high = report.interval(report.clean_accuracy)
+        for radius, accuracy in report.robust_accuracy.items():
+            low, high = report.interval(accuracy)
+            robust = {"radius": radius, "robust_accuracy": accuracy, "robust_low": low, "robust_high": high}
+            lines.append({**scalars, "clean_low": clean_low, "clean_high": clean_high, **robust})
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
 def percent(value: float) -> str:
     """0.123 as 12.3 %."""
     return f"{100 * value:.1f} %"
 
 
 def to_table(reports: Sequence[RobustnessReport], title: str) -> Table:
-    """A `rich` table: clean accuracy and accuracy at every radius, in percent."""
+    """A `rich` table: clean accuracy and accuracy at every radius, in percent; a column for the attack if they differ.
+
+    Raises ValueError for no reports and for several norms, whose radii can't share columns.
+    """
     from rich.table import Table
 
-    norm = reports[0].norm
+    norm = _one_norm(reports)
     radii = sorted({radius for report in reports for radius in report.robust_accuracy})
-    table = Table(title=title, caption=f"accuracy in percent, clean and under {reports[0].attack} at radii in {norm}")
+    attacks = sorted({report.full_attack for report in reports})
+    caption = f"accuracy in percent, clean and under {' or '.join(attacks)} at radii in {norm}"
+    table = Table(title=title, caption=caption)
     table.add_column("")
+    if len(attacks) > 1:
+        table.add_column("attack")
     for column in ("n", "chance", "clean", *(str(ThreatModel(r, norm)).split("=")[1] for r in radii)):  # type: ignore[arg-type]
         table.add_column(column, justify="right", no_wrap=True)
     for report in reports:
         robust = [report.robust_accuracy.get(radius) for radius in radii]
-        cells = ["-" if value is None else f"{100 * value:.1f}" for value in (report.clean_accuracy, *robust)]
         table.add_row(
-            f"{report.name}, {report.task}", str(report.num_images), f"{100 / report.num_classes:.1f}", *cells
+            f"{report.name}, {report.task}",
+            *([report.full_attack] if len(attacks) > 1 else []),
+            str(report.num_images),
+            f"{100 / report.num_classes:.1f}",
+            *("-" if value is None else f"{100 * value:.1f}" for value in (report.clean_accuracy, *robust)),
         )
     return table
 
 
-def plot_accuracy(path: str | Path, panels: dict[str, dict[str, RobustnessReport]]) -> None:
-    """Write a PNG of accuracy against eps: a panel for each key, a line for each report in it, 95 % bands."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+def _one_norm(reports: Iterable[RobustnessReport]) -> str:
+    norms = sorted({report.norm for report in reports})
+    if len(norms) != 1:
+        found = ", ".join(norms) if norms else "no reports"
+        raise ValueError(f"one table or plot holds reports of one norm, got {found}; make one for each norm.")
+    return norms[0]
 
-    figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+
+def plot_accuracy(path: str | Path, panels: Mapping[str, Mapping[str, RobustnessReport]]) -> None:
+    """Write a PNG of accuracy against eps: a panel for each key, a line for each report in it, 95 % bands.
+
+    A label has one colour, marker and dash in all panels. Raises ValueError for no panel, a panel without reports, and
+    several norms in one panel.
+    """
+    styles = _styles(label for lines in panels.values() for label in lines)
+    attacks = {report.full_attack for lines in panels.values() for report in lines.values()}
+    figure, axes = _panels(list(panels), "accuracy under " + (attacks.pop() if len(attacks) == 1 else "attack"))
+    for axis, lines in zip(axes, panels.values(), strict=True):
+        linf = _one_norm(lines.values()) == "linf"
         for label, report in lines.items():
-            grey_levels = report.norm == "linf"
             points = {0.0: report.clean_accuracy, **report.robust_accuracy}
-            radii = [radius * 255 if grey_levels else radius for radius in points]
-            (line,) = axis.plot(radii, list(points.values()), marker="o", markersize=3, label=label)
+            radii = [radius * 255 if linf else radius for radius in points]
+            style = styles[label]
+            axis.plot(radii, list(points.values()), markersize=4, label=label, **style)
             low, high = zip(*(report.interval(value) for value in points.values()), strict=True)
-            axis.fill_between(radii, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-            axis.set_xlabel("L-inf eps (grey levels of 255)" if grey_levels else "L2 eps (units of [0, 1])")
-        first = next(iter(lines.values()))
-        axis.axhline(1 / first.num_classes, color="grey", linestyle=":", linewidth=1, label="chance")
-        axis.set(title=f"{title} (n={first.num_images})", ylim=(0, 1))
+            axis.fill_between(radii, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        sizes = sorted({report.num_images for report in lines.values()})
+        axis.set_title(
+            f"{axis.get_title()}\nn = {' to '.join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))}", fontsize=10
+        )
+        axis.set_xlabel("L-inf eps (grey levels of 255)" if linf else "L2 eps (units of [0, 1])")
+        chance = 1 / next(iter(lines.values())).num_classes
+        axis.axhline(chance, color="grey", linestyle=(0, (1, 3)), linewidth=1, label="chance")
+        axis.set_ylim(-0.02, 1.02)
+    _save(figure, axes, path)
+
+
+def plot_tradeoff(path: str | Path, reports: Sequence[RobustnessReport], radius: float | str) -> None:
+    """Write a PNG of robust against clean accuracy: a panel for each task, a point for each model, 95 % intervals.
+
+    Args:
+        path: of the PNG.
+        reports: of several models, one for each model and task, under one norm.
+        radius: in units of [0, 1], such as `"4/255"`; every report must have it.
+
+    Raises ValueError for no reports, several norms, a model twice on a task, and a report without the radius.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    eps = parse_radius(radius, "radius")
+    threat = ThreatModel(eps, _one_norm(reports))  # type: ignore[arg-type]
+    styles = _styles(report.name for report in reports)
+    tasks: dict[str, dict[str, tuple[RobustnessReport, float]]] = {}
+    for report in reports:
+        robust = [value for r, value in report.robust_accuracy.items() if math.isclose(r, eps)]
+        if not robust:
+            raise ValueError(f"the report of {report.name}, {report.task} has no radius {radius}.")
+        if report.name in tasks.setdefault(report.task, {}):
+            raise ValueError(f"two reports of {report.name}, {report.task}; plot one attack at a time.")
+        tasks[report.task][report.name] = (report, robust[0])
+    attacks = " or ".join(sorted({report.full_attack for report in reports}))
+    figure, axes = _panels(list(tasks), f"accuracy under {attacks}\n{threat}")
+    for axis, models in zip(axes, tasks.values(), strict=True):
+        for name, (report, robust_accuracy) in models.items():
+            x, y = report.clean_accuracy, robust_accuracy
+            bar_x, bar_y = ([[abs(end - value)] for end in report.interval(value)] for value in (x, y))
+            style = {**styles[name], "linestyle": "none", "markersize": 8, "elinewidth": 0.8}
+            axis.errorbar([x], [y], xerr=bar_x, yerr=bar_y, label=name, **style)
+        axis.set_xlabel("clean accuracy")
+        axis.xaxis.set_major_formatter(_percent_label)
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), prune="both"))
+    _save(figure, axes, path)
+
+
+def plot_examples(
+    path: str | Path,
+    images: ArrayLike,
+    adversarials: ArrayLike,
+    truth: Sequence[str],
+    before: Sequence[str],
+    after: Sequence[str],
+) -> None:
+    """Write a PNG with a row for each image: clean, perturbation, adversarial, and what the model saw in them.
+
+    The perturbation d is drawn as 0.5 + factor * d, with one factor for all rows, given above the column: the largest
+    that keeps every value within [0, 1], rounded down to a whole number where it is above 1.
+
+    Args:
+        path: of the PNG.
+        images, adversarials: (N, C, H, W) in [0, 1], with C 1 or 3.
+        truth: class name of each image.
+        before, after: predicted class name of each clean and of each adversarial image; wrong ones are marked.
+
+    Raises ValueError for shapes that don't match, nothing to draw and values outside [0, 1].
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    clean, adversarial = (np.asarray(pictures, dtype=float) for pictures in (images, adversarials))
+    if clean.shape != adversarial.shape or clean.ndim != 4 or clean.size == 0 or clean.shape[1] not in (1, 3):
+        got = f"got {clean.shape} and {adversarial.shape}"
+        raise ValueError(f"images and adversarials must have one shape (N, 1 or 3, H, W), {got}.")
+    if not {len(truth), len(before), len(after)} == {len(clean)}:
+        raise ValueError(f"{len(clean)} images, but {len(truth)}, {len(before)} and {len(after)} class names.")
+    if not all(pictures.min() >= 0 and pictures.max() <= 1 for pictures in (clean, adversarial)):
+        raise ValueError("images and adversarials must be in [0, 1]; did you normalise them?")
+    largest = np.abs(adversarial - clean).max()
+    factor = 0.5 / largest if largest > 0 else 1.0
+    factor = math.floor(factor * 1.0001) if factor > 0.9999 else factor  # float32 has 7 digits
+    figure = Figure(figsize=(6.6, 0.5 + 2.35 * len(clean)), layout="constrained")
+    grid = figure.subplots(len(clean), 3, squeeze=False)
+    for axis, title in zip(grid[0], ("clean", f"perturbation x {factor:.3g}", "adversarial"), strict=True):
+        axis.set_title(title, fontsize=10)
+    smooth = "nearest" if max(clean.shape[2:]) <= 64 else "antialiased"
+    for axes, name, *names, image, attacked in zip(grid, truth, before, after, clean, adversarial, strict=True):
+        pictures = (image, np.clip(0.5 + factor * (attacked - image), 0, 1), attacked)
+        for axis, picture in zip(axes, pictures, strict=True):
+            axis.imshow(picture.transpose(1, 2, 0).squeeze(), cmap="grey", vmin=0, vmax=1, interpolation=smooth)
+            axis.set(xticks=[], yticks=[])
+        axes[0].set_ylabel(textwrap.fill(f"truth: {name}", 24), fontsize=9)
+        for axis, predicted in zip((axes[0], axes[2]), names, strict=True):
+            right = predicted == name
+            text = textwrap.fill(f"{predicted} ({'right' if right else 'WRONG'})", 25)
+            axis.set_xlabel(text, fontsize=9, fontweight="normal" if right else "bold")
+    figure.savefig(path, dpi=140)
+
+
+def _styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and dash by label; told apart in grey by the marker."""
+    return {
+        label: {
+            "color": _COLOURS[i % len(_COLOURS)],
+            "marker": _MARKERS[(i + i // len(_MARKERS)) % len(_MARKERS)],
+            "linestyle": _DASHES[i % len(_DASHES)],
+        }
+        for i, label in enumerate(dict.fromkeys(labels))
+    }
+
+
+def _panels(titles: Sequence[str], ylabel: str) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each title, at most three in a row."""
+    from matplotlib.figure import Figure
+
+    if not titles:
+        raise ValueError("there are no panels to plot.")
+    columns = min(3, len(titles))
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(3.9 * columns + 0.5, 3.3 * rows + 0.8), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[len(titles) :]:
+        axis.remove()
+    for i, (axis, title) in enumerate(zip(axes, titles, strict=False)):
+        axis.set_title(textwrap.fill(title, 40), fontsize=10)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(f"accuracy under {first.attack}")
-    axes[0].yaxis.set_major_formatter(PercentFormatter(1))
-    axes[-1].legend(fontsize=8)
+        axis.yaxis.set_major_formatter(_percent_label)
+        if i % columns == 0:
+            axis.set_ylabel(ylabel)
+    return figure, axes[: len(titles)]
+
+
+def _percent_label(value: float, _: float) -> str:
+    return f"{100 * value:.4g} %"
+
+
+def _save(figure: Figure, axes: Sequence[Axes], path: str | Path) -> None:
+    """Write the figure with one legend for all panels, below them."""
+    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if "chance" in handles:
+        handles["chance"] = handles.pop("chance")  # last
+    columns = max(1, int(figure.get_figwidth() * 13 / (max(map(len, handles)) + 8)))
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=9, frameon=False
+    )
     figure.savefig(path, dpi=140)

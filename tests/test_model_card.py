@@ -1,3 +1,4 @@
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -6,8 +7,9 @@ import pytest
 from huggingface_hub import ModelCard
 from test_report import make_report
 
-from hf_robust_clip.model_card import CardInfo, make_card
+from hf_robust_clip.model_card import TARGETS, CardInfo, load_card_info, make_card, regenerate_card
 from hf_robust_clip.objectives.pmg_aft import PMGAFT
+from hf_robust_clip.report import load_reports, save_reports
 
 EXPECTED = Path(__file__).parent / "data" / "expected_card.md"
 SETTINGS = {
@@ -45,6 +47,23 @@ OWN = [
 BEFORE = [make_report(name="undefended", clean_accuracy=1.0, robust_accuracy={1 / 255: 0.05})]
 
 
+def auto_attack(**changes):
+    """A report of a suite that had to leave a member out."""
+    values = dict(
+        name="PMG-AFT",
+        attack="AutoAttack",
+        attack_parameters={
+            "version": "standard",
+            "members": ("apgd-ce", "square"),
+            "queries": None,
+            "left_out": {"apgd-t": "needs 4 classes"},
+        },
+        robust_accuracy={1 / 255: 0.65, 4 / 255: 0.15},
+        after_each={1 / 255: {"apgd-ce": 0.65, "square": 0.65}, 4 / 255: {"apgd-ce": 0.2, "square": 0.15}},
+    )
+    return make_report(**{**values, **changes})
+
+
 def tables(text: str) -> list[list[list[str]]]:
     """The Markdown tables of a text, as rows of cells; fails on a table that a renderer would cut or refuse."""
     found = []
@@ -61,8 +80,9 @@ def code_blocks(text: str) -> list[str]:
 
 
 def test_whole_card():
-    """After a wanted change: write str(make_card(OWN, BEFORE, INFO)) to the file and read it through."""
-    assert str(make_card(OWN, BEFORE, INFO)) == EXPECTED.read_text(encoding="utf-8").rstrip("\n")
+    """After a wanted change: write str(make_card(...)) to the file and read it through."""
+    card = make_card([*OWN, auto_attack()], BEFORE, INFO)
+    assert str(card) == EXPECTED.read_text(encoding="utf-8").rstrip("\n")
 
 
 def test_tables_are_whole_and_hold_every_report():
@@ -83,9 +103,9 @@ def test_metadata_keeps_tasks_and_attacks_apart_through_a_file(tmp_path):
     data = ModelCard.load(tmp_path / "README.md").data
     rows = {(row.dataset_name, row.dataset_config): row.metric_value for row in data.eval_results}
     assert len(rows) == len(data.eval_results) == 6
-    assert rows["user/pictures, trained classes", "trained classes, clean"] == 0.9
-    assert rows["user/pictures, held-out classes", "held-out classes, clean"] == 0.6
-    assert rows["user/pictures, held-out classes", "held-out classes, PGD-20 L-inf eps=4/255"] == 0.1
+    assert rows["user/pictures, trained classes", "trained classes, clean, n=40"] == 0.9
+    assert rows["user/pictures, held-out classes", "held-out classes, clean, n=40"] == 0.6
+    assert rows["user/pictures, held-out classes", "held-out classes, PGD-20 L-inf eps=4/255, n=40"] == 0.1
     assert (data.base_model, data.datasets, data.library_name) == ("user/clip", ["user/pictures"], "transformers")
     assert (data.model_name, data.pipeline_tag) == ("robust-clip", "zero-shot-image-classification")
     assert {"hf_robust_clip", "pmg-aft"} <= set(data.tags)
@@ -143,3 +163,156 @@ def test_bars_and_line_breaks_in_names_do_not_break_tables():
     training, results = tables(text + "\n")
     assert ["data", r"a \| b c"] in training
     assert [row[0] for row in results[1:]] == [r"PMG-AFT, in \| out", "PMG-AFT, two lines"]
+
+
+# ---- several attacks
+
+
+def test_each_attack_has_its_table_and_its_parameters():
+    held_out = auto_attack(
+        task="held-out classes",
+        attack_parameters={"version": "standard", "members": ["apgd-ce", "square"], "queries": None},
+    )
+    card = make_card([*OWN, auto_attack(), held_out], [*BEFORE, auto_attack(name="undefended")], INFO)
+    text = card.text + "\n"
+    assert re.findall(r"^### (.*)", text, re.MULTILINE) == ["PGD-20", "AutoAttack"]
+    _, pgd, auto, members = tables(text)
+    assert [row[0] for row in pgd[1:]] == [
+        "undefended, trained classes",
+        "PMG-AFT, trained classes",
+        "PMG-AFT, held-out classes",
+    ]
+    assert [row[0] for row in auto[1:]] == [
+        "undefended, trained classes",
+        "PMG-AFT, trained classes",
+        "PMG-AFT, held-out classes",
+    ]
+    assert members[:3] == [
+        ["", "radius", "left"],
+        ["undefended, trained classes", "L-inf eps=1/255", "apgd-ce 65.0, square 65.0"],
+        ["undefended, trained classes", "L-inf eps=4/255", "apgd-ce 20.0, square 15.0"],
+    ]
+    assert len(members) == 1 + 3 * 2
+    assert "; num steps 20, step size 0.1 / 0.2, random start yes, loss cross_entropy.\n" in text
+    left_out = "Left out: apgd-t (needs 4 classes) on trained classes."
+    assert f"; version standard, members apgd-ce / square, queries none. {left_out}\n" in text
+    assert "Where AutoAttack is given, its figure is the one to quote" in text
+
+
+def test_without_autoattack_the_card_says_what_is_missing():
+    text = make_card(OWN, [auto_attack(name="undefended")], INFO).text
+    assert "stronger ones (AutoAttack) can only lower these figures" in text
+    assert "to quote" not in text
+
+
+def test_other_parameters_targets_and_norms_make_other_tables():
+    slow = make_report(attack_parameters={"num_steps": 20, "step_size": 0.003})
+    through = make_report(attack_target="adaptive", model_flags={"randomised": True, "optimising": False})
+    card = make_card([OWN[0], slow, through, make_report(norm="l2", robust_accuracy={0.5: 0.5}), slow], [], INFO)
+    text = card.text + "\n"
+    assert re.findall(r"^### (.*)", text, re.MULTILINE) == ["PGD-20", "PGD-20", "PGD-20 (adaptive)", "PGD-20"]
+    assert [len(table) for table in tables(text)[1:]] == [2, 3, 2, 2]
+    assert tables(text)[-1][0][-1] == "L2 eps=0.5"
+    assert f"Attack: {TARGETS['adaptive']} (`attack_target: adaptive`)" in text
+    assert "before the attack: randomised **yes**, optimising no." in text
+    assert len(card.data.eval_results) == len({row.unique_identifier for row in card.data.eval_results}) == 8
+
+
+def test_metadata_of_several_attacks_goes_through_a_file(tmp_path):
+    slow = make_report(attack_parameters={"num_steps": 20}, robust_accuracy={1 / 255: 0.6, 4 / 255: 0.25})
+    make_card([*OWN, auto_attack(), slow, auto_attack(num_images=20)], BEFORE, INFO).save(tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert not re.search(r"[:-] [&*]id\d", text), "YAML aliases are hard to read"
+    data = ModelCard.load(tmp_path / "README.md").data
+    found = {row.dataset_config: row.metric_value for row in data.eval_results if "trained" in row.dataset_config}
+    assert found == {
+        "trained classes, clean, n=40": 0.9,
+        "trained classes, PGD-20 L-inf eps=1/255, n=40": 0.7,
+        "trained classes, PGD-20 L-inf eps=4/255, n=40": 0.25,
+        "trained classes, AutoAttack L-inf eps=1/255, n=40": 0.65,
+        "trained classes, AutoAttack L-inf eps=4/255, n=40": 0.15,
+        "trained classes, PGD-20 L-inf eps=1/255, n=40 (2)": 0.6,
+        "trained classes, PGD-20 L-inf eps=4/255, n=40 (2)": 0.25,
+        "trained classes, clean, n=20": 0.9,
+        "trained classes, AutoAttack L-inf eps=1/255, n=20": 0.65,
+        "trained classes, AutoAttack L-inf eps=4/255, n=20": 0.15,
+    }
+    assert {row.metric_args["left_out"]["apgd-t"] for row in data.eval_results if "Auto" in row.dataset_config} == {
+        "needs 4 classes"
+    }
+
+
+def test_limits_of_several_sentences_and_lines():
+    text = make_card(OWN, [], replace(INFO, limits="It knows four. It fears dogs.\n\n  It is small.\n")).text
+    points = [line for line in text.split("## Limits")[1].split("## Citation")[0].splitlines() if line]
+    assert points[2:] == ["- It knows four. It fears dogs.", "- It is small."]
+    assert all(point.startswith("- ") for point in points)
+
+
+def test_where_it_was_measured_is_said_for_every_report():
+    text = make_card(OWN, [make_report(hardware="1 x H100", precision="bfloat16", attack_resolution=224)], INFO).text
+    assert "Measured in bfloat16 at 224 px on 1 x H100; float32 at 8 px on CPU; every setting" in text
+
+
+def test_l2_step_is_no_grey_level():
+    attack = {**SETTINGS["attack"], "step_size": 0.125}
+    text = make_card(
+        OWN, [], replace(INFO, settings={**SETTINGS, "threat_model": "L2 eps=0.5", "attack": attack})
+    ).text
+    assert "PGD with 2 steps of 0.125, from" in text
+
+
+# ---- the card from the files beside it
+
+
+def write_folder(folder: Path, info: CardInfo = INFO) -> str:
+    """What a run leaves in its folder, weights aside; returns the card."""
+    own = [*OWN, auto_attack()]
+    save_reports(folder / "report.json", own, BEFORE, card=info)
+    (folder / "recipe.yaml").write_text("method: pmg_aft\n")
+    make_card(own, BEFORE, info).save(folder / "README.md")
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "info", [INFO, replace(INFO, license=None, plot=None, settings={**SETTINGS, "betas": (0.9, 1)})]
+)
+def test_card_is_made_again_from_its_report(info, tmp_path):
+    written = write_folder(tmp_path, info)
+    assert load_card_info(tmp_path / "report.json") == info
+    assert load_reports(tmp_path / "report.json") == ([*OWN, auto_attack()], BEFORE)
+    assert str(regenerate_card(tmp_path)) == written
+    assert str(regenerate_card(str(tmp_path))) == written
+
+
+@pytest.mark.parametrize("name", ["report.json", "recipe.yaml"])
+def test_no_card_without_its_files(name, tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"has no {name}; a card is not made without"):
+        regenerate_card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.update(reports=[]), r"report\.json has no reports"),
+        (lambda content: content.pop("card"), r"report\.json has no card entry"),
+        (lambda content: content["card"].pop("limits"), r"card entry of .*report\.json lacks or adds: limits"),
+        (lambda content: content["card"].update(colour="red"), "lacks or adds: colour"),
+        (lambda content: content["card"]["paper"].pop("bibtex"), "lacks or adds: bibtex"),
+        (lambda content: content["card"].update(paper=None), "lacks or adds: arxiv, bibtex"),
+    ],
+)
+def test_no_card_from_half_a_report(change, message, tmp_path):
+    write_folder(tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text())
+    change(content)
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        regenerate_card(tmp_path)
+
+
+def test_settings_that_json_cannot_hold_are_refused():
+    with pytest.raises(TypeError, match="JSON"):
+        replace(INFO, settings={**SETTINGS, "optimizer": object()})

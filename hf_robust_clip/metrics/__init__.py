@@ -1,0 +1,69 @@
+"""Metrics as plain functions of predictions; `robust_accuracy/` is an `evaluate` module over them.
+
+metric = evaluate.load(robust_accuracy_path())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..report import wilson_interval
+
+
+def robust_accuracy_path() -> str:
+    """The folder that `evaluate.load` takes; no network is needed."""
+    return str(Path(__file__).parent / "robust_accuracy")
+
+
+def clean_and_robust_accuracy(
+    attacked: Sequence[int],
+    references: Sequence[int],
+    clean: Sequence[int] | None = None,
+    num_classes: int | None = None,
+) -> dict[str, float | list[float] | list[float | None]]:
+    """Clean and robust accuracy: mean [clean_i = y_i] and mean [clean_i = y_i and attacked_i = y_i].
+
+    Args:
+        attacked: predicted class of each attacked image, (N,).
+        references: true class of each image, (N,).
+        clean: predicted class of each clean image, (N,). Without it an image that is right under attack counts as
+            robust whatever it was before, so the robust accuracy can only come out higher, and no clean one is given.
+        num_classes: number of classes; None takes the largest index that occurs, plus one.
+
+    Returns, for `clean` (if given) and `robust`: `*_accuracy` in [0, 1]; `*_accuracy_interval`, its 95 % Wilson
+    interval; `*_accuracy_per_class`, by class index, None for a class without images.
+
+    Raises ValueError for no images, unequal lengths, and classes that are no integers or outside [0, num_classes).
+    """
+    columns = {"attacked": attacked, "references": references} | ({} if clean is None else {"clean": clean})
+    arrays = {name: np.asarray(values) for name, values in columns.items()}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if len(set(shapes.values())) > 1 or arrays["references"].ndim != 1:
+        raise ValueError(f"one class index for each image is needed in every column, got the shapes {shapes}.")
+    if arrays["references"].size == 0:
+        raise ValueError("references is empty; there is no accuracy of nothing.")
+    for name, array in arrays.items():
+        if array.dtype.kind not in "iu":
+            raise ValueError(f"{name} must be class indices, integers, got {array.dtype}.")
+        if array.min() < 0 or (num_classes is not None and array.max() >= num_classes):
+            raise ValueError(
+                f"{name} has classes from {array.min()} to {array.max()}; they must be in [0, {num_classes or '...'})."
+            )
+    labels = arrays["references"]
+    classes = num_classes or int(max(array.max() for array in arrays.values())) + 1
+    right = {"robust": arrays["attacked"] == labels}
+    if clean is not None:
+        right = {"clean": arrays["clean"] == labels, "robust": right["robust"] & (arrays["clean"] == labels)}
+    images = np.bincount(labels, minlength=classes)
+    found: dict[str, float | list[float] | list[float | None]] = {}
+    for name, hits in right.items():
+        by_class = np.bincount(labels, weights=hits, minlength=classes)
+        found[f"{name}_accuracy"] = float(hits.mean())
+        found[f"{name}_accuracy_interval"] = list(wilson_interval(int(hits.sum()), len(hits)))
+        found[f"{name}_accuracy_per_class"] = [
+            float(k / n) if n else None for k, n in zip(by_class, images, strict=True)
+        ]
+    return found

@@ -1,0 +1,57 @@
+"""`evaluate` module over `hf_robust_clip.metrics.clean_and_robust_accuracy`."""
+
+import datasets
+import evaluate
+
+from hf_robust_clip.metrics import clean_and_robust_accuracy
+
+# One import a line above: the loader of `evaluate` reads them line by line.
+
+DESCRIPTION = """\
+Clean and robust accuracy of a classifier from its predictions. An image counts as robust if it is classified
+correctly both clean and after the attack."""
+
+INPUTS = """\
+Args:
+    predictions: for each image a pair [clean, attacked] of predicted class indices. Or the attacked prediction alone,
+        an integer: then no clean accuracy is given, and every image that is right under attack counts as robust, so
+        the figure can only come out higher. The integers are what `evaluate.combine` can share with modules such as
+        `accuracy`; pairs can be combined with modules that take pairs, this one under several names for instance.
+    references: the true class index of each image.
+    num_classes: given to `compute`; None takes the largest class index that occurs, plus one.
+Returns:
+    clean_accuracy (for pairs) and robust_accuracy in [0, 1]; of both *_interval, the 95 % Wilson interval, and
+    *_per_class, a list by class index with None for a class without images.
+Raises:
+    ValueError for no images, unequal lengths and class indices outside [0, num_classes).
+Examples:
+    >>> metric = evaluate.load(hf_robust_clip.metrics.robust_accuracy_path())
+    >>> metric.compute(predictions=[[0, 0], [1, 0], [0, 1]], references=[0, 1, 1])["robust_accuracy"]
+    0.3333333333333333
+"""
+
+
+class RobustAccuracy(evaluate.Metric):
+    """Predictions are pairs [clean, attacked], or attacked ones alone."""
+
+    def _info(self):
+        label = datasets.Value("int64")
+        pair = datasets.Sequence(label, length=2)
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation="",
+            inputs_description=INPUTS,
+            features=[datasets.Features(predictions=kind, references=label) for kind in (pair, label)],
+        )
+
+    def add_batch(self, *, predictions, references):
+        """Add images. Raises ValueError for none: what `evaluate` itself raises doesn't say so."""
+        if len(predictions) == 0 or len(references) == 0:
+            raise ValueError(f"{len(predictions)} predictions for {len(references)} references; give at least one.")
+        super().add_batch(predictions=predictions, references=references)
+
+    def _compute(self, predictions, references, num_classes=None):
+        clean, attacked = None, predictions
+        if isinstance(predictions[0], list):
+            clean, attacked = zip(*predictions, strict=True)
+        return clean_and_robust_accuracy(attacked, references, clean, num_classes)

@@ -1,0 +1,88 @@
+"""Published cards agree with the reports beside them."""
+
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from test_model_card import INFO, write_folder
+
+from hf_robust_clip.model_card import load_card_info, regenerate_card
+
+ROOT = Path(__file__).parent.parent / "hub_cards"
+FILES = ("README.md", "report.json", "recipe.yaml")
+LARGEST = 5_000_000  # bytes; weights belong on the Hub
+
+
+def card_folders(root: Path) -> list[Path]:
+    """Every folder below `root` that holds a file of a card."""
+    return sorted({path.parent for name in FILES for path in root.rglob(name)})
+
+
+def check_folder(folder: Path, root: Path) -> None:
+    """Fails unless card, report and recipe are there, belong together, and no weights lie beside them."""
+    for name in FILES:
+        assert (folder / name).is_file(), f"{folder} has no {name}"
+    written = (folder / "README.md").read_text(encoding="utf-8")
+    assert str(regenerate_card(folder)) == written, f"{folder}/README.md differs from what report.json gives"
+    repo_id = folder.relative_to(root).as_posix()
+    assert load_card_info(folder / "report.json").repo_id in (repo_id, f"./{repo_id}"), "folder and repository differ"
+    rows = ModelCard.load(folder / "README.md").data.eval_results
+    assert len({row.unique_identifier for row in rows}) == len(rows) > 0
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", written):
+        assert (folder / picture).is_file(), f"{folder} has no {picture}"
+    large = [path.name for path in folder.rglob("*") if path.is_file() and path.stat().st_size > LARGEST]
+    assert not large, f"{folder} holds weights: {large}"
+
+
+@pytest.mark.parametrize("folder", card_folders(ROOT), ids=lambda folder: folder.relative_to(ROOT).as_posix())
+def test_published_card(folder):
+    check_folder(folder, ROOT)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    found = tmp_path / INFO.repo_id
+    found.mkdir(parents=True)
+    write_folder(found)
+    (found / "accuracy.png").write_bytes(b"a picture")
+    return found
+
+
+def test_a_sound_folder_passes(folder, tmp_path):
+    assert card_folders(tmp_path) == [folder]
+    check_folder(folder, tmp_path)
+
+
+def edit(folder, name, old, new):
+    text = (folder / name).read_text(encoding="utf-8")
+    assert old in text
+    (folder / name).write_text(text.replace(old, new), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "README.md").unlink(), "has no README.md"),
+        (lambda folder: (folder / "report.json").unlink(), "has no report.json"),
+        (lambda folder: (folder / "recipe.yaml").unlink(), "has no recipe.yaml"),
+        (lambda folder: edit(folder, "README.md", "60.0 (45-74)", "61.0 (45-74)"), "differs from what report.json"),
+        (lambda folder: edit(folder, "report.json", "PMG-AFT", "TeCoA"), "differs from what report.json"),
+        (lambda folder: (folder / "accuracy.png").unlink(), "has no accuracy.png"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(bytes(LARGEST + 1)),
+            "weights: .*model.safetensors",
+        ),
+    ],
+)
+def test_a_damaged_folder_fails(damage, message, folder, tmp_path):
+    damage(folder)
+    assert card_folders(tmp_path) == [folder]
+    with pytest.raises(AssertionError, match=message):
+        check_folder(folder, tmp_path)
+
+
+def test_a_card_in_the_wrong_folder_fails(folder, tmp_path):
+    moved = folder.rename(folder.with_name("other"))
+    with pytest.raises(AssertionError, match="folder and repository differ"):
+        check_folder(moved, tmp_path)
