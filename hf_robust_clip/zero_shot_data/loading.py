@@ -194,7 +194,8 @@ def load_image_dataset(
     Args:
         name: a dataset of `specs.py` by its key or Hub id (`"digits"` needs no download), a Hub id, or a folder that
             `load_dataset` reads: parquet files, or pictures in one folder per class.
-        split: `"train"`, `"test"` (whatever a known dataset calls it), or the dataset's own name for it.
+        split: `"train"`, `"test"` (whatever a known dataset calls it), `"all"` where a row of `specs.py` has it, or
+            the dataset's own name for it; `"train+test"` joins two, `"train[:1000]"` is a part.
         data_root: looked at first, for a folder `<data_root>/<Hub id>` in Hub layout; default the environment variable
             HF_ROBUST_CLIP_DATA_ROOT.
         revision: Hub revision; None takes that of the known dataset, or the newest.
@@ -227,6 +228,8 @@ def load_image_dataset(
         rows = _every(rows, spec.test_every, asked == "test")
         split = f"{asked}, where every {spec.test_every}th row of {split} is test"
     features = rows.features
+    if features is None:  # some formats tell their columns only when they are read
+        raise ValueError(f"the stream of dataset {dataset_id!r} doesn't tell its columns; use streaming=False.")
     column = _label_column(features, spec, label_column, dataset_id)
     image_column = _image_column(features, spec, dataset_id)
     if isinstance(rows, datasets.IterableDataset):
@@ -368,7 +371,7 @@ def _label_map(
     """
     if not isinstance(rows.features[column], datasets.ClassLabel | datasets.Value):
         raise ValueError(f"column {column!r} of dataset {name!r} holds no labels but {rows.features[column]}.")
-    labels = rows.select_columns([column]).unique(column)
+    labels = rows.select_columns([column]).with_format("arrow")[:][column].unique().to_pylist()
     if None in labels:
         row = list(rows[column]).index(None)
         raise ValueError(f"row {row} of dataset {name!r} has no label in column {column!r}; leave such rows out.")

@@ -356,6 +356,20 @@ def test_streaming_needs_a_number_of_images(tmp_path, processor):
         load_image_dataset("user/colours", "train", processor, data_root=tmp_path, streaming=True, max_images=0)
 
 
+def test_a_stream_of_unknown_columns(processor, monkeypatch):
+    stream = datasets.IterableDataset.from_generator(lambda: iter([{"image": 1}]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, revision, streaming: stream)
+    with pytest.raises(ValueError, match="the stream of dataset 'user/x' doesn't tell its columns"):
+        load_image_dataset("user/x", "train", processor, streaming=True, max_images=1)
+
+
+def test_parts_and_sums_of_splits(tmp_path, processor):
+    write(tmp_path, "user/colours", "train", table())
+    write(tmp_path, "user/colours", "val", table([2] * 6))
+    data = load_image_dataset("user/colours", "val[:2]+train[4:]", processor, data_root=tmp_path)
+    assert seen(data) == [(COLOURS[0], 2), (COLOURS[1], 2), (COLOURS[4], 1), (COLOURS[5], 0)]
+
+
 def test_max_images_without_a_stream(tmp_path, processor):
     write(tmp_path, "user/many", "train", many([0] * 30))
     data = load_image_dataset("user/many", "train", processor, data_root=tmp_path, max_images=7, seed=3)
