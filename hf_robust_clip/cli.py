@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 import difflib
 import os
+import re
 import shutil
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +24,7 @@ import yaml
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+    from .attacks.suites import Suite
     from .evaluation import EvaluationSettings
     from .modeling import CLIPForZeroShotClassification
     from .report import RobustnessReport
@@ -59,7 +62,7 @@ class DataSettings:
     max_images: int | None = None
     revision: str | None = None
     data_root: str | None = None
-    class_names: Sequence[str] | None = None
+    class_names: Sequence[str] | str | None = None  # names, or a file of them
     label_column: str | None = None
     resize: int | None = None  # shorter side before the centre crop; None takes the processor's
 
@@ -69,6 +72,13 @@ class PromptSettings:
     """How class names become texts."""
 
     template: str = "This is a photo of a {}"
+
+
+@dataclass(frozen=True)
+class EvaluationPrompt:
+    """How class names become texts in an evaluation."""
+
+    template: str | None = "This is a photo of a {}"  # None takes the known dataset's own
 
 
 @dataclass(frozen=True)
@@ -99,25 +109,65 @@ class Recipe:
     source: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """Everything an evaluation needs, checked."""
+
+    model: ModelSettings
+    checkpoints: tuple[str, ...]  # the one in question first, then those it is compared with
+    reference: str | None
+    prompt: EvaluationPrompt
+    evaluations: tuple[EvaluationSettings, ...]
+    tasks: tuple[DataSettings, ...]
+    run: RunSettings
+    source: dict[str, Any]
+
+
+USAGE = f"""\
+usage: hf-robust-clip train {{{",".join(METHODS)}}} --config FILE [--section.key VALUE ...]
+       hf-robust-clip evaluate --config FILE [--section.key VALUE ...]
+       hf-robust-clip card FOLDER        write README.md again from report.json and recipe.yaml"""
 SECTIONS = ("model", "data", "prompt", "objective", "training", "evaluation", "tasks", "compare", "run")
+EVALUATION_SECTIONS = ("model", "compare", "reference", "prompt", "evaluation", "tasks", "run")
+SHORT = {"model": "model.name", "revision": "model.revision", "template": "prompt.template",
+         "radii": "evaluation.radii", "attacks": "evaluation.attacks"}  # fmt: skip
+RUN_OPTIONS = ("output_dir", "overwrite", "resume", "device")
+TASK_OPTIONS = tuple(f.name for f in fields(DataSettings))
 
 
-def help_text(description: str, config: Path) -> str:
+TRAINING_OPTIONS = f"""\
+  --config FILE          a YAML file in place of the default below
+  --section.key VALUE    override any value below (VALUE is read as YAML); training.* takes every field of
+                         RobustClipConfig, a transformers.TrainingArguments
+  --compare METHOD       also train by METHOD ({", ".join(METHODS)}; a list is written '[tecoa, fare]')
+  --output_dir DIR, --overwrite, --resume   short for --run.output_dir DIR, --run.overwrite true, ..."""
+EVALUATION_OPTIONS = """\
+  --model NAME           a Hub id or a folder of a checkpoint (or digits-clip); --revision for the Hub's
+  --dataset NAME         evaluate on this one: a key of the known datasets, a Hub id, a folder of pictures or parquet;
+                         with --split, --class_names FILE, --label_column, --max_images N, --resize N, --data_root
+  --template TEXT        prompt with {} for the class name; null takes the known dataset's own
+  --attacks LIST         of pgd-N, cw-N, apgd (APGD-CE and APGD-T), autoattack, autoattack-rand, apgd-ce, apgd-dlr,
+                         apgd-t, fab-t, square; a list is written '[pgd-20, autoattack]'
+  --radii LIST           such as '[1/255, 4/255]'
+  --compare LIST         further checkpoints, shown beside
+  --reference NAME       an undefended checkpoint, which a working attack brings to about 0
+  --config FILE          a YAML file in place of the default below
+  --section.key VALUE    override any value below (VALUE is read as YAML)
+  --output_dir DIR, --overwrite, --resume, --device   short for --run.output_dir DIR, ..."""
+
+
+def help_text(description: str, config: Path, options: str) -> str:
     """What `--help` prints: usage, and the default config with its comments."""
     return (
-        f"{description.strip()}\n\n"
-        "options:\n"
-        "  --config FILE          a YAML file in place of the default below\n"
-        "  --section.key VALUE    override any value below (VALUE is read as YAML); training.* takes every field of\n"
-        "                         RobustClipConfig, a transformers.TrainingArguments\n"
-        f"  --compare METHOD       also train by METHOD ({', '.join(METHODS)}; a list is written '[tecoa, fare]')\n"
-        "  --output_dir DIR, --overwrite, --resume   short for --run.output_dir DIR, --run.overwrite true, ...\n\n"
+        f"{description.strip()}\n\noptions:\n{options}\n\n"
         f"default config ({config.name}):\n\n{config.read_text(encoding='utf-8')}"
     )
 
 
-def parse_arguments(argv: Sequence[str], default_config: Path) -> dict[str, Any]:
+def parse_arguments(argv: Sequence[str], default_config: Path, sections: Sequence[str] = SECTIONS) -> dict[str, Any]:
     """Command line to nested plain settings: the YAML file, then the dotted overrides in their order.
+
+    Where there is no training, `--dataset` and the other keys of a task replace the tasks by one.
 
     Raises ValueError for a missing value, an unknown section, or an option that is none of ours; OSError for a missing
     file.
@@ -136,7 +186,7 @@ def parse_arguments(argv: Sequence[str], default_config: Path) -> dict[str, Any]
             if not words or (words[0].startswith("--")):
                 raise ValueError(f"--{key} has no value.")
             value = words.pop(0)
-        key = f"run.{key}" if key in ("output_dir", "overwrite", "resume", "device") else key
+        key = f"run.{key}" if key in RUN_OPTIONS else key
         if key == "config":
             config = Path(value)
         else:
@@ -147,11 +197,18 @@ def parse_arguments(argv: Sequence[str], default_config: Path) -> dict[str, Any]
     if not isinstance(settings, dict):
         raise ValueError(f"{config} must hold sections: {', '.join(SECTIONS)}.")
     for section in settings:
-        check_key(section, SECTIONS, f"section in {config.name}")
+        check_key(section, sections, f"section in {config.name}")
+    if "training" not in sections:
+        task = {key: value for key, value in overrides if key in TASK_OPTIONS}
+        overrides = [(SHORT.get(key, key), value) for key, value in overrides if key not in task]
+        if task and "dataset" not in task:
+            raise ValueError(f"--{next(iter(task))} goes with --dataset.")
+        if task:
+            settings["tasks"] = [{"split": "test", **task}]
     for key, value in overrides:
         section, _, rest = key.partition(".")
-        check_key(section, SECTIONS, "option --" + key)
-        if section in ("compare", "tasks") and not rest:
+        check_key(section, (*sections, *(SHORT if "training" not in sections else ())), "option --" + key)
+        if section in ("compare", "tasks", "reference") and not rest:
             settings[section] = value
         elif not rest or "." in rest:
             raise ValueError(f"--{key} is not of the form --section.key.")
@@ -252,30 +309,20 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
     """Check every section and make its settings. Nothing is written or downloaded here."""
     run = build(RunSettings, settings.get("run"), "run")
     check_output_dir(run)
-    from .evaluation import EvaluationSettings
     from .trainer import RobustClipConfig
 
     model = build(ModelSettings, settings.get("model"), "model")
     data = build(DataSettings, settings.get("data"), "data")
     tasks = settings.get("tasks") or [{"dataset": data.dataset, "split": "test", "name": data.dataset}]
-    if not isinstance(tasks, list):
-        raise ValueError(f"tasks={tasks!r} must be a list of datasets to evaluate on.")
     compare = settings.get("compare") or []
     compare = [compare] if isinstance(compare, str) else compare
     if not isinstance(compare, list):
         raise ValueError(f"compare={compare!r} must be a method or a list of methods.")
     for other in compare:
         check_key(other, list(METHODS), "method in compare")
-    evaluation = build(EvaluationSettings, settings.get("evaluation"), "evaluation")
-    evaluation.threats()
-    settings_of_tasks = tuple(build(DataSettings, task, f"tasks[{i}]") for i, task in enumerate(tasks))
-    names = [task.name or task.dataset for task in settings_of_tasks]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"two tasks have the name {name!r}; give each its own by `name`.")
-    for section, chosen in (("data", data), *((f"tasks[{i}]", task) for i, task in enumerate(settings_of_tasks))):
-        if chosen.max_images is not None and chosen.max_images < 1:
-            raise ValueError(f"{section}.max_images={chosen.max_images!r} must be at least 1.")
+    evaluation = build_evaluation(settings.get("evaluation"))
+    settings_of_tasks = build_tasks(tasks)
+    check_max_images(data, "data")
     if run.push_to_hub is not None:
         from huggingface_hub.utils import validate_repo_id
 
@@ -291,6 +338,85 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
         evaluation=evaluation,
         tasks=settings_of_tasks,
         compare=tuple(other for other in dict.fromkeys(compare) if other != method),
+        run=run,
+        source=settings,
+    )
+
+
+def build_evaluation(values: Mapping[str, Any] | None, attack: str | None = None) -> EvaluationSettings:
+    """Evaluation settings; `attack` (or the key of that name) is a name such as `pgd-20` or `autoattack`."""
+    from .evaluation import EvaluationSettings
+
+    values = dict(values or {})
+    own = values.pop("attack", "pgd-20")
+    suite = attack_suite(own if attack is None else attack, values.pop("step_size", None))
+    return replace(build(EvaluationSettings, values, "evaluation"), attack=suite)
+
+
+def attack_suite(name: Any, step_size: float | str | None = None) -> Suite:
+    """The attacks of a name: pgd-N, cw-N, apgd, autoattack, autoattack-rand, or one member of AutoAttack."""
+    from .attacks.auto_attack import AttackName, AutoAttack
+    from .attacks.losses import cross_entropy, cw_margin
+    from .attacks.suites import PGD
+
+    match = re.fullmatch(r"(pgd|cw)-(\d+)", str(name).lower())
+    if match:
+        return PGD(int(match[2]), step_size, cw_margin if match[1] == "cw" else cross_entropy)
+    if step_size is not None:
+        raise ValueError(f"evaluation.step_size={step_size!r} goes with pgd-N and cw-N, not with {name!r}.")
+    suites = {
+        "autoattack": AutoAttack(),
+        "autoattack-rand": AutoAttack.rand(),
+        "apgd": AutoAttack(("apgd-ce", "apgd-t")),
+    }
+    suites |= {member: AutoAttack((member,)) for member in get_args(AttackName)}
+    if str(name).lower() not in suites:
+        raise ValueError(f"unknown attack {name!r}; known: pgd-20 (any number), cw-20, {', '.join(suites)}.")
+    return suites[str(name).lower()]
+
+
+def build_tasks(tasks: Any) -> tuple[DataSettings, ...]:
+    """The datasets to evaluate on, each with a name of its own."""
+    if not isinstance(tasks, list) or not tasks:
+        raise ValueError(f"tasks={tasks!r} must be a list of datasets to evaluate on.")
+    built = tuple(build(DataSettings, task, f"tasks[{i}]") for i, task in enumerate(tasks))
+    names = [task.name or task.dataset for task in built]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two tasks have the name {name!r}; give each its own by `name`.")
+    for i, task in enumerate(built):
+        check_max_images(task, f"tasks[{i}]")
+    return built
+
+
+def check_max_images(data: DataSettings, section: str) -> None:
+    """Raise ValueError for a number of images below 1."""
+    if data.max_images is not None and data.max_images < 1:
+        raise ValueError(f"{section}.max_images={data.max_images!r} must be at least 1.")
+
+
+def read_evaluation(settings: dict[str, Any]) -> EvaluationRecipe:
+    """Check every section of an evaluation. Nothing is written or downloaded here."""
+    run = build(RunSettings, settings.get("run"), "run")
+    check_output_dir(run)
+    if run.push_to_hub is not None:
+        raise ValueError("run.push_to_hub goes with training; an evaluation stays in its output directory.")
+    values = dict(settings.get("evaluation") or {})
+    attacks = values.pop("attacks", None) or [values.pop("attack", "pgd-20")]
+    attacks = attacks if isinstance(attacks, list) else [attacks]
+    others = settings.get("compare") or []
+    others = others if isinstance(others, list) else [others]
+    model, reference = build(ModelSettings, settings.get("model"), "model"), settings.get("reference")
+    for name in (*others, reference):
+        if name is not None and not isinstance(name, str):
+            raise ValueError(f"{name!r} must be a Hub id or a folder of a checkpoint.")
+    return EvaluationRecipe(
+        model=model,
+        checkpoints=tuple(dict.fromkeys([model.name, *others])),
+        reference=reference,
+        prompt=build(EvaluationPrompt, settings.get("prompt"), "prompt"),
+        evaluations=tuple(build_evaluation(values, attack) for attack in dict.fromkeys(attacks)),
+        tasks=build_tasks(settings.get("tasks")),
         run=run,
         source=settings,
     )
@@ -327,15 +453,18 @@ def load_model(settings: ModelSettings) -> CLIPForZeroShotClassification:
 
 def load_data(settings: DataSettings, model: CLIPForZeroShotClassification) -> ImageDataset:
     """The pictures that settings ask for, prepared for the model."""
-    from .zero_shot_data.loading import load_image_dataset
+    from .zero_shot_data.loading import load_image_dataset, read_class_names
 
+    names = settings.class_names
+    if isinstance(names, str):
+        names = read_class_names(names)
     data = load_image_dataset(
         settings.dataset,
         settings.split,
         model.require_processor(),
         data_root=settings.data_root,
         revision=settings.revision,
-        class_names=settings.class_names,
+        class_names=names,
         label_column=settings.label_column,
         resize=settings.resize,
     )
@@ -356,7 +485,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     train_data, tasks = load_data(recipe.data, model), [load_data(task, model) for task in recipe.tasks]
     names = [task.name or task.dataset for task in recipe.tasks]
     model.set_classes(train_data.class_names, recipe.prompt.template)  # a bad class name fails here, before any work
-    processes = join_processes(recipe.training)
+    processes = join_processes(recipe.training.use_cpu)
     say = processes.print
     say(f"{recipe.method}: {len(train_data)} images, {len(train_data.class_names)} classes, "
         f"{processes.num_processes} process(es) on {processes.device.type}")  # fmt: skip
@@ -442,11 +571,11 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     return reports
 
 
-def join_processes(training: RobustClipConfig) -> PartialState:
+def join_processes(cpu: bool) -> PartialState:
     """The processes that were launched together. Raises ValueError if fewer joined than were launched."""
     from accelerate import PartialState
 
-    processes = PartialState(cpu=training.use_cpu)
+    processes = PartialState(cpu=cpu)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if processes.num_processes != launched:
         raise ValueError(
@@ -491,6 +620,100 @@ def plain_model(trainer: RobustClipTrainer, folder: Path) -> CLIPForZeroShotClas
     return core.merge_and_unload() if hasattr(core, "merge_and_unload") else core
 
 
+def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
+    """Evaluate checkpoints on every task under every attack; write report, table and plots to the output directory.
+
+    Returns the reports of the checkpoint in question.
+    """
+    from rich.console import Console
+
+    from .evaluation import adversarial_examples, evaluate_robustness
+    from .report import percent, plot_accuracy, plot_examples, plot_tradeoff, save_csv, save_reports, to_table
+
+    folder = Path(recipe.run.output_dir)
+    processes = join_processes(use_cpu(recipe.run.device))
+    if processes.is_main_process and recipe.run.overwrite:
+        shutil.rmtree(folder / "state", ignore_errors=True)
+    processes.wait_for_everyone()
+    names = list(dict.fromkeys([*recipe.checkpoints, *([recipe.reference] if recipe.reference else [])]))
+    titles = {
+        name: Path(name).name if [Path(n).name for n in names].count(Path(name).name) == 1 else name for name in names
+    }
+    reports: list[RobustnessReport] = []
+    strip = None
+    for name in names:
+        own = recipe.model if name == recipe.model.name else ModelSettings(name)
+        model = load_model(own).to(processes.device)
+        for task in recipe.tasks:
+            data = load_data(task, model)
+            model.set_classes(data.class_names, recipe.prompt.template or data.templates)
+            for settings in recipe.evaluations:
+                attack = settings.attack.name(len(data.class_names))
+                processes.print(f"{titles[name]} on {task.name or task.dataset}: {len(data)} images, {attack}")
+                report = evaluate_robustness(
+                    model,
+                    data,
+                    settings,
+                    name=titles[name],
+                    task=task.name or task.dataset,
+                    model_id=name,
+                    processes=processes,
+                    state_dir=folder / "state" / slug(f"{name} {task.name or task.dataset} {attack}"),
+                    progress=True,
+                )
+                reports.append(report)
+            if strip is None and processes.is_main_process:
+                strip = adversarial_examples(model, data, recipe.evaluations[0])
+    own_reports = [report for report in reports if report.model == recipe.model.name]
+    others = [report for report in reports if report.model != recipe.model.name]
+    if processes.is_main_process and strip is not None:
+        save_reports(folder / "report.json", own_reports, others)
+        save_csv(folder / "report.csv", reports)
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.source, sort_keys=False, allow_unicode=True))
+        panels: dict[str, dict[str, RobustnessReport]] = {}
+        for report in reports:
+            panel = report.task if len(recipe.evaluations) == 1 else f"{report.task}, {report.attack}"
+            panels.setdefault(panel, {})[report.name] = report
+        plot_accuracy(folder / "accuracy.png", panels)
+        plot_examples(folder / "examples.png", *strip)
+        written = ["report.json", "report.csv", "accuracy.png", "examples.png", "recipe.yaml"]
+        if len(names) > 1:
+            first = [r for r in reports if r.attack == reports[0].attack]
+            plot_tradeoff(folder / "tradeoff.png", first, min(reports[0].robust_accuracy))
+            written.append("tradeoff.png")
+        Console(width=max(110, shutil.get_terminal_size().columns)).print(to_table(reports, titles[recipe.model.name]))
+        share = percent(max(r.zero_gradient_share for r in reports))
+        processes.print(f"exactly-zero input gradients in the attacks: at most {share}")
+        for report in reports:
+            if report.model == recipe.reference:
+                processes.print(self_check(report))
+        processes.print(f"saved to {folder}: {', '.join(written)}")
+    processes.wait_for_everyone()
+    return own_reports
+
+
+def self_check(report: RobustnessReport) -> str:
+    """Whether the attack brought an undefended reference to about nothing, in one line."""
+    from .report import percent
+    from .threat_model import ThreatModel
+
+    radius, left = max(report.robust_accuracy.items())
+    at = f"{report.attack} at {ThreatModel(radius, report.norm)} on {report.task}"  # type: ignore[arg-type]
+    if left <= 0.05:
+        return f"self-check: the undefended {report.name} falls to {percent(left)} under {at}: the attack works."
+    return (
+        f"self-check FAILED: the undefended {report.name} keeps {percent(left)} under {at}; "
+        "the attack is too weak or the radius too small to tell robust from undefended."
+    )
+
+
+def slug(text: str) -> str:
+    """A text as a folder name: no two texts give the same."""
+    from hashlib import sha256
+
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', text).strip('-')[-80:]}-{sha256(text.encode()).hexdigest()[:8]}"
+
+
 def limits_of(model_name: str) -> str:
     """One sentence for the card."""
     if model_name == EMBEDDED_MODEL:
@@ -517,14 +740,38 @@ def run_recipe(method: str, default_config: Path, description: str, argv: Sequen
     """The main function of a training script. A wrong setting ends it with one line and status 2."""
     argv = sys.argv[1:] if argv is None else argv
     if "-h" in argv or "--help" in argv:
-        print(help_text(description, default_config))
+        print(help_text(description, default_config, TRAINING_OPTIONS))
         return
-    try:
+    with one_line_errors():
         recipe = read_recipe(method, parse_arguments(argv, default_config))
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # the bars of loading and saving; training keeps its own
+        quiet_loading()
         train(recipe)
+
+
+def run_evaluation(default_config: Path, description: str, argv: Sequence[str] | None = None) -> None:
+    """The main function of an evaluation script. A wrong setting ends it with one line and status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "-h" in argv or "--help" in argv:
+        print(help_text(description, default_config, EVALUATION_OPTIONS))
+        return
+    with one_line_errors():
+        recipe = read_evaluation(parse_arguments(argv, default_config, EVALUATION_SECTIONS))
+        quiet_loading()
+        evaluate(recipe)
+
+
+def quiet_loading() -> None:
+    """Switch off the bars of loading and saving weights; training and attacks keep theirs."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What a user can mend ends the program with one line and status 2."""
+    try:
+        yield
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         fail(error)
 
@@ -538,14 +785,25 @@ def fail(error: Exception) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`hf-robust-clip train METHOD --config FILE ...`."""
+    """`hf-robust-clip {train METHOD, evaluate, card}`: see `USAGE`."""
     words = [
         part
         for word in (sys.argv[1:] if argv is None else argv)
         for part in (word.split("=", 1) if word.startswith("--config=") else [word])
     ]
-    if len(words) < 2 or words[0] != "train" or words[1] not in METHODS or "--config" not in words:
-        print(f"usage: hf-robust-clip train {{{','.join(METHODS)}}} --config FILE [--section.key VALUE ...]")
+    config = None
+    if "--config" in words[:-1]:
+        config = Path(words[words.index("--config") + 1])
+    if words[:1] == ["train"] and words[1:2] and words[1] in METHODS and config:
+        run_recipe(words[1], config, f"Fine-tune CLIP by {words[1]}.", words[2:])
+    elif words[:1] == ["evaluate"] and config:
+        run_evaluation(config, "Evaluate checkpoints.", words[1:])
+    elif words[:1] == ["card"] and len(words) == 2 and not words[1].startswith("-"):
+        with one_line_errors():
+            from .model_card import regenerate_card
+
+            regenerate_card(words[1]).save(Path(words[1]) / "README.md")
+            print(f"wrote {Path(words[1]) / 'README.md'}")
+    else:
+        print(USAGE)
         raise SystemExit(0 if {"-h", "--help"} & set(words) else 2)
-    config = Path(words[words.index("--config") + 1]) if words.index("--config") + 1 < len(words) else Path()
-    run_recipe(words[1], config, f"Fine-tune CLIP by {words[1]}.", words[2:])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class CLIPForZeroShotClassification(CLIPModel):
         self.class_names: tuple[str, ...] = ()
         self.templates: tuple[str, ...] = ()
         self.class_embeds_are_stale = False
+        self.input_size = config.vision_config.image_size
         channels = config.vision_config.num_channels
         self.register_buffer("image_mean", torch.full((channels, 1, 1), torch.nan), persistent=False)
         self.register_buffer("image_std", torch.full((channels, 1, 1), torch.nan), persistent=False)
@@ -139,6 +141,17 @@ class CLIPForZeroShotClassification(CLIPModel):
             self.processor.image_processor.image_mean = list(mean)
             self.processor.image_processor.image_std = list(std)
 
+    def set_input_size(self, side: int | None) -> None:
+        """Take images of `side` x `side` pixels and enlarge them inside (bicubic) to what the image encoder takes.
+
+        An attack then works on the pixels of the smaller image, as is the custom for CIFAR (32 px) and STL-10 (96 px).
+        None, and the encoder's own size, take images as they are. Raises ValueError for a size beyond the encoder's.
+        """
+        own = self.config.vision_config.image_size
+        if side is not None and not 1 <= side <= own:
+            raise ValueError(f"side={side!r} must be in 1 .. {own}, the size that the image encoder takes; or None.")
+        self.input_size = own if side is None else side
+
     def set_classes(self, class_names: Sequence[str], template: str | Sequence[str] = PAPER_TEMPLATE) -> None:
         """Choose the classes: one prompt per class, or the normalised mean over several templates, as CLIP does.
 
@@ -193,6 +206,9 @@ class CLIPForZeroShotClassification(CLIPModel):
             raise ValueError("the model has no classes; call set_classes(class_names) first.")
         if not torch.compiler.is_compiling():
             self.check_pixels(pixel_values, values=not self.training, any_size=interpolate_pos_encoding)
+        if self.input_size != self.config.vision_config.image_size:
+            side = self.config.vision_config.image_size
+            pixel_values = F.interpolate(pixel_values, size=(side, side), mode="bicubic", align_corners=False)
         features = self.get_image_features(
             pixel_values=(pixel_values - self.image_mean) / self.image_std,
             interpolate_pos_encoding=interpolate_pos_encoding,
@@ -211,8 +227,7 @@ class CLIPForZeroShotClassification(CLIPModel):
 
     def check_pixels(self, pixel_values: Tensor, *, values: bool = True, any_size: bool = False) -> None:
         """Raise ValueError/TypeError unless the images fit this model: channels, size and (if asked) values."""
-        vision = self.config.vision_config
-        expected = (vision.num_channels, vision.image_size, vision.image_size)
+        expected = (self.config.vision_config.num_channels, self.input_size, self.input_size)
         given = tuple(pixel_values.shape[1:])
         if pixel_values.dim() != 4 or given[0] != expected[0] or (given != expected and not any_size):
             raise ValueError(
@@ -233,6 +248,19 @@ class CLIPForZeroShotClassification(CLIPModel):
     def text_is_trainable(self) -> bool:
         """Whether class embeddings must be computed in every forward."""
         return any(parameter.requires_grad for parameter in self.text_parameters())
+
+
+@contextmanager
+def without_gradients(module: torch.nn.Module) -> Iterator[None]:
+    """Parameters with `requires_grad` off inside, as found outside."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def check_classes(

@@ -104,9 +104,10 @@ class ThreatModel:
             adv_BCHW = images_BCHW + delta_BCHW * shrink_B111
         return adv_BCHW.clamp(*self.bounds)
 
-    def ascend(self, adv_BCHW: Tensor, grad_BCHW: Tensor, images_BCHW: Tensor, step_size: float) -> Tensor:
+    def ascend(self, adv_BCHW: Tensor, grad_BCHW: Tensor, images_BCHW: Tensor, step_size: float | Tensor) -> Tensor:
         """One projected step of steepest ascent: x' + a*sign(g) for L-inf, x' + a*g/||g||_2 for L2.
 
+        The step size a is one number or one per image, (B, 1, 1, 1).
         A value (L-inf) or an image (L2) whose gradient is exactly zero stays where it is.
         """
         if self.norm == "linf":
@@ -117,6 +118,13 @@ class ThreatModel:
             grad_BCHW = grad_BCHW / largest_B111.clamp_min(tiny)  # squares of small gradients would underflow
             direction_BCHW = grad_BCHW / _length(grad_BCHW).clamp_min(tiny)
         return self.project(adv_BCHW + step_size * direction_BCHW, images_BCHW)
+
+    def distance(self, adv_BCHW: Tensor, images_BCHW: Tensor) -> Tensor:
+        """||x' - x|| of each image in this norm, shape (B,)."""
+        delta_BCHW = adv_BCHW - images_BCHW
+        if self.norm == "linf":
+            return delta_BCHW.abs().amax(dim=(1, 2, 3))
+        return _length(delta_BCHW).flatten()
 
     def random_start(self, images_BCHW: Tensor, seed: int) -> Tensor:
         """A point drawn uniformly from the ball around each image, then clamped to `bounds`.

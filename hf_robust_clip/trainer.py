@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,7 +19,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArgum
 
 from .attacks.losses import cross_entropy
 from .attacks.pgd import PGDSettings, pgd
-from .modeling import CLIPForZeroShotClassification, check_labels
+from .modeling import CLIPForZeroShotClassification, check_labels, without_gradients
 from .objectives.base import Batch, Objective
 from .objectives.clean import Clean
 from .objectives.fare import FARE
@@ -422,19 +422,6 @@ def select_trainable(model: CLIPForZeroShotClassification, last_layers: int | No
         trained = [*layers[-last_layers:], model.vision_model.post_layernorm, model.visual_projection]
     for module in trained:
         module.requires_grad_(True)
-
-
-@contextmanager
-def without_gradients(module: nn.Module) -> Iterator[None]:
-    """Parameters with `requires_grad` off inside, as found outside."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def check_checkpoint(folder: str | Path) -> None:

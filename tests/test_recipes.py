@@ -26,7 +26,7 @@ MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 SMALL = ["--objective.image_mean", str(MEAN), "--objective.image_std", str(STD),
          "--data.max_images", "24", "--training.max_steps", "2", "--training.logging_steps", "1",
          "--training.per_device_train_batch_size", "8",
-         "--evaluation.num_steps", "2", "--evaluation.radii", "[24/255]",
+         "--evaluation.attack", "pgd-2", "--evaluation.radii", "[24/255]",
          "--tasks", "[{name: trained, dataset: digits, split: test, classes: [zero, one], max_images: 20},"
          " {name: held out, dataset: digits, split: test, classes: [six, nine], max_images: 19}]"]  # fmt: skip
 

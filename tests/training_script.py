@@ -27,6 +27,7 @@ from hf_robust_clip import (
     evaluate_robustness,
     load_image_dataset,
 )
+from hf_robust_clip.attacks.suites import PGD
 
 CASES = {
     "released": dict(objective=PMGAFT.released_preset()),
@@ -106,7 +107,7 @@ def digits(count):
 def digits_report(processes=None):
     """What `evaluate_robustness` finds on nine digits."""
     model, data = digits(9)
-    settings = EvaluationSettings(["4/255", "12/255"], num_steps=3, batch_size=2)
+    settings = EvaluationSettings(["4/255", "12/255"], attack=PGD(3), batch_size=2)
     report = evaluate_robustness(model, data, settings, name="d", task="t", model_id="m", processes=processes)
     return json.loads(json.dumps(asdict(report)))
 

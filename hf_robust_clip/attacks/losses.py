@@ -37,6 +37,17 @@ def dlr(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
     return cw_margin(logits_BC, labels_B) / (top_B3[:, 0] - top_B3[:, 2] + 1e-12)
 
 
+def dlr_targeted(logits_BC: Tensor, labels_B: Tensor, targets_B: Tensor) -> Tensor:
+    """The targeted difference-of-logits ratio (Croce and Hein, 2020): (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2).
+
+    `targets_B` (B,) holds the class t that the attack steers to. Raises ValueError for fewer than four classes.
+    """
+    _need_classes(logits_BC, 4, "The targeted DLR")
+    top_B4 = logits_BC.topk(4, dim=1).values
+    gap_B = logits_BC.gather(1, targets_B[:, None]) - logits_BC.gather(1, labels_B[:, None])
+    return gap_B.squeeze(1) / (top_B4[:, 0] - (top_B4[:, 2] + top_B4[:, 3]) / 2 + 1e-12)
+
+
 def embedding_l2(embeds_BD: Tensor, target_BD: Tensor) -> Tensor:
     """sum_d (a_d - b_d)^2, the squared Euclidean distance of un-normalised embeddings (FARE)."""
     return (embeds_BD - target_BD).square().sum(dim=1)

@@ -11,6 +11,9 @@ from torch import Tensor
 from ..threat_model import ThreatModel, check_images, parse_radius
 
 LossFn = Callable[[Tensor], Tensor]
+LogitsFn = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [0, 1] to logits (B, classes)
+ClassificationLoss = Callable[[Tensor, Tensor], Tensor]  # logits and labels to one value per image, to be maximised
+OnGradient = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,36 @@ def input_gradient(loss_fn: LossFn, images_BCHW: Tensor) -> tuple[Tensor, Tensor
     return losses_B.detach(), grad_BCHW
 
 
+def logits_and_gradient(
+    logits_fn: LogitsFn, loss: ClassificationLoss, images_BCHW: Tensor, labels_B: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (B, classes), losses (B,) and the gradient of their sum by the images (B, C, H, W), in one forward."""
+    seen = []
+
+    def loss_fn(pixels_BCHW: Tensor) -> Tensor:
+        logits_BC = logits_fn(pixels_BCHW)
+        seen.append(logits_BC.detach())
+        return loss(logits_BC, labels_B)
+
+    losses_B, grad_BCHW = input_gradient(loss_fn, images_BCHW)
+    return seen[0], losses_B, grad_BCHW
+
+
+@torch.no_grad()
+def misclassified(logits_fn: LogitsFn, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+    """Whether the class of highest logit is not the label, (B,)."""
+    return logits_fn(images_BCHW).argmax(dim=1) != labels_B
+
+
+def confirmed(logits_BC: Tensor, images_BCHW: Tensor, labels_B: Tensor, confirm: LogitsFn | None) -> Tensor:
+    """Whether images are misclassified by these logits and, where `confirm` is given, by its logits too, (B,)."""
+    broken_B = logits_BC.argmax(dim=1) != labels_B
+    if confirm is not None and broken_B.any():
+        rows = broken_B.nonzero().squeeze(1)
+        broken_B[rows] = misclassified(confirm, images_BCHW[rows], labels_B[rows])
+    return broken_B
+
+
 def pgd(
     loss_fn: LossFn,
     images_BCHW: Tensor,
@@ -62,7 +95,7 @@ def pgd(
     random_start: bool = True,
     keep_best: bool = False,
     seed: int = 0,
-    on_gradient: Callable[[Tensor], None] | None = None,
+    on_gradient: OnGradient | None = None,
 ) -> Tensor:
     """Images in the threat model that raise `loss_fn`, by projected steepest ascent.
 
@@ -111,3 +144,70 @@ def pgd(
     with torch.no_grad():
         keep(loss_fn(adv_BCHW))
     return best_BCHW
+
+
+def pgd_until_misclassified(
+    logits_fn: LogitsFn,
+    images_BCHW: Tensor,
+    labels_B: Tensor,
+    threat_model: ThreatModel,
+    *,
+    loss: ClassificationLoss,
+    num_steps: int,
+    step_size: float,
+    random_start: bool = True,
+    seed: int = 0,
+    confirm: LogitsFn | None = None,
+    deterministic: bool = True,
+    on_gradient: OnGradient | None = None,
+) -> Tensor:
+    """PGD as an evaluation runs it: an image leaves the batch as soon as any iterate is misclassified.
+
+    The iterates are those of `pgd`. An image also leaves when its iterates have entered a cycle (found by Brent's
+    method, on exactly equal pixels): with a constant step and a deterministic classifier it would only visit again
+    what it has visited.
+
+    Args:
+        logits_fn: the classifier, images to logits; used for the gradients.
+        images_BCHW, labels_B: float images within bounds, and their classes.
+        loss: of logits and labels, one value per image, maximised: `cross_entropy`, `cw_margin`, `dlr`.
+        num_steps, step_size, random_start, seed, on_gradient: as in `pgd`.
+        confirm: a more exact classifier; an iterate counts as misclassified only if this one says so too.
+        deterministic: False for classifiers that draw random numbers; cycles then mean nothing.
+
+    Returns:
+        Detached images in the threat model: the first misclassified iterate where there is one, else the last iterate.
+        An image that is misclassified as it is comes back unchanged.
+
+    Raises ValueError as `pgd` does.
+    """
+    settings = PGDSettings(num_steps, step_size, random_start)
+    check_images(images_BCHW, bounds=threat_model.bounds)
+    found_BCHW = images_BCHW.detach().clone()
+    exact = confirm or logits_fn
+    rows_B = (~misclassified(exact, found_BCHW, labels_B)).nonzero().squeeze(1)
+    if threat_model.eps == 0 or len(rows_B) == 0:
+        return found_BCHW
+    clean, labels = found_BCHW[rows_B], labels_B[rows_B]
+    adv = threat_model.random_start(clean, seed) if random_start else clean.clone()
+    saved, saved_at = adv, 0
+    for step in range(num_steps):
+        logits, _, grad = logits_and_gradient(logits_fn, loss, adv, labels)
+        if on_gradient is not None:
+            on_gradient(grad)
+        done = confirmed(logits, adv, labels, confirm)
+        following = threat_model.ascend(adv, grad, clean, settings.step_size)
+        if deterministic:
+            cycling = (following == saved).flatten(1).all(dim=1)
+            if step + 1 >= 2 * saved_at:  # Brent: the saved iterate moves on at powers of two
+                saved, saved_at = following, step + 1
+            done = done | cycling
+        found_BCHW[rows_B] = torch.where(done[:, None, None, None], adv, following)
+        if done.any():
+            left = ~done
+            rows_B, clean, labels, saved = rows_B[left], clean[left], labels[left], saved[left]
+            following = following[left]
+        adv = following
+        if len(rows_B) == 0:
+            break
+    return found_BCHW

@@ -1,0 +1,225 @@
+"""AutoAttack (Croce and Hein, ICML 2020) for zero-shot classifiers of any number of classes.
+
+FAB and Square are the authors' own code, from their package `pyautoattack`. Auto-PGD is ours (`apgd.py`): it finds for
+every image what theirs finds for that image alone, and lets go of an image at once when it falls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from pyautoattack.fab_pt import FABAttack_PT
+from pyautoattack.square import SquareAttack
+from torch import Tensor
+
+from ..threat_model import ThreatModel, check_images
+from .apgd import APGDSettings, apgd, apgd_targeted
+from .losses import cross_entropy, dlr
+from .pgd import LogitsFn, misclassified
+from .suites import Member, Suite, Victim, run_member
+
+AttackName = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square"]
+LEAST_CLASSES: dict[str, int] = {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 4, "fab-t": 2, "square": 2}
+STANDARD: tuple[AttackName, ...] = ("apgd-ce", "apgd-t", "fab-t", "square")
+RAND: tuple[AttackName, ...] = ("apgd-ce", "apgd-dlr")
+_NORMS = {"linf": "Linf", "l2": "L2"}
+
+
+@dataclass(frozen=True)
+class AutoAttack(Suite):
+    """A suite of AutoAttack's members. The defaults are its `standard` version; `AutoAttack.rand()` is its `rand`.
+
+    Args:
+        attacks: members in their order.
+        num_steps: of APGD and FAB.
+        num_targets: classes that targeted attacks try, those next in clean logit; C - 1 where there are fewer.
+        num_queries: of Square.
+        eot: gradients that APGD averages at each step, for classifiers that draw random numbers.
+
+    Members that are not defined for so few classes are left out, and reports say so: targeted DLR needs four classes,
+    DLR three. With one class nothing can be misclassified.
+    Raises ValueError for an unknown or missing member and a number below 1.
+    """
+
+    attacks: Sequence[AttackName] = STANDARD
+    num_steps: int = 100
+    num_targets: int = 9
+    num_queries: int = 5000
+    eot: int = 1
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.attacks if name not in get_args(AttackName)]
+        if unknown or not self.attacks or isinstance(self.attacks, str) or len(set(self.attacks)) < len(self.attacks):
+            raise ValueError(f"attacks={self.attacks!r} must be distinct names of {', '.join(get_args(AttackName))}.")
+        APGDSettings(self.num_steps, 1, self.eot)
+        for name in ("num_targets", "num_queries"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer of at least 1.")
+        object.__setattr__(self, "attacks", tuple(self.attacks))
+
+    @classmethod
+    def rand(cls) -> AutoAttack:
+        """The version for classifiers that draw random numbers: APGD-CE and APGD-DLR over 20 draws."""
+        return cls(RAND, eot=20)
+
+    def left_out(self, num_classes: int) -> dict[str, str]:
+        """Members that so few classes don't allow, each with the reason."""
+        return {
+            name: f"needs {LEAST_CLASSES[name]} classes, there are {num_classes}"
+            for name in self.attacks
+            if num_classes < LEAST_CLASSES[name]
+        }
+
+    def members(self, num_classes: int) -> dict[str, Member]:
+        """Raises ValueError if no member is left."""
+        settings = APGDSettings(self.num_steps, 1, self.eot)
+        targets = min(self.num_targets, num_classes - 1)
+        known: dict[str, Member] = {
+            "apgd-ce": partial(_apgd, settings, cross_entropy),
+            "apgd-dlr": partial(_apgd, settings, dlr),
+            "apgd-t": partial(_apgd_targeted, settings, targets),
+            "fab-t": partial(_fab_targeted, self.num_steps, targets),
+            "square": partial(_square, self.num_queries),
+        }
+        out = self.left_out(num_classes)
+        if len(out) == len(self.attacks):
+            raise ValueError(f"no attack of {', '.join(self.attacks)} is defined for {num_classes} class(es).")
+        return {name: known[name] for name in self.attacks if name not in out}
+
+    def name(self, num_classes: int) -> str:
+        named = {STANDARD: "AutoAttack", RAND: "AutoAttack rand"}.get(tuple(self.attacks))
+        left = self.members(num_classes)
+        whole = named or "+".join(name.upper() for name in self.attacks)
+        return whole if len(left) == len(self.attacks) else f"{whole} ({', '.join(left)} only)"
+
+    def parameters(self, threat_models: Sequence[ThreatModel], num_classes: int) -> dict[str, Any]:
+        own = {**asdict(self), "attacks": list(self.attacks), "num_targets": min(self.num_targets, num_classes - 1)}
+        out = self.left_out(num_classes)
+        return {**own, "left_out": out} if out else own
+
+
+def auto_attack(
+    logits_fn: LogitsFn,
+    images_BCHW: Tensor,
+    labels_B: Tensor,
+    threat_model: ThreatModel,
+    *,
+    version: Literal["standard", "rand"] | AutoAttack = "standard",
+    batch_size: int = 250,
+    seed: int = 0,
+    fast_logits_fn: LogitsFn | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """AutoAttack on images in memory: the survivors of each member are batched anew for the next.
+
+    For whole datasets, several processes and runs that can be resumed, see `evaluate_robustness`. Freeze the
+    classifier's parameters before: FAB's backward would fill their `.grad`.
+
+    Args:
+        logits_fn: images to float32 logits, one column per class.
+        images_BCHW, labels_B: float images within bounds, and their classes.
+        version: `"standard"`, `"rand"` (for classifiers that draw random numbers), or a suite of your own.
+        batch_size: images per forward; the result doesn't depend on it beyond rounding.
+        seed: of all that the attacks draw.
+        fast_logits_fn: a cheaper classifier for gradients and queries; every break is confirmed by `logits_fn`.
+
+    Returns:
+        Images in the threat model, adversarial where an attack succeeded and unchanged elsewhere, and the accuracy in
+        [0, 1] left when clean and after each member, in their order.
+
+    Raises ValueError for images outside the bounds, no images, one class alone, an unknown version.
+    """
+    suites = {"standard": AutoAttack(), "rand": AutoAttack.rand()}
+    suite = version if isinstance(version, AutoAttack) else suites.get(version)
+    if suite is None:
+        raise ValueError(f"version={version!r} is unknown; choose 'standard', 'rand' or an AutoAttack(...).")
+    check_images(images_BCHW, bounds=threat_model.bounds)
+    if len(images_BCHW) == 0:
+        raise ValueError("images is empty; nothing to attack.")
+    found_BCHW = images_BCHW.detach().clone()
+    with torch.no_grad():
+        logits_BC = torch.cat([logits_fn(images) for images in found_BCHW.split(batch_size)])
+    victim = Victim(logits_fn, fast_logits_fn, seed=seed)
+    rows = (logits_BC.argmax(dim=1) == labels_B).nonzero().squeeze(1)
+    left = {"clean": len(rows) / len(labels_B)}
+    for name, member in suite.members(logits_BC.shape[1]).items():
+        standing = []
+        for batch in rows.split(batch_size):
+            adv_BCHW, stands_B = run_member(member, victim, images_BCHW[batch], labels_B[batch], threat_model)
+            found_BCHW[batch[~stands_B]] = adv_BCHW[~stands_B]
+            standing.append(batch[stands_B])
+        rows = torch.cat(standing) if standing else rows
+        left[name] = len(rows) / len(labels_B)
+    return found_BCHW, left
+
+
+def _apgd(settings: APGDSettings, loss, victim: Victim, images: Tensor, labels: Tensor, tm: ThreatModel) -> Tensor:
+    return apgd(
+        victim.gradient_fn, images, labels, tm, settings, loss=loss,
+        seed=victim.seed, confirm=victim.confirm, on_gradient=victim.on_gradient,
+    )  # fmt: skip
+
+
+def _apgd_targeted(
+    settings: APGDSettings, num_targets: int, victim: Victim, images: Tensor, labels: Tensor, tm: ThreatModel
+) -> Tensor:
+    return apgd_targeted(
+        victim.gradient_fn, images, labels, tm, settings, num_targets=num_targets,
+        seed=victim.seed, confirm=victim.confirm, on_gradient=victim.on_gradient,
+    )  # fmt: skip
+
+
+def _fab_targeted(
+    num_steps: int, num_targets: int, victim: Victim, images: Tensor, labels: Tensor, tm: ThreatModel
+) -> Tensor:
+    """FAB towards each target, without a random start: it draws nothing."""
+
+    def attack(logits_fn: LogitsFn, images: Tensor, labels: Tensor) -> Tensor:
+        fab = FABAttack_PT(
+            logits_fn, norm=_NORMS[tm.norm], n_restarts=1, n_iter=num_steps, eps=tm.eps, seed=victim.seed,
+            targeted=True, device=images.device, n_target_classes=num_targets,
+        )  # fmt: skip
+        return fab.perturb(images, labels)
+
+    return _authors_code(attack, victim, images, labels, tm)
+
+
+def _square(num_queries: int, victim: Victim, images: Tensor, labels: Tensor, tm: ThreatModel) -> Tensor:
+    def attack(logits_fn: LogitsFn, images: Tensor, labels: Tensor) -> Tensor:
+        square = _SquareAlone(
+            logits_fn, norm=_NORMS[tm.norm], n_queries=num_queries, eps=tm.eps, p_init=0.8, n_restarts=1,
+            seed=victim.seed, verbose=False, device=images.device, resc_schedule=False,
+        )  # fmt: skip
+        return square.perturb(images, labels)
+
+    return _authors_code(attack, victim, images, labels, tm)
+
+
+class _SquareAlone(SquareAttack):
+    """Square that draws for each image what it would draw for this image alone, so that batches don't matter."""
+
+    def random_choice(self, shape: Sequence[int]) -> Tensor:
+        if len(shape) == 4:  # one value of each per image: (B, channels, 1, width) or (B, channels, 1, 1)
+            return super().random_choice([1, *shape[1:]]).expand(*shape)
+        return super().random_choice(shape)
+
+
+def _authors_code(attack, victim: Victim, images: Tensor, labels: Tensor, tm: ThreatModel) -> Tensor:
+    """Run one of the authors' attacks: the global random state comes back, breaks of a fast classifier are confirmed.
+
+    Where the fast classifier claims a break that the exact one denies, the image is attacked again, exactly.
+    """
+    if tm.eps == 0 or len(images) == 0:
+        return images.clone()
+    devices = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        adv = attack(victim.gradient_fn, images, labels).detach()
+        if victim.confirm is not None:
+            claimed, real = (misclassified(f, adv, labels) for f in (victim.gradient_fn, victim.confirm))
+            again = (claimed & ~real).nonzero().squeeze(1)
+            if len(again):
+                adv[again] = attack(victim.confirm, images[again], labels[again]).detach()
+    return adv
