@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUTPUT ?= out/pmgaft
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: pmgaft test test-slow lint benchmark clean
+.PHONY: pmgaft test pytest test-slow lint benchmark clean
 
 # torch first and by its exact version: a range would let the resolver choose a CUDA build of several gigabytes
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -25,7 +25,11 @@ lint: $(VENV)/.ready
 	$(BIN)/lint-imports
 	$(BIN)/pylint hf_robust_clip recipes
 
-test: lint
+# the checks of lint take as long as the tests do: side by side, each on its core
+test: $(VENV)/.ready
+	$(MAKE) -j2 --output-sync=target lint pytest
+
+pytest: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.ready

@@ -15,7 +15,10 @@ from hf_robust_clip.cli import METHODS, build, build_objective, check_key, coerc
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 DEFAULT = RECIPES / "configs/digits-clip/pmg_aft.yaml"
-CONFIGS = sorted((RECIPES / "configs").rglob("*.yaml"))
+METHOD_CONFIGS = sorted(path for path in (RECIPES / "configs").rglob("*.yaml") if path.stem.startswith(tuple(METHODS)))
+CONFIGS = [path for path in METHOD_CONFIGS if path.parent.name != "mini-clip"]
+EVALUATION_CONFIGS = [RECIPES / "configs" / name for name in
+                      ("evaluate.yaml", "mini-clip/evaluate.yaml", "mini-clip/auto_attack.yaml")]  # fmt: skip
 ACCELERATE_CONFIGS = sorted((RECIPES / "accelerate").glob("*.yaml"))
 
 
@@ -386,6 +389,99 @@ def test_every_config_says_how_to_launch_it_and_what_is_known(config):
         assert own in script
     assert "published" in text
     assert "measured by us" in text
+
+
+def test_every_config_is_of_a_method_or_known():
+    others = set((RECIPES / "configs").rglob("*.yaml")) - {*METHOD_CONFIGS, *EVALUATION_CONFIGS}
+    assert {path.name for path in others} == {"pretrain.yaml"}
+
+
+def test_methods_of_the_mini_benchmark_share_everything_but_themselves():
+    """The same data, attack and budget for all; learning rates are chosen by the script, alike for all."""
+    own = [path for path in METHOD_CONFIGS if path.parent.name == "mini-clip"]
+    assert {path.stem for path in own} == {"clean", "tecoa", "fare", "trades", "pmg_aft_paper", "pmg_aft_released"}
+    settings = [yaml.safe_load(path.read_text()) for path in own]
+    for path, found in zip(own, settings, strict=True):
+        assert found["run"].pop("output_dir") == f"out/mini-benchmark/{path.stem}"
+        preset = (found.pop("objective") or {}).get("preset")
+        assert preset == {"pmg_aft_paper": "paper", "pmg_aft_released": "released"}.get(path.stem)
+        assert recipe(config=path).training.threat_model().eps == 2 / 255
+    assert all(found == settings[0] for found in settings)
+
+
+# ---- evaluation
+
+
+def evaluation(*words, config=EVALUATION_CONFIGS[0]):
+    return cli.read_evaluation(parse_arguments(words, config, cli.EVALUATION_SECTIONS))
+
+
+@pytest.mark.parametrize("config", **named(EVALUATION_CONFIGS))
+def test_every_evaluation_config_is_read(config):
+    found = evaluation(config=config)
+    assert found.evaluations
+    assert found.tasks
+
+
+def test_short_options_of_an_evaluation(tmp_path):
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    found = evaluation(
+        "--model", "org/robust", "--revision", "abc", "--dataset", "my/pictures", "--class_names", "names.txt",
+        "--max_images", "7", "--template", "a {}", "--attacks", "[cw-5, autoattack]", "--radii", "[1/255]",
+        "--compare", "org/other", "--reference", "digits-clip", "--output_dir", "here",
+    )  # fmt: skip
+    assert (found.model.name, found.model.revision, found.reference) == ("org/robust", "abc", "digits-clip")
+    assert found.checkpoints == ("org/robust", "org/other")
+    assert [(t.dataset, t.split, t.class_names, t.max_images) for t in found.tasks] == [
+        ("my/pictures", "test", "names.txt", 7)
+    ]
+    assert found.prompt.template == "a {}"
+    assert [e.attack.name(10) for e in found.evaluations] == ["CW-5", "AutoAttack"]
+    assert found.run.output_dir == "here"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pgd-100", "PGD-100"),
+        ("CW-20", "CW-20"),
+        ("apgd", "APGD-CE+APGD-T"),
+        ("autoattack", "AutoAttack"),
+        ("autoattack-rand", "AutoAttack rand"),
+        ("square", "SQUARE"),
+    ],
+)
+def test_attacks_by_name(name, expected):
+    assert cli.attack_suite(name).name(10) == expected
+
+
+def test_step_size_reaches_pgd():
+    (found,) = evaluation("--evaluation.step_size", "1/255").evaluations
+    assert found.attack.parameters(found.threat_models(), 10)["step_size"] == pytest.approx([1 / 255] * 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--attacks", "[pgd-20, autoatack]"], "unknown attack 'autoatack'"),
+        (["--attacks", "autoattack", "--evaluation.step_size", "1/255"], "goes with pgd-N"),
+        (["--max_images", "3"], "--max_images goes with --dataset"),
+        (["--dataset", "digits", "--max_images", "0"], "max_images=0"),
+        (["--dataset", "digits", "--splt", "test"], "did you mean 'split'|unknown option"),
+        (["--radii", "8"], "radii=8"),
+        (["--radii", "[8]"], "8/255"),
+        (["--radii", "[]"], "at least one radius"),
+        (["--training.seed", "1"], "unknown option --training.seed"),
+        (["--compare", "[1]"], "1 must be a Hub id"),
+        (["--tasks", "[]"], "must be a list of datasets"),
+        (["--evaluation.precision", "fp16"], "precision"),
+        (["--run.push_to_hub", "a/b"], "goes with training"),
+        (["--prompt.template", "3"], "has no"),
+    ],
+)
+def test_wrong_evaluation_settings_are_named(words, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation(*words)
 
 
 @pytest.mark.parametrize("config", **named(ACCELERATE_CONFIGS))

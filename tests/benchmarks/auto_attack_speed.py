@@ -1,0 +1,122 @@
+"""AutoAttack on one model and the same images: ours against a plain run of pyautoattack, seconds and who falls.
+
+    python tests/benchmarks/auto_attack_speed.py --model out/pmgaft --radius 16/255 --images 128
+
+The plain run attacks an `nn.Module` that encodes all class prompts in every forward, with the parameters as
+loaded; `--cached_text` gives it cached class embeddings. Ours runs in float32 and `fast` (gradients in bfloat16,
+every break confirmed in float32). All run in one process, one after the other, `--rounds` times in turn.
+"""
+
+import argparse
+import resource
+import time
+from collections.abc import Callable
+
+import torch
+from pyautoattack import AutoAttack as PlainAutoAttack
+from torch import Tensor
+
+from hf_robust_clip import CLIPForZeroShotClassification, ThreatModel, digits_clip_path, load_image_dataset
+from hf_robust_clip.attacks.auto_attack import AutoAttack, auto_attack
+from hf_robust_clip.modeling import without_gradients
+from hf_robust_clip.zero_shot_data.loading import collate_images
+
+
+class PlainClassifier(torch.nn.Module):
+    """Logits by the whole CLIP: pictures and all prompts, as a user of `CLIPModel` would write it."""
+
+    def __init__(self, model: CLIPForZeroShotClassification, cached: bool):
+        super().__init__()
+        self.model, self.cached = model, cached
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        if self.cached:
+            return self.model(pixel_values=pixels).logits.clone()
+        self.model.class_embeds_are_stale = True
+        image = self.model.get_image_features(pixel_values=(pixels - self.model.image_mean) / self.model.image_std)
+        image = torch.nn.functional.normalize(image.pooler_output, dim=-1)
+        return self.model.logit_scale.exp() * image @ self.model.encode_classes().T
+
+
+def seconds(run: Callable[[], Tensor]) -> tuple[float, float, Tensor]:
+    """Wall time, processor time and the result."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    start = time.perf_counter()
+    result = run()
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+    return wall, after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime, result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=digits_clip_path())
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--radius", default="16/255")
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--queries", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cached_text", action="store_true")
+    parser.add_argument("--fast_only", action="store_true", help="leave out ours in float32")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = CLIPForZeroShotClassification.from_pretrained(options.model).to(options.device).eval()
+    data = load_image_dataset(options.dataset, "test", model.require_processor()).first(options.images)
+    model.set_classes(data.class_names)
+    batch = collate_images([data[i] for i in range(len(data))])
+    images, labels = batch["pixel_values"].to(options.device), batch["labels"].to(options.device)
+    threat_model, targets = ThreatModel(options.radius), min(9, len(data.class_names) - 1)
+    suite = AutoAttack(num_steps=options.steps, num_queries=options.queries)
+
+    def logits(pixels: Tensor) -> Tensor:
+        return model(pixel_values=pixels).logits
+
+    def fast_logits(pixels: Tensor) -> Tensor:
+        with torch.autocast(pixels.device.type, torch.bfloat16):
+            return model(pixel_values=pixels).logits
+
+    def plain() -> Tensor:
+        attack = PlainAutoAttack(
+            PlainClassifier(model, options.cached_text), norm="Linf", eps=threat_model.eps, seed=0,
+            device=options.device,
+        )  # fmt: skip
+        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
+        attack.square.n_queries = options.queries
+        attack.apgd.n_iter = attack.apgd_targeted.n_iter = attack.fab.n_iter = options.steps
+        adv, _ = attack.run_standard_evaluation(images, labels, batch_size=options.images)
+        model.zero_grad(set_to_none=True)
+        return adv
+
+    def ours(fast: bool) -> Tensor:
+        with without_gradients(model):
+            adv, left = auto_attack(
+                logits, images, labels, threat_model, version=suite, batch_size=options.images,
+                fast_logits_fn=fast_logits if fast else None,
+            )  # fmt: skip
+        print("   left after each:", {name: round(100 * value, 2) for name, value in left.items()})
+        return adv
+
+    runs = {"plain": plain, "ours": lambda: ours(False), "ours, fast": lambda: ours(True)}
+    if options.fast_only:
+        del runs["ours"]
+    stands: dict[str, Tensor] = {}
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(options.rounds):
+        for name, run in runs.items():
+            wall, processor, adv = seconds(run)
+            with torch.no_grad():
+                stands[name] = logits(adv).argmax(dim=1) == labels
+            spent[name].append((wall, processor))
+            ratios = [spent["plain"][-1][k] / spent[name][-1][k] for k in (0, 1)]
+            print(
+                f"{name:12s} {wall:8.1f} s wall, {processor:8.1f} s processor; {ratios[0]:.2f}x, {ratios[1]:.2f}x; "
+                f"robust {100 * stands[name].double().mean():.2f} %, "
+                f"{int((stands[name] != stands['plain']).sum())} images judged otherwise than plain",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""recipes/evaluate.py as a user starts it: alone, by two processes, killed and resumed."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hf_robust_clip.cli import main
+from hf_robust_clip.report import load_reports
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = str(ROOT / "recipes/evaluate.py")
+TWO = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/two_cpu_processes.yaml"),
+       "--main_process_port", "0"]  # fmt: skip
+WORDS = ["--dataset", "digits", "--max_images", "40", "--attacks", "[pgd-5, apgd]", "--radii", "[8/255, 16/255]",
+         "--evaluation.batch_size", "8", "--reference", "digits-clip"]  # fmt: skip
+
+
+def start(*words: str) -> subprocess.Popen:
+    skip = ("ACCELERATE", "MASTER", "RANK", "WORLD_SIZE", "LOCAL_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(skip)}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, start_new_session=True)  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error[-2000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two") / "out"
+    return folder, finish(start(*TWO, SCRIPT, *WORDS, "--output_dir", str(folder)))
+
+
+def test_two_processes_write_report_table_and_plots(by_two):
+    folder, printed = by_two
+    own, others = load_reports(folder / "report.json")
+    assert [(r.attack, r.num_images, r.task) for r in own] == [
+        ("PGD-5", 40, "digits"),
+        ("APGD-CE+APGD-T", 40, "digits"),
+    ]
+    assert others == []
+    for report in own:
+        assert report.clean_accuracy > 0.9
+        assert report.robust_accuracy[8 / 255] > 0.1
+        assert report.robust_accuracy[16 / 255] < 0.6
+    pgd, apgd = own
+    assert all(apgd.robust_accuracy[radius] <= pgd.robust_accuracy[radius] for radius in pgd.robust_accuracy)
+    assert list(apgd.after_each[8 / 255]) == ["apgd-ce", "apgd-t"]
+    assert {"accuracy.png", "examples.png", "report.csv", "recipe.yaml"} <= {path.name for path in folder.iterdir()}
+    assert Image.open(folder / "examples.png").height > 400
+    with (folder / "report.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 4
+    assert "self-check" in printed
+    assert "PGD-5" in printed
+
+
+def test_killed_and_resumed_by_one_process_ends_with_the_same_report(by_two, tmp_path):
+    process = start(SCRIPT, *WORDS, "--output_dir", str(tmp_path / "out"))
+    state = tmp_path / "out" / "state"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if sum(file.read_text().count("\n") for file in state.glob("*/*.jsonl")) >= 8:
+            break
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "report.json").exists()
+    done = {file: file.read_text() for file in state.glob("*/*.jsonl")}
+    assert done
+    finish(start(SCRIPT, *WORDS, "--output_dir", str(tmp_path / "out"), "--resume"))
+    for file, text in done.items():
+        assert file.read_text().startswith(text.rpartition("\n")[0])  # nothing finished was done again
+    assert load_reports(tmp_path / "out" / "report.json") == load_reports(by_two[0] / "report.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "no/such-model"], "can't load 'no/such-model'"),
+        (["--dataset", "no/such-data"], "can't load dataset"),
+        (["--dataset", "digits", "--class_names", "no-such-file"], "no-such-file"),
+        (["--attacks", "pdg-3"], "unknown attack"),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "--config", str(ROOT / "recipes/configs/evaluate.yaml"), *words])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
