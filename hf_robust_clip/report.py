@@ -472,7 +472,7 @@ def _panels(titles: Sequence[str], ylabel: str) -> tuple[Figure, list[Axes]]:
         raise ValueError("there are no panels to plot.")
     columns = min(3, len(titles))
     rows = -(-len(titles) // columns)
-    figure = Figure(figsize=(3.9 * columns + 0.5, 3.3 * rows + 0.8), layout="constrained")
+    figure = Figure(figsize=(3.9 * columns + 0.8, 3.3 * rows + 0.3), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[len(titles) :]:
         axis.remove()
@@ -495,6 +495,7 @@ def _save(figure: Figure, axes: Sequence[Axes], path: str | Path) -> None:
     if "chance" in handles:
         handles["chance"] = handles.pop("chance")  # last
     columns = max(1, int(figure.get_figwidth() * 13 / (max(map(len, handles)) + 8)))
+    figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(handles) // columns))
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=9, frameon=False
     )

@@ -357,11 +357,14 @@ def test_plots_of_one_and_of_four_panels(norm, tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
     report = make_report(norm=norm, robust_accuracy={0.25: 0.7, 0.5: 0.2})
     auto = make_report(norm=norm, robust_accuracy={0.25: 0.6, 0.5: 0.1}, attack="AutoAttack", num_images=20)
-    plot_accuracy(tmp_path / "a.png", {"trained": {"TeCoA": report}})
+    plot_accuracy(
+        tmp_path / "a.png", {"trained": {"TeCoA": report} | {f"a rather long name {i}": report for i in "abcdefg"}}
+    )
     plot_accuracy(tmp_path / "b.png", {task: {"PGD": report, "AA": auto} for task in "abcd"})
     for figure, panels in zip(figures, (1, 4), strict=True):
         check_layout(figure)
         assert len(figure.axes) == panels
+        assert figure.axes[0].bbox.height > 0.5 * figure.axes[0].bbox.width
     assert figures[1].axes[0].get_ylabel() == "accuracy under attack"
     assert figures[1].axes[0].get_title() == "a\nn = 20 to 40"
     assert ("L-inf" if norm == "linf" else "L2") in figures[0].axes[0].get_xlabel()

@@ -27,7 +27,7 @@ ATTACKED_ONLY = {
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory):
-    """`evaluate` copies modules and writes predictions to its cache; keep them out of the user's."""
+    """`evaluate` writes predictions to its cache; keep them out of the user's."""
     folder = str(tmp_path_factory.mktemp("evaluate"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.config, "HF_METRICS_CACHE", folder)
