@@ -531,7 +531,6 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     if processes.is_main_process:
         tuned.save_pretrained(folder)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.source, sort_keys=False, allow_unicode=True))
-        save_reports(folder / "report.json", reports, compared)
         by_task = {
             name: {title: rows[i] for title, rows in {**by_method, title: reports}.items()}
             for i, name in enumerate(names)
@@ -552,6 +551,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
             plot="accuracy.png",
             license="apache-2.0" if recipe.model.name == EMBEDDED_MODEL else None,
         )
+        save_reports(folder / "report.json", reports, compared, card=info)
         make_card(reports, compared, info).save(folder / "README.md")
         from rich.console import Console
 

@@ -137,8 +137,8 @@ def evaluate_robustness(
         for member_name, member in settings.attack.members(num_classes).items()
     ]
     before = model.training, model.input_size
-    model.eval().set_input_size(None if dataset.attack_resolution is None else dataset.resolution)
     try:
+        model.eval().set_input_size(None if dataset.attack_resolution is None else dataset.resolution)
         with without_gradients(model):
             evaluation = _Evaluation(model, dataset, settings, stages, processes, state_dir, progress)
             evaluation.run()
@@ -201,8 +201,8 @@ def adversarial_examples(
         next(iter(settings.attack.members(len(model.class_names)).values())),
     )
     before = model.training, model.input_size
-    model.eval().set_input_size(None if dataset.attack_resolution is None else dataset.resolution)
     try:
+        model.eval().set_input_size(None if dataset.attack_resolution is None else dataset.resolution)
         with without_gradients(model):
             victim = Victim(lambda pixels: model(pixel_values=pixels).logits, seed=settings.seed)
             right = ~misclassified(victim.logits_fn, images, labels)
@@ -230,13 +230,14 @@ class _Found:
 
     def add(self, line: dict[str, Any]) -> None:
         """One finished batch: `stage`, `rows` of (index, label, stands), `zeros`, `total`."""
-        for index, label, stands in line["rows"]:
-            if self.done.get(index, 0) == line["stage"]:  # a batch that was finished twice counts once
-                level = self.levels.get(index, (label, 0))[1]
-                self.levels[index] = (label, level + stands)
-                self.done[index] = line["stage"] + 1
-        self.zeros += line["zeros"]
-        self.total += line["total"]
+        new = [row for row in line["rows"] if self.done.get(row[0], 0) == line["stage"]]
+        for index, label, stands in new:  # a batch that is known already counts once
+            level = self.levels.get(index, (label, 0))[1]
+            self.levels[index] = (label, level + stands)
+            self.done[index] = line["stage"] + 1
+        if new:
+            self.zeros += line["zeros"]
+            self.total += line["total"]
 
 
 class _Evaluation:
@@ -353,7 +354,8 @@ class _Evaluation:
         from accelerate.utils import gather_object
 
         found = _Found(flags=self.found.flags)
-        for line in [*self.old_lines, *gather_object(self.new_lines)]:
+        lines = gather_object([*self.old_lines, *self.new_lines])  # old ones too: folders may differ by machine
+        for line in sorted(lines, key=lambda line: line["stage"]):
             found.add(line)
         for flags in gather_object([self.found.flags]):
             found.flags = {name: found.flags[name] or flags[name] for name in flags}
@@ -363,18 +365,32 @@ class _Evaluation:
 def _fingerprint(
     model: CLIPForZeroShotClassification, dataset: ImageDataset, settings: EvaluationSettings
 ) -> dict[str, str]:
-    """What must be the same for a state to be of use: weights and classes, images, attacks."""
-    weights = hashlib.sha256()
-    for tensor in (*model.vision_parameters(), model.logit_scale, model.current_class_embeds(), model.image_mean):
-        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    """What must be the same for a state to be of use: weights and classes, images, attacks.
+
+    Of the images the first, middle and last are looked at: other draws and other preparation show in them.
+    """
+    head = (model.logit_scale, model.current_class_embeds(), model.image_mean, model.image_std)
+    few = [dataset[i] for i in sorted({0, len(dataset) // 2, len(dataset) - 1})]
+    pictures = _digest([example["pixel_values"] for example in few]), [int(example["labels"]) for example in few]
+    images = hashlib.sha256()
+    for index in (0, len(dataset) // 2, len(dataset) - 1):  # the same set in another order is another set
+        example = dataset[index]
+        images.update(example["pixel_values"].numpy().tobytes() + str(example["labels"]).encode())
     threats, num_classes = settings.threat_models(), len(model.class_names)
     attack = settings.attack.name(num_classes), settings.attack.parameters(threats, num_classes)
     return {
-        "model": weights.hexdigest()[:16],
+        "model": _digest([*model.vision_parameters(), *head]),
         "classes": prompt_hash(model.class_names, model.templates),
-        "dataset": f"{dataset.dataset_id} {dataset.revision} {dataset.split}, {len(dataset)} images",
-        "attack": f"{attack} {[str(t) for t in threats]} seed {settings.seed} {settings.precision}",
+        "dataset": f"{dataset.dataset_id} {dataset.revision} {dataset.split}, {len(dataset)} images like {pictures}",
+        "attack": f"{attack} {settings.norm} {[t.eps for t in threats]} seed {settings.seed} {settings.precision}",
     }
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    whole = hashlib.sha256()
+    for tensor in tensors:
+        whole.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()[:16]
 
 
 def _read_state(folder: Path, fingerprint: dict[str, str]) -> list[dict[str, Any]]:

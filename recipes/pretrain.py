@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -52,8 +53,8 @@ class Settings:
     heads: int
     context_length: int = 32
     vocab_size: int = 800
-    steps: int = 3000
-    learning_rate: float = 1e-3
+    steps: int | list = 3000  # a list: cycles, each with its own peak learning rate and fresh moments
+    learning_rate: float | list = 1e-3
     weight_decay: float = 0.1
     shift: int = 1  # pictures are moved by up to so many pixels
     seed: int = 0
@@ -124,6 +125,20 @@ def load_pictures(source: Source, split: str, processor: CLIPProcessor) -> tuple
     return torch.cat(pixels), torch.tensor(labels), data.class_names
 
 
+def as_list(value) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def learning_rates(settings: Settings) -> list[float]:
+    """The learning rate of every update. Each cycle: linear warm-up over three tenths, then a cosine to zero."""
+    rates = []
+    for steps, peak in zip(as_list(settings.steps), as_list(settings.learning_rate), strict=True):
+        warm = max(1, steps * 3 // 10)
+        rates += [float(peak) * max(step / warm, 1e-3) for step in range(warm)]
+        rates += [float(peak) * (1 + math.cos(math.pi * step / (steps - warm))) / 2 for step in range(steps - warm)]
+    return rates
+
+
 def save_state(
     file: Path, step: int, model: CLIPModel, optimizer: torch.optim.Optimizer, generator: torch.Generator
 ) -> None:
@@ -164,11 +179,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=default)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, help="in place of the config's")
+    parser.add_argument("--steps", type=int, help="one cycle of so many, in place of the config's")
     options = parser.parse_args()
     values = yaml.safe_load(options.config.read_text(encoding="utf-8"))
     if options.steps is not None:
-        values["steps"] = options.steps
+        values |= {"steps": options.steps, "learning_rate": max(as_list(values["learning_rate"]))}
     settings: Settings = build(Settings, values, "pretraining")
     sources: list[Source] = [build(Source, row, f"sources[{i}]") for i, row in enumerate(settings.sources)]
 
@@ -193,17 +208,18 @@ def main() -> None:
     concept_of = [torch.tensor([concepts.index(name.lower()) for name in names]) for _, _, names in pictures]
 
     model = make_model(tokenizer, settings)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    rates = learning_rates(settings)
+    starts = [0, *accumulate(as_list(settings.steps))]
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=settings.weight_decay)
     state = options.output_dir / "pretraining.safetensors"
     options.output_dir.mkdir(parents=True, exist_ok=True)
     done = load_state(state, model, optimizer, generator) if state.is_file() else 0
-    warm = max(1, settings.steps * 3 // 10)
     model.train()
-    for step in tqdm(range(done, settings.steps), desc="pretraining", initial=done, total=settings.steps):
-        # linear warm-up over three tenths of the run, then a cosine to zero
-        share = step / warm if step < warm else (settings.steps - step) / (settings.steps - warm)
-        factor = share if step < warm else (1 - math.cos(math.pi * share)) / 2
-        optimizer.param_groups[0]["lr"] = settings.learning_rate * max(factor, 1e-3)
+    for step in tqdm(range(done, len(rates)), desc="pretraining", initial=done, total=len(rates)):
+        if step in starts:
+            optimizer = torch.optim.AdamW(model.parameters(), weight_decay=settings.weight_decay)
+            generator.manual_seed(settings.seed + starts.index(step))
+        optimizer.param_groups[0]["lr"] = rates[step]
         pixels, labels = [], []
         for source, (images, own, _), to_concept in zip(sources, pictures, concept_of, strict=True):
             rows = torch.randint(0, len(images), (source.per_batch,), generator=generator)
@@ -225,7 +241,7 @@ def main() -> None:
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))  # as CLIP does
-        if (step + 1) % settings.save_every == 0 and step + 1 < settings.steps:
+        if (step + 1) % settings.save_every == 0 and step + 1 < len(rates):
             save_state(state, step + 1, model, optimizer, generator)
 
     model.eval()

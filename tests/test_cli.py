@@ -18,7 +18,7 @@ DEFAULT = RECIPES / "configs/digits-clip/pmg_aft.yaml"
 METHOD_CONFIGS = sorted(path for path in (RECIPES / "configs").rglob("*.yaml") if path.stem.startswith(tuple(METHODS)))
 CONFIGS = [path for path in METHOD_CONFIGS if path.parent.name != "mini-clip"]
 EVALUATION_CONFIGS = [RECIPES / "configs" / name for name in
-                      ("evaluate.yaml", "mini-clip/evaluate.yaml", "mini-clip/auto_attack.yaml")]  # fmt: skip
+                      ("evaluate.yaml", *(f"mini-clip/{name}.yaml" for name in ("pgd", "apgd", "auto_attack")))]  # fmt: skip
 ACCELERATE_CONFIGS = sorted((RECIPES / "accelerate").glob("*.yaml"))
 
 

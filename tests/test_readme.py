@@ -17,6 +17,8 @@ STAND_INS = {
     'data = load_image_dataset("digits", "test", model.processor)': (
         'data = load_image_dataset("digits", "test", model.processor).first(20)'
     ),
+    "max_images=128": "max_images=6",
+    "attack=AutoAttack()": "attack=AutoAttack(num_steps=5, num_queries=20)",
 }
 
 
