@@ -249,8 +249,10 @@ def load_image_dataset(
         raise ValueError(
             f"class_names has {len(names)} names, but dataset {dataset_id!r} has {len(label_names)} labels."
         )
-    keys = spec.label_keys() if spec and not class_names else None
-    label_map = _label_map(rows, column, names, keys if label_names is None else None, dataset_id)
+    keys = spec.label_keys() if spec and label_names is None else None
+    if keys is not None and len(keys) != len(names):
+        keys = None  # names for other labels than those of the row
+    label_map = _label_map(rows, column, names, keys, dataset_id)
     data = ImageDataset(
         rows,
         processor,

@@ -324,6 +324,17 @@ def test_a_stream_gives_a_seeded_part_of_the_rows(tmp_path, processor):
     assert len(data.only(["b"])) == sum(number % 3 == 1 for number in drawn)
 
 
+def test_a_stream_keeps_the_bytes_of_a_picture(tmp_path, processor):
+    """Decoding and encoding anew would change a JPEG's pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.jpg", quality=60)
+    content = (tmp_path / "noise.jpg").read_bytes()
+    rows = [{"image": {"bytes": content, "path": "noise.jpg"}, "label": 1}]
+    write(tmp_path, "user/noise", "train", Dataset.from_list(rows, features=table().features))
+    data = load_image_dataset("user/noise", "train", processor, data_root=tmp_path, streaming=True, max_images=1)
+    assert data.rows.cast_column("image", datasets.Image(decode=False))[0]["image"]["bytes"] == content
+
+
 def test_a_stream_reads_no_more_than_its_buffer(tmp_path, processor, monkeypatch):
     write(tmp_path, "user/many", "train", many([0] * 300))
     read = []

@@ -226,6 +226,15 @@ def test_the_whole_set_for_papers_that_test_on_all_of_it(key, tmp_path, processo
             load_image_dataset(key, "all", processor, data_root=tmp_path)
 
 
+def test_own_names_for_labels_that_count_from_one(tmp_path, processor):
+    write(tmp_path, "caltech256")
+    own = [f"class {i}" for i in range(257)]
+    data = load_image_dataset("caltech256", "test", processor, data_root=tmp_path, class_names=own)
+    assert [name for _, name in seen(data)] == [own[i] for i in (0, 1, 2, 3, 4, 256)]
+    with pytest.raises(ValueError, match=r"run from 1 to 257 \(6 different\), but there are 2 class names"):
+        load_image_dataset("caltech256", "test", processor, data_root=tmp_path, class_names=own[:2])
+
+
 @pytest.mark.parametrize("key", EVERY_FIFTH)
 def test_train_and_test_of_a_single_split_share_nothing(key, tmp_path, processor):
     write(tmp_path, key)
