@@ -3,9 +3,9 @@
     python recipes/mini_benchmark.py --data_root <folder of Hub datasets> --output_dir out/mini-benchmark
 
 Pretrains (`configs/mini-clip/pretrain.yaml`), chooses each method's learning rate on held-out training images of
-CIFAR-10, fine-tunes (`configs/mini-clip/<method>.yaml`), evaluates (`pgd.yaml`, `apgd.yaml`, `auto_attack.yaml`), and writes
-tables, plots and cards. What is finished is not repeated: a run that was killed goes on. `--cards_dir hub_cards` puts
-the cards where they are kept.
+CIFAR-10, fine-tunes (`configs/mini-clip/<method>.yaml`), evaluates (`pgd.yaml`, `apgd.yaml`, `auto_attack.yaml`) and
+writes tables, plots and cards. What is finished is not repeated: a run that was killed goes on. `--cards_dir hub_cards`
+puts the cards where they are kept.
 """
 
 import argparse
@@ -61,7 +61,8 @@ A small CLIP trained from scratch at 32 px: its figures can't be compared with p
 The CIFAR-10 images are a copy re-encoded as JPEG, not bit-identical to CIFAR-10.
 Fashion-MNIST, PACS and the digits are other datasets than the one it was fine-tuned on, but their training parts were
  in its pretraining. Of the images here only the ImageNet pictures come from a set that it never saw.
-It knows the classes of these four sets and no others.""".replace("\n ", " ")
+It knows the classes of these four sets and no others.
+The weights are not on the Hub: `recipes/mini_benchmark.py` makes them.""".replace("\n ", " ")
 
 
 def method_of(run: str) -> str:
@@ -188,7 +189,7 @@ def write_cards(
         "## Learning rates\n\nClean accuracy / accuracy under PGD-10 at 2/255, in percent, on 500 held-out training "
         "images after 60 updates; the rate with the highest sum of both was taken.\n\n" + "\n".join(lines) + "\n"
     )
-    (place / "README.md").write_text("\n".join(parts), encoding="utf-8")
+    (place / "table.md").write_text("\n".join(parts), encoding="utf-8")
 
 
 def main() -> None:
