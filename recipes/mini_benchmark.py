@@ -4,8 +4,8 @@
 
 Pretrains (`configs/mini-clip/pretrain.yaml`), chooses each method's learning rate on held-out training images of
 CIFAR-10, fine-tunes (`configs/mini-clip/<method>.yaml`), evaluates (`pgd.yaml`, `apgd.yaml`, `auto_attack.yaml`) and
-writes tables, plots and cards. What is finished is not repeated: a run that was killed goes on. `--cards_dir hub_cards`
-puts the cards where they are kept.
+writes tables, plots and cards. What is finished is not repeated: a run that was killed goes on.
+`--cards_dir hub_cards` puts the cards where they are kept.
 """
 
 import argparse
