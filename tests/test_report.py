@@ -315,7 +315,8 @@ def check_layout(figure):
 
 
 MODELS = ("undefended", "TeCoA", "FARE", "PMG-AFT", "TRADES", "PMG-AFT with LoRA", "TAPT", "R-TPT")
-TASKS = ("CIFAR-10", "held-out classes of a data set with a rather long name", "Pets", "DTD", "EuroSAT", "PCAM")
+LONG = "held-out classes of a data set" + " with a long name" * 6
+TASKS = ("CIFAR-10", LONG, "Pets", "DTD", "EuroSAT", "PCAM")
 
 
 def many_reports():
