@@ -187,7 +187,7 @@ def write_cards(
                      + f" | {chosen[run]} |")  # fmt: skip
     parts.append(
         "## Learning rates\n\nClean accuracy / accuracy under PGD-10 at 2/255, in percent, on 500 held-out training "
-        "images after 60 updates; the rate with the highest sum of both was taken.\n\n" + "\n".join(lines) + "\n"
+        "images after 40 updates; the rate with the highest sum of both was taken.\n\n" + "\n".join(lines) + "\n"
     )
     (place / "table.md").write_text("\n".join(parts), encoding="utf-8")
 
@@ -213,7 +213,7 @@ def main() -> None:
         scores = {}
         for rate in LEARNING_RATES:
             folder = out / "tuning" / f"{run}-{rate}"
-            fine_tune(run, folder, pretrained, "--training.learning_rate", rate, "--training.max_steps", "60")
+            fine_tune(run, folder, pretrained, "--training.learning_rate", rate, "--training.max_steps", "40")
             scores[rate] = sum(held_out_figures(folder))
         chosen[run] = max(scores, key=lambda rate: scores[rate])
         print(run, {rate: round(score / 2, 4) for rate, score in scores.items()}, flush=True)

@@ -207,7 +207,9 @@ def main() -> None:
     tokens_CTL = tokens.view(len(concepts), len(settings.captions), -1)
     concept_of = [torch.tensor([concepts.index(name.lower()) for name in names]) for _, _, names in pictures]
 
-    model = make_model(tokenizer, settings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = make_model(tokenizer, settings).to(device)
+    tokens_CTL, mean_C11, std_C11 = (tensor.to(device) for tensor in (tokens_CTL, mean_C11, std_C11))
     rates = learning_rates(settings)
     starts = [0, *accumulate(as_list(settings.steps))]
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=settings.weight_decay)
@@ -232,9 +234,9 @@ def main() -> None:
         template = torch.randint(0, len(settings.captions), (len(concepts),), generator=generator)
         output = model(
             input_ids=tokens_CTL[torch.arange(len(concepts)), template],
-            pixel_values=(torch.cat(pixels) - mean_C11) / std_C11,
+            pixel_values=(torch.cat(pixels).to(device) - mean_C11) / std_C11,
         )
-        loss = contrastive_loss(output.logits_per_image, torch.cat(labels))
+        loss = contrastive_loss(output.logits_per_image, torch.cat(labels).to(device))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -251,12 +253,12 @@ def main() -> None:
             logits = torch.cat(
                 [
                     model(
-                        input_ids=tokens_CTL[to_concept, 0], pixel_values=(block / 255 - mean_C11) / std_C11
+                        input_ids=tokens_CTL[to_concept, 0], pixel_values=(block.to(device) / 255 - mean_C11) / std_C11
                     ).logits_per_image
                     for block in images.split(500)
                 ]
             )
-        accuracy = (logits.argmax(1) == labels).float().mean().item()
+        accuracy = (logits.argmax(1).cpu() == labels).float().mean().item()
         print(f"zero-shot accuracy on {len(labels)} test pictures of {source.dataset}: {accuracy:.1%}")
     model.save_pretrained(options.output_dir)
     processor.save_pretrained(options.output_dir)

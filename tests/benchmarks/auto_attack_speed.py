@@ -1,10 +1,13 @@
-"""AutoAttack on one model and the same images: ours against a plain run of pyautoattack, seconds and who falls.
+r"""AutoAttack on one model and the same images: ours against a plain run of pyautoattack, seconds and who falls.
 
     python tests/benchmarks/auto_attack_speed.py --model out/pmgaft --radius 16/255 --images 128
 
 The plain run attacks an `nn.Module` that encodes all class prompts in every forward, with the parameters as
 loaded; `--cached_text` gives it cached class embeddings. Ours runs in float32 and `fast` (gradients in bfloat16,
 every break confirmed in float32). All run in one process, one after the other, `--rounds` times in turn.
+
+    python tests/benchmarks/auto_attack_speed.py --device cuda --model random-vit-b-32 --classes 1000 --images 1024 \
+        --radius 0.02/255
 """
 
 import argparse
@@ -14,12 +17,15 @@ from collections.abc import Callable
 
 import torch
 from pyautoattack import AutoAttack as PlainAutoAttack
+from step_speed import Ours, Task
 from torch import Tensor
 
 from hf_robust_clip import CLIPForZeroShotClassification, ThreatModel, digits_clip_path, load_image_dataset
 from hf_robust_clip.attacks.auto_attack import AutoAttack, auto_attack
 from hf_robust_clip.modeling import without_gradients
 from hf_robust_clip.zero_shot_data.loading import collate_images
+
+RANDOM = "random-vit-b-32"
 
 
 class PlainClassifier(torch.nn.Module):
@@ -47,6 +53,25 @@ def seconds(run: Callable[[], Tensor]) -> tuple[float, float, Tensor]:
     return wall, after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime, result
 
 
+def trained(options: argparse.Namespace) -> tuple[CLIPForZeroShotClassification, Tensor, Tensor]:
+    """A checkpoint with test images and labels of a dataset."""
+    model = CLIPForZeroShotClassification.from_pretrained(options.model).to(options.device).eval()
+    data = load_image_dataset(options.dataset, "test", model.require_processor()).first(options.images)
+    model.set_classes(data.class_names)
+    batch = collate_images([data[i] for i in range(len(data))])
+    return model, batch["pixel_values"].to(options.device), batch["labels"].to(options.device)
+
+
+def random_vit(options: argparse.Namespace) -> tuple[CLIPForZeroShotClassification, Tensor, Tensor]:
+    """ViT-B/32 of random weights on random images; what it predicts counts as the truth. Take a small radius."""
+    task = Task(argparse.Namespace(tiny=False, device=options.device), images=options.images, classes=options.classes)
+    model = Ours(task).student.eval()
+    with torch.no_grad():
+        parts = task.images_BCHW.split(options.batch_size)
+        labels = torch.cat([model(pixel_values=part).logits.argmax(dim=1) for part in parts])
+    return model, task.images_BCHW, labels
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=digits_clip_path())
@@ -58,16 +83,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--classes", type=int, default=1000, help="of the random model")
+    parser.add_argument("--batch_size", type=int, default=250)
     parser.add_argument("--cached_text", action="store_true")
     parser.add_argument("--fast_only", action="store_true", help="leave out ours in float32")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = CLIPForZeroShotClassification.from_pretrained(options.model).to(options.device).eval()
-    data = load_image_dataset(options.dataset, "test", model.require_processor()).first(options.images)
-    model.set_classes(data.class_names)
-    batch = collate_images([data[i] for i in range(len(data))])
-    images, labels = batch["pixel_values"].to(options.device), batch["labels"].to(options.device)
-    threat_model, targets = ThreatModel(options.radius), min(9, len(data.class_names) - 1)
+    model, images, labels = random_vit(options) if options.model == RANDOM else trained(options)
+    threat_model, targets = ThreatModel(options.radius), min(9, len(model.class_names) - 1)
     suite = AutoAttack(num_steps=options.steps, num_queries=options.queries)
 
     def logits(pixels: Tensor) -> Tensor:
@@ -85,14 +108,14 @@ def main() -> None:
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
         attack.square.n_queries = options.queries
         attack.apgd.n_iter = attack.apgd_targeted.n_iter = attack.fab.n_iter = options.steps
-        adv, _ = attack.run_standard_evaluation(images, labels, batch_size=options.images)
+        adv, _ = attack.run_standard_evaluation(images, labels, batch_size=options.batch_size)
         model.zero_grad(set_to_none=True)
         return adv
 
     def ours(fast: bool) -> Tensor:
         with without_gradients(model):
             adv, left = auto_attack(
-                logits, images, labels, threat_model, version=suite, batch_size=options.images,
+                logits, images, labels, threat_model, version=suite, batch_size=options.batch_size,
                 fast_logits_fn=fast_logits if fast else None,
             )  # fmt: skip
         print("   left after each:", {name: round(100 * value, 2) for name, value in left.items()})
@@ -107,7 +130,8 @@ def main() -> None:
         for name, run in runs.items():
             wall, processor, adv = seconds(run)
             with torch.no_grad():
-                stands[name] = logits(adv).argmax(dim=1) == labels
+                parts = adv.split(options.batch_size)
+                stands[name] = torch.cat([logits(part).argmax(dim=1) for part in parts]) == labels
             spent[name].append((wall, processor))
             ratios = [spent["plain"][-1][k] / spent[name][-1][k] for k in (0, 1)]
             print(
