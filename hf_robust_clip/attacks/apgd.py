@@ -108,8 +108,9 @@ def apgd_targeted(
     attack = _Attack(logits_fn, threat_model, settings, None, confirm, on_gradient)
     if len(images_BCHW) == 0:
         return images_BCHW.detach().clone()
-    with torch.no_grad():
-        order_BC = logits_fn(images_BCHW).sort(dim=1).indices
+    check_images(images_BCHW, bounds=threat_model.bounds)
+    with torch.no_grad():  # the own class counts as the first: a fast classifier may rank it lower
+        order_BC = logits_fn(images_BCHW).scatter(1, labels_B[:, None], torch.inf).sort(dim=1).indices
     if not 1 <= num_targets < order_BC.shape[1]:
         raise ValueError(f"num_targets={num_targets!r} must be in 1 .. {order_BC.shape[1] - 1}, the number of others.")
     runs = [order_BC[:, -rank] for rank in range(2, num_targets + 2) for _ in range(settings.num_restarts)]

@@ -210,16 +210,22 @@ class _SquareAlone(SquareAttack):
 def _authors_code(attack, victim: Victim, images: Tensor, labels: Tensor, tm: ThreatModel) -> Tensor:
     """Run one of the authors' attacks: the global random state comes back, breaks of a fast classifier are confirmed.
 
-    Where the fast classifier claims a break that the exact one denies, the image is attacked again, exactly.
+    FAB mixes its own float32 with what it is given, so all is float32 to it. Where the fast classifier claims a break
+    that the exact one denies, the image is attacked again, exactly.
     """
     if tm.eps == 0 or len(images) == 0:
         return images.clone()
+
+    def in_float32(logits_fn: LogitsFn, some: Tensor, own: Tensor) -> Tensor:
+        adv = attack(lambda pixels: logits_fn(pixels.to(some.dtype)).float(), some.float(), own)
+        return adv.detach().to(some.dtype)
+
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        adv = attack(victim.gradient_fn, images, labels).detach()
+        adv = in_float32(victim.gradient_fn, images, labels)
         if victim.confirm is not None:
             claimed, real = (misclassified(f, adv, labels) for f in (victim.gradient_fn, victim.confirm))
             again = (claimed & ~real).nonzero().squeeze(1)
             if len(again):
-                adv[again] = attack(victim.confirm, images[again], labels[again]).detach()
+                adv[again] = in_float32(victim.confirm, images[again], labels[again])
     return adv

@@ -72,7 +72,9 @@ def logits_and_gradient(
 
 @torch.no_grad()
 def misclassified(logits_fn: LogitsFn, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
-    """Whether the class of highest logit is not the label, (B,)."""
+    """Whether the class of highest logit is not the label, (B,). CLIP can't take a batch of none, so it gets none."""
+    if len(images_BCHW) == 0:
+        return torch.zeros(0, dtype=torch.bool, device=images_BCHW.device)
     return logits_fn(images_BCHW).argmax(dim=1) != labels_B
 
 
