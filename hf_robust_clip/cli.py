@@ -399,6 +399,8 @@ def read_evaluation(settings: dict[str, Any]) -> EvaluationRecipe:
     """Check every section of an evaluation. Nothing is written or downloaded here."""
     run = build(RunSettings, settings.get("run"), "run")
     check_output_dir(run)
+    if Path(run.output_dir, "config.json").is_file():
+        raise OSError(f"output_dir={run.output_dir!r} is a checkpoint with a report of its own; name another folder.")
     if run.push_to_hub is not None:
         raise ValueError("run.push_to_hub goes with training; an evaluation stays in its output directory.")
     values = dict(settings.get("evaluation") or {})
@@ -640,6 +642,7 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
         name: Path(name).name if [Path(n).name for n in names].count(Path(name).name) == 1 else name for name in names
     }
     reports: list[RobustnessReport] = []
+    under_first: list[RobustnessReport] = []  # by the first of the attacks
     strip = None
     for name in names:
         own = recipe.model if name == recipe.model.name else ModelSettings(name)
@@ -662,6 +665,8 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
                     progress=True,
                 )
                 reports.append(report)
+                if settings is recipe.evaluations[0]:
+                    under_first.append(report)
             if strip is None and processes.is_main_process:
                 strip = adversarial_examples(model, data, recipe.evaluations[0])
     own_reports = [report for report in reports if report.model == recipe.model.name]
@@ -678,8 +683,7 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
         plot_examples(folder / "examples.png", *strip)
         written = ["report.json", "report.csv", "accuracy.png", "examples.png", "recipe.yaml"]
         if len(names) > 1:
-            first = [r for r in reports if r.attack == reports[0].attack]
-            plot_tradeoff(folder / "tradeoff.png", first, min(reports[0].robust_accuracy))
+            plot_tradeoff(folder / "tradeoff.png", under_first, min(reports[0].robust_accuracy))
             written.append("tradeoff.png")
         Console(width=max(110, shutil.get_terminal_size().columns)).print(to_table(reports, titles[recipe.model.name]))
         share = percent(max(r.zero_gradient_share for r in reports))

@@ -84,6 +84,16 @@ def test_killed_and_resumed_by_one_process_ends_with_the_same_report(by_two, tmp
     assert load_reports(tmp_path / "out" / "report.json") == load_reports(by_two[0] / "report.json")
 
 
+def test_the_folder_of_a_checkpoint_is_not_written_to(tmp_path, capsys):
+    """Training left a report and a card there."""
+    (tmp_path / "config.json").write_text("{}")
+    words = ["--config", str(ROOT / "recipes/configs/evaluate.yaml"), "--output_dir", str(tmp_path), "--overwrite"]
+    with pytest.raises(SystemExit):
+        main(["evaluate", *words])
+    assert "name another folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
