@@ -367,15 +367,16 @@ def _fingerprint(
 ) -> dict[str, str]:
     """What must be the same for a state to be of use: weights and classes, images, attacks.
 
-    Of the images the first, middle and last are looked at: other draws and other preparation show in them.
+    Of the images the first, middle and last are looked at: other draws and other preparation show in them. Nothing
+    that is computed by the model, since its rounding differs between devices and numbers of threads.
     """
-    head = (model.logit_scale, model.current_class_embeds(), model.image_mean, model.image_std)
+    head = (model.class_token_ids, model.image_mean, model.image_std)
     few = [dataset[i] for i in sorted({0, len(dataset) // 2, len(dataset) - 1})]
     pictures = _digest([example["pixel_values"] for example in few]), [int(example["labels"]) for example in few]
     threats, num_classes = settings.threat_models(), len(model.class_names)
     attack = settings.attack.name(num_classes), settings.attack.parameters(threats, num_classes)
     return {
-        "model": _digest([*model.vision_parameters(), *head]),
+        "model": _digest([*model.parameters(), *head]),
         "classes": prompt_hash(model.class_names, model.templates),
         "dataset": f"{dataset.dataset_id} {dataset.revision} {dataset.split}, {len(dataset)} images like {pictures}",
         "attack": f"{attack} {settings.norm} {[t.eps for t in threats]} seed {settings.seed} {settings.precision}",

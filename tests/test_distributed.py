@@ -8,7 +8,7 @@ import pytest
 import torch
 import training_script
 from safetensors.torch import load_file
-from training_script import CASES, case_trainer, digits_report, state
+from training_script import CASES, SUITES, case_trainer, digits_report, state
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,6 +35,7 @@ def two_processes(tmp_path_factory):
         place = folder / f"{case}-{rank}"
         return json.loads(Path(f"{place}.json").read_text()), load_file(f"{place}.safetensors")
 
+    read.folder = folder
     return read
 
 
@@ -60,8 +61,15 @@ def test_two_processes_train_what_one_does(two_processes, tmp_path, case):
         assert log == pytest.approx({key: own[key] for key in log}, abs=2e-4)
 
 
-def test_two_processes_report_what_one_does(two_processes):
-    own = digits_report()
+@pytest.mark.parametrize("suite", SUITES)
+def test_two_processes_report_what_one_does(two_processes, suite, tmp_path):
+    """And one process that reads what the two wrote down, whole or up to some line, ends with the same report."""
+    own = digits_report(suite)
     assert own["num_images"] == 9
     for rank in (0, 1):
-        assert two_processes("released", rank)[0]["report"] == own
+        assert two_processes("released", rank)[0]["reports"][suite] == own
+    files = sorted((two_processes.folder / f"state {suite}").iterdir())
+    assert [file.name for file in files] == ["state-0.jsonl", "state-1.jsonl"]
+    for file, kept in zip(files, (10**6, 350), strict=True):
+        (tmp_path / file.name).write_text(file.read_text()[:kept])
+    assert digits_report(suite, state_dir=tmp_path) == own

@@ -185,6 +185,30 @@ def test_another_size_is_taken_on_request(tiny_clip):
 # ---- sharing and copies
 
 
+def test_smaller_images_are_enlarged_inside_on_request(tiny_clip):
+    """Bicubic, before the normalisation; None brings the encoder's own size back."""
+    model = tiny_clip()
+    small = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    large = torch.nn.functional.interpolate(small, size=(8, 8), mode="bicubic", align_corners=False)
+    expected = model.train()(large).logits  # bicubic leaves [0, 1] a little, which eval mode refuses
+    model.eval().set_input_size(4)
+    torch.testing.assert_close(model(small).logits, expected, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"this model takes \(batch, 3, 4, 4\)"):
+        model(large.clamp(0, 1))
+    model.set_input_size(None)
+    assert model(large.clamp(0, 1)).logits.shape == (2, 7)
+    with pytest.raises(ValueError, match=r"this model takes \(batch, 3, 8, 8\)"):
+        model(small)
+
+
+@pytest.mark.parametrize("side", [0, -1, 9])
+def test_input_sizes_beyond_the_encoder_are_refused(tiny_clip, side):
+    model = tiny_clip()
+    with pytest.raises(ValueError, match=rf"side={side} must be in 1 \.\. 8"):
+        model.set_input_size(side)
+    assert model.input_size == 8
+
+
 def test_from_clip_shares_weights_and_mode(saved, tiny_batch):
     folder, model = saved
     clip = CLIPModel.from_pretrained(folder).train()

@@ -4,11 +4,13 @@ python training_script.py kill FOLDER          12 steps, ended by SIGKILL after 
 accelerate launch ... training_script.py ranks FOLDER   every case of CASES; each rank writes what it holds
 """
 
+import copy
+import functools
 import json
 import os
 import signal
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from hf_robust_clip import (
     evaluate_robustness,
     load_image_dataset,
 )
+from hf_robust_clip.attacks.auto_attack import AutoAttack
 from hf_robust_clip.attacks.suites import PGD
 
 CASES = {
@@ -96,20 +99,29 @@ def case_trainer(name, folder, processes):
     return PMGAFTTrainer(tiny_model(), args, case["objective"], **data, teacher=tiny_model(seed=5), peft_config=lora)
 
 
+@functools.cache
+def embedded():
+    model = CLIPForZeroShotClassification.from_pretrained(digits_clip_path()).double()
+    data = load_image_dataset("digits", "test", model.processor)
+    model.set_classes(data.class_names)
+    return model, data
+
+
 def digits(count):
     """The embedded model with its classes, and some of its test images, in float64: rounding decides nothing."""
-    model = CLIPForZeroShotClassification.from_pretrained(digits_clip_path()).double()
-    data = load_image_dataset("digits", "test", model.processor).first(count)
-    model.set_classes(data.class_names)
-    return model, DoubleImages(data)
+    model = copy.deepcopy(embedded()[0])
+    return model, DoubleImages(replace(embedded()[1], processor=model.processor).first(count))
 
 
-def digits_report(processes=None):
+SUITES = {"PGD": PGD(3), "AutoAttack": AutoAttack(num_steps=2, num_targets=2, num_queries=5)}
+
+
+def digits_report(suite, processes=None, state_dir=None):
     """What `evaluate_robustness` finds on nine digits."""
     model, data = digits(9)
-    settings = EvaluationSettings(["4/255", "12/255"], attack=PGD(3), batch_size=2)
-    report = evaluate_robustness(model, data, settings, name="d", task="t", model_id="m", processes=processes)
-    return json.loads(json.dumps(asdict(report)))
+    settings = EvaluationSettings(["4/255", "12/255"], attack=SUITES[suite], batch_size=2)
+    where = dict(name="d", task="t", model_id="m", processes=processes, state_dir=state_dir)
+    return json.loads(json.dumps(asdict(evaluate_robustness(model, data, settings, **where))))
 
 
 class DoubleImages:
@@ -125,8 +137,11 @@ class DoubleImages:
         return len(self.data)
 
     def __getitem__(self, index):
-        example = self.data[index]
-        return {**example, "pixel_values": example["pixel_values"].double()}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices):
+        examples = self.data.__getitems__(indices)
+        return [{**example, "pixel_values": example["pixel_values"].double()} for example in examples]
 
 
 def long_run(folder, callbacks=()):
@@ -157,7 +172,10 @@ def ranks(folder):
         trainer.train()
         found = {"world": trainer.accelerator.num_processes, "metrics": trainer.evaluate()}
         found["logs"] = [{key: log[key] for key in log if key in ("loss", "ce")} for log in trainer.state.log_history]
-        found["report"] = digits_report(trainer.accelerator) if name == "released" else None
+        if name == "released":
+            found["reports"] = {
+                suite: digits_report(suite, trainer.accelerator, folder / f"state {suite}") for suite in SUITES
+            }
         place = folder / f"{name}-{trainer.args.process_index}"
         save_file(state(trainer.accelerator.unwrap_model(trainer.model)), f"{place}.safetensors")
         Path(f"{place}.json").write_text(json.dumps(found))

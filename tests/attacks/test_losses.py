@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from hf_robust_clip.attacks.losses import cross_entropy, cw_margin, dlr, embedding_l2, kl_divergence
+from hf_robust_clip.attacks.losses import cross_entropy, cw_margin, dlr, dlr_targeted, embedding_l2, kl_divergence
 
 LOGITS = torch.tensor([[3.0, 1.0, -1.0, 0.5], [2.0, 2.5, 0.0, -4.0]], dtype=torch.float64)
 LABELS = torch.tensor([0, 0])
@@ -30,7 +30,15 @@ def test_dlr_divides_the_margin_by_first_minus_third():
     assert dlr(LOGITS, LABELS).tolist() == pytest.approx([-2 / 2.5, 0.5 / 2.5], rel=1e-10)
 
 
+def test_targeted_dlr_divides_by_first_minus_mean_of_third_and_fourth():
+    expected = [(0.5 - 3) / (3 + 0.25), (-4 - 2) / (2.5 + 2)]
+    assert dlr_targeted(LOGITS, LABELS, torch.tensor([3, 3])).tolist() == pytest.approx(expected, rel=1e-10)
+
+
 def test_dlr_ignores_shift_and_scale():
+    targets = torch.tensor([1, 2])
+    scaled, plain = (dlr_targeted(logits, LABELS, targets) for logits in (7 * LOGITS - 3, LOGITS))
+    torch.testing.assert_close(scaled, plain, rtol=1e-10, atol=0)
     torch.testing.assert_close(dlr(7 * LOGITS - 3, LABELS), dlr(LOGITS, LABELS), rtol=1e-10, atol=0)
 
 
@@ -46,6 +54,11 @@ def test_dlr_of_equal_logits_is_finite():
 def test_too_few_classes_are_refused(loss, classes, least):
     with pytest.raises(ValueError, match=f"at least {least} classes, got {classes}; use cross_entropy"):
         loss(torch.zeros(2, classes), LABELS)
+
+
+def test_targeted_dlr_refuses_three_classes():
+    with pytest.raises(ValueError, match="at least 4 classes, got 3"):
+        dlr_targeted(torch.zeros(2, 3), LABELS, LABELS + 1)
 
 
 def test_embedding_l2_by_hand():

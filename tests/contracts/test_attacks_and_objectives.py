@@ -1,4 +1,4 @@
-"""What PGD owes every objective and every loss, in both norms. A new objective or loss adds its row here."""
+"""What PGD owes every objective and loss, and what every attack owes its caller. New ones add their row here."""
 
 import copy
 import importlib
@@ -8,11 +8,15 @@ import pkgutil
 
 import pytest
 import torch
+from conftest import CLASS_NAMES
 
 import hf_robust_clip.objectives
 from hf_robust_clip.attacks import losses
-from hf_robust_clip.attacks.losses import cross_entropy, cw_margin, dlr, kl_divergence
-from hf_robust_clip.attacks.pgd import pgd
+from hf_robust_clip.attacks.apgd import APGDSettings, apgd, apgd_targeted
+from hf_robust_clip.attacks.auto_attack import LEAST_CLASSES, AutoAttack
+from hf_robust_clip.attacks.losses import cross_entropy, cw_margin, dlr, dlr_targeted, kl_divergence
+from hf_robust_clip.attacks.pgd import pgd, pgd_until_misclassified
+from hf_robust_clip.attacks.suites import Victim, run_member
 from hf_robust_clip.objectives.base import Batch, Objective
 from hf_robust_clip.objectives.clean import Clean
 from hf_robust_clip.objectives.fare import FARE
@@ -33,6 +37,9 @@ LOSSES = {
     "cross_entropy": lambda batch: lambda x: cross_entropy(batch.student(x).logits, batch.labels),
     "cw_margin": lambda batch: lambda x: cw_margin(batch.student(x).logits, batch.labels),
     "dlr": lambda batch: lambda x: dlr(batch.student(x).logits, batch.labels),
+    "dlr_targeted": lambda batch: (
+        lambda x: dlr_targeted(batch.student(x).logits, batch.labels, (batch.labels + 3) % 7)
+    ),
     "embedding_l2": FARE().attack_loss,
     "kl_divergence": lambda batch: lambda x: kl_divergence(batch.teacher_on_clean.logits, batch.student(x).logits),
 }
@@ -236,3 +243,99 @@ def test_loss_of_a_batch_is_the_average_over_its_halves(world, name):
         return sum(objective(part, adv[rows]).values()).item()
 
     assert (loss(slice(4)) + loss(slice(4, 8))) / 2 == pytest.approx(loss(slice(8)), rel=1e-12)
+
+
+# ---- attacks on a classifier: images and labels to images that it gets wrong
+
+
+def until_misclassified(logits_fn, images, labels, threat_model):
+    step = threat_model.eps / 2
+    return pgd_until_misclassified(
+        logits_fn, images, labels, threat_model, loss=cross_entropy, num_steps=4, step_size=step
+    )
+
+
+def by_apgd(loss):
+    return lambda logits_fn, images, labels, threat_model: apgd(
+        logits_fn, images, labels, threat_model, APGDSettings(4), loss=loss
+    )
+
+
+def by_targets(logits_fn, images, labels, threat_model):
+    return apgd_targeted(logits_fn, images, labels, threat_model, APGDSettings(4), num_targets=2)
+
+
+def by_member(name):
+    member = AutoAttack((name,), num_steps=4, num_targets=2, num_queries=15).members(len(CLASS_NAMES))[name]
+    return lambda logits_fn, images, labels, threat_model: run_member(
+        member, Victim(logits_fn), images, labels, threat_model
+    )[0]
+
+
+ATTACKS = {
+    "pgd_until_misclassified": until_misclassified,
+    "apgd-ce": by_apgd(cross_entropy),
+    "apgd-dlr": by_apgd(dlr),
+    "apgd_targeted": by_targets,
+    **{f"member {name}": by_member(name) for name in LEAST_CLASSES},
+}
+BALLS = {"linf": ThreatModel("8/255"), "l2": ThreatModel(0.4, "l2")}
+each_attack = pytest.mark.parametrize("attack_name", ATTACKS)
+
+
+@pytest.fixture
+def victim(tiny_clip, tiny_batch):
+    """A frozen classifier, images that it gets right, and, third and last, two that it gets wrong."""
+    model = tiny_clip().requires_grad_(False)
+    images, _ = tiny_batch(6)
+    labels = model(images).logits.argmax(1)
+    labels[[2, 5]] = (labels[[2, 5]] + 1) % 7
+    return model, images, labels
+
+
+@each_norm
+@each_attack
+def test_attacks_stay_in_the_threat_model_and_leave_everything_as_found(victim, attack_name, norm):
+    model, images, labels = victim
+    before, state = images.clone(), torch.get_rng_state()
+    with torch.no_grad():
+        adv = ATTACKS[attack_name](lambda x: model(x).logits, images, labels, BALLS[norm])
+        assert not torch.is_grad_enabled()
+    assert (BALLS[norm].distance(adv, images) <= BALLS[norm].eps + 1e-7).all()
+    assert adv.min() >= 0
+    assert adv.max() <= 1
+    assert adv.dtype == images.dtype
+    assert not adv.requires_grad
+    assert torch.equal(adv[[2, 5]], images[[2, 5]])
+    assert torch.equal(images, before)
+    assert images.grad is None
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@each_norm
+@each_attack
+def test_what_an_attack_finds_for_an_image_does_not_depend_on_others(victim, attack_name, norm):
+    model, images, labels = victim
+
+    def found(rows):
+        adv = ATTACKS[attack_name](lambda x: model(x).logits, images[rows], labels[rows], BALLS[norm])
+        return adv, model(adv).logits.argmax(1) != labels[rows]
+
+    together, broken = found(slice(None))
+    for i in (0, 2, 4):
+        alone, own = found(slice(i, i + 1))
+        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-6)
+        assert bool(own) == bool(broken[i])
+    torch.rand(3)  # nor on the global random state
+    assert torch.equal(found(slice(None))[0], together)
+
+
+@each_norm
+@each_attack
+def test_larger_balls_break_everything_and_none_breaks_nothing(victim, attack_name, norm):
+    model, images, labels = victim
+    right = model(images).logits.argmax(1) == labels
+    for eps, broken in ((0, False), (0.6 if norm == "linf" else 8.0, True)):
+        adv = ATTACKS[attack_name](lambda x: model(x).logits, images, labels, ThreatModel(eps, norm))
+        assert ((model(adv).logits.argmax(1) != labels)[right] == broken).all()
