@@ -252,7 +252,7 @@ def test_values_reach_the_settings():
     assert found.training.bf16 is True
     assert found.training.use_cpu is True
     assert found.data.classes == ["one", "two"]
-    assert [threat.eps for threat, _ in found.evaluation.threats()] == [1 / 255]
+    assert [threat.eps for threat in found.evaluation.threat_models()] == [1 / 255]
     assert [task.name for task in found.tasks] == ["trained classes", "held-out classes"]
     assert found.source["training"]["learning_rate"] == "1e-5"
 
