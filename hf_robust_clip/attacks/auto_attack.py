@@ -217,8 +217,8 @@ def _authors_code(attack, victim: Victim, images: Tensor, labels: Tensor, tm: Th
         return images.clone()
 
     def in_float32(logits_fn: LogitsFn, some: Tensor, own: Tensor) -> Tensor:
-        adv = attack(lambda pixels: logits_fn(pixels.to(some.dtype)).float(), some.float(), own)
-        return adv.detach().to(some.dtype)
+        adv = attack(lambda pixels: logits_fn(pixels.to(some.dtype)).float(), some.float(), own).detach()
+        return torch.where(adv == some.float(), some, adv.to(some.dtype))
 
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
