@@ -132,7 +132,7 @@ EVALUATION_SECTIONS = ("model", "compare", "reference", "prompt", "evaluation", 
 SHORT = {"model": "model.name", "revision": "model.revision", "template": "prompt.template",
          "radii": "evaluation.radii", "attacks": "evaluation.attacks"}  # fmt: skip
 RUN_OPTIONS = ("output_dir", "overwrite", "resume", "device")
-TASK_OPTIONS = tuple(f.name for f in fields(DataSettings))
+TASK_OPTIONS = tuple(f.name for f in fields(DataSettings) if f.name != "revision")
 
 
 TRAINING_OPTIONS = f"""\
@@ -397,6 +397,8 @@ def check_max_images(data: DataSettings, section: str) -> None:
 
 def read_evaluation(settings: dict[str, Any]) -> EvaluationRecipe:
     """Check every section of an evaluation. Nothing is written or downloaded here."""
+    from .modeling import check_classes
+
     run = build(RunSettings, settings.get("run"), "run")
     check_output_dir(run)
     if Path(run.output_dir, "config.json").is_file():
@@ -412,11 +414,14 @@ def read_evaluation(settings: dict[str, Any]) -> EvaluationRecipe:
     for name in (*others, reference):
         if name is not None and not isinstance(name, str):
             raise ValueError(f"{name!r} must be a Hub id or a folder of a checkpoint.")
+    prompt = build(EvaluationPrompt, settings.get("prompt"), "prompt")
+    if prompt.template is not None:
+        check_classes(["a class"], prompt.template)
     return EvaluationRecipe(
         model=model,
         checkpoints=tuple(dict.fromkeys([model.name, *others])),
         reference=reference,
-        prompt=build(EvaluationPrompt, settings.get("prompt"), "prompt"),
+        prompt=prompt,
         evaluations=tuple(build_evaluation(values, attack) for attack in dict.fromkeys(attacks)),
         tasks=build_tasks(settings.get("tasks")),
         run=run,
@@ -796,8 +801,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for part in (word.split("=", 1) if word.startswith("--config=") else [word])
     ]
     config = None
-    if "--config" in words[:-1]:
-        config = Path(words[words.index("--config") + 1])
+    if "--config" in words:
+        config = Path([*words, ""][words.index("--config") + 1])
     if words[:1] == ["train"] and words[1:2] and words[1] in METHODS and config:
         run_recipe(words[1], config, f"Fine-tune CLIP by {words[1]}.", words[2:])
     elif words[:1] == ["evaluate"] and config:

@@ -17,8 +17,8 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 DEFAULT = RECIPES / "configs/digits-clip/pmg_aft.yaml"
 METHOD_CONFIGS = sorted(path for path in (RECIPES / "configs").rglob("*.yaml") if path.stem.startswith(tuple(METHODS)))
 CONFIGS = [path for path in METHOD_CONFIGS if path.parent.name != "mini-clip"]
-EVALUATION_CONFIGS = [RECIPES / "configs" / name for name in
-                      ("evaluate.yaml", *(f"mini-clip/{name}.yaml" for name in ("pgd", "apgd", "auto_attack")))]  # fmt: skip
+EVALUATIONS = ("evaluate", "mini-clip/pgd", "mini-clip/apgd", "mini-clip/auto_attack")
+EVALUATION_CONFIGS = [RECIPES / f"configs/{name}.yaml" for name in EVALUATIONS]
 ACCELERATE_CONFIGS = sorted((RECIPES / "accelerate").glob("*.yaml"))
 
 

@@ -140,6 +140,11 @@ def is_randomised(logits_fn: LogitsFn, images_BCHW: Tensor) -> bool:
 def is_optimising(logits_fn: LogitsFn, images_BCHW: Tensor) -> bool:
     """Whether a forward without gradients builds a graph all the same, as classifiers do that adapt to their input."""
     recorded = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: recorded.append(1) or tensor, lambda tensor: tensor):
+
+    def record(tensor: Tensor) -> Tensor:
+        recorded.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         logits_fn(images_BCHW)
     return bool(recorded)
