@@ -20,6 +20,7 @@ from hf_robust_clip import (
 from hf_robust_clip.attacks.auto_attack import AutoAttack
 from hf_robust_clip.attacks.losses import cross_entropy, cw_margin
 from hf_robust_clip.attacks.suites import PGD, Suite, pgd_until_misclassified
+from hf_robust_clip.evaluation import _Found
 
 NAMES = dict(name="name", task="task", model_id="id")
 TINY = AutoAttack(num_steps=2, num_targets=2, num_queries=5)
@@ -240,6 +241,9 @@ def test_an_interrupted_run_goes_on_to_the_same_report(fails_at, tmp_path):
     model, data = digits(11)
     whole = Watched(TINY)
     expected = evaluate_robustness(model, data, replace(SETTINGS, attack=whole), **NAMES)
+    left = [expected.clean_accuracy, *(share for own in expected.after_each.values() for share in own.values())]
+    assert left[-1] < left[0]
+    assert sum(map(len, whole.seen)) == round(11 * sum(left[:-1]))  # who fell is not attacked again
     before, after = Watched(TINY, fails_at, crash), Watched(TINY)
     with pytest.raises(RuntimeError, match="the power went"):
         evaluate_robustness(model, data, replace(SETTINGS, attack=before), state_dir=tmp_path, **NAMES)
@@ -313,6 +317,13 @@ def test_files_of_two_ranks_are_read_by_one_process_and_by_three(tmp_path):
         assert nothing.seen == []
 
 
+def test_a_batch_that_is_known_counts_once():
+    found = _Found()
+    for _ in range(2):
+        found.add({"stage": 0, "rows": [(0, 4, 1), (1, 2, 0)], "zeros": 3, "total": 7})
+    assert (found.levels, found.zeros, found.total) == ({0: (4, 1), 1: (2, 0)}, 3, 7)
+
+
 def test_what_other_ranks_read_of_their_own_folders_is_gathered(tmp_path, monkeypatch):
     """Machines without a shared disk: each rank has its own lines only, and the report counts all images."""
     model, data = digits(9)
@@ -328,8 +339,7 @@ def test_what_other_ranks_read_of_their_own_folders_is_gathered(tmp_path, monkey
 
 
 def other_std(model, data):
-    image_processor = model.processor.image_processor
-    model.set_normalisation(image_processor.image_mean, [0.5, 0.3, 0.5])
+    model.image_std = 1.1 * model.image_std
     return model, data, SETTINGS
 
 
@@ -344,6 +354,7 @@ def other_classes(model, data):
     return model, data, SETTINGS
 
 
+NEAR = 10 / 255 + 1e-9  # printed, it is 10/255
 CHANGES = {
     "weights": (other_weights, "model"),
     "std": (other_std, "model"),
@@ -353,7 +364,7 @@ CHANGES = {
     "resolution": (lambda model, data: (model, resolved(data, 4), SETTINGS), "dataset"),
     "seed": (lambda model, data: (model, data, replace(SETTINGS, seed=1)), "attack"),
     "radius": (lambda model, data: (model, data, replace(SETTINGS, radii=["4/255", "11/255"])), "attack"),
-    "radius by a hair": (lambda model, data: (model, data, replace(SETTINGS, radii=["4/255", 0.0392157])), "attack"),
+    "radius by a hair": (lambda model, data: (model, data, replace(SETTINGS, radii=["4/255", NEAR])), "attack"),
     "norm": (lambda model, data: (model, data, replace(SETTINGS, norm="l2")), "attack"),
     "precision": (lambda model, data: (model, data, replace(SETTINGS, precision="fast")), "attack"),
     "attack": (lambda model, data: (model, data, replace(SETTINGS, attack=replace(TINY, num_queries=6))), "attack"),
