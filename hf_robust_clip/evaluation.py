@@ -374,7 +374,8 @@ def _fingerprint(
     few = [dataset[i] for i in sorted({0, len(dataset) // 2, len(dataset) - 1})]
     pictures = _digest([example["pixel_values"] for example in few]), [int(example["labels"]) for example in few]
     threats, num_classes = settings.threat_models(), len(model.class_names)
-    attack = settings.attack.name(num_classes), settings.attack.parameters(threats, num_classes)
+    own = library_versions()["hf_robust_clip"]  # another version may attack otherwise
+    attack = own, settings.attack.name(num_classes), settings.attack.parameters(threats, num_classes)
     return {
         "model": _digest([*model.parameters(), *head]),
         "classes": prompt_hash(model.class_names, model.templates),
