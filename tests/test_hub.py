@@ -128,7 +128,7 @@ def test_metadata_was_accepted_and_gives_back_its_results(hub):
     assert found["model_name"] == "robust-clip"
     rows = {(row["dataset_config"], row["metric_type"]): row["metric_value"] for row in found["eval_results"]}
     assert len(rows) == len(found["eval_results"]) == 6
-    assert rows["held-out classes, clean", "accuracy"] == 0.5
+    assert rows["held-out classes, clean, n=40", "accuracy"] == 0.5
 
 
 def test_trainer_pushes_a_loadable_model_and_keeps_our_card(hub):

@@ -87,7 +87,7 @@ def test_reports_card_and_recipe_agree(finished):
     assert [(r.name, r.task) for r in compared] == [("undefended", "trained"), ("undefended", "held out")]
     card = ModelCard.load(folder / "README.md")
     values = {row.dataset_config: row.metric_value for row in card.data.eval_results}
-    assert values["trained, clean"] == round(own[0].clean_accuracy, 4)
+    assert values["trained, clean, n=20"] == round(own[0].clean_accuracy, 4)
     assert len(values) == 4
     assert "| updates | 2 |" in card.text
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
