@@ -170,7 +170,7 @@ def write_cards(
     place.mkdir(parents=True, exist_ok=True)
     save_csv(place / "report.csv", reports)
     attacks = list(dict.fromkeys(report.attack for report in reports))
-    parts = ["# Mini-benchmark\n\n" + LIMITS + "\n"]
+    parts = ["# Mini-benchmark\n\n" + "".join(f"- {line}\n" for line in LIMITS.splitlines())]
     for attack in attacks:
         group = [report for report in reports if report.attack == attack]
         parts.append(f"## {attack}\n\nAccuracy in percent, clean and at each L-inf radius.\n\n{table(group)}\n")
