@@ -65,6 +65,7 @@ class DataSettings:
     class_names: Sequence[str] | str | None = None  # names, or a file of them
     label_column: str | None = None
     resize: int | None = None  # shorter side before the centre crop; None takes the processor's
+    streaming: bool = False  # read max_images rows of a shuffled stream, without downloading the rest
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ TRAINING_OPTIONS = f"""\
 EVALUATION_OPTIONS = """\
   --model NAME           a Hub id or a folder of a checkpoint (or digits-clip); --revision for the Hub's
   --dataset NAME         evaluate on this one: a key of the known datasets, a Hub id, a folder of pictures or parquet;
-                         with --split, --class_names FILE, --label_column, --max_images N, --resize N, --data_root
+                         with --split, --class_names FILE, --label_column, --max_images N, --streaming true (only so
+                         many rows are read), --resize N, --data_root
   --template TEXT        prompt with {} for the class name; null takes the known dataset's own
   --attacks LIST         of pgd-N, cw-N, apgd (APGD-CE and APGD-T), autoattack, autoattack-rand, apgd-ce, apgd-dlr,
                          apgd-t, fab-t, square; a list is written '[pgd-20, autoattack]'
@@ -474,6 +476,8 @@ def load_data(settings: DataSettings, model: CLIPForZeroShotClassification) -> I
         class_names=names,
         label_column=settings.label_column,
         resize=settings.resize,
+        streaming=settings.streaming,
+        max_images=settings.max_images if settings.streaming else None,
     )
     return (data if settings.classes is None else data.only(settings.classes)).first(settings.max_images)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hf_robust_clip.cli import main
+from hf_robust_clip.cli import EVALUATION_SECTIONS, load_data, load_model, main, parse_arguments, read_evaluation
 from hf_robust_clip.report import load_reports
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +92,24 @@ def test_the_folder_of_a_checkpoint_is_not_written_to(tmp_path, capsys):
         main(["evaluate", *words])
     assert "name another folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_stream_is_read_no_further_than_asked(tmp_path):
+    """A folder of pictures that its owner never named to this package, read as a stream."""
+    for name in ("zero", "one"):
+        (tmp_path / "pictures/test" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (8, 8), (40 * i, 80, 120)).save(tmp_path / "pictures/test" / name / f"{i}.png")
+    words = ["--dataset", str(tmp_path / "pictures"), "--max_images", "4", "--streaming", "true"]
+    recipe = read_evaluation(
+        parse_arguments(
+            [*words, "--output_dir", str(tmp_path / "out")],
+            ROOT / "recipes/configs/evaluate.yaml",
+            EVALUATION_SECTIONS,
+        )
+    )
+    data = load_data(recipe.tasks[0], load_model(recipe.model))
+    assert (len(data), data.class_names) == (4, ("one", "zero"))
 
 
 @pytest.mark.parametrize(
