@@ -40,10 +40,9 @@ def compare_with_authors(logits_fn, images, labels, threat_model, **settings):
     return torch.tensor(found)
 
 
-@pytest.fixture(scope="module")
-def digit_images():
-    """The embedded model in float32 (the authors' code knows no other) and a few digits that it reads correctly."""
-    model, data = digits(14)
+def float_digits(count):
+    """The embedded model in float32 (the authors' code knows no other) and the first test digits."""
+    model, data = digits(count)
     model.float().eval().requires_grad_(False)
     examples = [data[i] for i in range(len(data))]
     images = torch.stack([example["pixel_values"] for example in examples]).float()
@@ -52,6 +51,13 @@ def digit_images():
     def logits(pixels):
         return model(pixels).logits
 
+    return logits, images, labels
+
+
+@pytest.fixture(scope="module")
+def digit_images():
+    """A few digits that the model reads correctly."""
+    logits, images, labels = float_digits(14)
     right = ~fallen(logits, images, labels)
     return logits, images[right], labels[right]
 
@@ -102,14 +108,7 @@ def test_robust_accuracy_of_500_digits_is_the_authors(loss, norm, monkeypatch):
 
     With its own noise, which differs from image to image of a batch, it may differ by what noise does.
     """
-    model, data = digits(500)
-    model.float().eval().requires_grad_(False)
-    examples = [data[i] for i in range(len(data))]
-    images = torch.stack([example["pixel_values"] for example in examples]).float()
-    labels = torch.tensor([example["labels"] for example in examples])
-
-    def logits(pixels):
-        return model(pixels).logits
+    logits, images, labels = float_digits(500)
 
     def alone(draw):
         return lambda shape: draw([1, *shape[1:]]).expand(*shape)
