@@ -1,6 +1,5 @@
 """Pretrain a small CLIP with its own small tokenizer, on labelled pictures with captions made from their class names.
 
-    python recipes/pretrain.py --output_dir out/digits-clip                                   # the embedded model
     python recipes/pretrain.py --config recipes/configs/mini-clip/pretrain.yaml --output_dir out/mini-clip
 
 Seeded, and resumable: a run that was killed goes on from `<output_dir>/pretraining.safetensors`. Writes a complete
@@ -175,9 +174,8 @@ def load_state(file: Path, model: CLIPModel, optimizer: torch.optim.Optimizer, g
 
 
 def main() -> None:
-    default = Path(__file__).parent / "configs/digits-clip/pretrain.yaml"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=default)
+    parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, help="one cycle of so many, in place of the config's")
     options = parser.parse_args()

@@ -14,7 +14,7 @@ from hf_robust_clip import (
     load_image_dataset,
 )
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "pretrain.py"
+RECIPE = Path(__file__).parents[1] / "recipes" / "pretrain_digits.py"
 
 
 def accuracy(folder: str) -> tuple[float, float]:
