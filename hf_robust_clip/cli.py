@@ -721,7 +721,7 @@ def self_check(report: RobustnessReport) -> str:
 
 
 def slug(text: str) -> str:
-    """A text as a folder name: no two texts give the same."""
+    """A text as a folder name, with a hash that tells apart what the letters alone don't."""
     from hashlib import sha256
 
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', text).strip('-')[-80:]}-{sha256(text.encode()).hexdigest()[:8]}"

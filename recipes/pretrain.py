@@ -92,6 +92,16 @@ def make_model(tokenizer: CLIPTokenizer, settings: Settings) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=settings.width))
 
 
+def make_image_processor(side: int) -> CLIPImageProcessorPil:
+    """Pictures of `side` x `side` pixels, normalised as CLIP's are."""
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=OPENAI_CLIP_MEAN,
+        image_std=OPENAI_CLIP_STD,
+    )
+
+
 def contrastive_loss(logits_NC: Tensor, concepts_N: Tensor) -> Tensor:
     """CLIP's symmetric loss of N pictures and one caption per concept that the batch shows.
 
@@ -187,13 +197,7 @@ def main() -> None:
 
     set_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
-    size = settings.image_size
-    image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=OPENAI_CLIP_MEAN,
-        image_std=OPENAI_CLIP_STD,
-    )
+    image_processor = make_image_processor(settings.image_size)
     mean_C11, std_C11 = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     letters_only = CLIPProcessor(image_processor, make_tokenizer(["a"], 1, settings.context_length))
     pictures = [load_pictures(source, source.split, letters_only) for source in sources]

@@ -11,9 +11,9 @@ import math
 from pathlib import Path
 
 import torch
-from pretrain import Settings, contrastive_loss, make_model, make_tokenizer, shifted
+from pretrain import Settings, contrastive_loss, make_image_processor, make_model, make_tokenizer, shifted
 from tqdm import tqdm
-from transformers import CLIPImageProcessorPil, CLIPProcessor, set_seed
+from transformers import CLIPProcessor, set_seed
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from hf_robust_clip.zero_shot_data.digits import DIGIT_NAMES, digits_split
@@ -60,12 +60,7 @@ def main() -> None:
     corpus = [caption.format(name) for caption in CAPTIONS for name in DIGIT_NAMES]
     tokenizer = make_tokenizer(corpus, SETTINGS.vocab_size, CONTEXT_LENGTH)
     model = make_model(tokenizer, SETTINGS)
-    image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE},
-        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        image_mean=OPENAI_CLIP_MEAN,
-        image_std=OPENAI_CLIP_STD,
-    )
+    image_processor = make_image_processor(IMAGE_SIZE)
     mean_C11, std_C11 = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
 
     def load(split: str) -> tuple[torch.Tensor, torch.Tensor]:
