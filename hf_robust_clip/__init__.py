@@ -1,9 +1,13 @@
-"""Robust CLIP for the Hugging Face ecosystem: adversarial fine-tuning, attacks and honest evaluation.
+"""Robust CLIP for the Hugging Face ecosystem: adversarial fine-tuning, prompts, attacks and honest evaluation.
 
-Public names are loaded on first use, so that importing the package stays cheap.
+Public names are loaded on first use, so that importing the package stays cheap. The prompt method is registered with
+PEFT as soon as both packages are imported, in whichever order.
 """
 
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 _WHERE = {
@@ -15,6 +19,8 @@ _WHERE = {
     "auto_attack": "attacks.auto_attack",
     "AutoAttack": "attacks.auto_attack",
     "PGD": "attacks.suites",
+    "ClipPromptConfig": "prompts",
+    "ClipPromptModel": "prompts",
     "Batch": "objectives.base",
     "Objective": "objectives.base",
     "Clean": "objectives.clean",
@@ -22,6 +28,9 @@ _WHERE = {
     "FARE": "objectives.fare",
     "TRADES": "objectives.trades",
     "PMGAFT": "objectives.pmg_aft",
+    "APT": "objectives.apt",
+    "FAP": "objectives.fap",
+    "CoOp": "objectives.coop",
     "RobustClipConfig": "trainer",
     "RobustClipTrainer": "trainer",
     "CleanTrainer": "trainer",
@@ -29,9 +38,13 @@ _WHERE = {
     "FARETrainer": "trainer",
     "TRADESTrainer": "trainer",
     "PMGAFTTrainer": "trainer",
+    "APTTrainer": "trainer",
+    "FAPTrainer": "trainer",
+    "CoOpTrainer": "trainer",
     "EvaluationSettings": "evaluation",
     "evaluate_robustness": "evaluation",
     "RobustnessReport": "report",
+    "RandomResizedCrop": "zero_shot_data.augment",
     "load_image_dataset": "zero_shot_data.loading",
     "digits_clip_path": "digits_clip",
     "make_card": "model_card",
@@ -47,3 +60,28 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _AfterPeft(MetaPathFinder):
+    """Lets the import of `peft` end with the registration of our method, without importing `peft` before its time."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname != "peft":
+            return None
+        finders = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in finders)), None)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_register(module: Any) -> None:
+                run(module)
+                import_module(".prompts", __name__)
+
+            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "peft" in sys.modules:
+    import_module(".prompts", __name__)
+else:
+    sys.meta_path.insert(0, _AfterPeft())

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from .shared_prefix import PackedTexts, can_run_packed, encode_packed, pack_texts
 from .threat_model import check_images
 
 PAPER_TEMPLATE = "This is a photo of a {}"
@@ -46,9 +47,13 @@ class CLIPForZeroShotClassification(CLIPModel):
     """`CLIPModel` that maps pixels in [0, 1] to one logit per class: z_c = s * cos(f((x - mean) / std), t_c).
 
     Mean and std are read from the checkpoint's image processor, s from its `logit_scale`. The class embeddings t_c are
-    made by `set_classes` and computed once; while any parameter of the text side is trainable they are computed anew
-    from the stored token ids in every forward. Neither is written into the weights: the checkpoint is a plain
-    `CLIPModel` with its `CLIPProcessor`.
+    made by `set_classes` and computed once, and again when what they depend on has changed (weights, prompts, the
+    active adapter); while any parameter of the text side is trainable they are computed anew from the stored token ids
+    in every forward. Neither is written into the weights: the checkpoint is a plain `CLIPModel` with its
+    `CLIPProcessor`.
+
+    With prompts in it (`ClipPromptConfig`) that have a leading dimension B, every sample has class embeddings of its
+    own, (B, C, D), and the images are B groups of equal size.
 
         model = CLIPForZeroShotClassification.from_pretrained(path)
         model.set_classes(["cat", "dog"])
@@ -61,6 +66,10 @@ class CLIPForZeroShotClassification(CLIPModel):
         self.class_names: tuple[str, ...] = ()
         self.templates: tuple[str, ...] = ()
         self.class_embeds_are_stale = False
+        self.context_length = 0
+        self._text_state: tuple[tuple, Sequence[Tensor]] | None = None
+        self._fixed_class_embeds: Tensor | None = None
+        self._packed: tuple[tuple, PackedTexts] | None = None
         self.input_size = config.vision_config.image_size
         channels = config.vision_config.num_channels
         self.register_buffer("image_mean", torch.full((channels, 1, 1), torch.nan), persistent=False)
@@ -166,28 +175,101 @@ class CLIPForZeroShotClassification(CLIPModel):
         tokenizer = self.require_processor().tokenizer
         prompts = [text.replace("{}", name) for name in names for text in templates]
         ids = tokenize_prompts(tokenizer, prompts, config.max_position_embeddings, self.text_model.eos_token_id)
+        contexts = [text.split("{}")[0].strip() for text in templates]
+        words = tokenizer(contexts, add_special_tokens=False).input_ids
+        context_length = min(_alike(words[i % len(words)], row) for i, row in enumerate(ids[:, 1:].tolist()))
+        self.check_context(context_length, templates)
         self.class_token_ids = ids.view(len(names), len(templates), -1).to(self.device)
-        self.class_names, self.templates = names, templates
-        self.class_embeds_are_stale = True
+        self.class_names, self.templates, self.context_length = names, templates, context_length
+        self.class_embeds_are_stale, self._packed = True, None
         self.current_class_embeds()
 
+    def check_context(self, context_length: int, templates: Sequence[str]) -> None:
+        """Raise ValueError if text prompts would overwrite class names."""
+        count = max((p.shape[-2] for p in self.text_prompts()), default=0)
+        if count > context_length:
+            raise ValueError(
+                f"the text prompts replace the first {count} tokens of every prompt, but among the templates "
+                f"{list(templates)} one has only {context_length} before the class name; choose a template with more "
+                "words there, such as 'a photo of a {}.', or fewer text prompts."
+            )
+
     def current_class_embeds(self) -> Tensor:
-        """The class embeddings (C, D): with a graph while text parameters are trainable, else computed once."""
+        """The class embeddings (C, D) or (B, C, D): with a graph while text parameters are trainable, else cached."""
+        if self._fixed_class_embeds is not None:
+            return self._fixed_class_embeds
         if self.text_is_trainable():
             self.class_embeds_are_stale = True
             return self.encode_classes()
+        if not torch.compiler.is_compiling() and self._text_has_changed():
+            self.class_embeds_are_stale = True
         if self.class_embeds_are_stale:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # kept for good: full precision
                 self.class_embeds = self.encode_classes()
             self.class_embeds_are_stale = False
         return self.class_embeds
 
-    def encode_classes(self) -> Tensor:
-        """The unit-length class embeddings (C, D) of the stored prompts, by the text tower as it is now."""
+    @contextmanager
+    def fixed_class_embeds(self) -> Iterator[None]:
+        """Class embeddings computed once, without a graph, for all forwards inside: for attacks on the images.
+
+        Changes nothing where the text side is frozen. What is trained must not change inside.
+        """
+        if self._fixed_class_embeds is not None or not self.text_is_trainable():
+            yield
+            return
+        with torch.no_grad():
+            self._fixed_class_embeds = self.encode_classes()
+        try:
+            yield
+        finally:
+            self._fixed_class_embeds = None
+
+    def encode_classes(self, shared_prefix: bool = True) -> Tensor:
+        """The unit-length class embeddings of the stored prompts, by the text tower as it is now: (C, D), or (B, C, D)
+        where text prompts have a leading dimension B.
+
+        Args:
+            shared_prefix: compute the tokens that all prompts begin with once (see `shared_prefix`). False runs every
+                prompt as a whole through the tower: the same values up to rounding, more slowly.
+        """
         classes, templates, length = self.class_token_ids.shape
-        features_PD = self.get_text_features(input_ids=self.class_token_ids.view(-1, length)).pooler_output
-        features_CTD = F.normalize(features_PD, dim=-1).view(classes, templates, -1)
-        return F.normalize(features_CTD.mean(dim=1), dim=-1)
+        ids_RL = self.class_token_ids.view(-1, length)
+        prompts = self.text_prompts()
+        groups = max((len(p) for p in prompts if p.dim() == 3), default=0)
+        if prompts:
+            self.check_context(self.context_length, self.templates)
+        if shared_prefix and can_run_packed(self.text_model):
+            replaced = max((p.shape[-2] for p in prompts), default=0)
+            features_GRD = self.text_projection(encode_packed(self.text_model, self._pack(ids_RL, replaced)))
+        else:
+            ids = ids_RL.repeat(max(groups, 1), 1)
+            features = self.get_text_features(input_ids=ids).pooler_output
+            features_GRD = features.view(max(groups, 1), len(ids_RL), -1)
+        features = F.normalize(features_GRD, dim=-1).unflatten(1, (classes, templates))
+        embeds_GCD = F.normalize(features.mean(dim=2), dim=-1)
+        return embeds_GCD if groups else embeds_GCD[0]
+
+    def _pack(self, ids_RL: Tensor, replaced: int) -> PackedTexts:
+        key = ids_RL.shape, ids_RL.device, replaced
+        if self._packed is None or self._packed[0] != key:
+            self._packed = key, pack_texts(ids_RL, self.text_model.eos_token_id, replaced)
+        return self._packed[1]
+
+    def _text_has_changed(self) -> bool:
+        """Whether the cached class embeddings depend on something that is no longer what it was."""
+        tensors = self.text_parameters()
+        if any(tensor.is_inference() for tensor in tensors):  # they keep no count of changes
+            return True
+        adapters = (
+            (m.disable_adapters, tuple(m.active_adapters))
+            for m in self.text_model.modules()
+            if hasattr(m, "base_layer") and hasattr(m, "active_adapters")
+        )
+        state = tuple(tensor._version for tensor in tensors), tuple(adapters)
+        before = self._text_state
+        self._text_state = state, tensors  # kept alive, so that another tensor can't take one's place in memory
+        return before is None or before[0] != state or any(a is not b for a, b in zip(before[1], tensors, strict=True))
 
     def forward(  # pixels to logits, where CLIPModel pairs pixels with texts
         self, pixel_values: Tensor, labels: Tensor | None = None, interpolate_pos_encoding: bool = False
@@ -217,7 +299,7 @@ class CLIPForZeroShotClassification(CLIPModel):
         with torch.autocast(pixel_values.device.type, enabled=False):  # bf16 would leave two digits of 100 * cos
             head = torch.promote_types(features.pooler_output.dtype, torch.float32)
             image_embeds_BD = features.pooler_output.to(head)
-            cosine_BC = F.normalize(image_embeds_BD, dim=-1) @ class_embeds_CD.to(head).T
+            cosine_BC = _cosine(F.normalize(image_embeds_BD, dim=-1), class_embeds_CD.to(head))
             logits_BC = self.logit_scale.exp().to(head) * cosine_BC
         loss = None
         if labels is not None:
@@ -238,8 +320,16 @@ class CLIPForZeroShotClassification(CLIPModel):
             check_images(pixel_values, "pixel_values")
 
     def text_parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters that class embeddings depend on."""
-        return [*self.text_model.parameters(), *self.text_projection.parameters()]
+        """The parameters that class embeddings depend on, those of prompts coupled to the text tower's included."""
+        own = [*self.text_model.parameters(), *self.text_projection.parameters()]
+        return own + [
+            p for m in self.text_model.modules() if hasattr(m, "put_prompts") for p in m.coupled_parameters()
+        ]
+
+    def text_prompts(self) -> list[Tensor]:
+        """The active prompts in the text tower, (n, D) or (B, n, D), one for each prompted layer."""
+        found = [m.prompts() for m in self.text_model.modules() if hasattr(m, "put_prompts")]
+        return [prompts for prompts in found if prompts is not None]
 
     def vision_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters of the image encoder, its projection included."""
@@ -248,6 +338,22 @@ class CLIPForZeroShotClassification(CLIPModel):
     def text_is_trainable(self) -> bool:
         """Whether class embeddings must be computed in every forward."""
         return any(parameter.requires_grad for parameter in self.text_parameters())
+
+
+def _cosine(images_BD: Tensor, classes: Tensor) -> Tensor:
+    """Products of unit vectors (B, C), with classes (C, D), or (G, C, D) for G groups of images in their order."""
+    if classes.dim() == 2:
+        return images_BD @ classes.T
+    if len(images_BD) % len(classes):
+        raise ValueError(
+            f"{len(images_BD)} images don't divide among prompts for {len(classes)} samples; give each equally many."
+        )
+    return (images_BD.view(len(classes), -1, images_BD.shape[1]) @ classes.mT).flatten(0, 1)
+
+
+def _alike(words: Sequence[int], ids: Sequence[int]) -> int:
+    """How many ids in a row are those of the words."""
+    return next((i for i, (a, b) in enumerate(zip(words, ids, strict=False)) if a != b), min(len(words), len(ids)))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.utils import DistributedType
+from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
@@ -20,13 +21,18 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArgum
 from .attacks.losses import cross_entropy
 from .attacks.pgd import PGDSettings, pgd
 from .modeling import CLIPForZeroShotClassification, check_labels, without_gradients
+from .objectives.apt import APT
 from .objectives.base import Batch, Objective
 from .objectives.clean import Clean
+from .objectives.coop import CoOp
+from .objectives.fap import FAP
 from .objectives.fare import FARE
 from .objectives.pmg_aft import PMGAFT
 from .objectives.tecoa import TeCoA
 from .objectives.trades import TRADES
+from .prompts import ClipPromptConfig
 from .threat_model import ThreatModel
+from .zero_shot_data.augment import RandomResizedCrop
 from .zero_shot_data.loading import collate_images
 
 if TYPE_CHECKING:
@@ -52,6 +58,10 @@ class RobustClipConfig(TrainingArguments):
         default=None, metadata={"help": "Train the last n layers of the vision encoder; None trains all of it."}
     )
     momentum: float = field(default=0.9, metadata={"help": "Momentum, for optim='sgd'."})
+    crop_scale: float = field(
+        default=0.08, metadata={"help": "Least share of a whole picture (dataset with augment=True) in a random crop."}
+    )
+    flip: float = field(default=0.5, metadata={"help": "Probability to mirror such a crop."})
 
     optim: str = field(default="sgd", metadata={"help": "Optimizer."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
@@ -70,6 +80,7 @@ class RobustClipConfig(TrainingArguments):
         super().__post_init__()
         self.threat_model()
         self.attack()
+        self.augmentation()
 
     def threat_model(self) -> ThreatModel:
         """The threat model of training and evaluation."""
@@ -79,6 +90,10 @@ class RobustClipConfig(TrainingArguments):
         """The attack of training."""
         return PGDSettings(self.attack_steps, self.attack_step_size, self.attack_random_start)  # type: ignore[arg-type]
 
+    def augmentation(self) -> RandomResizedCrop:
+        """What is done to whole pictures."""
+        return RandomResizedCrop(scale=(self.crop_scale, 1.0), flip=self.flip)
+
 
 def robust_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """`clean_accuracy` and `robust_accuracy` in [0, 1] from the (clean, adversarial) logits of `RobustClipTrainer`."""
@@ -87,24 +102,30 @@ def robust_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class RobustClipTrainer(Trainer):
-    """Fine-tunes a `CLIPForZeroShotClassification` on adversarial examples, by any `Objective`.
+    """Trains a `CLIPForZeroShotClassification`, or prompts in it, on adversarial examples, by any `Objective`.
 
-    In each step: adversarial images by PGD on `objective.attack_loss` (through the module without its distributed
-    wrapper, differentiating the images alone), then `sum(objective(batch, adv).values())` through the wrapped model.
-    The random start of an image depends on the seed, the step and the image alone, so the result depends neither on
-    how a batch is split over processes and accumulated batches, nor on an interruption.
+    In each step: random crops, if the dataset gives whole pictures; adversarial images by PGD on
+    `objective.attack_loss` (through the module without its distributed wrapper, differentiating the images alone);
+    then `sum(objective(batch, adv).values())` through the wrapped model.
+    The crop and the random start of an image depend on the seed, the step and the image alone, so the result depends
+    neither on how a batch is split over processes and accumulated batches, nor on an interruption. While an attack
+    runs, the class embeddings stand still: they are computed once for all of its steps.
 
     Args:
-        model: with its classes set, in label order of the data (objectives without labels need none).
+        model: with its classes set, in label order of the data (objectives without labels need none). A `PeftModel`
+            around one is trained as it is: its adapter alone.
         args: training settings, attack, and which layers are trained.
         objective: default `objective_cls()`. Its normalisation, if it prescribes one, is given to the model.
-        train_dataset, eval_dataset: examples `{"pixel_values": (3, H, W) in [0, 1], "labels": int}`.
+        train_dataset, eval_dataset: examples `{"pixel_values": (3, H, W) in [0, 1], "labels": int}`; for training
+            also `{"picture": (3, H, W) uint8, "labels": int}`, of which random crops are taken.
         teacher: frozen reference of objectives that need one; default the model as it is now. Same architecture.
-        peft_config: train an adapter (LoRA, say) instead. It is kept out of the text tower.
+        peft_config: train an adapter instead: prompts (`ClipPromptConfig`), or LoRA, say, which is kept out of the
+            text tower. None takes `default_peft_config()` where the method has one (APT, FAP and CoOp: prompts).
         data_collator, compute_metrics, callbacks, optimizers: as in `transformers.Trainer`; metrics default to clean
             and robust accuracy.
 
-    The text tower and logit_scale stay frozen. Checkpoints hold the student alone.
+    The text tower's weights and logit_scale stay frozen. Checkpoints hold the student alone: of an adapter, the
+    adapter.
     Raises TypeError/ValueError for a model of another class, a teacher of another architecture, and bad settings.
     """
 
@@ -113,7 +134,7 @@ class RobustClipTrainer(Trainer):
 
     def __init__(
         self,
-        model: CLIPForZeroShotClassification,
+        model: CLIPForZeroShotClassification | PeftModel,
         args: RobustClipConfig,
         objective: Objective | None = None,
         train_dataset: Dataset | None = None,
@@ -125,11 +146,8 @@ class RobustClipTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
-        if not isinstance(model, CLIPForZeroShotClassification):
-            raise TypeError(
-                f"model is a {type(model).__name__}; give a CLIPForZeroShotClassification "
-                "(from_pretrained(path), or from_clip(model, processor) for a CLIPModel in memory)."
-            )
+        student: nn.Module = model
+        core = classifier_in(model)
         if not isinstance(args, RobustClipConfig):
             raise TypeError(f"args is a {type(args).__name__}; give a RobustClipConfig.")
         if objective is None:
@@ -138,24 +156,25 @@ class RobustClipTrainer(Trainer):
             objective = self.objective_cls()
         self.objective = objective
         self.threat_model, self.attack = args.threat_model(), args.attack()
-        if not model.class_names:
+        if not core.class_names:
             if objective.needs_labels:
                 raise ValueError("model has no classes; call model.set_classes(class_names) first.")
-            model.set_classes(["image"])  # such objectives never look at the logits
+            core.set_classes(["image"])  # such objectives never look at the logits
         if objective.normalisation is not None:
-            model.set_normalisation(*objective.normalisation)
-        select_trainable(model, args.trainable_layers)
-        self.teacher = self._make_teacher(model, teacher) if objective.needs_teacher else None
-        student: nn.Module = model
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            if getattr(peft_config, "exclude_modules", "") is None:
-                peft_config = copy.deepcopy(peft_config)
-                peft_config.exclude_modules = r".*text_(model|projection).*"
-            student = get_peft_model(model, peft_config)
-            if model.text_is_trainable():
-                raise ValueError("peft_config reaches the text tower; restrict target_modules to the vision encoder.")
+            core.set_normalisation(*objective.normalisation)
+        if student is not core:
+            for name, value in (("peft_config", peft_config), ("trainable_layers", args.trainable_layers)):
+                if value is not None:
+                    raise ValueError(f"{name}={value!r} goes with a plain model; this one has its adapter already.")
+        else:
+            if peft_config is None and args.trainable_layers is None:
+                peft_config = self.default_peft_config()
+            select_trainable(core, args.trainable_layers)
+        if isinstance(peft_config, ClipPromptConfig):
+            student = get_peft_model(core, copy.deepcopy(peft_config))
+        self.teacher = self._make_teacher(student, teacher) if objective.needs_teacher else None
+        if peft_config is not None and student is core:  # after the teacher, which shares the text tower
+            student = self._add_adapter(core, peft_config)
         sgd = (torch.optim.SGD, {"lr": args.learning_rate, "momentum": args.momentum})
         self._terms: dict[str, list[Tensor]] = {}
         super().__init__(
@@ -172,11 +191,31 @@ class RobustClipTrainer(Trainer):
         if self.teacher is not None:
             self.teacher.to(self.args.device)
 
+    @classmethod
+    def default_peft_config(cls) -> PeftConfig | None:
+        """The adapter that is trained where none is given; None trains the image encoder itself."""
+        return None
+
+    @staticmethod
+    def _add_adapter(model: CLIPForZeroShotClassification, peft_config: PeftConfig) -> PeftModel:
+        """The model with a new adapter in it that stays out of the text tower."""
+        if getattr(peft_config, "exclude_modules", "") is None:
+            peft_config = copy.deepcopy(peft_config)
+            peft_config.exclude_modules = r".*text_(model|projection).*"
+        student = get_peft_model(model, peft_config)
+        if model.text_is_trainable():
+            raise ValueError("peft_config reaches the text tower; restrict target_modules to the vision encoder.")
+        return student
+
     @staticmethod
     def _make_teacher(
-        model: CLIPForZeroShotClassification, teacher: CLIPForZeroShotClassification | None
+        model: nn.Module, teacher: CLIPForZeroShotClassification | None
     ) -> CLIPForZeroShotClassification:
-        """A frozen copy of the model (its frozen text tower shared), or the given teacher made comparable."""
+        """A frozen copy of the model without adapters (its frozen text tower shared), or the given one, comparable."""
+        if isinstance(model, PeftModel):
+            if teacher is None:
+                return copy.deepcopy(model).unload().eval().requires_grad_(False)
+        model = classifier_in(model)
         if teacher is None:
             frozen = () if model.text_is_trainable() else (model.text_model, model.text_projection)
             shared = (*frozen, model.processor)
@@ -228,7 +267,9 @@ class RobustClipTrainer(Trainer):
         core = self.attackable(model)
         # eager autograd skips weight gradients nobody asked for; a compiled backward computes all it was traced for
         frozen = without_gradients(core) if self.args.torch_compile else nullcontext()
-        with frozen, torch.enable_grad(), self.accelerator.autocast():
+        sharded = core is model and self.accelerator.distributed_type == DistributedType.FSDP
+        fixed = nullcontext() if sharded else self.classifier().fixed_class_embeds()
+        with self.accelerator.autocast(), fixed, frozen, torch.enable_grad():
             if loss_fn is None:
                 loss_fn = self.objective.attack_loss(self.make_batch(inputs, core))
             return pgd(
@@ -250,11 +291,11 @@ class RobustClipTrainer(Trainer):
     ) -> Tensor:
         """The objective's loss on freshly attacked images. Raises FloatingPointError if a term is not finite."""
         self._check_batch(inputs, self.objective.needs_labels)
-        adv = (
-            self.perturb(model, inputs, None, self.attack.num_steps)
-            if self.objective.attacked
-            else inputs["pixel_values"]
-        )
+        adv = inputs["pixel_values"]
+        if self.objective.attacked:
+            rows = self.objective.attacked_rows(len(adv))
+            part = self.perturb(model, {k: v[rows] for k, v in inputs.items()}, None, self.attack.num_steps)
+            adv = adv.index_copy(0, torch.arange(len(adv), device=adv.device)[rows], part)
         with self.accelerator.autocast():
             terms = self.objective(self.make_batch(inputs, model), adv)
         finite = torch.stack([term.detach() for term in terms.values()]).isfinite()
@@ -269,10 +310,24 @@ class RobustClipTrainer(Trainer):
                 self._terms.setdefault(name, []).append(term.detach())
         return torch.stack(list(terms.values())).sum()
 
+    def classifier(self) -> CLIPForZeroShotClassification:
+        """The model that is trained, without wrappers; adapters are inside."""
+        return classifier_in(self.accelerator.unwrap_model(self.model))
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On the device; of whole pictures (`"pictures"`, a list) random crops, `"pixel_values"`."""
+        inputs = super()._prepare_inputs(inputs)
+        if "pictures" in inputs:
+            seed = (self.args.seed << 32) + self.state.global_step
+            side = self.classifier().input_size
+            inputs = {**inputs, "pixel_values": self.args.augmentation()(inputs["pictures"], side, seed)}
+            del inputs["pictures"]
+        return inputs
+
     def _check_batch(self, inputs: dict[str, Tensor], needs_labels: bool) -> None:
-        core = self.accelerator.unwrap_model(self.model)
-        core = core.get_base_model() if hasattr(core, "get_base_model") else core
-        core.check_pixels(inputs["pixel_values"], values=not self.objective.attacked)  # pgd checks them
+        core, pixels = self.classifier(), inputs["pixel_values"]
+        attacked = self.objective.attacked_rows(len(pixels)) if self.objective.attacked else slice(0)
+        core.check_pixels(pixels, values=len(pixels[attacked]) < len(pixels))  # pgd checks what it attacks
         if needs_labels:
             if inputs.get("labels") is None:
                 user = type(self.objective).__name__ if self.model.training else "evaluation"
@@ -364,6 +419,7 @@ class RobustClipTrainer(Trainer):
             "objective": asdict(self.objective),
             "threat_model": str(self.threat_model),
             "attack": asdict(self.attack) if self.objective.attacked else None,
+            **self._adapter_settings(core),
             "trainable_parameters": sum(p.numel() for p in core.parameters() if p.requires_grad),
             "optimizer": str(getattr(args.optim, "value", args.optim)),
             "learning_rate": args.learning_rate,
@@ -376,6 +432,12 @@ class RobustClipTrainer(Trainer):
             "precision": {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
             "seed": args.seed,
         }
+
+    @staticmethod
+    def _adapter_settings(core: nn.Module) -> dict[str, Any]:
+        """Of prompts what was chosen, as one entry."""
+        config = core.active_peft_config if isinstance(core, PeftModel) else None
+        return {"prompts": config.summary()} if isinstance(config, ClipPromptConfig) else {}
 
 
 class CleanTrainer(RobustClipTrainer):
@@ -406,6 +468,50 @@ class PMGAFTTrainer(RobustClipTrainer):
     """PMG-AFT (CVPR 2024). See `objectives.pmg_aft.PMGAFT`."""
 
     objective_cls = PMGAFT
+
+
+class APTTrainer(RobustClipTrainer):
+    """Adversarial training of prompts, by default of design VLI (TAPT, CVPR 2025). See `objectives.apt.APT`."""
+
+    objective_cls = APT
+
+    @classmethod
+    def default_peft_config(cls) -> ClipPromptConfig:
+        """Two prompts in nine layers of each tower."""
+        return ClipPromptConfig(design="VLI")
+
+
+class FAPTrainer(RobustClipTrainer):
+    """FAP (NeurIPS 2024), by default with prompts from image to text. See `objectives.fap.FAP`."""
+
+    objective_cls = FAP
+
+    @classmethod
+    def default_peft_config(cls) -> ClipPromptConfig:
+        """Two prompts in nine layers of each tower, those of text made from those of vision."""
+        return ClipPromptConfig(design="VLJ", coupling="vision_to_text")
+
+
+class CoOpTrainer(RobustClipTrainer):
+    """CoOp (IJCV 2022), the control that trains text prompts on clean images. See `objectives.coop.CoOp`."""
+
+    objective_cls = CoOp
+
+    @classmethod
+    def default_peft_config(cls) -> ClipPromptConfig:
+        """Four context tokens that all classes share, at the input alone."""
+        return ClipPromptConfig(design="T", num_text_tokens=4, text_depth=1)
+
+
+def classifier_in(model: nn.Module) -> CLIPForZeroShotClassification:
+    """The classifier itself, or that inside a `PeftModel`. Raises TypeError for any other model."""
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(core, CLIPForZeroShotClassification):
+        raise TypeError(
+            f"model is a {type(core).__name__}; give a CLIPForZeroShotClassification "
+            "(from_pretrained(path), or from_clip(model, processor) for a CLIPModel in memory)."
+        )
+    return core
 
 
 def select_trainable(model: CLIPForZeroShotClassification, last_layers: int | None = None) -> None:

@@ -33,7 +33,7 @@ class Batch:
     """What an objective may look at.
 
     Args:
-        images: (B, C, H, W), clean, in [0, 1].
+        images: (B, C, H, W), clean, in [0, 1]. For `attack_loss` those of `attacked_rows` alone.
         labels: (B,), class indices; may be None for objectives with `needs_labels = False`.
         student: the model being trained, pixels to `ZeroShotOutput`.
         teacher: the frozen pretrained model, if the objective has `needs_teacher = True`.
@@ -79,6 +79,10 @@ class Objective(ABC):
     needs_teacher: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True
     attacked: ClassVar[bool] = True
+
+    def attacked_rows(self, count: int) -> slice:
+        """Which images of a batch of `count` are attacked; the others reach `__call__` as they are."""
+        return slice(None)
 
     @property
     def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:

@@ -6,10 +6,12 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -28,6 +30,7 @@ STREAM_BUFFER = 1000  # rows among which a streamed set is shuffled; its shards 
 class ImageDataset(Dataset):
     """A map-style dataset of `{"pixel_values": (3, H, W) float in [0, 1], "labels": int}`, prepared on access.
 
+    With `augment` it is one of `{"picture": (3, H, W) uint8, "labels": int}`: whole pictures, each of its own size.
     Reading raises ValueError for a picture that can't be decoded, naming its row.
 
     Args:
@@ -41,6 +44,8 @@ class ImageDataset(Dataset):
         label_map: dataset label to index among `class_names`; None leaves labels as they are.
         attack_resolution: side in pixels at which this set is attacked; None is the model's input size.
         templates: prompts for `set_classes`, with `{}` for the class name.
+        augment: give the whole decoded RGB pictures, neither resized nor cropped, for `RandomResizedCrop`; `resize`
+            and `attack_resolution` don't count then.
     """
 
     rows: datasets.Dataset
@@ -55,6 +60,7 @@ class ImageDataset(Dataset):
     label_map: dict[Any, int] | None = None
     attack_resolution: int | None = None
     templates: tuple[str, ...] = ()
+    augment: bool = False
 
     @property
     def resolution(self) -> int:
@@ -72,13 +78,19 @@ class ImageDataset(Dataset):
         """A whole batch at once: `DataLoader` calls this."""
         try:
             rows = self.rows[list(indices)]
-            pixels = to_pixels(self.processor, rows[self.image_column], self.resize, self.resolution)
+            pictures = rows[self.image_column]
+            pixels: Sequence[Tensor] | Tensor
+            if self.augment:
+                pixels = [torch.from_numpy(np.array(x.convert("RGB"))).permute(2, 0, 1).contiguous() for x in pictures]
+            else:
+                pixels = to_pixels(self.processor, pictures, self.resize, self.resolution)
         except (OSError, SyntaxError, AttributeError) as error:  # Pillow's, and that of a missing picture
             raise ValueError(self._unreadable(indices)) from error
         labels = rows[self.label_column]
         if self.label_map is not None:
             labels = [self.label_map[label] for label in labels]
-        return [{"pixel_values": x, "labels": int(label)} for x, label in zip(pixels, labels, strict=True)]
+        key = "picture" if self.augment else "pixel_values"
+        return [{key: x, "labels": int(label)} for x, label in zip(pixels, labels, strict=True)]
 
     def only(self, class_names: Sequence[str]) -> ImageDataset:
         """The images of some classes, relabelled 0 .. len(class_names) - 1 in the given order.
@@ -104,6 +116,41 @@ class ImageDataset(Dataset):
         if count is None or count >= len(self):
             return self
         return replace(self, rows=self.rows.shuffle(seed=seed).select(range(count)))
+
+    def shots(self, per_class: int | None, seed: int = 0) -> ImageDataset:
+        """`per_class` images of every class, in dataset order, drawn once by `seed`; all images if it is None.
+
+        The draw of a class depends on `seed`, its name and its own rows alone, so `only` may come before or after,
+        and the images of a smaller `per_class` are among those of a larger one. No picture is decoded.
+
+        Raises ValueError for a `per_class` that is no whole number of at least 1, and a class with fewer images.
+        """
+        if per_class is None:
+            return self
+        if not isinstance(per_class, int) or isinstance(per_class, bool) or per_class < 1:
+            raise ValueError(f"shots: per_class={per_class!r} must be a whole number of at least 1, or None for all.")
+        count = len(self.class_names)
+        index = {i: i for i in range(count)} if self.label_map is None else self.label_map
+        labels = self.rows.select_columns([self.label_column]).with_format("arrow")[:][self.label_column]
+        coded = labels.combine_chunks().dictionary_encode("encode")
+        codes_N = coded.indices.to_numpy()
+        class_N = np.array([index.get(label, -1) for label in coded.dictionary.to_pylist()], dtype=int)[codes_N]
+        by_class_N = np.argsort(class_N, kind="stable")
+        starts = np.searchsorted(class_N[by_class_N], np.arange(count + 1))
+        sizes = np.diff(starts)
+        if sizes.min() < per_class:
+            least = int(sizes.argmin())
+            mend = f"lower `shots` to {sizes[least]}" if sizes[least] else "leave the class out"
+            raise ValueError(
+                f"class {self.class_names[least]!r} of dataset {self.dataset_id!r}, split {self.split!r} has "
+                f"{sizes[least]} images, fewer than the {per_class} asked for (`shots`); {mend}."
+            )
+        chosen = []
+        for name, start, size in zip(self.class_names, starts, sizes, strict=False):
+            key = blake2b(f"{seed} {name}".encode(), digest_size=16).digest()
+            draws = np.random.default_rng(int.from_bytes(key, "little")).random(size)
+            chosen.append(by_class_N[start + np.argsort(draws, kind="stable")[:per_class]])
+        return replace(self, rows=self.rows.select(np.sort(np.concatenate(chosen))))
 
     def _unreadable(self, indices: Sequence[int]) -> str:
         """Which of some rows holds the picture that can't be read, and why."""
@@ -142,13 +189,29 @@ def to_pixels(
     return processor.image_processor(pictures, do_normalize=False, return_tensors="pt", **changed).pixel_values
 
 
-def collate_images(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Stack examples into a batch. Raises ValueError for pixels outside [0, 1] and for images of unequal size."""
-    shapes = {tuple(example["pixel_values"].shape) for example in examples}
-    if len(shapes) > 1:
-        raise ValueError(f"pixel_values differ in shape within a batch: {sorted(shapes)}; resize and crop them alike.")
-    batch = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
-    check_images(batch["pixel_values"], "pixel_values")
+def collate_images(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Collect examples into a batch: `{"pixel_values": (B, 3, H, W), "labels": (B,)}`, labels if all have them.
+
+    Whole pictures (`ImageDataset.augment`) stay a list of B tensors (3, H, W), `"pictures"`, in place of pixel_values.
+    Raises ValueError for pixels outside [0, 1], for images of unequal size, and whole pictures among prepared ones.
+    """
+    whole = sum("picture" in example for example in examples)
+    if 0 < whole < len(examples):
+        raise ValueError(
+            f"{whole} of {len(examples)} examples of a batch hold a whole picture, the others pixel_values; give all "
+            "the datasets the same `augment`."
+        )
+    batch: dict[str, Any]
+    if whole:
+        batch = {"pictures": [example["picture"] for example in examples]}
+    else:
+        shapes = {tuple(example["pixel_values"].shape) for example in examples}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"pixel_values differ in shape within a batch: {sorted(shapes)}; resize and crop them alike."
+            )
+        batch = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
+        check_images(batch["pixel_values"], "pixel_values")
     if all("labels" in example for example in examples):
         batch["labels"] = torch.tensor([int(example["labels"]) for example in examples])
     return batch

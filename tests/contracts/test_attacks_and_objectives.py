@@ -17,8 +17,11 @@ from hf_robust_clip.attacks.auto_attack import LEAST_CLASSES, AutoAttack
 from hf_robust_clip.attacks.losses import cross_entropy, cw_margin, dlr, dlr_targeted, kl_divergence
 from hf_robust_clip.attacks.pgd import pgd, pgd_until_misclassified
 from hf_robust_clip.attacks.suites import Victim, run_member
+from hf_robust_clip.objectives.apt import APT
 from hf_robust_clip.objectives.base import Batch, Objective
 from hf_robust_clip.objectives.clean import Clean
+from hf_robust_clip.objectives.coop import CoOp
+from hf_robust_clip.objectives.fap import FAP
 from hf_robust_clip.objectives.fare import FARE
 from hf_robust_clip.objectives.pmg_aft import PMGAFT
 from hf_robust_clip.objectives.tecoa import TeCoA
@@ -32,6 +35,12 @@ OBJECTIVES = {
     "TRADES": TRADES(),
     "PMGAFT-paper": PMGAFT.paper_preset(),
     "PMGAFT-released": PMGAFT.released_preset(),
+    "APT-adv-half": APT(),
+    "APT-adv-full": APT("adv_full"),
+    "APT-clean": APT("clean"),
+    "APT-trades": APT("trades"),
+    "FAP": FAP(),
+    "CoOp": CoOp(),
 }
 LOSSES = {
     "cross_entropy": lambda batch: lambda x: cross_entropy(batch.student(x).logits, batch.labels),

@@ -1,0 +1,73 @@
+"""APT: adversarial training of prompts, the stage before test-time tuning in TAPT (Wang et al., CVPR 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from ..attacks.losses import cross_entropy
+from .base import Batch, Objective, Paper
+from .trades import TRADES
+
+BatchMix = Literal["adv_half", "adv_full", "clean", "trades"]
+
+
+@dataclass(frozen=True)
+class APT(Objective):
+    """Cross-entropy on a batch of clean and adversarial images; what is trained are prompts, CLIP itself is frozen.
+
+    - `batch_mix="adv_half"`: L = mean_b CE(z(x'_b), y_b), where x' is x in the first half of the batch and x_adv in
+      the second; only that half is attacked. The authors' code.
+    - `"adv_full"`: L = mean_b CE(z(x_adv_b), y_b). The paper's min-max.
+    - `"clean"`: L = mean_b CE(z(x_b), y_b), without an attack: the control.
+    - `"trades"`: the loss and attack of `TRADES`, L = mean_b CE(z(x_b), y_b) + beta * mean_b KL(z(x_b) || z(x_adv_b)).
+
+    The attack maximises the cross-entropy (for `"trades"` the KL). Halves are those of each forward batch: of an odd
+    number the larger one is attacked, so a single image is.
+
+    Args:
+        batch_mix: see above.
+        beta: weight of the KL term of `"trades"`, at least 0; not used otherwise.
+
+    Relations: on weights in place of prompts, `"adv_full"` is `TeCoA`, `"clean"` is `Clean`.
+    Source: arXiv 2411.13136, section 3.1, and the code released with it.
+    """
+
+    batch_mix: BatchMix = "adv_half"
+    beta: float = 6.0
+    paper: ClassVar[Paper] = Paper(
+        "APT",
+        "TAPT: Test-Time Adversarial Prompt Tuning for Robust Inference in Vision-Language Models",
+        "CVPR 2025",
+        "2411.13136",
+        """@inproceedings{wang2025tapt,
+  title = {{TAPT}: Test-Time Adversarial Prompt Tuning for Robust Inference in Vision-Language Models},
+  author = {Wang, Xin and Chen, Kai and Zhang, Jiaming and Chen, Jingjing and Ma, Xingjun},
+  booktitle = {CVPR}, year = {2025}
+}""",
+    )
+
+    def __post_init__(self) -> None:
+        if self.batch_mix not in get_args(BatchMix):
+            known = ", ".join(get_args(BatchMix))
+            raise ValueError(f"batch_mix={self.batch_mix!r} is unknown; choose one of {known}.")
+        if not self.beta >= 0:
+            raise ValueError(f"beta={self.beta!r} must be at least 0.")
+
+    @property
+    def attacked(self) -> bool:  # type: ignore[override]  # a constant elsewhere, a choice here
+        return self.batch_mix != "clean"
+
+    def attacked_rows(self, count: int) -> slice:
+        return slice(count // 2, None) if self.batch_mix == "adv_half" else slice(None)
+
+    def attack_loss(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        return TRADES(self.beta).attack_loss(batch) if self.batch_mix == "trades" else super().attack_loss(batch)
+
+    def __call__(self, batch: Batch, adv_BCHW: Tensor) -> dict[str, Tensor]:
+        if self.batch_mix == "trades":
+            return TRADES(self.beta)(batch, adv_BCHW)
+        return {"ce": cross_entropy(batch.student(adv_BCHW).logits, batch.labels).mean()}

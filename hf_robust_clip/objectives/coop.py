@@ -1,0 +1,32 @@
+"""CoOp: context optimisation (Zhou et al., IJCV 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import Paper
+from .clean import Clean
+
+
+@dataclass(frozen=True)
+class CoOp(Clean):
+    """L = mean_b CE(z(x_b), y_b), without an attack; what is trained are text prompts alone.
+
+    A control: learned words on clean images. Made for `ClipPromptConfig(design="T", num_text_tokens=4, text_depth=1)`,
+    the context that all classes share.
+
+    Relations: `Clean` on other parameters; adversarially, `APT(batch_mix="adv_full")` with the same prompts.
+    Source: arXiv 2109.01134.
+    """
+
+    paper = Paper(
+        "CoOp",
+        "Learning to Prompt for Vision-Language Models",
+        "IJCV 2022",
+        "2109.01134",
+        """@article{zhou2022coop,
+  title = {Learning to Prompt for Vision-Language Models},
+  author = {Zhou, Kaiyang and Yang, Jingkang and Loy, Chen Change and Liu, Ziwei},
+  journal = {IJCV}, year = {2022}
+}""",
+    )

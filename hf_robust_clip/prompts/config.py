@@ -1,0 +1,133 @@
+"""Where prompts stand, how many, and how they begin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from .layer import Place
+
+Design = Literal["V", "VLI", "VLJ", "T", "pixel"]
+Coupling = Literal["text_to_vision", "vision_to_text"]
+PixelRegion = Literal["border", "full"]
+
+
+@dataclass
+class ClipPromptConfig(PeftConfig):
+    """Settings of `ClipPromptModel`: learned prompts in a frozen CLIP.
+
+        model = get_peft_model(clip, ClipPromptConfig(design="VLI"))
+
+    Designs, and what they learn at ViT-B/16 with the defaults:
+
+    - `"V"`: vision prompts, deep. 9 * 2 * 768 = 13,824 parameters.
+    - `"VLI"`: vision and text prompts, independent. 13,824 + 9 * 2 * 512 = 23,040.
+    - `"VLJ"`: prompts of one side, and linear maps that make those of the other. 9 * 2 * 512 + 9 * (512 * 768 + 768) =
+      3,555,072 for `coupling="text_to_vision"`.
+    - `"T"`: text prompts. With `num_text_tokens=4, text_depth=1` this is CoOp's unified context: 4 * 512.
+    - `"pixel"`: a picture added to the (normalised) pixels: visual prompting.
+
+    Vision prompts stand after the patch tokens: they are appended before `pre_layrnorm`, and before each of the layers
+    1 .. `vision_depth` - 1 the last tokens are replaced by that layer's own. Text prompts replace the embeddings of
+    tokens 1 .. n after the start token (positions are added to them), and likewise before the layers 1 ..
+    `text_depth` - 1. Later layers carry on what the prompts have become.
+
+    Args:
+        design: see above.
+        num_vision_tokens, num_text_tokens: prompts per layer, at least 0. For VLJ the two must be equal.
+        vision_depth, text_depth: layers with prompts, 0 .. the tower's number of layers. 0 leaves a tower as it is.
+        context_init: words whose token embeddings the first text prompts begin from; they must hold at least
+            `num_text_tokens` tokens, and those beyond stay words (2 prompts and "a photo of a": "of a" stays in the
+            template). None begins from N(0, init_std^2), as all deep prompts do.
+        context_token_ids: token ids of these words; None asks the tokenizer of the model's checkpoint. Filled in when
+            the prompts are injected.
+        coupling: for VLJ. `"text_to_vision"` (the default there) learns text prompts and a linear map for each layer
+            to vision, as MaPLe does. `"vision_to_text"` does so in the first layer and turns the maps round in deeper
+            ones, as FAP does.
+        init_std: standard deviation of random prompts.
+        pixel_region, border_width: for `"pixel"`: a frame so many pixels wide, or the whole picture. It starts at 0.
+        modules_to_save: names of further modules to train and save, as everywhere in PEFT.
+        vision_width, text_width, image_size: of the model that the prompts were made for; filled in when they are
+            injected, and compared when they are loaded.
+
+    Raises ValueError for an unknown design, coupling or region, and for counts that don't fit together. Counts beyond
+    the model are refused when the prompts are injected.
+
+    Source: TAPT (arXiv 2411.13136) section 3.1, VPT (arXiv 2203.12119), MaPLe (arXiv 2210.03117), CoOp (arXiv
+    2109.01134), FAP (arXiv 2403.14774), visual prompting (arXiv 2203.17274).
+    """
+
+    design: Design = "VLI"
+    num_vision_tokens: int = 2
+    num_text_tokens: int = 2
+    vision_depth: int = 9
+    text_depth: int = 9
+    context_init: str | None = "a photo of a"
+    context_token_ids: list[int] | None = None
+    coupling: Coupling | None = None
+    init_std: float = 0.02
+    pixel_region: PixelRegion = "border"
+    border_width: int = 30
+    modules_to_save: list[str] | None = field(default=None)
+    vision_width: int | None = None
+    text_width: int | None = None
+    image_size: int | None = None
+
+    target_modules: ClassVar[None] = None  # the tuner finds them; PEFT asks for the attribute
+    places: ClassVar[dict[str, Place]] = {}  # filled in, on the instance, when the prompts are injected
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType["CLIP_PROMPT"]
+        for name, choices in (
+            ("design", get_args(Design)),
+            ("coupling", (None, *get_args(Coupling))),
+            ("pixel_region", get_args(PixelRegion)),
+        ):
+            if getattr(self, name) not in choices:
+                known = ", ".join(map(repr, choices))
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {known}.")
+        for name in ("num_vision_tokens", "num_text_tokens", "vision_depth", "text_depth", "border_width"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < (name == "border_width"):
+                raise ValueError(f"{name}={value!r} must be a whole number, at least {int(name == 'border_width')}.")
+        if not self.init_std >= 0:
+            raise ValueError(f"init_std={self.init_std!r} must be at least 0.")
+        if self.design == "VLJ":
+            self.coupling = self.coupling or "text_to_vision"
+            for vision, text in (("num_vision_tokens", "num_text_tokens"), ("vision_depth", "text_depth")):
+                if getattr(self, vision) != getattr(self, text):
+                    raise ValueError(
+                        f"{vision}={getattr(self, vision)} and {text}={getattr(self, text)} must be equal for "
+                        "design='VLJ', where each prompt of one tower makes one of the other."
+                    )
+        elif self.coupling is not None:
+            raise ValueError(f"coupling={self.coupling!r} goes with design='VLJ', not with {self.design!r}.")
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether there are prompts in the vision tower."""
+        return self.design in ("V", "VLI", "VLJ")
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there are prompts in the text tower."""
+        return self.design in ("VLI", "VLJ", "T")
+
+    def owner(self, layer: int) -> str:
+        """For VLJ: the tower whose prompts of this layer are learned; the other's are made from them."""
+        return "vision" if self.coupling == "vision_to_text" and layer > 0 else "text"
+
+    def summary(self) -> str:
+        """What was chosen, in a few words, for cards."""
+        if self.design == "pixel":
+            region = f"border of {self.border_width} px" if self.pixel_region == "border" else "whole picture"
+            return f"design pixel, {region}"
+        vision = f", {self.num_vision_tokens} vision tokens in {self.vision_depth} layers" if self.has_vision else ""
+        text = f", {self.num_text_tokens} text tokens in {self.text_depth} layers" if self.has_text else ""
+        words = f' from "{self.context_init}"' if self.has_text and self.context_init is not None else ""
+        coupling = f", {self.coupling}" if self.coupling else ""
+        return f"design {self.design}{vision}{text}{words}{coupling}".replace("1 layers", "1 layer")

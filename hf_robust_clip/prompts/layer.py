@@ -1,0 +1,147 @@
+"""A module of CLIP with prompts before (or, for token embeddings, after) it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+MERGE = (
+    "prompts can't be merged into the weights: they are tokens, not a change of a matrix. Keep the adapter, or take "
+    "it off with unload()."
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which module it is: the input of layer `index` of a tower (0: where tokens enter), or the pixels."""
+
+    tower: Literal["vision", "text", "pixel"]
+    index: int
+
+
+class ClipPromptLayer(nn.Module, BaseTunerLayer):
+    """Puts the active adapter's prompts into what the wrapped module reads.
+
+    Prompts of an adapter have shape (n, D); with a leading dimension, (B, n, D), every sample carries its own: the
+    rows of the input are then B groups of equal size, in their order (B images, or B * k for k views of each), or a
+    single row that is repeated for all. Put such tensors in their place by `torch.func.functional_call`, or set the
+    parameter's data.
+    """
+
+    adapter_layer_names = ("clip_prompt_tokens", "clip_prompt_projection")
+
+    def __init__(self, base_layer: nn.Module, place: Place):
+        super().__init__()
+        self.base_layer = base_layer
+        self.place = place
+        self.clip_prompt_tokens = nn.ParameterDict()
+        self.clip_prompt_projection = nn.ModuleDict()
+        self.partner: list[ClipPromptLayer] = []  # the same layer of the other tower; in a list: not a submodule
+        self.pixel_index: dict[str, Tensor] = {}
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        tokens: Tensor | None,
+        projection: nn.Linear | None = None,
+        inference_mode: bool = False,
+    ) -> None:
+        """Give an adapter prompts of its own, or a map from those of the other tower."""
+        if tokens is not None:
+            self.clip_prompt_tokens[adapter_name] = nn.Parameter(tokens)
+        if projection is not None:
+            self.clip_prompt_projection[adapter_name] = projection
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)  # type: ignore[operator]
+
+    def prompts(self) -> Tensor | None:
+        """The active adapter's prompts here, (n, D) or (B, n, D); None if it has none here or adapters are off."""
+        active: list[str] = self.active_adapters  # type: ignore[assignment]  # PEFT doesn't say
+        if self.disable_adapters or not active:
+            return None
+        if len(active) > 1:
+            raise ValueError(
+                f"{len(active)} prompt adapters are active ({', '.join(active)}); prompts don't add up: choose one by "
+                "set_adapter."
+            )
+        if active[0] in self.clip_prompt_tokens:
+            return self.clip_prompt_tokens[active[0]]
+        if active[0] in self.clip_prompt_projection:
+            linear: nn.Linear = self.clip_prompt_projection[active[0]]  # type: ignore[assignment]
+            source = self.partner[0].clip_prompt_tokens[active[0]].to(linear.weight.dtype)
+            return source @ linear.weight.mT + linear.bias[..., None, :]  # a leading B is allowed in any of the three
+        return None
+
+    def coupled_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the other tower that these prompts are made from."""
+        if self.disable_adapters or not self.partner:
+            return []
+        active: list[str] = self.active_adapters  # type: ignore[assignment]
+        own = self.clip_prompt_projection
+        return [self.partner[0].clip_prompt_tokens[name] for name in active if name in own]
+
+    def put_prompts(self, hidden_BTD: Tensor) -> Tensor:
+        """The hidden states with the prompts in their place; as they are if there are none."""
+        prompts = self.prompts()
+        if prompts is None:
+            return hidden_BTD
+        hidden_BTD, prompts = match_rows(hidden_BTD, prompts)
+        count = prompts.shape[1]
+        if self.place.tower == "text":
+            if hidden_BTD.shape[1] < count + 2:
+                raise ValueError(
+                    f"the texts have {hidden_BTD.shape[1]} tokens, but {count} text prompts stand between the first "
+                    "and the last: give longer texts (the template's words first), or use fewer text prompts."
+                )
+            return torch.cat([hidden_BTD[:, :1], prompts, hidden_BTD[:, 1 + count :]], dim=1)
+        kept = hidden_BTD if self.place.index == 0 else hidden_BTD[:, : hidden_BTD.shape[1] - count]
+        return torch.cat([kept, prompts], dim=1)
+
+    def put_pixels(self, pixels_BCHW: Tensor) -> Tensor:
+        """The pictures with the pixel prompt (C, N) or (B, C, N) added at its N pixels."""
+        prompts = self.prompts()
+        if prompts is None:
+            return pixels_BCHW
+        pixels_BCN, prompts = match_rows(pixels_BCHW.flatten(2), prompts)
+        active: list[str] = self.active_adapters  # type: ignore[assignment]
+        where = self.pixel_index[active[0]].to(pixels_BCHW.device)
+        return pixels_BCN.index_add(2, where, prompts).view(-1, *pixels_BCHW.shape[1:])
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # whatever the wrapped module takes
+        if self.place.tower == "pixel":
+            return self.base_layer(self.put_pixels(x), *args, **kwargs)
+        if self.place == Place("text", 0):  # token ids to embeddings
+            return self.put_prompts(self.base_layer(x, *args, **kwargs))
+        return self.base_layer(self.put_prompts(x), *args, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises ValueError: prompts are not part of a weight."""
+        raise ValueError(MERGE)
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    def __repr__(self) -> str:
+        return "clip_prompt." + super().__repr__()
+
+
+def match_rows(input_BX: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """Input rows and prompts (B, n, D) with as many rows, in the input's dtype.
+
+    Raises ValueError if the rows are neither one nor a multiple of the prompts' B.
+    """
+    rows = len(input_BX)
+    prompts = prompts.to(input_BX.dtype)
+    if prompts.dim() == 2:
+        return input_BX, prompts.expand(rows, -1, -1)
+    groups = len(prompts)
+    if rows == 1:
+        return input_BX.expand(groups, *input_BX.shape[1:]), prompts
+    if rows % groups:
+        raise ValueError(
+            f"{rows} inputs don't divide among prompts for {groups} samples; give each sample equally many."
+        )
+    return input_BX, prompts.repeat_interleave(rows // groups, dim=0)

@@ -1,0 +1,330 @@
+"""The tuner: injects prompts into a CLIP, and what PEFT asks of a method beyond that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import copy
+from typing import ClassVar
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPTextModel, CLIPVisionModel
+
+from .config import ClipPromptConfig
+from .layer import MERGE, ClipPromptLayer, Place
+
+
+class ClipPromptModel(BaseTuner):
+    """Learned vision and text prompts in a frozen CLIP; see `ClipPromptConfig` for the designs.
+
+    Works on `CLIPModel` and what derives from it, on `CLIPVisionModel` and `CLIPVisionModelWithProjection` (designs V
+    and pixel), and on `CLIPTextModel` and `CLIPTextModelWithProjection` (design T). Prompted layers see n tokens more
+    than the base model's: `last_hidden_state` and `hidden_states` of the vision tower hold them at the end.
+
+    Raises TypeError for another model; ValueError for prompts that don't fit it: more layers or tokens than it has, a
+    context that its tokenizer doesn't make or that is shorter than the prompts, an adapter of another width, a design
+    for a tower it lacks.
+    """
+
+    prefix: str = "clip_prompt_"
+    tuner_layer_cls = ClipPromptLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        layers = {module.place: module for module in _prompt_layers(model)}
+        other = {"text": "vision", "vision": "text"}
+        for place, layer in layers.items():
+            partner = layers.get(Place(other[place.tower], place.index)) if place.tower in other else None  # type: ignore[arg-type]
+            layer.partner = [] if partner is None else [partner]
+        self._forget_class_embeds()
+
+    def _forget_class_embeds(self) -> None:
+        """A compiled classifier doesn't look whether the prompts behind its cached embeddings have changed: say so."""
+        if hasattr(self.model, "class_embeds_are_stale"):
+            self.model.class_embeds_are_stale = True
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._forget_class_embeds()
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        """Everything that can be refused is refused here, before the model is touched."""
+        assert isinstance(peft_config, ClipPromptConfig)
+        settled = copy(peft_config)
+        settled.places = _find_places(self.model, settled)  # type: ignore[misc]
+        vars(peft_config).update(vars(settled))  # a config that is refused stays as it was given
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
+        return key in peft_config.places
+
+    def _create_and_replace(  # PEFT's signature
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        assert isinstance(peft_config, ClipPromptConfig)
+        place = peft_config.places[current_key]
+        layer = target if isinstance(target, ClipPromptLayer) else ClipPromptLayer(target, place)
+        if layer is not target:
+            layer.set_adapter(self.active_adapters)  # type: ignore[operator]
+        like = next(layer.base_layer.parameters())
+        tokens, projection = _initial(peft_config, place, like)
+        layer.update_layer(adapter_name, tokens, projection, peft_config.inference_mode)
+        if place.tower == "pixel":
+            layer.pixel_index[adapter_name] = _region(peft_config, like.device)
+        if adapter_name not in self.active_adapters:
+            for name in layer.adapter_layer_names:
+                if adapter_name in getattr(layer, name):
+                    getattr(layer, name)[adapter_name].requires_grad_(False)
+        if layer is not target:
+            setattr(parent, target_name, layer)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(MERGE)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the adapter whose prompts are used. Raises ValueError for more than one."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if len(names) > 1:
+            raise ValueError(f"adapter_name={names!r}: prompts of several adapters don't add up; choose one.")
+        super().set_adapter(adapter_name, inference_mode)
+        self._forget_class_embeds()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was active, the first of the others (by name) takes its place, in all layers."""
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active and self.peft_config:  # PEFT lets each layer choose among its own
+            self.set_adapter(min(self.peft_config))
+        self._forget_class_embeds()
+
+    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._forget_class_embeds()
+        return model
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """Make an adapter whose prompts are sum_i weights_i * prompts_i of others (weights of sum 1: their mean).
+
+        Args:
+            adapters: names of adapters of one design, with prompts at the same places.
+            weights: one for each.
+            adapter_name: of the new one; it isn't made active.
+            combination_type: `"linear"`, the only one.
+
+        Raises ValueError for unknown names, unequal counts, adapters that differ, and coupled prompts: the product of
+        two mixed factors is no mixture of the products. So too for adapters with modules_to_save, which stay unmixed.
+        """
+        if combination_type != "linear":
+            raise ValueError(f"combination_type={combination_type!r} is unknown for prompts; choose 'linear'.")
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters:
+            raise ValueError(f"adapters={list(adapters)!r}: choose among {', '.join(self.peft_config)}.")
+        if len(weights) != len(adapters):
+            raise ValueError(f"weights={list(weights)!r} must have one value for each of {len(adapters)} adapters.")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name={adapter_name!r} is taken; choose another.")
+        first = self.peft_config[adapters[0]]
+        assert isinstance(first, ClipPromptConfig)
+        if first.coupling is not None:
+            raise ValueError(f"adapter {adapters[0]!r} has coupled prompts (design='VLJ'), which can't be mixed.")
+        saved = [name for name in adapters if self.peft_config[name].modules_to_save]  # type: ignore[attr-defined]
+        if saved:
+            raise ValueError(f"adapter {saved[0]!r} has modules_to_save beside its prompts, which can't be mixed.")
+        for name in adapters[1:]:
+            if _shape(self.peft_config[name]) != _shape(first):
+                raise ValueError(
+                    f"adapters {adapters[0]!r} and {name!r} differ in design, number of prompts or depth; mix like "
+                    "with like."
+                )
+        self.peft_config[adapter_name] = type(first).from_peft_type(**first.to_dict())
+        self.inject_adapter(self.model, adapter_name)
+        with torch.no_grad():
+            for layer in _prompt_layers(self.model):
+                own = layer.clip_prompt_tokens
+                if adapter_name in own:
+                    mixed = sum(weight * own[name] for name, weight in zip(adapters, weights, strict=True))
+                    own[adapter_name].copy_(mixed)
+
+
+def _prompt_layers(model: nn.Module) -> Iterator[ClipPromptLayer]:
+    return (module for module in model.modules() if isinstance(module, ClipPromptLayer))
+
+
+def _shape(config: PeftConfig) -> tuple:
+    """What must be equal in two adapters whose prompts can be mixed."""
+    assert isinstance(config, ClipPromptConfig)
+    vision = (config.num_vision_tokens, config.vision_depth) if config.has_vision else ()
+    text = (config.num_text_tokens, config.text_depth) if config.has_text else ()
+    pixel = (config.pixel_region, config.border_width) if config.design == "pixel" else ()
+    return config.design, vision, text, pixel, config.coupling
+
+
+def _find_places(model: nn.Module, config: ClipPromptConfig) -> dict[str, Place]:
+    """The modules that get prompts, by name. Checks that the prompts fit the model, and completes the config."""
+    towers: dict[str, tuple[str, CLIPVisionModel | CLIPTextModel]] = {}
+    for name, module in model.named_modules():
+        if type(module) in (CLIPVisionModel, CLIPTextModel):
+            kind = "vision" if type(module) is CLIPVisionModel else "text"
+            towers[kind] = (f"{name}." if name else "", module)
+    if not towers:
+        raise TypeError(
+            f"prompts go into CLIPModel, CLIPForZeroShotClassification, CLIPVisionModel, CLIPTextModel and those with "
+            f"projection, not into a {type(model).__name__}."
+        )
+    needed = {"vision": config.has_vision or config.design == "pixel", "text": config.has_text}
+    for kind, need in needed.items():
+        if need and kind not in towers:
+            raise ValueError(
+                f"design={config.design!r} needs a {kind} tower, and {type(model).__name__} has none; "
+                f"use {'design V' if kind == 'text' else 'design T'}, or a CLIPModel."
+            )
+    places: dict[str, Place] = {}
+    if needed["vision"]:
+        prefix, vision = towers["vision"][0], towers["vision"][1].config
+        _same(config, "vision_width", vision.hidden_size)
+        if config.design == "pixel":
+            _same(config, "image_size", vision.image_size)
+            if config.pixel_region == "border" and 2 * config.border_width >= vision.image_size:
+                raise ValueError(
+                    f"border_width={config.border_width} leaves nothing inside a picture of {vision.image_size} px; "
+                    "choose less than half of that, or pixel_region='full'."
+                )
+            return {f"{prefix}embeddings.patch_embedding": Place("pixel", 0)}
+        depth = _depth("vision_depth", config.vision_depth, vision.num_hidden_layers)
+        places[f"{prefix}pre_layrnorm"] = Place("vision", 0)
+        places |= {f"{prefix}encoder.layers.{i}": Place("vision", i) for i in range(1, depth)}
+    if needed["text"]:
+        prefix, text = towers["text"][0], towers["text"][1].config
+        _same(config, "text_width", text.hidden_size)
+        depth = _depth("text_depth", config.text_depth, text.num_hidden_layers)
+        if config.context_token_ids is None and config.context_init is not None and _count(config, "text"):
+            config.context_token_ids = _context_ids(model, config, text)
+        _check_context(config, text.max_position_embeddings, text.vocab_size)
+        places[f"{prefix}embeddings.token_embedding"] = Place("text", 0)
+        places |= {f"{prefix}encoder.layers.{i}": Place("text", i) for i in range(1, depth)}
+    return places
+
+
+def _same(config: ClipPromptConfig, name: str, here: int) -> None:
+    """Note a size of the model in the config, or compare it with the one noted there."""
+    there = getattr(config, name)
+    if there is not None and there != here:
+        raise ValueError(
+            f"the adapter was made for a model with {name}={there}, this one has {here}; load it on the model that "
+            f"it was trained on{f', {config.base_model_name_or_path}' if config.base_model_name_or_path else ''} (and "
+            "give each new adapter a ClipPromptConfig of its own)."
+        )
+    setattr(config, name, here)
+
+
+def _depth(name: str, depth: int, layers: int) -> int:
+    if depth > layers:
+        raise ValueError(f"{name}={depth} is more than the tower's {layers} layers; choose 0 .. {layers}.")
+    return depth
+
+
+def _count(config: ClipPromptConfig, tower: str) -> int:
+    """Prompts per layer; none at depth 0."""
+    if tower == "vision":
+        return config.num_vision_tokens if config.vision_depth else 0
+    return config.num_text_tokens if config.text_depth else 0
+
+
+def _context_ids(model: nn.Module, config: ClipPromptConfig, text_config) -> list[int]:
+    """Token ids of the context words, by the tokenizer of the model or of its checkpoint."""
+    processor, name = getattr(model, "processor", None), getattr(model, "name_or_path", "")
+    if processor is not None:
+        tokenizer = processor.tokenizer
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # whatever is missing: folder, Hub, files
+            raise ValueError(
+                f"context_init={config.context_init!r} needs the model's tokenizer, and there is none at {name!r}; "
+                "give context_token_ids, or context_init=None for random prompts."
+            ) from error
+    words = str(config.context_init).replace("_", " ")
+    ids = tokenizer(words, add_special_tokens=False).input_ids
+    special = {tokenizer.eos_token_id, tokenizer.unk_token_id, text_config.eos_token_id}
+    if special & set(ids) or max(ids, default=0) >= text_config.vocab_size:
+        raise ValueError(f"context_init={config.context_init!r} has words that the model's tokenizer doesn't know.")
+    limit = text_config.max_position_embeddings
+    if len(ids) + 3 > limit:
+        raise ValueError(
+            f"context_init={config.context_init!r} has {len(ids)} tokens; with start, class name and end it is longer "
+            f"than the text tower's {limit}. Shorten it."
+        )
+    return ids
+
+
+def _check_context(config: ClipPromptConfig, limit: int, vocab_size: int) -> None:
+    count, ids = _count(config, "text"), config.context_token_ids
+    if count + 3 > limit:
+        raise ValueError(
+            f"num_text_tokens={count} leaves no place for start, class name and end in the text tower's {limit} "
+            f"tokens; choose at most {limit - 3}."
+        )
+    if count and ids is not None:
+        if len(ids) < count:
+            raise ValueError(
+                f"context_init={config.context_init!r} has {len(ids)} tokens for num_text_tokens={count} prompts; "
+                "give more words, fewer prompts, or context_init=None for random ones."
+            )
+        if not all(0 <= i < vocab_size for i in ids):
+            raise ValueError(f"context_token_ids={ids} must lie in 0 .. {vocab_size - 1}, the model's vocabulary.")
+
+
+def _initial(config: ClipPromptConfig, place: Place, like: Tensor) -> tuple[Tensor | None, nn.Linear | None]:
+    """The first values at a place: prompts of its own, or the map that makes them from the other tower's.
+
+    Args:
+        like: a weight of the wrapped module, for device and type; the embeddings where tokens enter, the patch
+            embedding where pixels do.
+    """
+    if place.tower == "pixel":
+        return like.new_zeros(like.shape[1], len(_region(config, like.device))), None
+    width, other = config.vision_width, config.text_width
+    if place.tower == "text":
+        width, other = other, width
+    if config.coupling is not None and config.owner(place.index) != place.tower:
+        return None, nn.Linear(other, width, device=like.device, dtype=like.dtype)  # type: ignore[arg-type]
+    count = _count(config, place.tower)
+    ids = config.context_token_ids
+    if place == Place("text", 0) and ids is not None:
+        return like.detach()[ids[:count]].clone(), None
+    return torch.randn(count, width, device=like.device, dtype=like.dtype) * config.init_std, None  # type: ignore[arg-type]
+
+
+def _region(config: ClipPromptConfig, device: torch.device) -> Tensor:
+    """Indices of the prompted pixels in a flattened picture."""
+    side, edge = config.image_size, config.border_width
+    inside = torch.zeros(side, side, dtype=torch.bool)  # type: ignore[arg-type]
+    if config.pixel_region == "border":
+        inside[edge:-edge, edge:-edge] = True
+    return (~inside).flatten().nonzero().squeeze(1).to(device)
