@@ -23,10 +23,12 @@ import yaml
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+    from peft import PeftConfig
 
     from .attacks.suites import Suite
     from .evaluation import EvaluationSettings
     from .modeling import CLIPForZeroShotClassification
+    from .prompts import ClipPromptConfig
     from .report import RobustnessReport
     from .trainer import RobustClipConfig, RobustClipTrainer
     from .zero_shot_data.loading import ImageDataset
@@ -37,13 +39,19 @@ METHODS = {
     "fare": "FARETrainer",
     "trades": "TRADESTrainer",
     "clean": "CleanTrainer",
+    "apt": "APTTrainer",
+    "fap": "FAPTrainer",
+    "coop": "CoOpTrainer",
 }
 EMBEDDED_MODEL = "digits-clip"
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What is fine-tuned: a Hub id, a folder or `digits-clip` (shipped with the package)."""
+    """What is trained or evaluated: a Hub id, a folder or `digits-clip` (shipped with the package).
+
+    For an evaluation also an adapter, which is loaded on its base model.
+    """
 
     name: str = EMBEDDED_MODEL
     revision: str | None = None
@@ -66,6 +74,9 @@ class DataSettings:
     label_column: str | None = None
     resize: int | None = None  # shorter side before the centre crop; None takes the processor's
     streaming: bool = False  # read max_images rows of a shuffled stream, without downloading the rest
+    shots: int | None = None  # so many images of each class, drawn once
+    shots_seed: int = 0
+    augment: bool = False  # random crops and mirroring of whole pictures (training.crop_scale, training.flip)
 
 
 @dataclass(frozen=True)
@@ -102,12 +113,19 @@ class Recipe:
     data: DataSettings
     prompt: PromptSettings
     objective: Any
+    prompts: ClipPromptConfig | None  # None trains the image encoder
     training: RobustClipConfig
     evaluation: EvaluationSettings
     tasks: tuple[DataSettings, ...]
     compare: tuple[str, ...]
     run: RunSettings
     source: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """What tables call the trained model: the method, with its prompts' design where it has several."""
+        method = self.objective.paper.method
+        return f"{method}-{self.prompts.design}" if self.method == "apt" and self.prompts else method
 
 
 @dataclass(frozen=True)
@@ -128,7 +146,7 @@ USAGE = f"""\
 usage: hf-robust-clip train {{{",".join(METHODS)}}} --config FILE [--section.key VALUE ...]
        hf-robust-clip evaluate --config FILE [--section.key VALUE ...]
        hf-robust-clip card FOLDER        write README.md again from report.json and recipe.yaml"""
-SECTIONS = ("model", "data", "prompt", "objective", "training", "evaluation", "tasks", "compare", "run")
+SECTIONS = ("model", "data", "prompt", "objective", "prompts", "training", "evaluation", "tasks", "compare", "run")
 EVALUATION_SECTIONS = ("model", "compare", "reference", "prompt", "evaluation", "tasks", "run")
 SHORT = {"model": "model.name", "revision": "model.revision", "template": "prompt.template",
          "radii": "evaluation.radii", "attacks": "evaluation.attacks"}  # fmt: skip
@@ -301,6 +319,19 @@ def build_objective(method: str, values: Mapping[str, Any] | None) -> Any:
     return replace(base, **{key: getattr(given, key) for key in values})
 
 
+def build_prompts(method: str, values: Mapping[str, Any] | None) -> ClipPromptConfig | None:
+    """The method's prompts: its own (none for the methods that train the image encoder), changed by `values`."""
+    default = trainer_class(method).default_peft_config()
+    if values is None:
+        return default
+    from .prompts import ClipPromptConfig
+
+    given = build(ClipPromptConfig, values, "prompts")
+    if default is None or "design" in values:
+        return given
+    return ClipPromptConfig(**{**default.to_dict(), **{key: getattr(given, key) for key in values}})
+
+
 def trainer_class(method: str) -> type[RobustClipTrainer]:
     """The trainer of a method's name. Raises ValueError for an unknown one."""
     check_key(method, list(METHODS), "method")
@@ -329,6 +360,9 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
         from huggingface_hub.utils import validate_repo_id
 
         validate_repo_id(run.push_to_hub)
+    prompts = build_prompts(method, settings.get("prompts"))
+    if prompts is not None and model.lora_rank is not None:
+        raise ValueError(f"model.lora_rank={model.lora_rank!r} and prompts don't go together; choose one.")
     training = {"output_dir": run.output_dir, **(settings.get("training") or {}), "use_cpu": use_cpu(run.device)}
     return Recipe(
         method=method,
@@ -336,6 +370,7 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
         data=data,
         prompt=build(PromptSettings, settings.get("prompt"), "prompt"),
         objective=build_objective(method, settings.get("objective")),
+        prompts=prompts,
         training=build(RobustClipConfig, training, "training"),
         evaluation=evaluation,
         tasks=settings_of_tasks,
@@ -388,6 +423,8 @@ def build_tasks(tasks: Any) -> tuple[DataSettings, ...]:
             raise ValueError(f"two tasks have the name {name!r}; give each its own by `name`.")
     for i, task in enumerate(built):
         check_max_images(task, f"tasks[{i}]")
+        if task.augment:
+            raise ValueError(f"tasks[{i}].augment=true: pictures are evaluated as they are; augment goes with data.")
     return built
 
 
@@ -452,11 +489,17 @@ def check_output_dir(run: RunSettings) -> None:
 
 
 def load_model(settings: ModelSettings) -> CLIPForZeroShotClassification:
-    """The model to start from, in eval mode."""
+    """A model in eval mode; of an adapter its base with the adapter in it."""
     from .digits_clip import digits_clip_path
-    from .modeling import CLIPForZeroShotClassification
+    from .modeling import CLIPForZeroShotClassification, adapter_config
 
     name = digits_clip_path() if settings.name == EMBEDDED_MODEL else settings.name
+    adapter = adapter_config(name, settings.revision)
+    if adapter is not None:
+        from peft import PeftModel
+
+        base = load_model(ModelSettings(adapter["base_model_name_or_path"], adapter.get("revision")))
+        return PeftModel.from_pretrained(base, name, revision=settings.revision).get_base_model().eval()
     return CLIPForZeroShotClassification.from_pretrained(name, revision=settings.revision or "main").eval()
 
 
@@ -479,7 +522,9 @@ def load_data(settings: DataSettings, model: CLIPForZeroShotClassification) -> I
         streaming=settings.streaming,
         max_images=settings.max_images if settings.streaming else None,
     )
-    return (data if settings.classes is None else data.only(settings.classes)).first(settings.max_images)
+    data = data if settings.classes is None else data.only(settings.classes)
+    data = data.shots(settings.shots, settings.shots_seed).first(settings.max_images)
+    return replace(data, augment=settings.augment)
 
 
 def train(recipe: Recipe) -> list[RobustnessReport]:
@@ -493,6 +538,8 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
 
     folder = Path(recipe.run.output_dir)
     model = load_model(recipe.model)
+    if hasattr(model, "peft_config"):
+        raise ValueError(f"model.name={recipe.model.name!r} is an adapter; name the model that it stands on.")
     train_data, tasks = load_data(recipe.data, model), [load_data(task, model) for task in recipe.tasks]
     names = [task.name or task.dataset for task in recipe.tasks]
     model.set_classes(train_data.class_names, recipe.prompt.template)  # a bad class name fails here, before any work
@@ -524,23 +571,26 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     for other in recipe.compare:
         rival = load_model(recipe.model)
         rival.set_classes(train_data.class_names, recipe.prompt.template)
-        objective = build_objective(other, None)
-        trainer = make_trainer(recipe, other, rival, objective, train_data, save=False)
+        its_own = replace(
+            recipe, method=other, objective=build_objective(other, None), prompts=rival_prompts(recipe, other)
+        )
+        trainer = make_trainer(its_own, rival, train_data, save=False)
         trainer.train()
-        title = objective.paper.method
-        rival = plain_model(trainer, folder / "compared" / other)
-        by_method[title] = evaluate(rival, title, f"{title} from {recipe.model.name}, same settings")
+        rival, _ = plain_model(trainer, folder / "compared" / other)
+        by_method[its_own.title] = evaluate(
+            rival, its_own.title, f"{its_own.title} from {recipe.model.name}, same settings"
+        )
 
-    trainer = make_trainer(recipe, recipe.method, model, recipe.objective, train_data, save=True)
+    trainer = make_trainer(recipe, model, train_data, save=True)
     resume = recipe.run.resume and newest_whole_checkpoint(folder) is not None
     trainer.train(resume_from_checkpoint=True if resume else None)
-    tuned = plain_model(trainer, folder)
-    title = recipe.objective.paper.method
+    tuned, to_save = plain_model(trainer, folder)
+    title = recipe.title
     repo_id = recipe.run.push_to_hub or recipe.run.output_dir
     reports = evaluate(tuned, title, repo_id)
     compared = [report for rows in by_method.values() for report in rows]
     if processes.is_main_process:
-        tuned.save_pretrained(folder)
+        to_save.save_pretrained(folder, **({} if recipe.prompts is None else {"save_embedding_layers": False}))
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.source, sort_keys=False, allow_unicode=True))
         by_task = {
             name: {title: rows[i] for title, rows in {**by_method, title: reports}.items()}
@@ -576,8 +626,15 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
         )
         if recipe.run.push_to_hub:
             say(f"pushed: {push_folder(folder, recipe.run.push_to_hub)}")
-        say(f"saved to {folder}: weights, processor, README.md, report.json, accuracy.png, recipe.yaml")
-        say(f'load it: CLIPForZeroShotClassification.from_pretrained("{repo_id}")  # or transformers.CLIPModel')
+        if recipe.prompts is None:
+            say(f"saved to {folder}: weights, processor, README.md, report.json, accuracy.png, recipe.yaml")
+            say(f'load it: CLIPForZeroShotClassification.from_pretrained("{repo_id}")  # or transformers.CLIPModel')
+        else:
+            size = (folder / "adapter_model.safetensors").stat().st_size
+            say(
+                f"saved to {folder}: adapter ({size / 1000:.0f} kB), README.md, report.json, accuracy.png, recipe.yaml"
+            )
+            say(f'load it: PeftModel.from_pretrained(clip, "{repo_id}")  # after import hf_robust_clip; see README.md')
     processes.wait_for_everyone()
     return reports
 
@@ -596,18 +653,30 @@ def join_processes(cpu: bool) -> PartialState:
     return processes
 
 
+def rival_prompts(recipe: Recipe, method: str) -> ClipPromptConfig | None:
+    """The prompts of a method that is compared: its own, but in no more layers than the recipe's."""
+    own = build_prompts(method, None)
+    if own is not None and recipe.prompts is not None:
+        own.vision_depth = min(own.vision_depth, recipe.prompts.vision_depth)
+        own.text_depth = min(own.text_depth, recipe.prompts.text_depth)
+    return own
+
+
 def make_trainer(
-    recipe: Recipe, method: str, model: CLIPForZeroShotClassification, objective: Any, data: ImageDataset, save: bool
+    recipe: Recipe, model: CLIPForZeroShotClassification, data: ImageDataset, save: bool
 ) -> RobustClipTrainer:
-    """The trainer of a method, with the recipe's settings; `save=False` writes no checkpoints."""
-    peft_config = None
+    """The trainer of the recipe's method, with its settings; `save=False` writes no checkpoints."""
+    peft_config: PeftConfig | None = recipe.prompts
     if recipe.model.lora_rank is not None:
         from peft import LoraConfig
 
         targets = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj)"
         peft_config = LoraConfig(r=recipe.model.lora_rank, lora_alpha=recipe.model.lora_alpha, target_modules=targets)
     training = recipe.training if save else without_checkpoints(recipe.training)
-    return trainer_class(method)(model, training, objective, data, peft_config=peft_config)
+    trainer = trainer_class(recipe.method)(model, training, recipe.objective, data, peft_config=peft_config)
+    for config in getattr(trainer.model, "peft_config", {}).values():
+        config.base_model_name_or_path, config.revision = recipe.model.name, recipe.model.revision
+    return trainer
 
 
 def without_checkpoints(training: RobustClipConfig) -> RobustClipConfig:
@@ -617,18 +686,28 @@ def without_checkpoints(training: RobustClipConfig) -> RobustClipConfig:
     return quiet
 
 
-def plain_model(trainer: RobustClipTrainer, folder: Path) -> CLIPForZeroShotClassification:
-    """The trained model without wrappers or autocast, adapters merged; sharded weights go through `folder`."""
+def plain_model(trainer: RobustClipTrainer, folder: Path) -> tuple[CLIPForZeroShotClassification, Any]:
+    """The trained classifier without wrappers or autocast, and what is to be saved of it.
+
+    That is the classifier itself, LoRA merged into it; of prompts, which can't be merged, the adapter. Sharded weights
+    go through `folder`.
+    """
     from accelerate.utils import DistributedType
+
+    from .trainer import classifier_in
 
     if trainer.accelerator.distributed_type == DistributedType.FSDP:
         from .modeling import CLIPForZeroShotClassification
 
         trainer.save_model(str(folder))
         trainer.accelerator.wait_for_everyone()
-        return CLIPForZeroShotClassification.from_pretrained(folder).eval()
+        whole = CLIPForZeroShotClassification.from_pretrained(folder).eval()
+        return whole, whole
     core = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-    return core.merge_and_unload() if hasattr(core, "merge_and_unload") else core
+    if "prompts" in trainer.settings():
+        return classifier_in(core).requires_grad_(False), core
+    core = core.merge_and_unload() if hasattr(core, "merge_and_unload") else core
+    return core, core
 
 
 def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:

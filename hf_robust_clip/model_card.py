@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
@@ -16,6 +17,7 @@ from .report import RobustnessReport, load_reports, percent, read_report_file
 from .threat_model import ThreatModel
 
 LIBRARY = "hf_robust_clip"
+EMBEDDED = "digits-clip"  # the model that ships with the package
 TARGETS = {
     "static": "white box on the plain classifier",
     "defence_blind": "made on the classifier without its defence, then shown to the defence",
@@ -108,17 +110,21 @@ def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessRe
     if not reports:
         raise ValueError("reports is empty; a card needs at least one evaluation of its model.")
     model_name = info.repo_id.rstrip("/").split("/")[-1]
+    prompts = info.settings.get("prompts")
+    of_adapter = {"base_model_relation": "adapter"} if prompts and _is_repo_id(info.base_model) else {}
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if prompts else "transformers",
         pipeline_tag="zero-shot-image-classification",
         license=info.license,
         base_model=info.base_model if _is_repo_id(info.base_model) else None,
         datasets=[name for name in info.datasets if _is_repo_id(name)] or None,
-        tags=[LIBRARY, "clip", "adversarial-robustness", info.paper.method.lower()],
+        tags=[LIBRARY, "clip", "adversarial-robustness", info.paper.method.lower(), *(["adapter"] if prompts else [])],
         model_name=model_name,
         eval_results=_eval_results(reports),
         metrics=["accuracy"],
+        **of_adapter,
     )
+    text_tokens = re.search(r"(\d+) text token", prompts or "")
     settings = {**info.settings, **{f"objective.{k}": v for k, v in info.settings["objective"].items()}}
     training = {
         key.replace("_", " "): "none" if value is None else _cell(value)
@@ -152,6 +158,10 @@ def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessRe
         limits=[line.strip() for line in info.limits.splitlines() if line.strip()],
         bibtex=info.paper.bibtex,
         plot=info.plot,
+        prompts=prompts,
+        parameters=f"{info.settings.get('trainable_parameters', 0):,}",
+        base_code="hf_robust_clip.digits_clip_path()" if info.base_model == EMBEDDED else json.dumps(info.base_model),
+        text_tokens=text_tokens and int(text_tokens[1]),
     )
 
 

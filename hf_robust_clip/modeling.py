@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from transformers import (
     CLIPProcessor,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, find_adapter_config_file
 
 from .shared_prefix import PackedTexts, can_run_packed, encode_packed, pack_texts
 from .threat_model import check_images
@@ -96,6 +98,10 @@ class CLIPForZeroShotClassification(CLIPModel):
             source, lambda: super(CLIPForZeroShotClassification, cls).from_pretrained(source, *args, **kwargs)
         )
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        adapter = adapter_config(source, kwargs.get("revision"))
+        if adapter is not None:  # its base has the processor
+            source = adapter["base_model_name_or_path"]
+            where = {name: value for name, value in where.items() if name not in ("revision", "subfolder")}
         image_processor = _explain(source, lambda: AutoImageProcessor.from_pretrained(source, **where))
         tokenizer = _explain(source, lambda: AutoTokenizer.from_pretrained(source, **where))
         model.set_processor(CLIPProcessor(image_processor, tokenizer))
@@ -428,6 +434,17 @@ def tokenize_prompts(
             )
     longest = max(map(len, rows))
     return torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows])
+
+
+def adapter_config(name: str | Path, revision: str | None = None) -> dict[str, Any] | None:
+    """What `adapter_config.json` says, if a folder or Hub repository holds a PEFT adapter and no whole model."""
+    if Path(name, "config.json").is_file():
+        return None
+    try:
+        file = find_adapter_config_file(str(name), revision=revision)
+    except OSError:
+        return None
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def _explain(source: str, load):

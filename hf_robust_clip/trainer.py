@@ -212,9 +212,8 @@ class RobustClipTrainer(Trainer):
         model: nn.Module, teacher: CLIPForZeroShotClassification | None
     ) -> CLIPForZeroShotClassification:
         """A frozen copy of the model without adapters (its frozen text tower shared), or the given one, comparable."""
-        if isinstance(model, PeftModel):
-            if teacher is None:
-                return copy.deepcopy(model).unload().eval().requires_grad_(False)
+        if isinstance(model, PeftModel) and teacher is None:
+            return copy.deepcopy(model).unload().eval().requires_grad_(False)
         model = classifier_in(model)
         if teacher is None:
             frozen = () if model.text_is_trainable() else (model.text_model, model.text_projection)
@@ -390,7 +389,11 @@ class RobustClipTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:  # no pickled arguments beside the weights
             core = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            core.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+            folder = output_dir or self.args.output_dir
+            if isinstance(core, PeftModel):  # embedding layers are frozen: no need to look for them on the Hub
+                core.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+            else:
+                core.save_pretrained(folder, state_dict=state_dict)
 
     def create_model_card(
         self,

@@ -17,7 +17,11 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 DEFAULT = RECIPES / "configs/digits-clip/pmg_aft.yaml"
 METHOD_CONFIGS = sorted(path for path in (RECIPES / "configs").rglob("*.yaml") if path.stem.startswith(tuple(METHODS)))
 CONFIGS = [path for path in METHOD_CONFIGS if path.parent.name != "mini-clip"]
-EVALUATIONS = ("evaluate", "mini-clip/pgd", "mini-clip/apgd", "mini-clip/auto_attack")
+EVALUATIONS = (
+    "evaluate",
+    *(f"mini-clip/{name}" for name in ("pgd", "apgd", "auto_attack")),
+    *(f"{model}/prompts_{name}" for model in ("digits-clip", "mini-clip") for name in ("pgd", "auto_attack")),
+)
 EVALUATION_CONFIGS = [RECIPES / f"configs/{name}.yaml" for name in EVALUATIONS]
 ACCELERATE_CONFIGS = sorted((RECIPES / "accelerate").glob("*.yaml"))
 
@@ -322,7 +326,8 @@ def test_usage(words, status, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(words)
     assert stopped.value.code == status
-    assert "hf-robust-clip train {pmg_aft,tecoa,fare,trades,clean} --config FILE" in capsys.readouterr().out
+    methods = "pmg_aft,tecoa,fare,trades,clean,apt,fap,coop"
+    assert f"hf-robust-clip train {{{methods}}} --config FILE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["--config", str(DEFAULT)], [f"--config={DEFAULT}"]], ids=["two words", "one word"])
@@ -358,8 +363,8 @@ def top_comment(config: Path) -> str:
     return re.sub(r"\\?\s+", " ", " ".join(line.removeprefix("#") for line in lines[:count]))
 
 
-def test_there_are_configs_for_three_methods_and_four_models():
-    assert {method_of(config) for config in CONFIGS} == {"pmg_aft", "tecoa", "fare"}
+def test_there_are_configs_for_four_methods_and_four_models():
+    assert {method_of(config) for config in CONFIGS} == {"pmg_aft", "tecoa", "fare", "apt"}
     assert len({config.parent for config in CONFIGS}) == 4
 
 
@@ -370,7 +375,7 @@ def test_every_config_is_read(config):
     assert (found.model.name.split("/")[-1]) == config.parent.name
     if "imagenet" in config.name:
         update = found.training.per_device_train_batch_size * found.training.gradient_accumulation_steps
-        assert update == (128 if found.method == "fare" else 256)
+        assert update == {"fare": 128, "apt": 32}.get(found.method, 256)
         assert ("tiny" in config.name) == (found.data.dataset == "zh-plus/tiny-imagenet")
 
 
@@ -391,6 +396,52 @@ def test_every_config_says_how_to_launch_it_and_what_is_known(config):
     assert "measured by us" in text
 
 
+APT_CONFIGS = [path for path in CONFIGS if method_of(path) == "apt" and path.parent.name != "digits-clip"]
+
+
+@pytest.mark.parametrize("config", **named(APT_CONFIGS))
+def test_prompts_are_trained_as_published(config):
+    found = recipe(config=config)
+    assert found.prompts.design == config.stem.split("_")[1].upper()
+    assert (found.prompts.num_vision_tokens, found.prompts.vision_depth) == (2, 9)
+    assert (found.data.shots, found.data.augment, found.prompt.template) == (16, True, "a photo of a {}.")
+    training = found.training
+    assert (training.learning_rate, training.weight_decay, training.momentum) == (0.0035, 5e-4, 0.9)
+    assert (training.num_train_epochs, training.warmup_steps) == (100, 500)
+    assert (training.attack_steps, training.threat_model().eps) == (2, 1 / 255)
+    assert found.objective.batch_mix == "adv_half"
+    assert found.title == f"APT-{found.prompts.design}"
+    assert "0.035" in config.read_text(), "the paper's other learning rate is named"
+
+
+def test_prompts_of_a_method_can_be_changed_or_replaced():
+    found = recipe(config=APT_CONFIGS[0])
+    assert found.prompts.design == "V"
+    assert recipe("--prompts.num_vision_tokens", "5", config=APT_CONFIGS[0]).prompts.num_vision_tokens == 5
+    own = cli.build_prompts("fap", {"vision_depth": 3, "text_depth": 3})
+    assert (own.design, own.coupling, own.text_depth) == ("VLJ", "vision_to_text", 3)
+    assert cli.build_prompts("pmg_aft", None) is None
+    assert cli.build_prompts("pmg_aft", {"design": "V"}).design == "V"
+    assert cli.rival_prompts(found, "tecoa") is None
+    assert cli.rival_prompts(recipe("--prompts.vision_depth", "2", config=APT_CONFIGS[0]), "apt").vision_depth == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompts.design", "X"], "prompts.design='X' must be 'V'/'VLI'/'VLJ'/'T'/'pixel'"),
+        (["--prompts.desing", "V"], "unknown key in prompts: 'desing'; did you mean 'design'"),
+        (["--prompts.vision_depth", "nine"], "prompts.vision_depth='nine' must be int"),
+        (["--model.lora_rank", "4"], "lora_rank=4 and prompts don't go together"),
+        (["--tasks", "[{dataset: digits, augment: true}]"], "evaluated as they are"),
+        (["--objective.batch_mix", "half"], "objective.batch_mix='half' must be 'adv_half'"),
+    ],
+)
+def test_wrong_settings_of_prompts_are_named(words, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(*words, config=APT_CONFIGS[0])
+
+
 def test_every_config_is_of_a_method_or_known():
     others = set((RECIPES / "configs").rglob("*.yaml")) - {*METHOD_CONFIGS, *EVALUATION_CONFIGS}
     assert {path.name for path in others} == {"pretrain.yaml"}
@@ -398,7 +449,7 @@ def test_every_config_is_of_a_method_or_known():
 
 def test_methods_of_the_mini_benchmark_share_everything_but_themselves():
     """The same data, attack and budget for all; each learning rate is the one that held-out images chose."""
-    own = [path for path in METHOD_CONFIGS if path.parent.name == "mini-clip"]
+    own = [path for path in METHOD_CONFIGS if path.parent.name == "mini-clip" and method_of(path) != "apt"]
     assert {path.stem for path in own} == {"clean", "tecoa", "fare", "trades", "pmg_aft_paper", "pmg_aft_released"}
     settings = [yaml.safe_load(path.read_text()) for path in own]
     for path, found in zip(own, settings, strict=True):

@@ -13,6 +13,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 STAND_INS = {
     '"openai/clip-vit-base-patch32"': "MODEL",
     '"zh-plus/tiny-imagenet", "train", model.processor, resize=256': '"digits", "test", model.processor',
+    'dataset("imagenet", "train", clip.processor)': 'dataset("digits", "train", clip.processor)',
+    'rc.ClipPromptConfig(design="VLI")': 'rc.ClipPromptConfig(design="VLI", vision_depth=3, text_depth=3)',
+    "learning_rate=3.5e-3": "learning_rate=3.5e-3, max_steps=2, use_cpu=True",
     "per_device_train_batch_size=256": "per_device_train_batch_size=32, max_steps=1, use_cpu=True",
     'data = load_image_dataset("digits", "test", model.processor)': (
         'data = load_image_dataset("digits", "test", model.processor).first(20)'

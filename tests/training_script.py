@@ -20,8 +20,11 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from hf_robust_clip import (
+    APT,
+    FAP,
     PMGAFT,
     CLIPForZeroShotClassification,
+    ClipPromptConfig,
     EvaluationSettings,
     PMGAFTTrainer,
     RobustClipConfig,
@@ -37,6 +40,8 @@ CASES = {
     "accumulated": dict(objective=PMGAFT.released_preset(), accumulation=2),
     "last layer": dict(objective=PMGAFT(), trainable_layers=1),
     "adapter": dict(objective=PMGAFT(), lora=True),
+    "prompts": dict(objective=FAP(), prompts=dict(design="VLI")),
+    "coupled prompts": dict(objective=APT("adv_full"), accumulation=2, prompts=dict(design="VLJ")),
 }
 GLOBAL_BATCH = 8
 
@@ -47,6 +52,12 @@ def tiny_model(dtype=torch.float64, classes=CLASS_NAMES, seed=0):
     if classes:
         model.set_classes(classes)
     return model
+
+
+def tiny_prompts(design="VLI", depth=2, **changes):
+    """Prompts for `tiny_model`, whose tokens are letters."""
+    settings = dict(vision_depth=depth, text_depth=depth, context_init="this is", init_std=0.5)
+    return ClipPromptConfig(design=design, **{**settings, **changes})
 
 
 def tiny_data(size=24, dtype=torch.float64):
@@ -93,10 +104,16 @@ def case_trainer(name, folder, processes):
         per_device_eval_batch_size=2,
         trainable_layers=case.get("trainable_layers"),
     )
-    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False) if case.get("lora") else None
+    adapter = (
+        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False) if case.get("lora") else None
+    )
+    if "prompts" in case:
+        adapter = tiny_prompts(**case["prompts"])
     torch.manual_seed(0)
     data = dict(train_dataset=tiny_data(), eval_dataset=tiny_data(7))
-    return PMGAFTTrainer(tiny_model(), args, case["objective"], **data, teacher=tiny_model(seed=5), peft_config=lora)
+    return PMGAFTTrainer(
+        tiny_model(), args, case["objective"], **data, teacher=tiny_model(seed=5), peft_config=adapter
+    )
 
 
 @functools.cache

@@ -40,6 +40,8 @@ class ClipPromptModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
+        if adapter_name in ("", "training") or "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
+            raise ValueError(f"adapter_name={adapter_name!r} can't name parameters; choose another.")
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         layers = {module.place: module for module in _prompt_layers(model)}
         other = {"text": "vision", "vision": "text"}
@@ -62,7 +64,7 @@ class ClipPromptModel(BaseTuner):
         assert isinstance(peft_config, ClipPromptConfig)
         settled = copy(peft_config)
         settled.places = _find_places(self.model, settled)  # type: ignore[misc]
-        vars(peft_config).update(vars(settled))  # a config that is refused stays as it was given
+        peft_config.__dict__.update(settled.__dict__)  # a config that is refused stays as it was given
         return peft_config
 
     @staticmethod
@@ -153,7 +155,7 @@ class ClipPromptModel(BaseTuner):
         assert isinstance(first, ClipPromptConfig)
         if first.coupling is not None:
             raise ValueError(f"adapter {adapters[0]!r} has coupled prompts (design='VLJ'), which can't be mixed.")
-        saved = [name for name in adapters if self.peft_config[name].modules_to_save]  # type: ignore[attr-defined]
+        saved = [name for name in adapters if self.peft_config[name].modules_to_save]
         if saved:
             raise ValueError(f"adapter {saved[0]!r} has modules_to_save beside its prompts, which can't be mixed.")
         for name in adapters[1:]:
