@@ -543,6 +543,11 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     train_data, tasks = load_data(recipe.data, model), [load_data(task, model) for task in recipe.tasks]
     names = [task.name or task.dataset for task in recipe.tasks]
     model.set_classes(train_data.class_names, recipe.prompt.template)  # a bad class name fails here, before any work
+    for config in (recipe.prompts, *(rival_prompts(recipe, other) for other in recipe.compare)):
+        if config is not None:
+            from .prompts import check_prompts
+
+            check_prompts(model, config)
     processes = join_processes(recipe.training.use_cpu)
     say = processes.print
     say(f"{recipe.method}: {len(train_data)} images, {len(train_data.class_names)} classes, "

@@ -184,15 +184,19 @@ class CLIPForZeroShotClassification(CLIPModel):
         contexts = [text.split("{}")[0].strip() for text in templates]
         words = tokenizer(contexts, add_special_tokens=False).input_ids
         context_length = min(_alike(words[i % len(words)], row) for i, row in enumerate(ids[:, 1:].tolist()))
-        self.check_context(context_length, templates)
+        self.check_context(self.num_text_prompts(), context_length, templates)
         self.class_token_ids = ids.view(len(names), len(templates), -1).to(self.device)
         self.class_names, self.templates, self.context_length = names, templates, context_length
         self.class_embeds_are_stale, self._packed = True, None
         self.current_class_embeds()
 
-    def check_context(self, context_length: int, templates: Sequence[str]) -> None:
-        """Raise ValueError if text prompts would overwrite class names."""
-        count = max((p.shape[-2] for p in self.text_prompts()), default=0)
+    def num_text_prompts(self) -> int:
+        """How many tokens after the first the active prompts replace in every text."""
+        return max((p.shape[-2] for p in self.text_prompts()), default=0)
+
+    @staticmethod
+    def check_context(count: int, context_length: int, templates: Sequence[str]) -> None:
+        """Raise ValueError if `count` text prompts would overwrite class names."""
         if count > context_length:
             raise ValueError(
                 f"the text prompts replace the first {count} tokens of every prompt, but among the templates "
@@ -243,10 +247,9 @@ class CLIPForZeroShotClassification(CLIPModel):
         ids_RL = self.class_token_ids.view(-1, length)
         prompts = self.text_prompts()
         groups = max((len(p) for p in prompts if p.dim() == 3), default=0)
-        if prompts:
-            self.check_context(self.context_length, self.templates)
+        replaced = self.num_text_prompts()
+        self.check_context(replaced, self.context_length, self.templates)
         if shared_prefix and can_run_packed(self.text_model):
-            replaced = max((p.shape[-2] for p in prompts), default=0)
             features_GRD = self.text_projection(encode_packed(self.text_model, self._pack(ids_RL, replaced)))
         else:
             ids = ids_RL.repeat(max(groups, 1), 1)

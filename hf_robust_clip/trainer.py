@@ -30,7 +30,7 @@ from .objectives.fare import FARE
 from .objectives.pmg_aft import PMGAFT
 from .objectives.tecoa import TeCoA
 from .objectives.trades import TRADES
-from .prompts import ClipPromptConfig
+from .prompts import ClipPromptConfig, check_prompts
 from .threat_model import ThreatModel
 from .zero_shot_data.augment import RandomResizedCrop
 from .zero_shot_data.loading import collate_images
@@ -170,11 +170,14 @@ class RobustClipTrainer(Trainer):
             if peft_config is None and args.trainable_layers is None:
                 peft_config = self.default_peft_config()
             select_trainable(core, args.trainable_layers)
-        if isinstance(peft_config, ClipPromptConfig):
-            student = get_peft_model(core, copy.deepcopy(peft_config))
-        self.teacher = self._make_teacher(student, teacher) if objective.needs_teacher else None
-        if peft_config is not None and student is core:  # after the teacher, which shares the text tower
-            student = self._add_adapter(core, peft_config)
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)  # what an adapter begins from follows the seed, not what ran before
+            if isinstance(peft_config, ClipPromptConfig):
+                check_prompts(core, peft_config)
+                student = get_peft_model(core, copy.deepcopy(peft_config))
+            self.teacher = self._make_teacher(student, teacher) if objective.needs_teacher else None
+            if peft_config is not None and student is core:  # after the teacher, which shares the text tower
+                student = self._add_adapter(core, peft_config)
         sgd = (torch.optim.SGD, {"lr": args.learning_rate, "momentum": args.momentum})
         self._terms: dict[str, list[Tensor]] = {}
         super().__init__(

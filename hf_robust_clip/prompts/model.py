@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from typing import ClassVar
 
 import torch
@@ -185,6 +185,17 @@ def _shape(config: PeftConfig) -> tuple:
     text = (config.num_text_tokens, config.text_depth) if config.has_text else ()
     pixel = (config.pixel_region, config.border_width) if config.design == "pixel" else ()
     return config.design, vision, text, pixel, config.coupling
+
+
+def check_prompts(model: nn.Module, config: ClipPromptConfig) -> None:
+    """Raise what injecting these prompts would raise, and ValueError if they would overwrite class names.
+
+    The model and the config stay as they are.
+    """
+    config = deepcopy(config)
+    _find_places(model, config)
+    if getattr(model, "class_names", ()) and config.has_text:
+        model.check_context(_count(config, "text"), model.context_length, model.templates)  # type: ignore[operator]
 
 
 def _find_places(model: nn.Module, config: ClipPromptConfig) -> dict[str, Place]:

@@ -46,6 +46,7 @@ from transformers import (
 
 from hf_robust_clip.modeling import CLIPForZeroShotClassification
 from hf_robust_clip.prompts import ClipPromptConfig, ClipPromptLayer
+from hf_robust_clip.shared_prefix import end_positions
 
 HERE = Path(__file__).parent
 VISION_ROWS = [name for name, row in ROWS.items() if row["design"] in ("V", "pixel")]
@@ -382,6 +383,8 @@ def test_two_adapters_take_turns(first, second, tmp_path):
             assert_near(output(model), output(make_base()))
     with pytest.raises(ValueError, match=r"adapter_name=\['a', 'b'\].* choose one"):
         model.base_model.set_adapter(["a", "b"])
+    with pytest.raises(TypeError, match="list"):  # PEFT's own door takes one name
+        model.set_adapter(["a", "b"])
     assert_near(output(model), wanted["b"])
     assert active_layers(model) == {("b",)}
     model.delete_adapter("b")
@@ -805,3 +808,61 @@ def test_lora_beside_it_works_as_before():
     with model.disable_adapter():
         assert torch.equal(output(model), output(make_base()))
     torch.testing.assert_close(output(model.merge_and_unload()), with_lora, rtol=0, atol=1e-8)
+
+
+def test_words_that_prompts_replace_may_differ():
+    """Templates that differ only where prompts stand share their prefix all the same."""
+    core = make_prompted("VLI").get_base_model()
+    core.set_classes(NAMES, ["a bc d {}.", "x yz d {}"])
+    ids = core.class_token_ids[:, :, 1:3]
+    assert (ids[:, 0] != ids[:, 1]).any() and core.context_length >= 2
+    assert_near(core.encode_classes(), core.encode_classes(shared_prefix=False))
+
+
+def test_texts_end_where_transformers_pools_them():
+    ids = torch.tensor([[1, 7, 4, 5, 5], [1, 5, 7, 5, 4]])
+    assert end_positions(ids, 5).tolist() == [3, 1]
+    for old in (None, 2):
+        assert end_positions(ids, old).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_watched_layer_is_called_as_a_whole(kind):
+    core, calls = make_base(), []
+    wanted = core.encode_classes()
+    getattr(core.text_model.encoder.layers[2], kind)(lambda *args: calls.append(1))
+    assert_near(core.encode_classes(), wanted)
+    assert calls == [1]
+
+
+def test_attention_dropout_acts_in_training_only():
+    core = make_base()
+    for layer in core.text_model.encoder.layers:
+        layer.self_attn.dropout = 0.5
+    assert torch.equal(core.encode_classes(), make_base().class_embeds)
+    core.train()
+    assert_acts(core.encode_classes(), core.encode_classes())
+
+
+def test_prompts_and_words_may_fill_the_context():
+    words = "a " * (CONTEXT_LENGTH - 3)
+    config = ClipPromptConfig(design="T", num_text_tokens=CONTEXT_LENGTH - 3, text_depth=1, context_init=words)
+    base = make_base()
+    base.set_classes(("x", "y"), words + "{}")
+    wanted = output(base)
+    assert base.class_token_ids.shape[2] == CONTEXT_LENGTH
+    model = get_peft_model(base, config)
+    assert torch.equal(output(model), wanted)
+    base.set_classes(("x", "y"), words + "{}")
+    assert torch.equal(output(model), wanted)
+
+
+def test_a_refused_merge_keeps_modules_to_save_in_their_place():
+    """The module comes before the first prompts in the walk that would take all wrappers off."""
+    model = get_peft_model(make_base(), make_config("V", modules_to_save=["final_layer_norm"]))
+    randomise(model, 1)
+    wanted, names = output(model), [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="can't be merged"):
+        model.merge_and_unload()
+    assert [name for name, _ in model.named_modules()] == names
+    assert torch.equal(output(model), wanted)
