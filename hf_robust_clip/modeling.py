@@ -272,7 +272,7 @@ class CLIPForZeroShotClassification(CLIPModel):
             return True
         adapters = (
             (m.disable_adapters, tuple(m.active_adapters))
-            for m in self.text_model.modules()
+            for m in (*self.text_model.modules(), *self.text_projection.modules())
             if hasattr(m, "base_layer") and hasattr(m, "active_adapters")
         )
         state = tuple(tensor._version for tensor in tensors), tuple(adapters)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModel, CLIPModel, CLIPProcessor
@@ -399,3 +400,15 @@ def test_a_missing_folder_online_points_to_name_and_connection(monkeypatch, tmp_
         CLIPForZeroShotClassification.from_pretrained("someone/something")
     assert "'someone/something'" in str(caught.value)
     assert "second line" not in str(caught.value)
+
+
+def test_class_embeddings_follow_a_frozen_adapter_on_the_projection_too(tiny_clip, tiny_batch):
+    model, (images, _) = tiny_clip(), tiny_batch()
+    base = model(images).logits
+    config = LoraConfig(r=2, target_modules=["text_projection"], init_lora_weights=False)
+    adapted = get_peft_model(model, config).requires_grad_(False)
+    changed = adapted(pixel_values=images).logits
+    assert (changed - base).abs().max() > 1e-3
+    with adapted.disable_adapter():
+        torch.testing.assert_close(adapted(pixel_values=images).logits, base, rtol=0, atol=1e-12)
+    torch.testing.assert_close(adapted(pixel_values=images).logits, changed, rtol=0, atol=1e-12)

@@ -43,19 +43,12 @@ class ClipPromptLayer(nn.Module, BaseTunerLayer):
         self.partner: list[ClipPromptLayer] = []  # the same layer of the other tower; in a list: not a submodule
         self.pixel_index: dict[str, Tensor] = {}
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        tokens: Tensor | None,
-        projection: nn.Linear | None = None,
-        inference_mode: bool = False,
-    ) -> None:
+    def update_layer(self, adapter_name: str, tokens: Tensor | None, projection: nn.Linear | None = None) -> None:
         """Give an adapter prompts of its own, or a map from those of the other tower."""
         if tokens is not None:
             self.clip_prompt_tokens[adapter_name] = nn.Parameter(tokens)
         if projection is not None:
             self.clip_prompt_projection[adapter_name] = projection
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)  # type: ignore[operator]
 
     def prompts(self) -> Tensor | None:
         """The active adapter's prompts here, (n, D) or (B, n, D); None if it has none here or adapters are off."""

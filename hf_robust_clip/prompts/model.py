@@ -83,19 +83,11 @@ class ClipPromptModel(BaseTuner):
         assert isinstance(peft_config, ClipPromptConfig)
         place = peft_config.places[current_key]
         layer = target if isinstance(target, ClipPromptLayer) else ClipPromptLayer(target, place)
-        if layer is not target:
-            layer.set_adapter(self.active_adapters)  # type: ignore[operator]
         like = next(layer.base_layer.parameters())
-        tokens, projection = _initial(peft_config, place, like)
-        layer.update_layer(adapter_name, tokens, projection, peft_config.inference_mode)
+        layer.update_layer(adapter_name, *_initial(peft_config, place, like))
         if place.tower == "pixel":
             layer.pixel_index[adapter_name] = _region(peft_config, like.device)
-        if adapter_name not in self.active_adapters:
-            for name in layer.adapter_layer_names:
-                if adapter_name in getattr(layer, name):
-                    getattr(layer, name)[adapter_name].requires_grad_(False)
-        if layer is not target:
-            setattr(parent, target_name, layer)
+        setattr(parent, target_name, layer)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)

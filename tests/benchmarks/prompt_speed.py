@@ -340,8 +340,13 @@ def peak_memory(args: argparse.Namespace, name: str) -> float:
 
 
 def own_peak_memory(args: argparse.Namespace) -> int:
-    """What the process of `peak_memory` does. On Linux `ru_maxrss` would begin at the peak of the parent."""
+    """What the process of `peak_memory` does."""
     run_once(WAYS[args.only[0]](Task(args, args.images, args.classes)))
+    return resident_peak()
+
+
+def resident_peak() -> int:
+    """This process's highest resident size in bytes. On Linux `ru_maxrss` would begin at the peak of the parent."""
     status = Path("/proc/self/status")
     if status.is_file():
         return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0])

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from prompt_speed import resident_peak
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -345,7 +345,7 @@ def own_peak_memory(args: argparse.Namespace) -> None:
     way = (Ours if args.only == "ours" else Released)(task)
     for _ in range(2):
         way.step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    print(resident_peak())
 
 
 def run_cuda(args: argparse.Namespace, classes: int) -> None:
