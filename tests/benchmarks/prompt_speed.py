@@ -22,7 +22,8 @@ Classes are the first ones of ImageNet, in `a photo of a {}.`. `--vocab` takes C
 `bpe_simple_vocab_16e6.txt.gz` (the package open_clip_torch has them). Without it words are cut into pieces of up to 6
 letters, which makes 454 tokens of the first 100 names where CLIP makes 451, and 4370 of all 1000 where it makes 4167.
 
-In fp32 `released` takes about 38 MB for each class, 38 GB for 1000: these want a card.
+In fp32 `released` takes about 38 MB for each class, 38 GB for 1000: these want a card, or `--chunk 100`, which takes
+the text forward and back 100 classes at a time.
 """
 
 from __future__ import annotations
@@ -177,8 +178,11 @@ class Ours:
             for parameter, values in zip(self.prompts, task.prompts(), strict=True):
                 parameter.copy_(values)
 
-    def encode_text(self) -> Tensor:
-        return self.core.encode_classes()
+    def chunks(self) -> list[slice]:
+        return [slice(None)]
+
+    def encode_text(self, rows: slice = slice(None)) -> Tensor:
+        return self.core.encode_classes()[rows]
 
     def attack(self, images_BCHW: Tensor, labels_B: Tensor, start_BCHW: Tensor | None = None) -> Tensor:
         """`start_BCHW` is where it starts in any case."""
@@ -214,19 +218,25 @@ class Released:
             for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
         )
 
-    def encode_text(self) -> Tensor:
+    def chunks(self) -> list[slice]:
+        """Classes whose graphs are held at once: `--chunk` of them, or all."""
+        count = len(self.embedded_CLD)
+        size = self.task.args.chunk or count
+        return [slice(i, i + size) for i in range(0, count, size)]
+
+    def encode_text(self, rows: slice = slice(None)) -> Tensor:
         def insert(hidden_CLD: Tensor, prompts: Tensor) -> Tensor:
             own = prompts.to(hidden_CLD.dtype).expand(len(hidden_CLD), -1, -1)
             return torch.cat([hidden_CLD[:, :1], own, hidden_CLD[:, 1 + NUM_TOKENS :]], dim=1)
 
         text = self.clip.text_model
-        hidden_CLD = insert(self.embedded_CLD, self.text_prompts[0]) + text.embeddings.position_embedding.weight
+        hidden_CLD = insert(self.embedded_CLD[rows], self.text_prompts[0]) + text.embeddings.position_embedding.weight
         for i, layer in enumerate(text.encoder.layers):
             if 0 < i < len(self.text_prompts):
                 hidden_CLD = insert(hidden_CLD, self.text_prompts[i])
             hidden_CLD = layer(hidden_CLD, None, is_causal=True)
         hidden_CLD = text.final_layer_norm(hidden_CLD)
-        pooled_CD = hidden_CLD[torch.arange(len(hidden_CLD), device=hidden_CLD.device), self.ends_C]
+        pooled_CD = hidden_CLD[torch.arange(len(hidden_CLD), device=hidden_CLD.device), self.ends_C[rows]]
         return F.normalize(self.clip.text_projection(pooled_CD), dim=-1)
 
     def encode_images(self, images_BCHW: Tensor) -> Tensor:
@@ -270,9 +280,12 @@ def run_once(way: Ours | Released, start_BCHW: Tensor | None = None) -> Tensor:
         parameter.grad = None
     with task.autocast():
         if task.args.what == "text":
-            embeds_CD = way.encode_text()
-            (embeds_CD * task.text_weights_CD).sum().backward()
-            return embeds_CD.detach()
+            parts = []
+            for rows in way.chunks():
+                embeds_CD = way.encode_text(rows)
+                (embeds_CD * task.text_weights_CD[rows]).sum().backward()
+                parts.append(embeds_CD.detach())
+            return torch.cat(parts)
         half = len(task.images_BCHW) // 2
         adv_BCHW = way.attack(task.images_BCHW[half:], task.labels_B[half:], start_BCHW)
         mixed_BCHW = torch.cat([task.images_BCHW[:half], adv_BCHW])
@@ -336,6 +349,7 @@ def peak_memory(args: argparse.Namespace, name: str) -> float:
     command += ["--images", str(args.images), "--classes", str(args.classes)]
     command += ["--vocab", str(args.vocab)] if args.vocab else []
     command += ["--tiny"] if args.tiny else []
+    command += ["--chunk", str(args.chunk)] if args.chunk else []
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -408,6 +422,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16: autocast; default fp32 on CPU, bf16 on CUDA")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each way (default 3)")
     parser.add_argument("--vocab", type=Path, help="CLIP's bpe_simple_vocab_16e6.txt.gz; default: a stand-in")
+    parser.add_argument("--chunk", type=int, help="text: classes that `released` holds at once; default all")
     parser.add_argument("--only", nargs=1, choices=tuple(WAYS), default=list(WAYS), help="time one way, unchecked")
     parser.add_argument("--no_memory", action="store_true", help="CPU: don't run each way once more for its memory")
     parser.add_argument("--tiny", action="store_true", help="a tiny CLIP: to try the script, not to measure")

@@ -11,15 +11,15 @@ import torch
 TINY = ["--tiny", "--images", "5", "--classes", "7", "--repeats", "1"]
 
 
-def both_ways(what: str) -> tuple[prompt_speed.Ours, prompt_speed.Released]:
-    args = prompt_speed.parse_args([*TINY, "--what", what])
+def both_ways(what: str, *words: str) -> tuple[prompt_speed.Ours, prompt_speed.Released]:
+    args = prompt_speed.parse_args([*TINY, "--what", what, *words])
     task = prompt_speed.Task(args, args.images, args.classes, dtype=torch.float64)
     return prompt_speed.Ours(task), prompt_speed.Released(task)
 
 
-@pytest.mark.parametrize("what", ["text", "step"])
-def test_both_ways_agree(what):
-    found = prompt_speed.compare(*both_ways(what))
+@pytest.mark.parametrize("words", [["text"], ["text", "--chunk", "3"], ["step"]])
+def test_both_ways_agree(words):
+    found = prompt_speed.compare(*both_ways(*words))
     assert found["values"] < 1e-10
     assert found["gradients"] < 1e-8
 
