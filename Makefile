@@ -10,8 +10,8 @@ export HF_HUB_OFFLINE ?= 1
 # torch first and by its exact version: a range would let the resolver choose a CUDA build of several gigabytes
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --no-compile -c constraints.txt torch
+	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 pmgaft: $(VENV)/.ready
@@ -25,12 +25,12 @@ lint: $(VENV)/.ready
 	$(BIN)/lint-imports
 	$(BIN)/pylint hf_robust_clip recipes
 
-# the checks of lint take as long as the tests do: side by side, each on its core
+# lint beside the tests, and these in two processes, a file at a time (each file's models and runs are made once)
 test: $(VENV)/.ready
 	$(MAKE) -j2 --output-sync=target lint pytest
 
 pytest: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow $(ARGS)

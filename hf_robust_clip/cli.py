@@ -589,6 +589,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     trainer = make_trainer(recipe, model, train_data, save=True)
     resume = recipe.run.resume and newest_whole_checkpoint(folder) is not None
     trainer.train(resume_from_checkpoint=True if resume else None)
+    settings = trainer.settings()
     tuned, to_save = plain_model(trainer, folder)
     title = recipe.title
     repo_id = recipe.run.push_to_hub or recipe.run.output_dir
@@ -609,7 +610,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
             training_data=f"{recipe.data.dataset}, split {train_data.split}, {len(train_data)} images of "
             f"{len(train_data.class_names)} classes ({classes}), {train_data.revision}",
             paper=recipe.objective.paper,
-            settings=trainer.settings(),
+            settings=settings,
             template=recipe.prompt.template,
             class_names=train_data.class_names,
             limits=limits_of(recipe.model.name),

@@ -71,6 +71,8 @@ def test_the_card_says_how_to_load_it_and_its_code_runs(finished):
     assert {"adapter", "apt"} <= set(card.data.tags)
     assert "KeyError: 'CLIP_PROMPT'" in card.text
     assert "design VLI, 2 vision tokens in 3 layers, 2 text tokens in 3 layers" in card.text
+    assert "with 768 parameters" in card.text  # 64 wide: 2 tokens in 3 layers of each tower
+    assert "| trainable parameters | 768 |" in card.text
     assert "| data | digits, split train, 30 images of 10 classes" in card.text
     assert "an image encoder" not in card.text
     assert str(regenerate_card(folder)) == (folder / "README.md").read_text()

@@ -363,8 +363,8 @@ def top_comment(config: Path) -> str:
     return re.sub(r"\\?\s+", " ", " ".join(line.removeprefix("#") for line in lines[:count]))
 
 
-def test_there_are_configs_for_four_methods_and_four_models():
-    assert {method_of(config) for config in CONFIGS} == {"pmg_aft", "tecoa", "fare", "apt"}
+def test_there_are_configs_for_five_methods_and_four_models():
+    assert {method_of(config) for config in CONFIGS} == {"pmg_aft", "tecoa", "fare", "apt", "fap"}
     assert len({config.parent for config in CONFIGS}) == 4
 
 
@@ -375,7 +375,7 @@ def test_every_config_is_read(config):
     assert (found.model.name.split("/")[-1]) == config.parent.name
     if "imagenet" in config.name:
         update = found.training.per_device_train_batch_size * found.training.gradient_accumulation_steps
-        assert update == {"fare": 128, "apt": 32}.get(found.method, 256)
+        assert update == {"fare": 128, "apt": 32, "fap": 4}.get(found.method, 256)
         assert ("tiny" in config.name) == (found.data.dataset == "zh-plus/tiny-imagenet")
 
 

@@ -270,7 +270,7 @@ def test_bfloat16_models_and_autocast_come_near(row):
     torch.testing.assert_close(found.float(), wanted, rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize("row", ["V", "VLI", "VLJ", "T", "pixel-border"])
+@pytest.mark.parametrize("row", ["VLI", "VLJ", "pixel-border"])
 def test_a_compiled_forward_gives_the_same_logits(row):
     model, images = make_prompted(row), make_images()
     wanted = model(pixel_values=images).logits
