@@ -120,11 +120,15 @@ def evaluate_robustness(
             processes, without repeating finished images, and ends with the same report.
         progress: show a bar for each stage on the main process.
 
-    Raises ValueError for an empty dataset, a single class, labels beyond the classes, images outside [0, 1] or of
-    wrong size, and a state of another model, dataset or setting.
+    Raises ValueError for an empty or an augmented dataset, a single class, labels beyond the classes, images outside
+    [0, 1] or of wrong size, and a state of another model, dataset or setting.
     """
     if len(dataset) == 0:
         raise ValueError("dataset is empty; nothing to evaluate.")
+    if getattr(dataset, "augment", False):
+        raise ValueError(
+            "dataset.augment=True gives whole pictures for training; evaluate replace(data, augment=False)."
+        )
     num_classes = len(model.class_names)
     if num_classes == 1:
         raise ValueError(

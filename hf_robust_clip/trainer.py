@@ -320,6 +320,8 @@ class RobustClipTrainer(Trainer):
         """On the device; of whole pictures (`"pictures"`, a list) random crops, `"pixel_values"`."""
         inputs = super()._prepare_inputs(inputs)
         if "pictures" in inputs:
+            if not self.model.training:
+                raise ValueError("eval_dataset gives whole pictures (augment=True); evaluate them as they are.")
             seed = (self.args.seed << 32) + self.state.global_step
             side = self.classifier().input_size
             inputs = {**inputs, "pixel_values": self.args.augmentation()(inputs["pictures"], side, seed)}

@@ -270,11 +270,15 @@ def test_bfloat16_models_and_autocast_come_near(row):
     torch.testing.assert_close(found.float(), wanted, rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize("row", ["VLI", "VLJ", "pixel-border"])
-def test_a_compiled_forward_gives_the_same_logits(row):
+WHOLE = [pytest.param(row, "aot_eager", marks=pytest.mark.slow) for row in ("V", "VLI", "VLJ", "T", "pixel-border")]
+
+
+@pytest.mark.parametrize(("row", "backend"), [("VLI", "eager"), ("VLJ", "eager"), *WHOLE])
+def test_a_compiled_forward_gives_the_same_logits(row, backend):
+    """`eager` traces and guards, `aot_eager` makes the graphs of forward and backward too."""
     model, images = make_prompted(row), make_images()
     wanted = model(pixel_values=images).logits
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend=backend)
     torch.testing.assert_close(compiled(pixel_values=images).logits, wanted, **EXACT)
     with model.disable_adapter():
         torch.testing.assert_close(

@@ -16,10 +16,13 @@ from hf_robust_clip import (
     APTTrainer,
     CLIPForZeroShotClassification,
     CoOpTrainer,
+    EvaluationSettings,
     FAPTrainer,
     PMGAFTTrainer,
     RandomResizedCrop,
     TeCoATrainer,
+    evaluate_robustness,
+    load_image_dataset,
     pgd,
 )
 from hf_robust_clip.objectives.base import Objective
@@ -246,6 +249,20 @@ def test_crops_depend_on_seed_step_and_picture_alone(tmp_path):
         torch.testing.assert_close(split[name], whole[name], rtol=0, atol=1e-4, msg=name)
     other = train(8, 1, crop_scale=1.0, flip=0.0)
     assert max(float((whole[name] - other[name]).abs().max()) for name in whole) > 1e-3
+
+
+def test_whole_pictures_are_not_evaluated(tmp_path):
+    trainer = APTTrainer(
+        tiny_model(torch.float32), arguments(tmp_path), train_dataset=whole_pictures(), eval_dataset=whole_pictures(4),
+        peft_config=tiny_prompts("V"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="eval_dataset gives whole pictures"):
+        trainer.evaluate()
+    model = tiny_model(torch.float32)
+    data = load_image_dataset("digits", "test", model.processor)
+    settings = EvaluationSettings(radii=["1/255"])
+    with pytest.raises(ValueError, match="augment=True gives whole pictures"):
+        evaluate_robustness(model, replace(data, augment=True), settings, name="", task="", model_id="")
 
 
 def test_each_step_sees_new_crops(tmp_path):
