@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_o
 
 import yaml
 
+from .digits_clip import EMBEDDED_MODEL
+
 if TYPE_CHECKING:
     from accelerate import PartialState
     from peft import PeftConfig
@@ -43,7 +45,6 @@ METHODS = {
     "fap": "FAPTrainer",
     "coop": "CoOpTrainer",
 }
-EMBEDDED_MODEL = "digits-clip"
 
 
 @dataclass(frozen=True)

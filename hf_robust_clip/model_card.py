@@ -12,12 +12,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .digits_clip import EMBEDDED_MODEL
 from .objectives.base import Paper
 from .report import RobustnessReport, load_reports, percent, read_report_file
 from .threat_model import ThreatModel
 
 LIBRARY = "hf_robust_clip"
-EMBEDDED = "digits-clip"  # the model that ships with the package
 TARGETS = {
     "static": "white box on the plain classifier",
     "defence_blind": "made on the classifier without its defence, then shown to the defence",
@@ -160,7 +160,9 @@ def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessRe
         plot=info.plot,
         prompts=prompts,
         parameters=f"{info.settings.get('trainable_parameters', 0):,}",
-        base_code="hf_robust_clip.digits_clip_path()" if info.base_model == EMBEDDED else json.dumps(info.base_model),
+        base_code="hf_robust_clip.digits_clip_path()"
+        if info.base_model == EMBEDDED_MODEL
+        else json.dumps(info.base_model),
         text_tokens=text_tokens and int(text_tokens[1]),
     )
 

@@ -120,7 +120,8 @@ class RobustClipTrainer(Trainer):
             also `{"picture": (3, H, W) uint8, "labels": int}`, of which random crops are taken.
         teacher: frozen reference of objectives that need one; default the model as it is now. Same architecture.
         peft_config: train an adapter instead: prompts (`ClipPromptConfig`), or LoRA, say, which is kept out of the
-            text tower. None takes `default_peft_config()` where the method has one (APT, FAP and CoOp: prompts).
+            text tower. None takes `default_peft_config()` where the method has one (APT, FAP and CoOp: prompts) and
+            `trainable_layers` is not set.
         data_collator, compute_metrics, callbacks, optimizers: as in `transformers.Trainer`; metrics default to clean
             and robust accuracy.
 
@@ -170,7 +171,7 @@ class RobustClipTrainer(Trainer):
             if peft_config is None and args.trainable_layers is None:
                 peft_config = self.default_peft_config()
             select_trainable(core, args.trainable_layers)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([core.device] if core.device.type == "cuda" else []):
             torch.manual_seed(args.seed)  # what an adapter begins from follows the seed, not what ran before
             if isinstance(peft_config, ClipPromptConfig):
                 check_prompts(core, peft_config)

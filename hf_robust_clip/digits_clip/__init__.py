@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+EMBEDDED_MODEL = "digits-clip"  # its name in recipes and cards
+
 
 def digits_clip_path() -> str:
     """The folder of the checkpoint, for `from_pretrained`."""

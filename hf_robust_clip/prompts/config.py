@@ -126,8 +126,12 @@ class ClipPromptConfig(PeftConfig):
         if self.design == "pixel":
             region = f"border of {self.border_width} px" if self.pixel_region == "border" else "whole picture"
             return f"design pixel, {region}"
-        vision = f", {self.num_vision_tokens} vision tokens in {self.vision_depth} layers" if self.has_vision else ""
-        text = f", {self.num_text_tokens} text tokens in {self.text_depth} layers" if self.has_text else ""
+        vision = f", {self.num_vision_tokens} vision tokens in {_layers(self.vision_depth)}" if self.has_vision else ""
+        text = f", {self.num_text_tokens} text tokens in {_layers(self.text_depth)}" if self.has_text else ""
         words = f' from "{self.context_init}"' if self.has_text and self.context_init is not None else ""
         coupling = f", {self.coupling}" if self.coupling else ""
-        return f"design {self.design}{vision}{text}{words}{coupling}".replace("1 layers", "1 layer")
+        return f"design {self.design}{vision}{text}{words}{coupling}"
+
+
+def _layers(depth: int) -> str:
+    return f"{depth} layer" if depth == 1 else f"{depth} layers"

@@ -83,6 +83,11 @@ def test_coop_trains_four_words_where_no_prompts_are_named(tmp_path, monkeypatch
     assert trainer.settings()["trainable_parameters"] == 4 * 16
 
 
+@pytest.mark.parametrize(("depth", "words"), [(1, "in 1 layer"), (2, "in 2 layers"), (11, "in 11 layers")])
+def test_a_summary_counts_layers_as_one_speaks(depth, words):
+    assert tiny_prompts("V", depth).summary().endswith(words)
+
+
 def test_a_model_that_has_prompts_is_trained_as_it_is(tmp_path):
     torch.manual_seed(0)
     model = get_peft_model(tiny_model(), tiny_prompts("VLI"))
