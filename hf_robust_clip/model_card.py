@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .digits_clip import EMBEDDED_MODEL
-from .objectives.base import Paper
+from .paper import Paper
 from .report import RobustnessReport, load_reports, percent, read_report_file
 from .threat_model import ThreatModel
 

@@ -71,7 +71,7 @@ class CLIPForZeroShotClassification(CLIPModel):
         self.context_length = 0
         self._text_state: tuple[tuple, Sequence[Tensor]] | None = None
         self._fixed_class_embeds: Tensor | None = None
-        self._packed: tuple[tuple, PackedTexts] | None = None
+        self._packed: dict[tuple, PackedTexts] = {}
         self.input_size = config.vision_config.image_size
         channels = config.vision_config.num_channels
         self.register_buffer("image_mean", torch.full((channels, 1, 1), torch.nan), persistent=False)
@@ -187,7 +187,7 @@ class CLIPForZeroShotClassification(CLIPModel):
         self.check_context(self.num_text_prompts(), context_length, templates)
         self.class_token_ids = ids.view(len(names), len(templates), -1).to(self.device)
         self.class_names, self.templates, self.context_length = names, templates, context_length
-        self.class_embeds_are_stale, self._packed = True, None
+        self.class_embeds_are_stale, self._packed = True, {}
         self.current_class_embeds()
 
     def num_text_prompts(self) -> int:
@@ -235,35 +235,35 @@ class CLIPForZeroShotClassification(CLIPModel):
         finally:
             self._fixed_class_embeds = None
 
-    def encode_classes(self, shared_prefix: bool = True) -> Tensor:
+    def encode_classes(self, shared_prefix: bool = True, classes: slice = slice(None)) -> Tensor:
         """The unit-length class embeddings of the stored prompts, by the text tower as it is now: (C, D), or (B, C, D)
         where text prompts have a leading dimension B.
 
         Args:
+            classes: only these; with `shared_prefix` the values are the same for any division.
             shared_prefix: compute the tokens that all prompts begin with once (see `shared_prefix`). False runs every
                 prompt as a whole through the tower: the same values up to rounding, more slowly.
         """
-        classes, templates, length = self.class_token_ids.shape
-        ids_RL = self.class_token_ids.view(-1, length)
+        ids_RL = self.class_token_ids[classes].flatten(0, 1)
         prompts = self.text_prompts()
         groups = max((len(p) for p in prompts if p.dim() == 3), default=0)
         replaced = self.num_text_prompts()
         self.check_context(replaced, self.context_length, self.templates)
         if shared_prefix and can_run_packed(self.text_model):
-            features_GRD = self.text_projection(encode_packed(self.text_model, self._pack(ids_RL, replaced)))
+            features_GRD = self.text_projection(encode_packed(self.text_model, self._pack(ids_RL, classes, replaced)))
         else:
             ids = ids_RL.repeat(max(groups, 1), 1)
             features = self.get_text_features(input_ids=ids).pooler_output
             features_GRD = features.view(max(groups, 1), len(ids_RL), -1)
-        features = F.normalize(features_GRD, dim=-1).unflatten(1, (classes, templates))
+        features = F.normalize(features_GRD, dim=-1).unflatten(1, (-1, len(self.templates)))
         embeds_GCD = F.normalize(features.mean(dim=2), dim=-1)
         return embeds_GCD if groups else embeds_GCD[0]
 
-    def _pack(self, ids_RL: Tensor, replaced: int) -> PackedTexts:
-        key = ids_RL.shape, ids_RL.device, replaced
-        if self._packed is None or self._packed[0] != key:
-            self._packed = key, pack_texts(ids_RL, self.text_model.eos_token_id, replaced)
-        return self._packed[1]
+    def _pack(self, ids_RL: Tensor, classes: slice, replaced: int) -> PackedTexts:
+        key = classes.start, classes.stop, ids_RL.device, replaced
+        if key not in self._packed:
+            self._packed[key] = pack_texts(ids_RL, self.text_model.eos_token_id, replaced)
+        return self._packed[key]
 
     def _text_has_changed(self) -> bool:
         """Whether the cached class embeddings depend on something that is no longer what it was."""
@@ -297,24 +297,36 @@ class CLIPForZeroShotClassification(CLIPModel):
             raise ValueError("the model has no classes; call set_classes(class_names) first.")
         if not torch.compiler.is_compiling():
             self.check_pixels(pixel_values, values=not self.training, any_size=interpolate_pos_encoding)
-        if self.input_size != self.config.vision_config.image_size:
-            side = self.config.vision_config.image_size
-            pixel_values = F.interpolate(pixel_values, size=(side, side), mode="bicubic", align_corners=False)
-        features = self.get_image_features(
-            pixel_values=(pixel_values - self.image_mean) / self.image_std,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-        )
-        class_embeds_CD = self.current_class_embeds()
-        with torch.autocast(pixel_values.device.type, enabled=False):  # bf16 would leave two digits of 100 * cos
-            head = torch.promote_types(features.pooler_output.dtype, torch.float32)
-            image_embeds_BD = features.pooler_output.to(head)
-            cosine_BC = _cosine(F.normalize(image_embeds_BD, dim=-1), class_embeds_CD.to(head))
-            logits_BC = self.logit_scale.exp().to(head) * cosine_BC
+        image_embeds_BD = self.encode_images(pixel_values, interpolate_pos_encoding)
+        logits_BC, cosine_BC, image_embeds_BD = self.score(image_embeds_BD, self.current_class_embeds())
         loss = None
         if labels is not None:
             check_labels(labels, len(self.class_names))
             loss = F.cross_entropy(logits_BC, labels)
         return ZeroShotOutput(loss=loss, logits=logits_BC, cosine=cosine_BC, image_embeds=image_embeds_BD)
+
+    def encode_images(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """f(x), (B, D): projected, not normalised. Images (B, C, H, W) in [0, 1] of `input_size`, or of the size that
+        the encoder takes; nothing is checked.
+        """
+        side = self.config.vision_config.image_size
+        if self.input_size != side and pixel_values.shape[-1] != side:
+            pixel_values = F.interpolate(pixel_values, size=(side, side), mode="bicubic", align_corners=False)
+        return self.get_image_features(
+            pixel_values=(pixel_values - self.image_mean) / self.image_std,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        ).pooler_output
+
+    def score(self, image_embeds_BD: Tensor, class_embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits and cosines (B, C) of image embeddings with unit class embeddings, (C, D) or (G, C, D) for G groups
+        of images in their order; and the image embeddings in the precision, at least float32, in which they were
+        compared: bfloat16 would leave two digits of 100 * cos.
+        """
+        with torch.autocast(image_embeds_BD.device.type, enabled=False):
+            head = torch.promote_types(image_embeds_BD.dtype, torch.float32)
+            image_embeds_BD = image_embeds_BD.to(head)
+            cosine_BC = _cosine(F.normalize(image_embeds_BD, dim=-1), class_embeds.to(head))
+            return self.logit_scale.exp().to(head) * cosine_BC, cosine_BC, image_embeds_BD
 
     def check_pixels(self, pixel_values: Tensor, *, values: bool = True, any_size: bool = False) -> None:
         """Raise ValueError/TypeError unless the images fit this model: channels, size and (if asked) values."""

@@ -13,19 +13,9 @@ from torch import Tensor
 
 from ..attacks.losses import cross_entropy
 from ..modeling import ZeroShotOutput
+from ..paper import Paper
 
 Classifier = Callable[[Tensor], ZeroShotOutput]
-
-
-@dataclass(frozen=True)
-class Paper:
-    """Where a method comes from, for docstrings and cards."""
-
-    method: str
-    title: str
-    venue: str
-    arxiv: str
-    bibtex: str
 
 
 @dataclass

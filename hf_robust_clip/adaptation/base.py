@@ -1,0 +1,313 @@
+"""What a test-time defence is: images in, logits out, the classifier left as it was found.
+
+Shapes: B images, V views of each, K of them kept, C classes, D embedding width, n prompts of width d.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..modeling import CLIPForZeroShotClassification, without_gradients
+from ..paper import Paper
+
+logger = logging.getLogger(__name__)
+GradientPath = Literal["none", "through", "identity"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class AdaptationTraits:
+    """What an attack and an evaluation must know of a defence.
+
+    Args:
+        randomised: it draws random numbers (views, noise). Each draw follows from `seed` and the image's own grey
+            levels, so that `predict` is a function; to an attack, which changes the image, the draws are random.
+        optimising: it takes gradients while it predicts.
+        episodic: no image leaves a trace for the next; order and batches don't matter.
+    """
+
+    randomised: bool
+    optimising: bool
+    episodic: bool = True
+
+
+@dataclass
+class Adaptation:
+    """What a defence made of a batch.
+
+    Args:
+        logits: (B, C), its prediction.
+        prompts: by parameter name in the classifier, the prompts tuned for each image, (B, ...); empty if none are.
+        images: (B, C, H, W), what was classified in place of the given images, if anything was.
+        loss: (B,), the loss that was minimised, before the first step.
+        kept: (B, K), indices of the views that were kept, most confident first; 0 is the image itself.
+        fell_back: (B,), images whose tuning was not finite: their logits are those without tuning.
+    """
+
+    logits: Tensor
+    fell_back: Tensor
+    prompts: dict[str, Tensor]
+    images: Tensor | None = None
+    loss: Tensor | None = None
+    kept: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TestTimeAdapter(ABC):
+    """A test-time defence: a frozen dataclass of its hyperparameters with functions of a classifier and images.
+
+    A new method is one file with one subclass that has `paper`, `traits` and `_adapt`. The classifier is an argument:
+    `CLIPForZeroShotClassification` with its classes set, and with the prompts in it that the method tunes
+    (`needs_prompts`); methods that tune the words of a plain CLIP put them in for the time being. Parameters, mode and
+    class embeddings come back as they were.
+
+    Args:
+        memory_budget: GiB that activations may take; None takes the batch whole. A batch that doesn't fit (by
+            estimate, or when a GPU runs out of memory) is divided: the results are the same.
+
+    Raises ValueError for a budget that isn't positive.
+    """
+
+    __test__: ClassVar[bool] = False  # pytest: no test, for all its name
+    paper: ClassVar[Paper]
+    needs_prompts: ClassVar[bool] = False
+
+    memory_budget: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory_budget is not None and not self.memory_budget > 0:
+            raise ValueError(f"memory_budget={self.memory_budget!r} must be a positive number of GiB, or None.")
+
+    @property
+    @abstractmethod
+    def traits(self) -> AdaptationTraits:
+        """What an attack must know."""
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return self.paper.method
+
+    def parameters(self) -> dict[str, Any]:
+        """All settings as JSON types, for reports and saved folders."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.repr}
+
+    @abstractmethod
+    def _adapt(
+        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, seed: int, path: GradientPath
+    ) -> Adaptation:
+        """`adapt` on images that fit into memory, with the classifier prepared; gradients are on."""
+
+    def adapt(
+        self,
+        classifier: CLIPForZeroShotClassification,
+        images_BCHW: Tensor,
+        *,
+        seed: int = 0,
+        path: GradientPath = "none",
+    ) -> Adaptation:
+        """Defend each image by itself.
+
+        Args:
+            classifier: with its classes set.
+            images_BCHW: (B, C, H, W) in [0, 1], of the classifier's `input_size`.
+            seed: of all that is drawn.
+            path: what a gradient by the images goes through. `"none"`: nothing, results are detached. `"through"`:
+                the views and the tuning steps (exact; second derivatives of the classifier). `"identity"`: the views
+                and the prediction, while the tuned prompts count as constants (BPDA). Which views are kept is
+                discrete and carries no gradient.
+
+        Raises ValueError for images of wrong shape or outside [0, 1], and a classifier without classes or without the
+        prompts that the method tunes.
+        """
+        if not isinstance(classifier, CLIPForZeroShotClassification):
+            raise TypeError(
+                f"classifier is a {type(classifier).__name__}; give a CLIPForZeroShotClassification (of a PeftModel "
+                "its get_base_model())."
+            )
+        self.check(classifier)
+        classifier.check_pixels(images_BCHW)
+        with self.prepared(classifier):
+            images_BCHW = images_BCHW.clone() if images_BCHW.is_inference() else images_BCHW
+            size = self._images_at_once(classifier, len(images_BCHW))
+            return _joined(
+                _in_parts(
+                    lambda rows: self._adapt_part(classifier, images_BCHW[rows], seed, path), len(images_BCHW), size
+                )
+            )
+
+    def _adapt_part(
+        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, seed: int, path: GradientPath
+    ) -> Adaptation:
+        found = self._adapt(classifier, images_BCHW, seed, path)
+        if path == "none":
+            found = Adaptation(**{f.name: _detached(getattr(found, f.name)) for f in fields(found)})
+        return found
+
+    def predict(self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, *, seed: int = 0) -> Tensor:
+        """The defended logits (B, C), detached. Arguments and errors are those of `adapt`."""
+        return self.adapt(classifier, images_BCHW, seed=seed).logits
+
+    def check(self, classifier: CLIPForZeroShotClassification) -> None:
+        """Raise ValueError unless the classifier has what the method needs."""
+        if not classifier.class_names:
+            raise ValueError("the classifier has no classes; call set_classes(class_names) first.")
+        if len(classifier.class_names) == 1:
+            raise ValueError(
+                f"there is one class, {classifier.class_names[0]!r}: its probability is 1 whatever the image; "
+                "set_classes more."
+            )
+        if self.needs_prompts and not prompts_of(classifier):
+            raise ValueError(
+                f"{self.name} tunes prompts and the classifier has none: train some (TAPTTrainer, APTTrainer), or "
+                "load an adapter with PeftModel.from_pretrained."
+            )
+
+    @contextmanager
+    def prepared(self, classifier: CLIPForZeroShotClassification) -> Iterator[None]:
+        """The classifier in eval mode, its parameters frozen, with gradients on, ready to be defended.
+
+        Enter it around many calls to spare each of them the preparation; it may be entered again inside.
+        """
+        was_training = classifier.training
+        with ExitStack() as stack:
+            stack.callback(classifier.train, was_training)
+            classifier.eval()
+            stack.enter_context(without_gradients(classifier))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.inference_mode(False))
+            yield
+
+    def _images_at_once(self, classifier: CLIPForZeroShotClassification, count: int) -> int:
+        """How many images are defended together."""
+        if self.memory_budget is None:
+            return max(count, 1)
+        return max(1, int(self.memory_budget * 2**30 / self._bytes_per_image(classifier)))
+
+    def _bytes_per_image(self, classifier: CLIPForZeroShotClassification) -> float:
+        """What the activations of one image take, roughly; for `memory_budget`."""
+        return activation_bytes(classifier, graph=True)
+
+
+def prompts_of(classifier: CLIPForZeroShotClassification) -> dict[str, nn.Parameter]:
+    """The active adapter's prompts, and the maps that make prompts of others, by parameter name."""
+    found: dict[str, nn.Parameter] = {}
+    for name, module in classifier.named_modules():
+        if not hasattr(module, "put_prompts") or module.prompts() is None:
+            continue
+        active = module.active_adapters[0]
+        for own_name, parameter in module.named_parameters(prefix=name):
+            if ".clip_prompt_" in own_name and active in own_name.removeprefix(name).split("."):
+                found[own_name] = parameter
+    return found
+
+
+class _Inside(nn.Module):
+    """Runs any function of a classifier as a module's forward, which is what `functional_call` takes."""
+
+    def __init__(self, classifier: nn.Module):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def with_prompts(
+    classifier: CLIPForZeroShotClassification, prompts: Mapping[str, Tensor], function: Callable[[], T]
+) -> T:
+    """`function()` while these tensors stand in the place of the classifier's parameters of the same names."""
+    if not prompts:
+        return function()
+    inside = {f"classifier.{name}": value for name, value in prompts.items()}
+    return functional_call(_Inside(classifier), inside, (function,))
+
+
+def differentiable_twice() -> Any:
+    """Attention whose gradient has a gradient: fused kernels have none."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def activation_bytes(classifier: CLIPForZeroShotClassification, graph: bool) -> float:
+    """Roughly what one picture's forward through the image encoder keeps: its peak, or with a graph all layers."""
+    vision = classifier.config.vision_config
+    tokens = (vision.image_size // vision.patch_size) ** 2 + 8
+    values = tokens * (8 * vision.hidden_size + 2 * vision.intermediate_size)
+    return values * (vision.num_hidden_layers if graph else 2) * torch.finfo(classifier.dtype).bits / 8
+
+
+def _in_parts(run: Callable[[slice], T], count: int, size: int) -> list[T]:
+    """`run` on slices of at most `size` of `count` images; halved, down to one, where a GPU runs out of memory.
+
+    Raises RuntimeError with the mend if one image alone doesn't fit.
+    """
+    found: list[T] = []
+    start = 0
+    while start < count or not found:
+        rows = slice(start, min(start + size, count))
+        try:
+            found.append(run(rows))
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise RuntimeError(
+                    "one image with its views doesn't fit into the memory; set memory_budget (GiB), fewer num_views, "
+                    "or load the model in bfloat16."
+                ) from error
+            size = max(1, min(size, rows.stop - rows.start) // 2)
+            logger.info("out of memory: going on with %d images at a time", size)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
+        start = rows.stop
+    return found
+
+
+def _joined(parts: Sequence[Adaptation]) -> Adaptation:
+    if len(parts) == 1:
+        return parts[0]
+
+    def joined(values: list[Any]) -> Any:
+        if values[0] is None:
+            return None
+        if isinstance(values[0], dict):
+            return {name: torch.cat([value[name] for value in values]) for name in values[0]}
+        return torch.cat(values)
+
+    return Adaptation(**{f.name: joined([getattr(part, f.name) for part in parts]) for f in fields(Adaptation)})
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: tensor.detach() for name, tensor in value.items()}
+    return None if value is None else value.detach()
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON types."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+__all__ = [
+    "Adaptation",
+    "AdaptationTraits",
+    "GradientPath",
+    "TestTimeAdapter",
+    "activation_bytes",
+    "differentiable_twice",
+    "prompts_of",
+    "with_prompts",
+]

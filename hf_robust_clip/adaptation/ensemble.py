@@ -1,0 +1,65 @@
+"""The mean prediction over random views: the control that test-time tuning has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..modeling import CLIPForZeroShotClassification
+from ..paper import Paper
+from ..zero_shot_data.augment import RandomResizedCrop
+from .base import Adaptation, AdaptationTraits, GradientPath, TestTimeAdapter, activation_bytes
+from .tuning import check_views, embed_views, log_mean_softmax
+from .views import draw_boxes
+
+
+@dataclass(frozen=True)
+class Ensemble(TestTimeAdapter):
+    """z = log(mean_v softmax z_v) over the image itself and num_views - 1 random crops of it. Nothing is tuned.
+
+    Args:
+        num_views, crop, chunk_size: as in `PromptTuning`.
+
+    Raises ValueError for fewer than 2 views.
+    """
+
+    num_views: int = 64
+    crop: RandomResizedCrop = field(default_factory=RandomResizedCrop)
+    chunk_size: int | None = None
+
+    paper: ClassVar[Paper] = Paper(
+        method="ensemble",
+        title="Test-time augmentation: the mean prediction over random views",
+        venue="no publication",
+        arxiv="",
+        bibtex="",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_views(self.num_views, self.chunk_size)
+
+    @property
+    def traits(self) -> AdaptationTraits:
+        return AdaptationTraits(randomised=True, optimising=False)
+
+    @property
+    def name(self) -> str:
+        return f"ensemble-{self.num_views}"
+
+    def _adapt(
+        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, seed: int, path: GradientPath
+    ) -> Adaptation:
+        views = draw_boxes(images_BCHW, self.num_views, self.crop, seed)
+        with torch.set_grad_enabled(path != "none"):
+            embeds_BVD = embed_views(classifier, images_BCHW, views, {}, self.chunk_size)
+            logits = classifier.score(embeds_BVD.flatten(0, 1), classifier.current_class_embeds())[0]
+            logits_BC = log_mean_softmax(logits.unflatten(0, embeds_BVD.shape[:2]))
+        return Adaptation(logits_BC, torch.zeros(len(logits_BC), dtype=torch.bool, device=logits_BC.device), {})
+
+    def _bytes_per_image(self, classifier: CLIPForZeroShotClassification) -> float:
+        at_once = self.num_views if self.chunk_size is None else min(self.num_views, self.chunk_size)
+        return at_once * activation_bytes(classifier, graph=False)

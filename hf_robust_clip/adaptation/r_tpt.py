@@ -1,0 +1,76 @@
+"""R-TPT: test-time prompt tuning for adversarial robustness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..paper import Paper
+from .tuning import Prompts, Run, WordTuning, entropy
+
+
+@dataclass(frozen=True)
+class RTPT(WordTuning):
+    """Tunes the template's words on each test image so that each of its views is sure by itself, and lets the views
+    vote by how much they resemble one another.
+
+        L = mean_k H(softmax z_k)
+        z = sum_v w_v z_v,  w = softmax_v(mean of the largest `num_neighbours` cos(f_v, f_u), u != v, / temperature)
+
+    The loss is over the kept views, the prediction over all of them, with the untuned image features f; only text is
+    tuned, so the image encoder sees every view once.
+
+    Args:
+        num_neighbours: most similar other views that count; all others where there are fewer.
+        temperature: of the weights.
+
+    Raises ValueError for numbers that aren't positive.
+    Source: arXiv 2504.11195. The released code leaves out cosines of 1.0 and above in place of the
+    view itself.
+    """
+
+    num_neighbours: int = 20
+    temperature: float = 0.01
+
+    paper: ClassVar[Paper] = Paper(
+        method="r_tpt",
+        title="R-TPT: Improving Adversarial Robustness of Vision-Language Models through Test-Time Prompt Tuning",
+        venue="CVPR 2025",
+        arxiv="2504.11195",
+        bibtex="""@inproceedings{sheng2025rtpt,
+  title = {{R-TPT}: Improving Adversarial Robustness of Vision-Language Models through Test-Time Prompt Tuning},
+  author = {Sheng, Lijun and Liang, Jian and Wang, Zilei and He, Ran},
+  booktitle = {CVPR},
+  year = {2025}
+}""",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.num_neighbours, int) or self.num_neighbours < 1:
+            raise ValueError(f"num_neighbours={self.num_neighbours!r} must be an integer of at least 1.")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature!r} must be positive.")
+
+    def loss(self, logits_BKC: Tensor, layer_inputs: Sequence[Tensor]) -> Tensor:
+        """The mean of the views' entropies."""
+        return entropy(logits_BKC).mean(dim=1)
+
+    def predict_tuned(self, run: Run, prompts: Prompts) -> Tensor:
+        """The weighted sum of all views' logits."""
+        embeds_BVD = run.embed_views({} if not run.moves_vision else prompts)
+        logits_BVC = run.logits(embeds_BVD, run.class_embeds(prompts))
+        return (self.weights(embeds_BVD)[..., None] * logits_BVC).sum(dim=1)
+
+    def weights(self, embeds_BVD: Tensor) -> Tensor:
+        """How much each view counts, (B, V), of sum 1."""
+        unit = F.normalize(embeds_BVD.to(torch.promote_types(embeds_BVD.dtype, torch.float32)), dim=-1)
+        count = unit.shape[1]
+        itself = torch.eye(count, dtype=torch.bool, device=unit.device)
+        near = (unit @ unit.mT).masked_fill(itself, -torch.inf).topk(min(self.num_neighbours, count - 1), dim=-1)
+        return (near.values.mean(dim=-1) / self.temperature).softmax(dim=-1)
