@@ -14,6 +14,7 @@ from torch import Tensor
 from ..threat_model import check_images
 
 TRIES = 10  # boxes drawn for a picture before its central one is taken
+DRAWS = 2 * TRIES + 3  # numbers that a view takes: two a try, two for the place of its box, one for its mirroring
 
 
 @dataclass(frozen=True)
@@ -75,27 +76,35 @@ class RandomResizedCrop:
         return torch.stack([self._view(picture, size, seed) for picture in pictures])
 
     def _view(self, picture_CHW: Tensor, size: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(_picture_key(picture_CHW, seed))
-        draws = torch.rand(2 * TRIES + 3, generator=generator, dtype=torch.float64).tolist()
-        top, left, height, width = self._box(picture_CHW.shape[1], picture_CHW.shape[2], draws)
+        generator = torch.Generator().manual_seed(picture_key(picture_CHW, seed))
+        draws_1R = torch.rand(1, DRAWS, generator=generator, dtype=torch.float64)
+        boxes_14, mirrored_1 = self.boxes(picture_CHW.shape[1], picture_CHW.shape[2], draws_1R)
+        top, left, height, width = boxes_14[0].tolist()
         crop_CHW = picture_CHW[:, top : top + height, left : left + width]
         crop_CHW = crop_CHW.float() / 255 if crop_CHW.dtype == torch.uint8 else crop_CHW.float()
         view_1CHW = F.interpolate(crop_CHW[None], (size, size), mode="bicubic", antialias=True)
-        return (view_1CHW.flip(3) if draws[-1] < self.flip else view_1CHW)[0].clamp(0, 1)
+        return (view_1CHW.flip(3) if mirrored_1[0] else view_1CHW)[0].clamp(0, 1)
 
-    def _box(self, height: int, width: int, draws: Sequence[float]) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of the box in a picture, from draws of U[0, 1): two a try, two for its place."""
+    def boxes(self, height: int, width: int, draws_NR: Tensor) -> tuple[Tensor, Tensor]:
+        """N boxes (N, 4) in a picture, int64 (top, left, height, width) in its pixels, and which views to mirror (N,).
+
+        Args:
+            draws_NR: (N, DRAWS) of U[0, 1), float64.
+        """
         (least, largest), (low, high) = self.scale, self.ratio
-        for u, v in zip(draws[:TRIES], draws[TRIES : 2 * TRIES], strict=True):
-            area = height * width * (least + u * (largest - least))
-            ratio = low * (high / low) ** v
-            h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
-            if 0 < h <= height and 0 < w <= width:
-                y, x = draws[2 * TRIES : 2 * TRIES + 2]
-                return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
-        h = min(height, max(1, round(width / low)))
-        w = min(width, max(1, round(height * high)))
-        return (height - h) // 2, (width - w) // 2, h, w
+        area_NK = height * width * (least + draws_NR[:, :TRIES] * (largest - least))
+        ratio_NK = low * (high / low) ** draws_NR[:, TRIES : 2 * TRIES]
+        sides_NK2 = torch.stack([(area_NK / ratio_NK).sqrt(), (area_NK * ratio_NK).sqrt()], dim=2).round().long()
+        whole_2 = torch.tensor([height, width])
+        fits_NK = ((sides_NK2 > 0) & (sides_NK2 <= whole_2)).all(dim=2)
+        first_N = fits_NK.int().argmax(dim=1)
+        central_2 = torch.tensor([min(height, max(1, round(width / low))), min(width, max(1, round(height * high)))])
+        fits_N1 = fits_NK.any(dim=1, keepdim=True)
+        sides_N2 = torch.where(fits_N1, sides_NK2[torch.arange(len(draws_NR)), first_N], central_2)
+        room_N2 = whole_2 - sides_N2
+        anywhere_N2 = (draws_NR[:, 2 * TRIES : 2 * TRIES + 2] * (room_N2 + 1)).long()
+        places_N2 = torch.where(fits_N1, anywhere_N2, room_N2 // 2)
+        return torch.cat([places_N2, sides_N2], dim=1), draws_NR[:, -1] < self.flip
 
 
 def _check_picture(picture: Tensor, name: str) -> None:
@@ -108,9 +117,14 @@ def _check_picture(picture: Tensor, name: str) -> None:
         check_images(picture[None], name)
 
 
-def _picture_key(picture_CHW: Tensor, seed: int) -> int:
-    """A 32-bit random seed from a picture's grey levels and `seed`."""
+def picture_key(picture_CHW: Tensor, seed: int) -> int:
+    """A 32-bit random seed from a picture's grey levels (uint8, or floats in [0, 1]) and 64 bits of `seed`."""
     if picture_CHW.is_floating_point():
-        picture_CHW = (255 * picture_CHW.float()).round().byte()
+        picture_CHW = grey_levels(picture_CHW)
     pixels, key = picture_CHW.cpu().numpy().tobytes(), (seed & 0xFFFFFFFFFFFFFFFF).to_bytes(8, "little")
     return int.from_bytes(blake2b(pixels, digest_size=4, key=key).digest(), "little")
+
+
+def grey_levels(pixels: Tensor) -> Tensor:
+    """Floats in [0, 1] as the nearest of 256 levels, uint8."""
+    return (255 * pixels.detach().float()).round().byte()
