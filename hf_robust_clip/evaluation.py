@@ -1,13 +1,17 @@
-"""Clean and robust accuracy of a classifier, over datasets, radii, attacks and processes, resumable."""
+"""Clean and robust accuracy of a classifier, or of one behind a test-time defence, over datasets, radii, attacks and
+processes, resumable.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -16,10 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from .adaptation.base import Adaptation, GradientPath, TestTimeAdapter, with_prompts
+from .attacks.auto_attack import AutoAttack
 from .attacks.pgd import LogitsFn, misclassified
-from .attacks.suites import PGD, Member, Suite, Victim, is_optimising, is_randomised, run_member
+from .attacks.suites import PGD, Member, Suite, Victim, find_adversarial, is_optimising, is_randomised, run_member
 from .modeling import CLIPForZeroShotClassification, check_labels, without_gradients
-from .report import RobustnessReport, hardware, library_versions, prompt_hash
+from .report import CONTROLS, AttackTarget, RobustnessReport, hardware, library_versions, prompt_hash
 from .threat_model import ThreatModel
 from .zero_shot_data.loading import ImageDataset, collate_images
 
@@ -28,7 +34,70 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Precision = Literal["fp32", "fast"]
-Judge = Callable[[Tensor, Tensor], Tensor]  # images and labels to whether each image stands
+Judge = Callable[[Tensor, Tensor], Tensor]  # images and labels to whether each image stands, (B, judges)
+Target = Literal[AttackTarget, "query"]  # what one attack of a suite sees; "query": logits without gradients
+THROUGH: tuple[AttackTarget, ...] = ("adaptive", "bpda", "adaptive_worst")  # where gradients go through the defence
+ATTACKERS_SEED = 7919  # added to the evaluation's seed: an attack knows a defence, not its draws
+
+
+@dataclass(frozen=True)
+class AdaptiveWorst(Suite):
+    """Every kind of attack on a defence, each on the images that the ones before left standing; for
+    `EvaluationSettings(target="adaptive_worst")`. An image counts as robust only if it withstood them all.
+
+    In this order, by targets of `EvaluationSettings`: defence-blind PGD and APGD-CE, PGD transferred from the adapted
+    classifier, BPDA-PGD, PGD and APGD-CE through the defence, Square on the defence's own logits.
+
+    Args:
+        pgd_steps: of each PGD; 0 leaves them all out.
+        apgd_steps: of each APGD; 0 leaves them out.
+        num_queries: of Square; 0 leaves it out.
+
+    Raises ValueError for a negative number, and if nothing is left.
+    """
+
+    pgd_steps: int = 20
+    apgd_steps: int = 50
+    num_queries: int = 500
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 0.")
+        if not any(asdict(self).values()):
+            raise ValueError("pgd_steps, apgd_steps and num_queries are all 0: no attack is left.")
+
+    def _plan(self) -> list[tuple[str, Target, str, Suite | None]]:
+        """(name, what it sees, the number that it depends on, its attack; None if the number is 0)."""
+        pgd = PGD(self.pgd_steps) if self.pgd_steps else None
+        apgd = AutoAttack(("apgd-ce",), num_steps=self.apgd_steps) if self.apgd_steps else None
+        square = AutoAttack(("square",), num_queries=self.num_queries) if self.num_queries else None
+        return [
+            ("blind pgd", "defence_blind", "pgd_steps", pgd),
+            ("blind apgd-ce", "defence_blind", "apgd_steps", apgd),
+            ("transfer pgd", "transfer_from_adapted", "pgd_steps", pgd),
+            ("bpda pgd", "bpda", "pgd_steps", pgd),
+            ("adaptive pgd", "adaptive", "pgd_steps", pgd),
+            ("adaptive apgd-ce", "adaptive", "apgd_steps", apgd),
+            ("square", "query", "num_queries", square),
+        ]
+
+    def members(self, num_classes: int) -> dict[str, Member]:
+        plan = self._plan()
+        return {name: next(iter(own.members(num_classes).values())) for name, _, _, own in plan if own is not None}
+
+    def targets(self, num_classes: int) -> dict[str, Target]:
+        """What each attack sees."""
+        return {name: target for name, target, _, _ in self._plan()}
+
+    def name(self, num_classes: int) -> str:
+        parts = {"PGD": self.pgd_steps, "APGD": self.apgd_steps, "Square": self.num_queries}
+        return "+".join(f"{name}-{number}" for name, number in parts.items() if number)
+
+    def parameters(self, threat_models: Sequence[ThreatModel], num_classes: int) -> dict[str, Any]:
+        out = {name: f"{number} is 0" for name, _, number, own in self._plan() if own is None}
+        steps = {"step_size": PGD(self.pgd_steps).parameters(threat_models, num_classes)["step_size"]}
+        return {**asdict(self), **(steps if self.pgd_steps else {}), **({"left_out": out} if out else {})}
 
 
 @dataclass(frozen=True)
@@ -44,6 +113,19 @@ class EvaluationSettings:
         precision: `"fp32"`, or `"fast"`: gradients and queries in bfloat16, every break confirmed in float32, so that
             no image is counted as broken that isn't. Fewer breaks may be found.
         num_workers: processes that load pictures ahead.
+        target: what the attacks see. `"static"`, the classifier alone, is for evaluations without a defence, the
+            others are for those with one. All judge by the defence:
+
+            - `"defence_blind"`: the classifier without the defence, to the end of the attack (PGD keeps the iterate of
+              highest loss). Every image is attacked at every radius, whether or not the defence fell before.
+            - `"transfer_from_adapted"`: the classifier with the prompts that the defence tuned on the clean image, or
+              with the counter-perturbation that it found there, held fixed. For a defence that leaves neither, it is
+              the classifier alone, on the images that stand.
+            - `"bpda"`: gradients through the views and the prediction, with what was tuned taken as constant.
+            - `"adaptive"`: gradients through the views and the tuning.
+            - `"adaptive_worst"`: all of these and more, see `AdaptiveWorst`, which must be the attack.
+        eot: draws of the defence whose logits are averaged before the loss, in each gradient of `bpda` and `adaptive`:
+            the gradient is that of the mean prediction. Other targets take no such gradient.
     """
 
     radii: Sequence[float | str]
@@ -53,6 +135,8 @@ class EvaluationSettings:
     seed: int = 0
     precision: Precision = "fp32"
     num_workers: int = 0
+    target: AttackTarget = "static"
+    eot: int = 1
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -63,6 +147,15 @@ class EvaluationSettings:
             )
         if not isinstance(self.attack, Suite):
             raise TypeError(f"attack={self.attack!r} must be a suite of attacks, such as PGD(20) or AutoAttack().")
+        if self.target not in get_args(AttackTarget):
+            raise ValueError(f"target={self.target!r} is unknown; choose one of {', '.join(get_args(AttackTarget))}.")
+        if (self.target == "adaptive_worst") != isinstance(self.attack, AdaptiveWorst):
+            raise ValueError(
+                f"target={self.target!r} doesn't go with attack={self.attack!r}: 'adaptive_worst' and "
+                "AdaptiveWorst(...) belong together."
+            )
+        if not isinstance(self.eot, int) or self.eot < 1:
+            raise ValueError(f"eot={self.eot!r} must be an integer of at least 1.")
         self.threat_models()
 
     def threat_models(self) -> list[ThreatModel]:
@@ -82,6 +175,7 @@ class _Stage:
     threat_model: ThreatModel
     name: str
     member: Member
+    target: Target = "static"
 
     def __str__(self) -> str:
         return f"{self.name} at {self.threat_model}"
@@ -98,14 +192,24 @@ def evaluate_robustness(
     processes: Accelerator | PartialState | None = None,
     state_dir: str | Path | None = None,
     progress: bool = False,
+    defence: TestTimeAdapter | None = None,
 ) -> RobustnessReport:
-    """Accuracy on clean images and under attack (white box, on the plain classifier) at every radius.
+    """Accuracy on clean images and under attack at every radius: white box on the classifier, or with a defence as
+    `settings.target` says.
 
     Stages in their order: clean, then every attack of the suite at the smallest radius, then at the next. An image
     that falls leaves for good (a smaller ball lies inside the larger); those left are batched anew for the next stage.
     So an image counts as robust at a radius if it withstood every attack at this and every smaller radius. Runs in
     float32 without autocast (see `EvaluationSettings.precision`). Parameters are frozen meanwhile: gradients are taken
     by the pixels alone. The model comes back as it was: mode, gradients, classes, input size.
+
+    With a defence, an image stands if `defence.predict(model, images, seed=settings.seed)` gives its label. Gradients
+    are taken with other seeds: an attack knows the defence, not its draws. Three controls see every image that the
+    defence sees, clean and adversarial: the classifier as it is (`"static prompts"`), without adapters and with random
+    vision prompts (`"random prompts"`: 2 tokens in up to 9 layers, N(0, 0.02^2), fixed seed), and the mean over 64
+    random views (`"ensemble-64"`). A control counts an image as robust if it was right on the clean image and on all
+    that was made of it up to the radius; what the defence lost is not attacked any further, except by a blind attack.
+    Where a defence is not episodic, results depend on `batch_size` and on the processes.
 
     Args:
         model: with its classes set, in label order of `dataset`.
@@ -119,10 +223,15 @@ def evaluate_robustness(
         state_dir: a folder for what is done already. A run that was killed goes on from it, on any number of
             processes, without repeating finished images, and ends with the same report.
         progress: show a bar for each stage on the main process.
+        defence: what predicts in the model's place.
 
     Raises ValueError for an empty or an augmented dataset, a single class, labels beyond the classes, images outside
-    [0, 1] or of wrong size, and a state of another model, dataset or setting.
+    [0, 1] or of wrong size, a state of another model, dataset, defence or setting, a target without a defence, and a
+    defence without a target or with a model that lacks what it needs.
     """
+    if defence is not None and not isinstance(model, CLIPForZeroShotClassification):
+        model = model.get_base_model()  # of a PeftModel
+    _check_target(settings, defence)
     if len(dataset) == 0:
         raise ValueError("dataset is empty; nothing to evaluate.")
     if getattr(dataset, "augment", False):
@@ -135,8 +244,9 @@ def evaluate_robustness(
             f"there is one class, {model.class_names[0]!r}: nothing can be misclassified; set_classes more."
         )
     threats = settings.threat_models()
+    seen = _targets(settings, num_classes)
     stages = [
-        _Stage(threat, member_name, member)
+        _Stage(threat, member_name, member, seen[member_name])
         for threat in threats
         for member_name, member in settings.attack.members(num_classes).items()
     ]
@@ -144,17 +254,21 @@ def evaluate_robustness(
     try:
         model.eval().set_input_size(None if dataset.attack_resolution is None else dataset.resolution)
         with without_gradients(model):
-            evaluation = _Evaluation(model, dataset, settings, stages, processes, state_dir, progress)
+            where = processes, state_dir, progress
+            if defence is None:
+                evaluation = _Evaluation(model, dataset, settings, stages, *where)
+            else:
+                evaluation = _DefendedEvaluation(model, dataset, settings, stages, *where, defence=defence)
             evaluation.run()
         resolution = model.input_size
     finally:
         model.train(before[0]).set_input_size(before[1])
     found = evaluation.gathered()
-    levels = list(found.levels.values())  # (label, how many of (clean, *stages) it withstood in a row)
-    share = [sum(level > k for _, level in levels) / len(levels) for k in range(len(stages) + 1)]
+    share = [found.accuracy(0, k) for k in range(len(stages) + 1)]
     after_each: dict[float, dict[str, float]] = {}
     for stage, value in zip(stages, share[1:], strict=True):
         after_each.setdefault(stage.threat_model.eps, {})[stage.name] = value
+    levels = [row[:2] for row in found.levels.values()]
     per_class = {}
     for index, class_name in enumerate(model.class_names):
         own = [level for label, level in levels if label == index]
@@ -168,12 +282,12 @@ def evaluate_robustness(
         dataset=dataset.dataset_id,
         dataset_revision=dataset.revision,
         split=dataset.split,
-        num_images=len(levels),
+        num_images=len(found.levels),
         num_classes=num_classes,
         prompt_hash=prompt_hash(model.class_names, model.templates),
         attack=settings.attack.name(num_classes),
-        attack_parameters=settings.attack.parameters(threats, num_classes),
-        attack_target="static",
+        attack_parameters=_attack_parameters(settings, threats, num_classes),
+        attack_target=settings.target,
         attack_resolution=resolution,
         norm=settings.norm,
         clean_accuracy=share[0],
@@ -186,6 +300,7 @@ def evaluate_robustness(
         precision=precision if settings.precision == "fp32" else f"{precision}, gradients in bfloat16",
         library_versions=library_versions(),
         hardware=hardware(),
+        defence=evaluation.about_defence(found),
     )
 
 
@@ -224,28 +339,45 @@ def adversarial_examples(
 
 @dataclass
 class _Found:
-    """What is known so far: of each image its label and how many stages it withstood; sums over gradients."""
+    """What is known so far: of each image its label and, for each judge, how many stages it withstood before the first
+    that it didn't; sums over gradients and over what the defence did.
+    """
 
-    levels: dict[int, tuple[int, int]] = field(default_factory=dict)
+    levels: dict[int, tuple[int, ...]] = field(default_factory=dict)  # (label, one level per judge)
     done: dict[int, int] = field(default_factory=dict)  # image to the number of stages it went through
     flags: dict[str, bool] = field(default_factory=dict)
     zeros: int = 0
     total: int = 0
+    fallbacks: int = 0
+    seconds: float = 0.0
+
+    def accuracy(self, judge: int, stage: int) -> float:
+        """Share of images that a judge got right in all stages up to this one (0: clean), as far as they went."""
+        right = sum(row[1 + judge] > stage or row[1 + judge] == self.done[index] for index, row in self.levels.items())
+        return right / len(self.levels)
 
     def add(self, line: dict[str, Any]) -> None:
-        """One finished batch: `stage`, `rows` of (index, label, stands), `zeros`, `total`."""
+        """One finished batch: `stage`, `rows` of (index, label, whether it stands for each judge), `zeros`, `total`,
+        and of a defence `fallbacks` and `seconds`.
+        """
         new = [row for row in line["rows"] if self.done.get(row[0], 0) == line["stage"]]
-        for index, label, stands in new:  # a batch that is known already counts once
-            level = self.levels.get(index, (label, 0))[1]
-            self.levels[index] = (label, level + stands)
+        for index, label, *stands in new:  # a batch that is known already counts once
+            before = self.levels.get(index, (label, *[0] * len(stands)))[1:]
+            after = (n + (right and n == line["stage"]) for n, right in zip(before, stands, strict=True))
+            self.levels[index] = (label, *after)
             self.done[index] = line["stage"] + 1
         if new:
             self.zeros += line["zeros"]
             self.total += line["total"]
+            self.fallbacks += line.get("fallbacks", 0)
+            self.seconds += line.get("seconds", 0.0) if line["stage"] == 0 else 0.0
 
 
 class _Evaluation:
     """Runs the stages on this process's images, and writes down each finished batch."""
+
+    defence: TestTimeAdapter | None = None
+    attacks_the_fallen = False
 
     def __init__(
         self,
@@ -268,6 +400,8 @@ class _Evaluation:
         self.file = None
         if state_dir is not None:
             fingerprint = _fingerprint(model, dataset, settings)
+            if self.defence is not None:
+                fingerprint["defence"] = _defence_fingerprint(self.defence, settings, self.world)
             self.old_lines = _read_state(Path(state_dir), fingerprint)
             for line in self.old_lines:
                 self.found.add(line)
@@ -289,8 +423,8 @@ class _Evaluation:
             self.check_model(own)
             self.run_stage(0, "clean", list(own), self.clean)
             for number, stage in enumerate(self.stages, start=1):
-                standing = [i for i in own if self.found.levels[i][1] >= number]
-                self.run_stage(number, str(stage), standing, self.attack(stage))
+                left = [i for i in own if self.attacks_the_fallen or self.found.levels[i][1] >= number]
+                self.run_stage(number, str(stage), left, self.attack(stage))
         finally:
             if self.file is not None:
                 self.file.close()
@@ -325,11 +459,15 @@ class _Evaluation:
             images, labels = batch["pixel_values"].to(self.model.device), batch["labels"].to(self.model.device)
             check_labels(labels, len(self.model.class_names))
             self.zeros = self.total = 0
-            stands = judge(images, labels)
+            stands = judge(images, labels).int().tolist()
             index = todo[place : place + len(labels)]
             place += len(labels)
-            triples = zip(index, labels.tolist(), map(int, stands.tolist()), strict=True)
-            self.note({"stage": number, "rows": list(triples), "zeros": self.zeros, "total": self.total})
+            noted = [(i, label, *each) for i, label, each in zip(index, labels.tolist(), stands, strict=True)]
+            self.note({"stage": number, "rows": noted, "zeros": self.zeros, "total": self.total, **self.more()})
+
+    def more(self) -> dict[str, Any]:
+        """What else is noted of the batch just judged."""
+        return {}
 
     def note(self, line: dict[str, Any]) -> None:
         self.found.add(line)
@@ -339,13 +477,17 @@ class _Evaluation:
             self.file.flush()
 
     def clean(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
-        return ~misclassified(self.logits, images_BCHW, labels_B)
+        return ~misclassified(self.logits, images_BCHW, labels_B)[:, None]
 
     def attack(self, stage: _Stage) -> Judge:
         fast: LogitsFn | None = self.fast_logits if self.settings.precision == "fast" else None
         deterministic = not self.found.flags["randomised"]
         victim = Victim(self.logits, fast, deterministic, self.settings.seed, self.count_zeros)
-        return lambda images, labels: run_member(stage.member, victim, images, labels, stage.threat_model)[1]
+        return lambda images, labels: run_member(stage.member, victim, images, labels, stage.threat_model)[1][:, None]
+
+    def about_defence(self, found: _Found) -> dict[str, Any] | None:
+        """What the report says of the defence."""
+        return None
 
     def count_zeros(self, grad_BCHW: Tensor) -> None:
         self.zeros += int((grad_BCHW == 0).sum())
@@ -364,6 +506,234 @@ class _Evaluation:
         for flags in gather_object([self.found.flags]):
             found.flags = {name: found.flags[name] or flags[name] for name in flags}
         return found
+
+
+class _DefendedEvaluation(_Evaluation):
+    """Judges by a defence and the controls; attacks what the target says."""
+
+    defence: TestTimeAdapter
+
+    def __init__(self, *args: Any, defence: TestTimeAdapter):
+        from .adaptation.ensemble import Ensemble
+
+        self.defence = defence
+        super().__init__(*args)
+        self.attacks_the_fallen = self.settings.target == "defence_blind"
+        self.attackers_seed = self.settings.seed + ATTACKERS_SEED
+        self.fallbacks, self.seconds, self.tuned = 0, 0.0, 0
+        plain = _with_random_prompts(self.model)
+        ensemble = Ensemble(memory_budget=defence.memory_budget)
+        self.controls: dict[str, LogitsFn | None] = {  # None: the defence itself
+            "static prompts": self.logits,
+            "random prompts": lambda pixels: plain(pixel_values=pixels).logits,
+            "ensemble-64": None
+            if defence == ensemble
+            else lambda pixels: ensemble.predict(self.model, pixels, seed=self.settings.seed),
+        }
+        assert tuple(self.controls) == CONTROLS
+
+    def run(self) -> None:
+        with self.defence.prepared(self.model):
+            super().run()
+
+    def check_model(self, own: range) -> None:
+        """Look at the classifier as ever; the defence must take a few images, and leave what it tuned."""
+        super().check_model(own)
+        few = [self.dataset[i] for i in own[:4]] or [self.dataset[0]]
+        adaptation = self.adapt(collate_images(few)["pixel_values"].to(self.model.device))
+        self.tuned = sum(value[0].numel() for value in adaptation.prompts.values())
+
+    def adapt(self, images_BCHW: Tensor) -> Adaptation:
+        return self.defence.adapt(self.model, images_BCHW, seed=self.settings.seed)
+
+    def defended(self, images_BCHW: Tensor) -> Tensor:
+        return self.adapt(images_BCHW).logits
+
+    def verdicts(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+        """Whether the defence, and each control, is right, (B, judges)."""
+        start = _now(images_BCHW.device)
+        adaptation = self.adapt(images_BCHW)
+        self.seconds = _now(images_BCHW.device) - start
+        self.fallbacks = int(adaptation.fell_back.sum())
+        own_B = adaptation.logits.argmax(dim=1) == labels_B
+        others = (own_B if f is None else ~misclassified(f, images_BCHW, labels_B) for f in self.controls.values())
+        return torch.stack([own_B, *others], dim=1)
+
+    def more(self) -> dict[str, Any]:
+        return {"fallbacks": self.fallbacks, "seconds": self.seconds}
+
+    def clean(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+        return self.verdicts(images_BCHW, labels_B)
+
+    def attack(self, stage: _Stage) -> Judge:
+        def judge(images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+            parts = [slice(None)]
+            if stage.target == "transfer_from_adapted" and not isinstance(self.settings.attack, PGD | AdaptiveWorst):
+                parts = [slice(i, i + 1) for i in range(len(labels_B))]  # attacks let go of rows, prompts don't follow
+            found = []
+            for rows in parts:
+                victim = self.victim(stage.target, images_BCHW[rows])
+                found.append(
+                    find_adversarial(stage.member, victim, images_BCHW[rows], labels_B[rows], stage.threat_model)
+                )
+            return self.verdicts(torch.cat(found), labels_B)
+
+        return judge
+
+    def victim(self, target: Target, images_BCHW: Tensor) -> Victim:
+        """What an attack on these images sees."""
+        queried = Victim(self.defended, seed=self.settings.seed, on_gradient=self.count_zeros)
+        if target == "query":
+            return queried
+        if target in ("adaptive", "bpda"):
+            return replace(queried, fast_logits_fn=self.cheaper(self.mean_logits(target)))
+        logits_fn = self.logits if target == "defence_blind" else self.adapted_to(images_BCHW)
+        fast = self.cheaper(logits_fn) if self.settings.precision == "fast" else None
+        deterministic = not self.found.flags["randomised"]
+        return replace(queried, logits_fn=logits_fn, fast_logits_fn=fast, deterministic=deterministic, to_the_end=True)
+
+    def mean_logits(self, target: Target) -> LogitsFn:
+        """The defence's logits averaged over `eot` draws, with a graph."""
+        path: GradientPath = "through" if target == "adaptive" else "identity"
+        seeds = [self.attackers_seed + draw for draw in range(self.settings.eot)]
+
+        def logits_fn(images_BCHW: Tensor) -> Tensor:
+            draws = [self.defence.adapt(self.model, images_BCHW, seed=seed, path=path).logits for seed in seeds]
+            return torch.stack(draws).mean(dim=0)
+
+        return logits_fn
+
+    def adapted_to(self, images_BCHW: Tensor) -> LogitsFn:
+        """The classifier as the defence adapts it to these images, with what it found held fixed."""
+        adaptation = self.defence.adapt(self.model, images_BCHW, seed=self.attackers_seed)
+        counter = 0 if adaptation.images is None else adaptation.images - images_BCHW
+
+        def logits_fn(pixels_BCHW: Tensor) -> Tensor:
+            moved = pixels_BCHW if adaptation.images is None else (pixels_BCHW + counter).clamp(0, 1)
+            return with_prompts(self.model, adaptation.prompts, lambda: self.logits(moved))
+
+        return logits_fn
+
+    def cheaper(self, logits_fn: LogitsFn) -> LogitsFn:
+        """In bfloat16 if the settings say so."""
+        if self.settings.precision != "fast":
+            return logits_fn
+
+        def fast(images_BCHW: Tensor) -> Tensor:
+            with torch.autocast(images_BCHW.device.type, torch.bfloat16):
+                return logits_fn(images_BCHW)
+
+        return fast
+
+    def about_defence(self, found: _Found) -> dict[str, Any]:
+        last = {stage.threat_model.eps: number for number, stage in enumerate(self.stages, start=1)}
+        return {
+            "name": self.defence.name,
+            "parameters": self.defence.parameters(),
+            "traits": asdict(self.defence.traits),
+            "tuned": self.tuned,
+            "controls": {
+                name: {
+                    "clean": found.accuracy(judge, 0),
+                    "robust": {radius: found.accuracy(judge, number) for radius, number in last.items()},
+                }
+                for judge, name in enumerate(self.controls, start=1)
+            },
+            "fallbacks": found.fallbacks,
+            "ms_per_image": 1000 * found.seconds / len(found.levels),
+        }
+
+
+def _check_target(settings: EvaluationSettings, defence: TestTimeAdapter | None) -> None:
+    """Raise ValueError unless what is attacked goes with what is judged."""
+    if defence is None:
+        if settings.target != "static":
+            raise ValueError(
+                f"target={settings.target!r} attacks a test-time defence, and there is none; give defence=..., or "
+                "target='static'."
+            )
+        return
+    if not isinstance(defence, TestTimeAdapter):
+        raise TypeError(f"defence is a {type(defence).__name__}; give a test-time adapter such as TAPT(targets).")
+    if settings.target == "static":
+        raise ValueError(
+            f"target='static' says nothing of {defence.name}: choose target='defence_blind', 'adaptive', 'bpda', "
+            "'transfer_from_adapted' or 'adaptive_worst'."
+        )
+    if getattr(settings.attack, "eot", 1) > 1:
+        raise ValueError(
+            f"attack={settings.attack!r} would average equal gradients: the draws of a defence follow from seed and "
+            "image. Set eot of EvaluationSettings."
+        )
+
+
+def _targets(settings: EvaluationSettings, num_classes: int) -> dict[str, Target]:
+    """What each attack of the suite sees."""
+    if isinstance(settings.attack, AdaptiveWorst):
+        return settings.attack.targets(num_classes)
+    names = settings.attack.members(num_classes)
+    queries = settings.target in THROUGH  # Square asks the defence itself
+    return {name: "query" if queries and name == "square" else settings.target for name in names}
+
+
+def _attack_parameters(settings: EvaluationSettings, threats: Sequence[ThreatModel], num_classes: int) -> dict:
+    """The suite's, with what the target makes of them."""
+    own = settings.attack.parameters(threats, num_classes)
+    if settings.target in THROUGH:
+        own = {**own, "eot": settings.eot}
+    elif settings.target != "static" and "counts" in own:
+        own = {**own, "counts": "the iterate of highest loss"}
+    return own
+
+
+def _with_random_prompts(model: CLIPForZeroShotClassification) -> CLIPForZeroShotClassification:
+    """A copy without adapters and with vision prompts, always the same: 2 in up to 9 layers each, N(0, 0.02^2)."""
+    from peft import get_peft_model
+
+    from .prompts import ClipPromptConfig
+
+    plain = copy.deepcopy(model)
+    for name, module in reversed(list(plain.named_modules())):  # the innermost first
+        base = getattr(module, "base_layer", getattr(module, "original_module", None))
+        if base is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(plain.get_submodule(parent), child, base)
+    plain.__dict__.pop("peft_config", None)
+    depth = min(9, plain.config.vision_config.num_hidden_layers)
+    devices = [plain.device] if plain.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        prompted = get_peft_model(plain, ClipPromptConfig(design="V", num_vision_tokens=2, vision_depth=depth))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in prompted.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    plain.class_embeds_are_stale = True
+    return plain.requires_grad_(False).eval()
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when all that the device was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _defence_fingerprint(defence: TestTimeAdapter, settings: EvaluationSettings, world: int) -> str:
+    """What must be the same of a defence: settings, statistics, and what the attacks see of it."""
+    text = f"{defence.name} {defence.parameters()} {_digest(_tensors(defence))} {settings.target} eot {settings.eot}"
+    return text if defence.traits.episodic else f"{text} batches of {settings.batch_size} on {world}"
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors inside a setting, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if is_dataclass(value):
+        value = [getattr(value, field.name) for field in fields(value)]
+    elif isinstance(value, dict):
+        value = [value[key] for key in sorted(value)]
+    return [t for v in value for t in _tensors(v)] if isinstance(value, list | tuple) else []
 
 
 def _fingerprint(

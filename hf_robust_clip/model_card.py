@@ -24,7 +24,9 @@ TARGETS = {
     "adaptive": "white box through the whole defence",
     "bpda": "through the whole defence, what has no gradient replaced in the backward pass",
     "transfer_from_adapted": "made on the adapted classifier held fixed, then shown to the defence",
+    "adaptive_worst": "each attack on the defence in turn, on the images that withstood the ones before",
 }
+THROUGH = ("adaptive", "adaptive_worst", "bpda")  # without one of these, a blind figure says nothing
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,12 @@ def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessRe
         before: of the model it started from and of others it is compared with, for the table alone.
         info: everything else.
 
-    Raises ValueError if there is no report of this model: a card without figures is not made.
+    Raises ValueError if there is no report of this model: a card without figures is not made. So too for a defence
+    whose figure under an attack that didn't know it would stand alone.
     """
     if not reports:
         raise ValueError("reports is empty; a card needs at least one evaluation of its model.")
+    defences = [_defence_table(own) for own in _by_defence([*before, *reports])]
     model_name = info.repo_id.rstrip("/").split("/")[-1]
     prompts = info.settings.get("prompts")
     of_adapter = {"base_model_relation": "adapter"} if prompts and _is_repo_id(info.base_model) else {}
@@ -147,6 +151,7 @@ def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessRe
         template=json.dumps(info.template, ensure_ascii=False),  # JSON text is Python text too
         example_names=json.dumps(list(info.class_names[:3]), ensure_ascii=False),
         attacks=[_attack_table(own) for own in _by_attack([*before, *reports])],
+        defences=defences,
         flags=[
             (name.replace("_", " "), any(report.model_flags.get(name) for report in reports))
             for name in dict.fromkeys(name for report in reports for name in report.model_flags)
@@ -226,6 +231,57 @@ def _attack_table(reports: Sequence[RobustnessReport]) -> dict[str, Any]:
     }
 
 
+def _by_defence(reports: Sequence[RobustnessReport]) -> list[list[RobustnessReport]]:
+    """Reports of one defence of one model on the same images, weakest target first.
+
+    Raises ValueError where it was attacked blindly and not through the defence.
+    """
+    groups: dict[tuple[str, ...], list[RobustnessReport]] = {}
+    for report in reports:
+        if report.defence is not None:
+            settings = json.dumps(report.defence["parameters"], sort_keys=True)
+            key = report.name, report.defence["name"], settings, report.dataset, report.task, report.norm
+            groups.setdefault(key, []).append(report)
+    order = list(TARGETS)
+    for own in groups.values():
+        own.sort(key=lambda report: order.index(report.attack_target))
+        targets = {report.attack_target for report in own}
+        if "defence_blind" in targets and not targets & set(THROUGH):
+            blind = own[0]
+            raise ValueError(
+                f"the defence {blind.defence['name']!r} of {blind.name}, {blind.task} ({blind.dataset}) has a "  # type: ignore[index]
+                f"defence_blind report and none of {', '.join(THROUGH)}: a figure against an attack that doesn't know "
+                "the defence is not published alone. Evaluate it with target='adaptive_worst' too."
+            )
+    return list(groups.values())
+
+
+def _defence_table(reports: Sequence[RobustnessReport]) -> dict[str, Any]:
+    """What the template says of one defence: each attack on it, with the controls on the same images."""
+    radii = sorted({radius for report in reports for radius in report.robust_accuracy})
+    first: dict[str, Any] = reports[0].defence  # type: ignore[assignment]
+    kind = [name for name in ("randomised", "optimising") if first["traits"][name]]
+    rows = []
+    for report in reports:
+        assert report.defence is not None
+        own = {"clean": report.clean_accuracy, "robust": report.robust_accuracy}
+        for who, figures in {first["name"]: own, **report.defence["controls"]}.items():
+            values = [figures["clean"], *(figures["robust"].get(radius) for radius in radii)]
+            what = (report.full_attack, who if figures is own else f"control: {who}", str(report.num_images))
+            rows.append([_cell(text) for text in what] + [_accuracy(report, value) for value in values])
+    return {
+        "name": f"{first['name']} on {reports[0].name}, {reports[0].task}",
+        "kind": " and ".join(kind) or "neither randomised nor optimising",
+        "tuned": f"{first.get('tuned', 0):,}",
+        "parameters": ", ".join(f"{name.replace('_', ' ')} {_plain(v)}" for name, v in first["parameters"].items()),
+        "radii": [str(ThreatModel(radius, reports[0].norm)) for radius in radii],  # type: ignore[arg-type]
+        "rows": rows,
+        "fallbacks": max(report.defence["fallbacks"] for report in reports),  # type: ignore[index]
+        "ms": f"{first['ms_per_image']:.3g}",
+        "hardware": reports[0].hardware,
+    }
+
+
 def _plain(value: Any) -> str:
     """A JSON value in running text: floats with 4 digits, lists and dicts without brackets."""
     if isinstance(value, bool) or value is None:
@@ -239,16 +295,21 @@ def _plain(value: Any) -> str:
 
 def _row(report: RobustnessReport, radii: Sequence[float]) -> dict[str, Any]:
     values = [report.clean_accuracy, *(report.robust_accuracy.get(radius) for radius in radii)]
-    cells = []
-    for value in values:
-        low, high = report.interval(value) if value is not None else (0, 0)
-        cells.append("-" if value is None else f"{100 * value:.1f} ({100 * low:.0f}-{100 * high:.0f})")
+    by = "" if report.defence is None else f" with {report.defence['name']}"
     return {
-        "name": _cell(f"{report.name}, {report.task}"),
+        "name": _cell(f"{report.name}{by}, {report.task}"),
         "n": report.num_images,
         "classes": report.num_classes,
-        "cells": cells,
+        "cells": [_accuracy(report, value) for value in values],
     }
+
+
+def _accuracy(report: RobustnessReport, value: float | None) -> str:
+    """An accuracy in percent with its interval; a dash for none."""
+    if value is None:
+        return "-"
+    low, high = report.interval(value)
+    return f"{100 * value:.1f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def _cell(value: Any) -> str:

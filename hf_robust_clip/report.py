@@ -10,7 +10,7 @@ import os
 import platform
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from .model_card import CardInfo
 
-AttackTarget = Literal["static", "defence_blind", "adaptive", "bpda", "transfer_from_adapted"]
+AttackTarget = Literal["static", "defence_blind", "adaptive", "bpda", "transfer_from_adapted", "adaptive_worst"]
+CONTROLS = ("static prompts", "random prompts", "ensemble-64")
 REPORT_FORMAT = 2
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", "#7A4FBF")
 _MARKERS, _DASHES = "osD^vP>X", ("-", "--", "-.", ":")
@@ -35,7 +36,7 @@ _MARKERS, _DASHES = "osD^vP>X", ("-", "--", "-.", ":")
 
 @dataclass(frozen=True)
 class RobustnessReport:
-    """Clean and robust accuracy of one model on one set of images. Every field is mandatory.
+    """Clean and robust accuracy of one model on one set of images. Every field but the last is mandatory.
 
     Args:
         name: what tables call the model, e.g. `"PMG-AFT"`.
@@ -46,7 +47,8 @@ class RobustnessReport:
         prompt_hash: SHA-256 (16 digits) of class names and templates, in order.
         attack, attack_parameters: e.g. `"PGD-20"`, and all its settings, in JSON types; a list under `"step_size"` has
             one for each radius, a dict under `"left_out"` says why members of a suite did not run.
-        attack_target: what the gradients went through; `"static"` is the plain classifier, white box.
+        attack_target: what the attack saw; `"static"` is the plain classifier, white box. The others are of a defence
+            (see `EvaluationSettings`).
         attack_resolution: side of the attacked images in pixels.
         norm: `"linf"` or `"l2"`.
         clean_accuracy: in [0, 1].
@@ -60,9 +62,15 @@ class RobustnessReport:
             attack was blind and the robust accuracy means nothing.
         seed, precision: of the attack and of the forward passes.
         library_versions, hardware: where it was measured.
+        defence: None, or the test-time defence that predicted in the model's place, in JSON types: `"name"`,
+            `"parameters"`, `"traits"` (`"randomised"`, `"optimising"`, `"episodic"`), `"tuned"` (values tuned for each
+            image), `"fallbacks"` (predictions, of clean and attacked images, whose tuning was not finite and didn't
+            count), `"ms_per_image"` (on the clean images), and `"controls"`: for each of `CONTROLS` its `"clean"`
+            accuracy and its `"robust"` accuracy by radius, on the very images that the defence was shown.
 
     Raises ValueError for a field that is empty, unknown, out of range or at odds with another, TypeError for attack
-    parameters that JSON can't hold.
+    parameters that JSON can't hold. So too for a randomised or optimising defence under a static attack or without
+    its controls, and for an attack on a defence where there is none.
     """
 
     name: str
@@ -90,10 +98,11 @@ class RobustnessReport:
     precision: str
     library_versions: dict[str, str]
     hardware: str
+    defence: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if getattr(self, field.name) in (None, "", {}):
+            if field.default is MISSING and getattr(self, field.name) in (None, "", {}):
                 raise ValueError(f"{field.name} is missing; a report must say it.")
         if self.attack_target not in get_args(AttackTarget):
             raise ValueError(f"attack_target={self.attack_target!r} is unknown; one of {get_args(AttackTarget)}.")
@@ -108,7 +117,32 @@ class RobustnessReport:
             raise ValueError(f"after_each has the radii {list(self.after_each)}, not those of robust_accuracy.")
         object.__setattr__(self, "attack_parameters", json.loads(json.dumps(self.attack_parameters)))
         object.__setattr__(self, "per_class", {name: tuple(row) for name, row in self.per_class.items()})
+        self._check_defence()
         self._check_figures()
+
+    def _check_defence(self) -> None:
+        if self.defence is None:
+            if self.attack_target != "static":
+                raise ValueError(
+                    f"attack_target={self.attack_target!r} is an attack on a test-time defence; defence is missing."
+                )
+            return
+        own = json.loads(json.dumps(self.defence))
+        needed = {"name", "parameters", "traits", "controls", "fallbacks", "ms_per_image"}
+        if not needed <= set(own) or not {"randomised", "optimising"} <= set(own["traits"]):
+            lacking = sorted(needed - set(own)) or ["traits"]
+            raise ValueError(f"defence lacks {', '.join(lacking)}; a report must say it.")
+        if own["traits"]["randomised"] or own["traits"]["optimising"]:
+            if self.attack_target == "static":
+                raise ValueError(
+                    f"attack_target='static' says nothing of {own['name']}, which is randomised or optimising; "
+                    "evaluate with a target: 'defence_blind', 'adaptive', 'adaptive_worst'."
+                )
+            if missing := [name for name in CONTROLS if name not in own["controls"]]:
+                raise ValueError(f"defence['controls'] lacks {', '.join(missing)}; evaluate_robustness makes them.")
+        for control in own["controls"].values():
+            control["robust"] = dict(sorted((float(r), v) for r, v in control["robust"].items()))
+        object.__setattr__(self, "defence", own)
 
     def _check_figures(self) -> None:
         shares = {"clean_accuracy": self.clean_accuracy, "zero_gradient_share": self.zero_gradient_share}
@@ -117,6 +151,11 @@ class RobustnessReport:
             if not left or not math.isclose(list(left.values())[-1], self.robust_accuracy[radius], abs_tol=1e-9):
                 raise ValueError(f"after_each[{radius:g}]={left!r} doesn't end with the robust accuracy.")
             shares |= {f"after_each[{radius:g}][{member!r}]": value for member, value in left.items()}
+        for control, own in (self.defence or {}).get("controls", {}).items():
+            if list(own["robust"]) != list(self.robust_accuracy):
+                raise ValueError(f"control {control!r} has the radii {list(own['robust'])}, not those of the report.")
+            shares |= {f"clean accuracy of {control!r}": own["clean"]}
+            shares |= {f"accuracy of {control!r} at {radius:g}": value for radius, value in own["robust"].items()}
         for name, value in shares.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}={value!r} must be in [0, 1].")
@@ -146,12 +185,14 @@ class RobustnessReport:
     def to_eval_results(self) -> list[EvalResult]:
         """`model-index` rows: one for clean accuracy, one for each radius.
 
-        `dataset_config` tells them apart: it holds task, attack, radius and number of images, the last because a dear
-        attack often sees fewer of them.
+        `dataset_config` tells them apart: it holds task, defence, attack, radius and number of images, the last
+        because a dear attack often sees fewer of them.
         """
+        by = "" if self.defence is None else f"{self.defence['name']}, "
+        of_defence = {} if self.defence is None else {"defence": self.defence["name"]}
         rows: list[tuple[str, str, float, dict[str, Any]]] = [("clean", "accuracy", self.clean_accuracy, {})]
         for index, (radius, accuracy) in enumerate(self.robust_accuracy.items()):
-            arguments = {**self.attack_parameters, "eps": radius, "attack_target": self.attack_target}
+            arguments = {**self.attack_parameters, "eps": radius, "attack_target": self.attack_target, **of_defence}
             if isinstance(arguments.get("step_size"), list):  # one for each radius
                 arguments["step_size"] = arguments["step_size"][index]
             threat = ThreatModel(radius, self.norm)  # type: ignore[arg-type]
@@ -161,10 +202,10 @@ class RobustnessReport:
                 task_type="zero-shot-image-classification",
                 dataset_type=self.dataset,
                 dataset_name=f"{self.dataset}, {self.task}",
-                dataset_config=f"{self.task}, {config}, n={self.num_images}",
+                dataset_config=f"{self.task}, {by}{config}, n={self.num_images}",
                 dataset_split=self.split,
                 metric_type=metric,
-                metric_name=f"accuracy, {config}",
+                metric_name=f"accuracy, {by}{config}",
                 metric_value=round(value, 4),
                 metric_args=arguments or None,
             )
@@ -230,8 +271,8 @@ def save_reports(
         raise ValueError("reports is empty; evaluate before saving.")
     content = {
         "format": REPORT_FORMAT,
-        "reports": [asdict(report) for report in reports],
-        "compared": [asdict(report) for report in compared],
+        "reports": [_row(report) for report in reports],
+        "compared": [_row(report) for report in compared],
         **({} if card is None else {"card": asdict(card)}),
     }
     partial = Path(path).with_suffix(".part")
@@ -240,6 +281,11 @@ def save_reports(
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _row(report: RobustnessReport) -> dict[str, Any]:
+    """All fields; a defence only where there is one."""
+    return {name: value for name, value in asdict(report).items() if value is not None}
 
 
 def read_report_file(path: str | Path) -> dict[str, Any]:
@@ -262,23 +308,28 @@ def load_reports(path: str | Path) -> tuple[list[RobustnessReport], list[Robustn
     """
     content = read_report_file(path)
     known = {field.name for field in fields(RobustnessReport)}
+    needed = {field.name for field in fields(RobustnessReport) if field.default is MISSING}
     for row in content["reports"] + content["compared"]:
-        if set(row) != known:
-            raise ValueError(f"{path} lacks or adds report fields: {', '.join(sorted(set(row) ^ known))}.")
+        if wrong := (needed - set(row)) | (set(row) - known):
+            raise ValueError(f"{path} lacks or adds report fields: {', '.join(sorted(wrong))}.")
     own, compared = ([RobustnessReport(**row) for row in content[key]] for key in ("reports", "compared"))
     return own, compared
 
 
 def save_csv(path: str | Path, reports: Sequence[RobustnessReport]) -> None:
-    """Write a line for each report and radius: every field that is one number or text, and the 95 % intervals.
+    """Write a line for each report and radius: every field that is one number or text, and the 95 % intervals; with
+    defences among them, the name of the defence.
 
     Raises ValueError if there are no reports.
     """
     if not reports:
         raise ValueError("reports is empty; there is nothing to write.")
     lines = []
+    defended = any(report.defence for report in reports)
     for report in reports:
-        scalars = {name: value for name, value in vars(report).items() if not isinstance(value, dict)}
+        scalars = {name: v for name, v in vars(report).items() if name != "defence" and not isinstance(v, dict)}
+        if defended:
+            scalars["defence"] = report.defence["name"] if report.defence else ""
         clean_low, clean_high = report.interval(report.clean_accuracy)
         for radius, accuracy in report.robust_accuracy.items():
             low, high = report.interval(accuracy)
@@ -296,7 +347,8 @@ def percent(value: float) -> str:
 
 
 def to_table(reports: Sequence[RobustnessReport], title: str) -> Table:
-    """A `rich` table: clean accuracy and accuracy at every radius, in percent; a column for the attack if they differ.
+    """A `rich` table: clean accuracy and accuracy at every radius, in percent; a column for the attack if they differ,
+    and one for the defence if there is one.
 
     Raises ValueError for no reports and for several norms, whose radii can't share columns.
     """
@@ -310,6 +362,9 @@ def to_table(reports: Sequence[RobustnessReport], title: str) -> Table:
     table.add_column("")
     if len(attacks) > 1:
         table.add_column("attack")
+    defended = any(report.defence for report in reports)
+    if defended:
+        table.add_column("defence")
     for column in ("n", "chance", "clean", *(str(ThreatModel(r, norm)).split("=")[1] for r in radii)):  # type: ignore[arg-type]
         table.add_column(column, justify="right", no_wrap=True)
     for report in reports:
@@ -317,6 +372,7 @@ def to_table(reports: Sequence[RobustnessReport], title: str) -> Table:
         table.add_row(
             f"{report.name}, {report.task}",
             *([report.full_attack] if len(attacks) > 1 else []),
+            *([report.defence["name"] if report.defence else "none"] if defended else []),
             str(report.num_images),
             f"{100 / report.num_classes:.1f}",
             *("-" if value is None else f"{100 * value:.1f}" for value in (report.clean_accuracy, *robust)),
@@ -449,6 +505,101 @@ def plot_examples(
             right = predicted == name
             text = textwrap.fill(f"{predicted} ({'right' if right else 'WRONG'})", 25)
             axis.set_xlabel(text, fontsize=9, fontweight="normal" if right else "bold")
+    figure.savefig(path, dpi=140)
+
+
+def defence_cells(rows: Mapping[str, Sequence[RobustnessReport]]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of a table of defences, in percent at the largest radius: a row for each label.
+
+    A label's reports are of one defence (or none) on the same images: a column for each attack that was made on the
+    classifier alone (of a row without a defence that is the white box), one for the worst of all attacks, and three
+    for the controls, clean / under the first of the blind attacks.
+
+    Raises ValueError for a label without reports, or with reports on several sets of images.
+    """
+    alone = {
+        report.attack: None
+        for reports in rows.values()
+        for report in reports
+        if report.attack_target in ("static", "defence_blind")
+    }
+    heads = ["", "n", "clean", *alone, "worst of all", *CONTROLS, "ms/image"]
+    cells = []
+    for label, reports in rows.items():
+        if len({(report.dataset, report.split, report.num_images) for report in reports}) != 1:
+            raise ValueError(f"the reports of {label!r} must be of one set of images, and at least one.")
+        own = {report.attack: report for report in reports if report.attack_target in ("static", "defence_blind")}
+        others = [report for report in reports if report not in own.values()]
+        is_defended = any(report.defence for report in reports)
+        worst = [_at_largest(report) for report in (others if is_defended else reports)]
+        controls = [f"{'-':>1}"] * len(CONTROLS)
+        if is_defended:
+            judged = next((report for report in own.values() if report.defence), reports[0])
+            controls = [_control(judged, name) for name in CONTROLS]
+        speed = [report.defence["ms_per_image"] for report in reports if report.defence]
+        cells.append(
+            [
+                label,
+                str(reports[0].num_images),
+                _number(reports[0].clean_accuracy),
+                *(_number(_at_largest(own[attack])) if attack in own else "-" for attack in alone),
+                _number(min(worst)) if worst else "-",
+                *controls,
+                f"{min(speed):.0f}" if speed else "-",
+            ]
+        )
+    return heads, cells
+
+
+def defence_table(rows: Mapping[str, Sequence[RobustnessReport]]) -> str:
+    """`defence_cells` as Markdown."""
+    heads, cells = defence_cells(rows)
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells)])
+
+
+def _at_largest(report: RobustnessReport) -> float:
+    return list(report.robust_accuracy.values())[-1]
+
+
+def _number(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _control(report: RobustnessReport, name: str) -> str:
+    assert report.defence is not None
+    found = report.defence["controls"][name]
+    return f"{_number(found['clean'])} / {_number(list(found['robust'].values())[-1])}"
+
+
+def plot_defences(path: str | Path, rows: Mapping[str, Sequence[RobustnessReport]]) -> None:
+    """Write a PNG of what `defence_cells` tells: for each label its clean accuracy, that under the first attack made
+    on the classifier alone, the three controls on the same images, and the worst of all attacks.
+
+    Raises ValueError as `defence_cells` does.
+    """
+    from matplotlib.figure import Figure
+
+    heads, cells = defence_cells(rows)
+    blind, worst = 3, heads.index("worst of all")
+    figure = Figure(figsize=(8.2, 1.6 + 0.34 * len(cells)), layout="constrained")
+    axis = figure.subplots()
+    places = {"clean": (2, "o", "#000000"), f"{heads[blind]}, made on the classifier alone": (blind, "s", "#0072B2"),
+              "worst of all attacks": (worst, "X", "#D55E00")}  # fmt: skip
+    for label, (column, marker, colour) in places.items():
+        points = [(float(row[column]), y) for y, row in enumerate(cells) if row[column] != "-"]
+        axis.plot(*zip(*points, strict=True), marker, color=colour, label=label, markersize=7)
+    for name, marker, colour in zip(CONTROLS, "|xv", ("#009E73", "#CC79A7", "#8C6D00"), strict=True):
+        column = heads.index(name)
+        points = [(float(row[column].split(" / ")[1]), y) for y, row in enumerate(cells) if "/" in row[column]]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker, color=colour, label=f"{name}, same images", markersize=9)
+    axis.set_yticks(range(len(cells)), [row[0] for row in cells])
+    axis.invert_yaxis()
+    axis.set_xlim(-2, 102)
+    axis.set_xlabel("accuracy in percent")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     figure.savefig(path, dpi=140)
 
 

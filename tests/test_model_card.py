@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from test_report import make_report
+from test_report import make_defence, make_report
 
 from hf_robust_clip.model_card import TARGETS, CardInfo, load_card_info, make_card, regenerate_card
 from hf_robust_clip.objectives.pmg_aft import PMGAFT
@@ -207,15 +207,63 @@ def test_without_autoattack_the_card_says_what_is_missing():
 
 def test_other_parameters_targets_and_norms_make_other_tables():
     slow = make_report(attack_parameters={"num_steps": 20, "step_size": 0.003})
-    through = make_report(attack_target="adaptive", model_flags={"randomised": True, "optimising": False})
+    flags = {"randomised": True, "optimising": False}
+    through = make_report(attack_target="adaptive", model_flags=flags, defence=make_defence())
     card = make_card([OWN[0], slow, through, make_report(norm="l2", robust_accuracy={0.5: 0.5}), slow], [], INFO)
     text = card.text + "\n"
-    assert re.findall(r"^### (.*)", text, re.MULTILINE) == ["PGD-20", "PGD-20", "PGD-20 (adaptive)", "PGD-20"]
-    assert [len(table) for table in tables(text)[1:]] == [2, 3, 2, 2]
-    assert tables(text)[-1][0][-1] == "L2 eps=0.5"
+    assert re.findall(r"^### (.*)", text, re.MULTILINE) == [
+        *("PGD-20", "PGD-20", "PGD-20 (adaptive)", "PGD-20"),
+        "tapt on TeCoA, trained classes",
+    ]
+    assert [len(table) for table in tables(text)[1:]] == [2, 3, 2, 2, 5]
+    assert tables(text)[-2][0][-1] == "L2 eps=0.5"
     assert f"Attack: {TARGETS['adaptive']} (`attack_target: adaptive`)" in text
     assert "before the attack: randomised **yes**, optimising no." in text
-    assert len(card.data.eval_results) == len({row.unique_identifier for row in card.data.eval_results}) == 8
+    assert len(card.data.eval_results) == len({row.unique_identifier for row in card.data.eval_results}) == 9
+
+
+def test_a_defence_stands_beside_its_controls_and_the_attack_through_it():
+    blind = make_report(name="APT", attack_target="defence_blind", defence=make_defence())
+    worst = make_report(
+        name="APT",
+        attack="PGD-20+Square-500",
+        attack_target="adaptive_worst",
+        robust_accuracy={1 / 255: 0.2, 4 / 255: 0.0},
+        defence=make_defence(fallbacks=3, ms_per_image=20.0),
+    )
+    card = make_card([worst, blind, OWN[0]], BEFORE, INFO)
+    text = card.text + "\n"
+    section = text[text.index("## Test-time defences") : text.index("## Limits")]
+    assert "tapt on APT, trained classes" in section
+    assert (
+        "randomised and optimising and tunes 13,824 values for each image; num views 64, statistics none." in section
+    )
+    assert "12.5 ms per image on CPU; predictions whose tuning was not finite: 3." in section
+    heading, *rows = tables(section)[0]
+    assert heading == ["attack", "judged", "n", "clean", "L-inf eps=1/255", "L-inf eps=4/255"]
+    assert [row[1] for row in rows] == [
+        *("tapt", "control: static prompts", "control: random prompts", "control: ensemble-64")
+    ] * 2
+    assert [row[0] for row in rows[::4]] == ["PGD-20 (defence_blind)", "PGD-20+Square-500 (adaptive_worst)"]
+    assert [row[-1].split()[0] for row in rows] == ["25.0", "50.0", "25.0", "75.0", "0.0", "50.0", "25.0", "75.0"]
+    assert [table[1][0] for table in tables(text)[-3:-1]] == ["APT with tapt, trained classes"] * 2
+    configs = {row.dataset_config for row in card.data.eval_results}
+    assert "trained classes, tapt, PGD-20 (defence_blind) L-inf eps=1/255, n=40" in configs
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"task": "held-out classes"}, {"dataset": "user/others"}, {"name": "TeCoA"}, {"defence": "tpt"}],
+    ids=str,
+)
+def test_a_blind_figure_never_stands_alone(change):
+    """Neither of the model itself nor of one that it is compared with; elsewhere measured is not measured."""
+    blind = make_report(name="APT", attack_target="defence_blind", defence=make_defence())
+    other = {key: make_defence(name=value) if key == "defence" else value for key, value in change.items()}
+    through = replace(make_report(name="APT", attack_target="adaptive", defence=make_defence()), **other)
+    for own, compared in (([blind, *([through] if change else [])], []), (OWN, [blind, through][: 1 + bool(change)])):
+        with pytest.raises(ValueError, match=r"'tapt' of APT, trained classes .*defence_blind report and none of"):
+            make_card(own, compared, INFO)
 
 
 def test_metadata_of_several_attacks_goes_through_a_file(tmp_path):

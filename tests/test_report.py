@@ -1,6 +1,6 @@
 import csv
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -22,7 +22,23 @@ from hf_robust_clip.report import (
 )
 
 PER_CLASS = {"cat": (20, 19, 5), "dog": (20, 17, 5)}
-FIELDS = [field.name for field in fields(RobustnessReport)]
+FIELDS = [field.name for field in fields(RobustnessReport) if field.default is MISSING]
+
+
+def make_defence(radii=(1 / 255, 4 / 255), **changes) -> dict:
+    """What a report says of a defence, with its controls at these radii."""
+    accuracies = {"static prompts": 0.5, "random prompts": 0.25, "ensemble-64": 0.75}
+    controls = {name: {"clean": 0.8, "robust": dict.fromkeys(radii, value)} for name, value in accuracies.items()}
+    values = dict(
+        name="tapt",
+        parameters={"num_views": 64, "statistics": None},
+        traits={"randomised": True, "optimising": True, "episodic": True},
+        tuned=13824,
+        controls=controls,
+        fallbacks=0,
+        ms_per_image=12.5,
+    )
+    return {**values, **changes}
 
 
 def make_report(**changes) -> RobustnessReport:
@@ -67,11 +83,19 @@ def make_report(**changes) -> RobustnessReport:
     return RobustnessReport(**values)
 
 
+def spoilt(value: float) -> dict:
+    """A defence with an impossible control."""
+    defence = make_defence()
+    defence["controls"]["ensemble-64"]["robust"][1 / 255] = value
+    return defence
+
+
 # ---- JSON
 
 
 def test_json_round_trip(tmp_path):
     own, compared = [make_report(), make_report(task="held-out classes")], [make_report(name="undefended")]
+    own.append(make_report(attack_target="defence_blind", defence=make_defence()))
     save_reports(tmp_path / "report.json", own, compared)
     assert load_reports(tmp_path / "report.json") == (own, compared)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
@@ -104,6 +128,18 @@ def test_no_field_may_be_empty(name):
     ("change", "message"),
     [
         ({"attack_target": "certified"}, "attack_target='certified' is unknown"),
+        ({"attack_target": "adaptive"}, "attack on a test-time defence; defence is missing"),
+        ({"defence": make_defence()}, "attack_target='static' says nothing of tapt"),
+        ({"attack_target": "bpda", "defence": {}}, "defence lacks controls, fallbacks, ms_per_image, name"),
+        (
+            {"attack_target": "bpda", "defence": make_defence(controls={"static prompts": {"robust": {}}})},
+            r"defence\['controls'\] lacks random prompts, ensemble-64",
+        ),
+        ({"attack_target": "bpda", "defence": make_defence(radii=[0.1])}, r"'static prompts' has the radii \[0.1\]"),
+        (
+            {"attack_target": "bpda", "defence": spoilt(2.0)},
+            r"accuracy of 'ensemble-64' at 0.0039.*=2.0 must be in \[0, 1\]",
+        ),
         ({"num_images": 0, "per_class": {"cat": (0, 0, 0)}}, "nothing was evaluated"),
         ({"norm": "l7"}, "norm='l7' is unknown"),
         ({"robust_accuracy": {4.0: 0.5}}, "covers the whole pixel range"),
@@ -207,14 +243,17 @@ def test_eval_results_tell_attacks_targets_and_numbers_of_images_apart():
     reports = [
         make_report(),
         make_report(attack="AutoAttack", attack_parameters={"version": "standard", "step_size": 0.5}),
-        make_report(attack_target="adaptive"),
+        make_report(attack_target="adaptive", defence=make_defence()),
         make_report(num_images=20),
     ]
     rows = [row for report in reports for row in report.to_eval_results()]
     robust = [row for row in rows if row.metric_type == "robust_accuracy"]
     assert len({row.unique_identifier for row in robust}) == len(robust) == 8
     assert robust[3].metric_args["step_size"] == 0.5
-    assert "trained classes, PGD-20 (adaptive) L-inf eps=1/255, n=40" in [row.dataset_config for row in rows]
+    configs = [row.dataset_config for row in rows]
+    assert "trained classes, tapt, PGD-20 (adaptive) L-inf eps=1/255, n=40" in configs
+    assert "trained classes, tapt, clean, n=40" in configs
+    assert [row.metric_args.get("defence") for row in robust[3:6]] == [None, "tapt", "tapt"]
     assert {row.metric_value for row in rows if row.dataset_config == "trained classes, clean, n=20"} == {0.9}
 
 
@@ -244,6 +283,10 @@ def test_csv_has_a_line_for_each_report_and_radius(tmp_path):
     last = {key: float(rows[1][key]) for key in ("clean_low", "clean_high", "robust_low", "robust_high")}
     assert tuple(last.values()) == pytest.approx(wilson_interval(36, 40) + wilson_interval(10, 40))
     assert {row["attack_target"] for row in rows} == {"static"}
+    save_csv(tmp_path / "c.csv", [reports[0], make_report(attack_target="bpda", defence=make_defence())])
+    with open(tmp_path / "c.csv", newline="", encoding="utf-8") as file:
+        found = [(row["defence"], row["attack_target"]) for row in csv.DictReader(file)]
+    assert found == [("", "static")] * 2 + [("tapt", "bpda")] * 2
     with pytest.raises(ValueError, match="reports is empty"):
         save_csv(tmp_path / "b.csv", [])
     assert not (tmp_path / "b.csv").exists()
@@ -265,15 +308,15 @@ def test_table_holds_the_numbers_and_a_dash_where_a_radius_was_not_tried():
 
 def test_table_says_which_attack_made_each_row():
     auto = make_report(attack="AutoAttack", robust_accuracy={1 / 255: 0.5})
-    blind = make_report(name="TAPT", attack_target="defence_blind")
+    blind = make_report(name="APT", attack_target="defence_blind", defence=make_defence())
     console = Console(width=120)
     with console.capture() as captured:
         console.print(to_table([make_report(), auto, blind], "two attacks"))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in captured.get().splitlines() if "│" in line]
-    assert [row[:3] + row[4:] for row in rows] == [
-        ["TeCoA, trained classes", "PGD-20", "40", "90.0", "70.0", "25.0"],
-        ["TeCoA, trained classes", "AutoAttack", "40", "90.0", "50.0", "-"],
-        ["TAPT, trained classes", "PGD-20 (defence_blind)", "40", "90.0", "70.0", "25.0"],
+    assert [row[:4] + row[5:] for row in rows] == [
+        ["TeCoA, trained classes", "PGD-20", "none", "40", "90.0", "70.0", "25.0"],
+        ["TeCoA, trained classes", "AutoAttack", "none", "40", "90.0", "50.0", "-"],
+        ["APT, trained classes", "PGD-20 (defence_blind)", "tapt", "40", "90.0", "70.0", "25.0"],
     ]
 
 

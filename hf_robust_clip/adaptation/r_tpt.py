@@ -30,8 +30,9 @@ class RTPT(WordTuning):
         temperature: of the weights.
 
     Raises ValueError for numbers that aren't positive.
-    Source: arXiv 2504.11195. The released code leaves out cosines of 1.0 and above in place of the
-    view itself.
+    Source: arXiv 2504.11195. The released code means to leave out the view itself by dropping cosines from 1.0 on;
+    rounding puts about half of the views' own cosines just below, so that its weights depend on rounding. It also
+    rounds attacked images to 8 bits and mixes augmentations (AugMix), which is not done here.
     """
 
     num_neighbours: int = 20

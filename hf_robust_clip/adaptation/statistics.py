@@ -325,7 +325,8 @@ def _hash(tensors: Sequence[Tensor], first: int | None = None) -> str:
 
 
 def _prompt_layers(module: nn.Module) -> list[Any]:
-    return [m for m in module.modules() if hasattr(m, "put_prompts") and m.prompts() is not None]
+    layers: list[Any] = [m for m in module.modules() if hasattr(m, "put_prompts")]
+    return [layer for layer in layers if layer.prompts() is not None]
 
 
 def _vision_prompts(classifier: CLIPForZeroShotClassification) -> list[Tensor]:
@@ -350,7 +351,7 @@ def _record(classifier: CLIPForZeroShotClassification, dataset: Any, data_id: st
     model, prompts = fingerprints(classifier)
     name = classifier.name_or_path
     return {
-        "model": Path(name).name if Path(name).is_dir() else name,
+        "model": (Path(name).name if Path(name).is_dir() else name) or "unknown",
         "model_revision": getattr(classifier.config, "_commit_hash", None) or "local",
         "model_fingerprint": model,
         "prompts": _describe_prompts(classifier),

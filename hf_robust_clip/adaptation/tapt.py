@@ -50,7 +50,8 @@ class TAPT(PromptTuning):
             text prompts ~ N(0, 0.02^2) while the first text context stays trained. The released code does the latter
             for designs V and VLI, by a slip: it notes the initial values before it loads the checkpoint.
         reset_every: 1 begins anew for every image. k > 1 lets the prompts of an image be where the next one begins,
-            for k images, counted in each batch; then batches and the order of images matter.
+            for k images, counted in each batch; then batches and the order of images matter. (The released code's
+            first group has k - 1 images.)
         random_seed: of the random prompts, which are drawn once for all images.
 
     Raises ValueError for numbers out of range, and for targets that are missing where the loss needs them, or belong

@@ -31,7 +31,8 @@ class TTC(TestTimeAdapter):
 
     A gradient `"through"` is exact: the sign has none, so it goes by the projection to [0, 1] alone, beside the image.
     Raises ValueError for numbers out of range.
-    Source: arXiv 2503.03613 and its released code.
+    Source: arXiv 2503.03613 and its released code, which measures the drift of fine-tuned models by the original
+    CLIP's image encoder; here it is always the classifier's own.
     """
 
     eps: float | str = "4/255"

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from ..threat_model import ThreatModel, parse_radius
 from .losses import cross_entropy, cw_margin
-from .pgd import ClassificationLoss, LogitsFn, OnGradient, PGDSettings, misclassified, pgd_until_misclassified
+from .pgd import (
+    ClassificationLoss,
+    LogitsFn,
+    OnGradient,
+    PGDSettings,
+    misclassified,
+    pgd,
+    pgd_until_misclassified,
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,8 @@ class Victim:
         deterministic: False if the same image may get different logits.
         seed: of all that attacks draw.
         on_gradient: called with each gradient that APGD and PGD take.
+        to_the_end: PGD takes all its steps and gives the iterate of highest loss, whatever the classifier says of it:
+            for images that are then shown to another classifier.
     """
 
     logits_fn: LogitsFn
@@ -32,6 +42,7 @@ class Victim:
     deterministic: bool = True
     seed: int = 0
     on_gradient: OnGradient | None = None
+    to_the_end: bool = False
 
     @property
     def gradient_fn(self) -> LogitsFn:
@@ -91,6 +102,18 @@ class PGD(Suite):
         return {"cw" if self.loss is cw_margin else "pgd": self._run}
 
     def _run(self, victim: Victim, images_BCHW: Tensor, labels_B: Tensor, threat_model: ThreatModel) -> Tensor:
+        if victim.to_the_end:
+            return pgd(
+                lambda pixels_BCHW: self.loss(victim.gradient_fn(pixels_BCHW), labels_B),
+                images_BCHW,
+                threat_model,
+                num_steps=self.num_steps,
+                step_size=self.step_at(threat_model),
+                random_start=self.random_start,
+                keep_best=True,
+                seed=victim.seed,
+                on_gradient=victim.on_gradient,
+            )
         return pgd_until_misclassified(
             victim.gradient_fn,
             images_BCHW,
@@ -114,10 +137,10 @@ class PGD(Suite):
         return {**asdict(self), "loss": self.loss.__name__, "step_size": steps, "counts": "any misclassified iterate"}
 
 
-def run_member(
+def find_adversarial(
     member: Member, victim: Victim, images_BCHW: Tensor, labels_B: Tensor, threat_model: ThreatModel
-) -> tuple[Tensor, Tensor]:
-    """Adversarial images, and whether each still stands: classified correctly by `victim.logits_fn`.
+) -> Tensor:
+    """Adversarial images (B, C, H, W).
 
     Raises RuntimeError if an attack left the threat model: its result would mean nothing.
     """
@@ -126,6 +149,14 @@ def run_member(
     furthest = float(threat_model.distance(adv_BCHW, images_BCHW).amax()) if len(adv_BCHW) else 0.0
     if furthest > threat_model.eps * (1 + 1e-4) + 1e-7 or bool(((adv_BCHW < low) | (adv_BCHW > high)).any()):
         raise RuntimeError(f"an attack left {threat_model}: it moved an image by {furthest:.6g}.")
+    return adv_BCHW
+
+
+def run_member(
+    member: Member, victim: Victim, images_BCHW: Tensor, labels_B: Tensor, threat_model: ThreatModel
+) -> tuple[Tensor, Tensor]:
+    """What `find_adversarial` gives, and whether each still stands: classified correctly by `victim.logits_fn`."""
+    adv_BCHW = find_adversarial(member, victim, images_BCHW, labels_B, threat_model)
     return adv_BCHW, ~misclassified(victim.logits_fn, adv_BCHW, labels_B)
 
 

@@ -230,7 +230,10 @@ class Released:
             return torch.cat([hidden_CLD[:, :1], own, hidden_CLD[:, 1 + NUM_TOKENS :]], dim=1)
 
         text = self.clip.text_model
-        hidden_CLD = insert(self.embedded_CLD[rows], self.text_prompts[0]) + text.embeddings.position_embedding.weight
+        hidden_CLD = self.embedded_CLD[rows]
+        if self.text_prompts:
+            hidden_CLD = insert(hidden_CLD, self.text_prompts[0])
+        hidden_CLD = hidden_CLD + text.embeddings.position_embedding.weight
         for i, layer in enumerate(text.encoder.layers):
             if 0 < i < len(self.text_prompts):
                 hidden_CLD = insert(hidden_CLD, self.text_prompts[i])
