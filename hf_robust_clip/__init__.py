@@ -1,7 +1,7 @@
 """Robust CLIP for the Hugging Face ecosystem: adversarial fine-tuning, prompts, attacks and honest evaluation.
 
 Public names are loaded on first use, so that importing the package stays cheap. The prompt method is registered with
-PEFT as soon as both packages are imported, in whichever order.
+PEFT, and the defended pipeline with transformers, as soon as both packages are imported, in whichever order.
 """
 
 import sys
@@ -31,6 +31,16 @@ _WHERE = {
     "APT": "objectives.apt",
     "FAP": "objectives.fap",
     "CoOp": "objectives.coop",
+    "DefendedClassifier": "adaptation.defended",
+    "AlignmentTargets": "adaptation.statistics",
+    "collect_statistics": "adaptation.statistics",
+    "TAPT": "adaptation.tapt",
+    "TPT": "adaptation.tpt",
+    "PromptAlign": "adaptation.prompt_align",
+    "RTPT": "adaptation.r_tpt",
+    "TTC": "adaptation.ttc",
+    "Ensemble": "adaptation.ensemble",
+    "RobustZeroShotImageClassificationPipeline": "pipeline",
     "RobustClipConfig": "trainer",
     "RobustClipTrainer": "trainer",
     "CleanTrainer": "trainer",
@@ -39,6 +49,7 @@ _WHERE = {
     "TRADESTrainer": "trainer",
     "PMGAFTTrainer": "trainer",
     "APTTrainer": "trainer",
+    "TAPTTrainer": "trainer",
     "FAPTrainer": "trainer",
     "CoOpTrainer": "trainer",
     "EvaluationSettings": "evaluation",
@@ -62,11 +73,16 @@ def __dir__() -> list[str]:
     return __all__
 
 
-class _AfterPeft(MetaPathFinder):
-    """Lets the import of `peft` end with the registration of our method, without importing `peft` before its time."""
+_REGISTERS = {"peft": ".prompts", "transformers.pipelines": ".pipeline"}  # their module, and ours that registers there
+
+
+class _AfterImport(MetaPathFinder):
+    """Lets the import of a module of `_REGISTERS` end with the registration there, without importing it before its
+    time.
+    """
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != "peft":
+        if fullname not in _REGISTERS:
             return None
         finders = (finder for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in finders)), None)
@@ -75,13 +91,14 @@ class _AfterPeft(MetaPathFinder):
 
             def run_and_register(module: Any) -> None:
                 run(module)
-                import_module(".prompts", __name__)
+                import_module(_REGISTERS[fullname], __name__)
 
             spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec
 
 
-if "peft" in sys.modules:
-    import_module(".prompts", __name__)
-else:
-    sys.meta_path.insert(0, _AfterPeft())
+for _name, _own in _REGISTERS.items():
+    if _name in sys.modules:
+        import_module(_own, __name__)
+if not _REGISTERS.keys() <= sys.modules.keys():
+    sys.meta_path.insert(0, _AfterImport())

@@ -5,8 +5,8 @@ Nothing heavy is imported before the settings have been read, so that `--help` a
 
 from __future__ import annotations
 
-import copy
 import difflib
+import inspect
 import os
 import re
 import shutil
@@ -26,7 +26,10 @@ from .digits_clip import EMBEDDED_MODEL
 if TYPE_CHECKING:
     from accelerate import PartialState
     from peft import PeftConfig
+    from rich.table import Table
 
+    from .adaptation.base import TestTimeAdapter
+    from .adaptation.tapt import TAPT
     from .attacks.suites import Suite
     from .evaluation import EvaluationSettings
     from .modeling import CLIPForZeroShotClassification
@@ -42,6 +45,7 @@ METHODS = {
     "trades": "TRADESTrainer",
     "clean": "CleanTrainer",
     "apt": "APTTrainer",
+    "tapt": "TAPTTrainer",
     "fap": "FAPTrainer",
     "coop": "CoOpTrainer",
 }
@@ -95,6 +99,25 @@ class EvaluationPrompt:
 
 
 @dataclass(frozen=True)
+class StatisticsSettings:
+    """Of which training images statistics are made, for methods that align test images with them."""
+
+    max_images: int | None = None  # None takes all training images
+
+
+@dataclass(frozen=True)
+class DefenceEvaluation:
+    """How a defence is attacked, beside the static model: blind by `evaluation.attack`, and through the defence."""
+
+    radius: float | str | None = None  # None takes the first of evaluation.radii
+    worst: str = "worst"  # attacks through the defence: worst-PGD-APGD-SQUARE, steps and queries; 0 leaves one out
+    eot: int = 1  # draws of the defence in each gradient through it
+    max_images: int | None = None  # of each task; None takes those of the task
+    batch_size: int = 64
+    presets: Sequence[str] = ()  # presets of the method that are evaluated beside
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """Where the run writes, and what else it does."""
 
@@ -121,12 +144,17 @@ class Recipe:
     compare: tuple[str, ...]
     run: RunSettings
     source: dict[str, Any] = field(default_factory=dict)
+    adaptations: dict[str, TAPT] = field(default_factory=dict)  # by title; the first is saved
+    statistics: StatisticsSettings = StatisticsSettings()
+    defence_evaluation: DefenceEvaluation = DefenceEvaluation()
 
     @property
     def title(self) -> str:
-        """What tables call the trained model: the method, with its prompts' design where it has several."""
+        """What tables call the trained model without a defence: the method, with its prompts' design where it has
+        several.
+        """
         method = self.objective.paper.method
-        return f"{method}-{self.prompts.design}" if self.method == "apt" and self.prompts else method
+        return f"{method}-{self.prompts.design}" if self.method in ("apt", "tapt") and self.prompts else method
 
 
 @dataclass(frozen=True)
@@ -141,14 +169,17 @@ class EvaluationRecipe:
     tasks: tuple[DataSettings, ...]
     run: RunSettings
     source: dict[str, Any]
+    defence: TestTimeAdapter | None = None
 
 
 USAGE = f"""\
 usage: hf-robust-clip train {{{",".join(METHODS)}}} --config FILE [--section.key VALUE ...]
        hf-robust-clip evaluate --config FILE [--section.key VALUE ...]
        hf-robust-clip card FOLDER        write README.md again from report.json and recipe.yaml"""
-SECTIONS = ("model", "data", "prompt", "objective", "prompts", "training", "evaluation", "tasks", "compare", "run")
-EVALUATION_SECTIONS = ("model", "compare", "reference", "prompt", "evaluation", "tasks", "run")
+DEFENCE_SECTIONS = ("adaptation", "statistics", "defence_evaluation")  # of methods that adapt at test time
+SECTIONS = ("model", "data", "prompt", "objective", "prompts", "training", *DEFENCE_SECTIONS, "evaluation", "tasks",
+            "compare", "run")  # fmt: skip
+EVALUATION_SECTIONS = ("model", "compare", "reference", "prompt", "defence", "evaluation", "tasks", "run")
 SHORT = {"model": "model.name", "revision": "model.revision", "template": "prompt.template",
          "radii": "evaluation.radii", "attacks": "evaluation.attacks"}  # fmt: skip
 RUN_OPTIONS = ("output_dir", "overwrite", "resume", "device")
@@ -168,7 +199,11 @@ EVALUATION_OPTIONS = """\
                          many rows are read), --resize N, --data_root
   --template TEXT        prompt with {} for the class name; null takes the known dataset's own
   --attacks LIST         of pgd-N, cw-N, apgd (APGD-CE and APGD-T), autoattack, autoattack-rand, apgd-ce, apgd-dlr,
-                         apgd-t, fab-t, square; a list is written '[pgd-20, autoattack]'
+                         apgd-t, fab-t, square; with a defence also worst or worst-PGD-APGD-SQUARE (their numbers of
+                         steps and queries); a list is written '[pgd-20, autoattack]'
+  --defence.method NAME  a test-time defence: tapt, tpt, prompt_align, r_tpt, ttc, ensemble; its settings stand in the
+                         same section (--defence.num_views 32); tapt and prompt_align take the statistics from the
+                         folder that the model is loaded from. --evaluation.target says what the attacks see
   --radii LIST           such as '[1/255, 4/255]'
   --compare LIST         further checkpoints, shown beside
   --reference NAME       an undefended checkpoint, which a working attack brings to about 0
@@ -256,17 +291,40 @@ def check_key(key: str, known: Sequence[str], what: str) -> None:
 
 def build(cls: type, values: Mapping[str, Any] | None, section: str) -> Any:
     """A settings dataclass from plain values. Raises ValueError naming section and key for what doesn't fit."""
+    given = checked(cls, values, section)
+    for f in fields(cls):
+        if f.init and f.default is MISSING and f.default_factory is MISSING and f.name not in given:
+            raise ValueError(f"{section}.{f.name} is missing.")
+    return cls(**given)
+
+
+def checked(cls: type, values: Mapping[str, Any] | None, section: str) -> dict[str, Any]:
+    """The values of some fields of a dataclass, as their types. Raises ValueError naming section and key."""
     if values is not None and not isinstance(values, Mapping):
         raise ValueError(f"{section}={values!r} must hold keys.")
     values = dict(values or {})
-    accepted = {f.name: f for f in fields(cls) if f.init}
+    accepted = [f.name for f in fields(cls) if f.init]
     for key in values:
-        check_key(key, list(accepted), f"key in {section}")
-    for name, f in accepted.items():
-        if f.default is MISSING and f.default_factory is MISSING and name not in values:
-            raise ValueError(f"{section}.{name} is missing.")
+        check_key(key, accepted, f"key in {section}")
     hints = get_type_hints(cls)
-    return cls(**{key: coerce(value, hints[key], f"{section}.{key}") for key, value in values.items()})
+    return {key: coerce(value, hints[key], f"{section}.{key}") for key, value in values.items()}
+
+
+def build_from_preset(
+    cls: type, values: Mapping[str, Any] | None, section: str, arguments: Mapping[str, Any] | None = None
+) -> Any:
+    """`build`, where `preset: NAME` chooses what the other keys start from: `cls.NAME_preset` with those of the
+    arguments that it takes.
+    """
+    values = dict(values) if isinstance(values, Mapping) else values
+    preset = values.pop("preset", None) if isinstance(values, dict) else None
+    if preset is None:
+        return build(cls, values, section)
+    presets = {n.removesuffix("_preset"): getattr(cls, n) for n in dir(cls) if n.endswith("_preset")}
+    check_key(preset, list(presets) or ["(none for this method)"], f"{section}.preset")
+    accepted = inspect.signature(presets[preset]).parameters
+    base = presets[preset](**{name: value for name, value in (arguments or {}).items() if name in accepted})
+    return replace(base, **checked(cls, values, section))
 
 
 def coerce(value: Any, hint: Any, name: str) -> Any:
@@ -306,18 +364,26 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
 
 def build_objective(method: str, values: Mapping[str, Any] | None) -> Any:
     """The method's objective; `preset: paper|released` (PMG-AFT) chooses what the other keys start from."""
-    objective_cls = trainer_class(method).objective_cls
-    values = dict(values or {})
-    preset = values.pop("preset", None)
-    if preset is None:
-        return build(objective_cls, values, "objective")
-    presets = {
-        n.removesuffix("_preset"): getattr(objective_cls, n) for n in dir(objective_cls) if n.endswith("_preset")
-    }
-    check_key(preset, list(presets) or ["(none for this method)"], "objective.preset")
-    base = presets[preset]()
-    given = build(objective_cls, values, "objective")
-    return replace(base, **{key: getattr(given, key) for key in values})
+    return build_from_preset(trainer_class(method).objective_cls, values, "objective")
+
+
+def build_defence(
+    method: str, values: Mapping[str, Any] | None, section: str = "defence", design: str | None = None
+) -> TestTimeAdapter:
+    """A test-time defence from plain values, without statistics; `preset: paper|released` where the method has them.
+
+    Args:
+        method: a name of `adaptation.ADAPTERS`.
+        design: of the prompts, on which the released preset of TAPT depends.
+    """
+    from .adaptation import ADAPTERS, adapter_class
+    from .zero_shot_data.augment import RandomResizedCrop
+
+    check_key(method, list(ADAPTERS), f"{section}.method")
+    if isinstance(values, Mapping) and isinstance(values.get("crop"), Mapping):
+        values = {**values, "crop": build(RandomResizedCrop, values["crop"], f"{section}.crop")}
+    arguments = {} if design is None else {"design": design}
+    return build_from_preset(adapter_class(method), values, section, arguments)
 
 
 def build_prompts(method: str, values: Mapping[str, Any] | None) -> ClipPromptConfig | None:
@@ -353,7 +419,7 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
     if not isinstance(compare, list):
         raise ValueError(f"compare={compare!r} must be a method or a list of methods.")
     for other in compare:
-        check_key(other, list(METHODS), "method in compare")
+        check_key(other, [name for name in METHODS if name != "tapt"], "method in compare")
     evaluation = build_evaluation(settings.get("evaluation"))
     settings_of_tasks = build_tasks(tasks)
     check_max_images(data, "data")
@@ -365,6 +431,18 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
     if prompts is not None and model.lora_rank is not None:
         raise ValueError(f"model.lora_rank={model.lora_rank!r} and prompts don't go together; choose one.")
     training = {"output_dir": run.output_dir, **(settings.get("training") or {}), "use_cpu": use_cpu(run.device)}
+    adaptations: dict[str, Any] = {}
+    statistics, defence = (
+        build(cls, settings.get(section), section)
+        for cls, section in ((StatisticsSettings, "statistics"), (DefenceEvaluation, "defence_evaluation"))
+    )
+    if method == "tapt":
+        adaptations = build_adaptations(settings.get("adaptation"), defence.presets, prompts.design)  # type: ignore[union-attr]
+        defence_settings(evaluation, defence)
+        check_max_images(statistics, "statistics")
+    for section in DEFENCE_SECTIONS:
+        if method != "tapt" and settings.get(section) is not None:
+            raise ValueError(f"the section {section} goes with tapt, not with {method}.")
     return Recipe(
         method=method,
         model=model,
@@ -378,7 +456,35 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
         compare=tuple(other for other in dict.fromkeys(compare) if other != method),
         run=run,
         source=settings,
+        adaptations=adaptations,
+        statistics=statistics,
+        defence_evaluation=defence,
     )
+
+
+def build_adaptations(values: Mapping[str, Any] | None, presets: Sequence[str], design: str) -> dict[str, Any]:
+    """TAPT as it is saved and, by the presets' names, as it is evaluated beside; by what tables call it."""
+    if isinstance(presets, str):
+        raise ValueError(f"defence_evaluation.presets={presets!r} must be a list.")
+    own = build_defence("tapt", values, "adaptation", design)
+    preset = (values or {}).get("preset")
+    titles = {f"TAPT-{design}" + (f" {preset}" if preset else ""): own}
+    for other in presets:
+        if other != preset:
+            titles[f"TAPT-{design} {other}"] = build_defence("tapt", {**(values or {}), "preset": other}, "adaptation",
+                                                             design)  # fmt: skip
+    return titles
+
+
+def defence_settings(evaluation: EvaluationSettings, defence: DefenceEvaluation) -> list[EvaluationSettings]:
+    """How a defence is attacked: blind, and through it."""
+    radius = evaluation.radii[0] if defence.radius is None else defence.radius
+    shared = replace(evaluation, radii=[radius], batch_size=defence.batch_size, target="defence_blind")
+    check_max_images(defence, "defence_evaluation")
+    if not defence.worst.startswith("worst"):
+        raise ValueError(f"defence_evaluation.worst={defence.worst!r} must be worst or worst-PGD-APGD-SQUARE.")
+    worst = attack_suite(defence.worst)
+    return [shared, replace(shared, attack=worst, target="adaptive_worst", eot=defence.eot)]
 
 
 def build_evaluation(values: Mapping[str, Any] | None, attack: str | None = None) -> EvaluationSettings:
@@ -387,8 +493,14 @@ def build_evaluation(values: Mapping[str, Any] | None, attack: str | None = None
 
     values = dict(values or {})
     own = values.pop("attack", "pgd-20")
-    suite = attack_suite(own if attack is None else attack, values.pop("step_size", None))
-    return replace(build(EvaluationSettings, values, "evaluation"), attack=suite)
+    own = own if attack is None else attack
+    worst = str(own).lower().startswith("worst")
+    suite = attack_suite(own, None if worst else values.pop("step_size", None))
+    values = {**values, "target": "adaptive_worst"} if worst else values
+    given = checked(EvaluationSettings, {name: v for name, v in values.items() if name != "step_size"}, "evaluation")
+    if "radii" not in given:
+        raise ValueError("evaluation.radii is missing.")
+    return EvaluationSettings(**given, attack=suite)
 
 
 def attack_suite(name: Any, step_size: float | str | None = None) -> Suite:
@@ -397,6 +509,14 @@ def attack_suite(name: Any, step_size: float | str | None = None) -> Suite:
     from .attacks.losses import cross_entropy, cw_margin
     from .attacks.suites import PGD
 
+    match = re.fullmatch(r"worst((?:-\d+){3})?", str(name).lower())
+    if match:
+        from .evaluation import AdaptiveWorst
+
+        if not match[1]:
+            return AdaptiveWorst()
+        pgd_steps, apgd_steps, num_queries = map(int, match[1].split("-")[1:])
+        return AdaptiveWorst(pgd_steps, apgd_steps, num_queries)
     match = re.fullmatch(r"(pgd|cw)-(\d+)", str(name).lower())
     if match:
         return PGD(int(match[2]), step_size, cw_margin if match[1] == "cw" else cross_entropy)
@@ -409,7 +529,10 @@ def attack_suite(name: Any, step_size: float | str | None = None) -> Suite:
     }
     suites |= {member: AutoAttack((member,)) for member in get_args(AttackName)}
     if str(name).lower() not in suites:
-        raise ValueError(f"unknown attack {name!r}; known: pgd-20 (any number), cw-20, {', '.join(suites)}.")
+        raise ValueError(
+            f"unknown attack {name!r}; known: pgd-20 (any number), cw-20, {', '.join(suites)}; through a defence "
+            "worst, worst-20-50-500."
+        )
     return suites[str(name).lower()]
 
 
@@ -429,7 +552,7 @@ def build_tasks(tasks: Any) -> tuple[DataSettings, ...]:
     return built
 
 
-def check_max_images(data: DataSettings, section: str) -> None:
+def check_max_images(data: DataSettings | StatisticsSettings | DefenceEvaluation, section: str) -> None:
     """Raise ValueError for a number of images below 1."""
     if data.max_images is not None and data.max_images < 1:
         raise ValueError(f"{section}.max_images={data.max_images!r} must be at least 1.")
@@ -457,15 +580,31 @@ def read_evaluation(settings: dict[str, Any]) -> EvaluationRecipe:
     prompt = build(EvaluationPrompt, settings.get("prompt"), "prompt")
     if prompt.template is not None:
         check_classes(["a class"], prompt.template)
+    defence = dict(settings.get("defence") or {})
+    if defence:
+        if "method" not in defence:
+            raise ValueError("defence.method is missing.")
+        if reference is not None:
+            raise ValueError(f"reference={reference!r} is undefended: evaluate it without the section defence.")
+        values.setdefault("target", "defence_blind")
+    evaluations = tuple(build_evaluation(values, attack) for attack in dict.fromkeys(attacks))
+    for how in evaluations:
+        if defence and how.target == "static":
+            raise ValueError(
+                f"target='static' says nothing of {defence['method']}; choose another, or leave the section out."
+            )
+        if not defence and how.target != "static":
+            raise ValueError(f"target={how.target!r} needs the section defence.")
     return EvaluationRecipe(
         model=model,
         checkpoints=tuple(dict.fromkeys([model.name, *others])),
         reference=reference,
         prompt=prompt,
-        evaluations=tuple(build_evaluation(values, attack) for attack in dict.fromkeys(attacks)),
+        evaluations=evaluations,
         tasks=build_tasks(settings.get("tasks")),
         run=run,
         source=settings,
+        defence=build_defence(str(defence.pop("method")), defence) if defence else None,
     )
 
 
@@ -554,7 +693,13 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     say(f"{recipe.method}: {len(train_data)} images, {len(train_data.class_names)} classes, "
         f"{processes.num_processes} process(es) on {processes.device.type}")  # fmt: skip
 
-    def evaluate(subject: CLIPForZeroShotClassification, title: str, model_id: str) -> list[RobustnessReport]:
+    def evaluate(
+        subject: CLIPForZeroShotClassification,
+        title: str,
+        model_id: str,
+        settings: EvaluationSettings = recipe.evaluation,
+        defence: TestTimeAdapter | None = None,
+    ) -> list[RobustnessReport]:
         from .evaluation import evaluate_robustness
 
         subject.to(processes.device)
@@ -563,22 +708,34 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
             subject.set_classes(data.class_names, recipe.prompt.template)
             found.append(
                 evaluate_robustness(
-                    subject, data, recipe.evaluation, name=title, task=task, model_id=model_id, processes=processes
+                    subject,
+                    data if defence is None else data.first(recipe.defence_evaluation.max_images),
+                    settings,
+                    name=title,
+                    task=task,
+                    model_id=model_id,
+                    processes=processes,
+                    progress=defence is not None,
+                    defence=defence,
                 )
             )
         subject.set_classes(train_data.class_names, recipe.prompt.template)
         return found
 
     if processes.is_main_process and recipe.run.overwrite:
-        for old in folder.glob("checkpoint-*"):
-            shutil.rmtree(old)
+        for old in (*folder.glob("checkpoint-*"), folder / "state"):
+            shutil.rmtree(old, ignore_errors=True)
     processes.wait_for_everyone()
     by_method = {"undefended": evaluate(model, "undefended", recipe.model.name)}
     for other in recipe.compare:
         rival = load_model(recipe.model)
         rival.set_classes(train_data.class_names, recipe.prompt.template)
         its_own = replace(
-            recipe, method=other, objective=build_objective(other, None), prompts=rival_prompts(recipe, other)
+            recipe,
+            method=other,
+            objective=build_objective(other, None),
+            prompts=rival_prompts(recipe, other),
+            adaptations={},
         )
         trainer = make_trainer(its_own, rival, train_data, save=False)
         trainer.train()
@@ -590,18 +747,31 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     trainer = make_trainer(recipe, model, train_data, save=True)
     resume = recipe.run.resume and newest_whole_checkpoint(folder) is not None
     trainer.train(resume_from_checkpoint=True if resume else None)
-    settings = trainer.settings()
-    tuned, to_save = plain_model(trainer, folder)
     title = recipe.title
     repo_id = recipe.run.push_to_hub or recipe.run.output_dir
+    adaptations = add_statistics(recipe, trainer, train_data)
+    settings = trainer.settings()
+    tuned, to_save = plain_model(trainer, folder)
     reports = evaluate(tuned, title, repo_id)
+    if adaptations:
+        by_method[title], reports = reports, []
+    for title, adaptation in reversed(adaptations.items()):  # the one that is saved comes last
+        for how in defence_settings(recipe.evaluation, recipe.defence_evaluation):
+            found = evaluate(tuned, title, repo_id, how, adaptation)
+            if adaptation is trainer.adaptation:
+                reports += found
+            else:
+                by_method[f"{title}, {how.target}"] = found
     compared = [report for rows in by_method.values() for report in rows]
     if processes.is_main_process:
-        to_save.save_pretrained(folder, **({} if recipe.prompts is None else {"save_embedding_layers": False}))
+        save_trained(to_save, folder)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.source, sort_keys=False, allow_unicode=True))
+        own = {
+            title if report.defence is None else f"{title}, {report.attack_target}": reports[i : i + len(names)]
+            for i, report in list(enumerate(reports))[:: len(names)]
+        }
         by_task = {
-            name: {title: rows[i] for title, rows in {**by_method, title: reports}.items()}
-            for i, name in enumerate(names)
+            name: {title: rows[i] for title, rows in {**by_method, **own}.items()} for i, name in enumerate(names)
         }
         plot_accuracy(folder / "accuracy.png", by_task)
         classes = ", ".join(train_data.class_names[:10]) + (", ..." if len(train_data.class_names) > 10 else "")
@@ -610,7 +780,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
             base_model=f"./{recipe.model.name}" if Path(recipe.model.name).is_dir() else recipe.model.name,
             training_data=f"{recipe.data.dataset}, split {train_data.split}, {len(train_data)} images of "
             f"{len(train_data.class_names)} classes ({classes}), {train_data.revision}",
-            paper=recipe.objective.paper,
+            paper=replace(trainer.adaptation.paper, method="TAPT") if adaptations else recipe.objective.paper,
             settings=settings,
             template=recipe.prompt.template,
             class_names=train_data.class_names,
@@ -624,16 +794,20 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
         from rich.console import Console
 
         rows = [report for by_title in by_task.values() for report in by_title.values()]
-        table = to_table(
-            rows, f"before and after {title} ({reports[0].attack}, {recipe.training.threat_model()} in training)"
-        )
+        about = f"before and after {title} ({rows[0].attack}, {recipe.training.threat_model()} in training)"
+        table = to_table(rows, about) if not adaptations else defence_table(rows, about)
         Console(width=max(100, shutil.get_terminal_size().columns)).print(table)
         say(
             f"exactly-zero input gradients in the attacks: at most {percent(max(r.zero_gradient_share for r in rows))}"
         )
         if recipe.run.push_to_hub:
             say(f"pushed: {push_folder(folder, recipe.run.push_to_hub)}")
-        if recipe.prompts is None:
+        if adaptations:
+            say(f"saved to {folder}: adapter, statistics.safetensors, adaptation.json, README.md, report.json, "
+                "accuracy.png, recipe.yaml")  # fmt: skip
+            say(f'load it: TAPT.from_pretrained("{repo_id}"), or without the defence PeftModel.from_pretrained(clip, '
+                "...); see README.md")  # fmt: skip
+        elif recipe.prompts is None:
             say(f"saved to {folder}: weights, processor, README.md, report.json, accuracy.png, recipe.yaml")
             say(f'load it: CLIPForZeroShotClassification.from_pretrained("{repo_id}")  # or transformers.CLIPModel')
         else:
@@ -644,6 +818,50 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
             say(f'load it: PeftModel.from_pretrained(clip, "{repo_id}")  # after import hf_robust_clip; see README.md')
     processes.wait_for_everyone()
     return reports
+
+
+def add_statistics(recipe: Recipe, trainer: RobustClipTrainer, data: ImageDataset) -> dict[str, TAPT]:
+    """The recipe's adaptations with the statistics of trained prompts, which are made here; the first is given to the
+    trainer. None for other methods.
+    """
+    from .trainer import TAPTTrainer
+
+    if not isinstance(trainer, TAPTTrainer):
+        return {}
+    targets = trainer.collect_statistics(
+        replace(data, augment=False).first(recipe.statistics.max_images),
+        state_dir=Path(recipe.run.output_dir) / "state/statistics",
+    )
+    adaptations = {title: replace(adaptation, targets=targets) for title, adaptation in recipe.adaptations.items()}
+    trainer.adaptation = next(iter(adaptations.values()))
+    return adaptations
+
+
+def save_trained(trained: Any, folder: Path) -> None:
+    """Write a classifier, an adapter or a defended classifier."""
+    from peft import PeftModel
+
+    trained.save_pretrained(folder, **({"save_embedding_layers": False} if isinstance(trained, PeftModel) else {}))
+
+
+def defence_table(reports: Sequence[RobustnessReport], title: str) -> Table:
+    """`report.defence_cells` as a `rich` table, a row for each model and task."""
+    from rich.table import Table
+
+    from .report import defence_cells
+
+    tasks = {report.task for report in reports}
+    rows: dict[str, list[RobustnessReport]] = {}
+    for report in reports:
+        rows.setdefault(f"{report.name}, {report.task}" if len(tasks) > 1 else report.name, []).append(report)
+    heads, cells = defence_cells(rows)
+    table = Table(title=title, title_justify="left", caption="controls: clean / attacked, on the same images")
+    table.add_column("", no_wrap=True)
+    for head in heads[1:]:
+        table.add_column(head.replace(" ", "\n"), justify="right", no_wrap=True)
+    for row in cells:
+        table.add_row(*(cell.replace(" / ", "/") for cell in row))
+    return table
 
 
 def join_processes(cpu: bool) -> PartialState:
@@ -679,29 +897,26 @@ def make_trainer(
 
         targets = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj)"
         peft_config = LoraConfig(r=recipe.model.lora_rank, lora_alpha=recipe.model.lora_alpha, target_modules=targets)
+    from .trainer import TAPTTrainer, without_checkpoints
+
     training = recipe.training if save else without_checkpoints(recipe.training)
     trainer = trainer_class(recipe.method)(model, training, recipe.objective, data, peft_config=peft_config)
+    if isinstance(trainer, TAPTTrainer):
+        trainer.adaptation = next(iter(recipe.adaptations.values()))
     for config in getattr(trainer.model, "peft_config", {}).values():
         config.base_model_name_or_path, config.revision = recipe.model.name, recipe.model.revision
     return trainer
 
 
-def without_checkpoints(training: RobustClipConfig) -> RobustClipConfig:
-    """The same settings for a run that saves nothing."""
-    quiet = copy.copy(training)
-    quiet.set_save("no")
-    return quiet
-
-
 def plain_model(trainer: RobustClipTrainer, folder: Path) -> tuple[CLIPForZeroShotClassification, Any]:
     """The trained classifier without wrappers or autocast, and what is to be saved of it.
 
-    That is the classifier itself, LoRA merged into it; of prompts, which can't be merged, the adapter. Sharded weights
-    go through `folder`.
+    That is the classifier itself, LoRA merged into it; of prompts, which can't be merged, the adapter, with its
+    defence if it has one. Sharded weights go through `folder`.
     """
     from accelerate.utils import DistributedType
 
-    from .trainer import classifier_in
+    from .trainer import TAPTTrainer, classifier_in
 
     if trainer.accelerator.distributed_type == DistributedType.FSDP:
         from .modeling import CLIPForZeroShotClassification
@@ -712,7 +927,8 @@ def plain_model(trainer: RobustClipTrainer, folder: Path) -> tuple[CLIPForZeroSh
         return whole, whole
     core = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
     if "prompts" in trainer.settings():
-        return classifier_in(core).requires_grad_(False), core
+        to_save = trainer.defended() if isinstance(trainer, TAPTTrainer) else core
+        return classifier_in(core).requires_grad_(False), to_save
     core = core.merge_and_unload() if hasattr(core, "merge_and_unload") else core
     return core, core
 
@@ -742,11 +958,13 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
     for name in names:
         own = recipe.model if name == recipe.model.name else ModelSettings(name)
         model = load_model(own).to(processes.device)
+        defence = with_statistics(recipe.defence, own)
         for task in recipe.tasks:
             data = load_data(task, model)
             model.set_classes(data.class_names, recipe.prompt.template or data.templates)
             for settings in recipe.evaluations:
                 attack = settings.attack.name(len(data.class_names))
+                through = "" if settings.target == "static" else f" {settings.target}"
                 processes.print(f"{titles[name]} on {task.name or task.dataset}: {len(data)} images, {attack}")
                 report = evaluate_robustness(
                     model,
@@ -756,8 +974,9 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
                     task=task.name or task.dataset,
                     model_id=name,
                     processes=processes,
-                    state_dir=folder / "state" / slug(f"{name} {task.name or task.dataset} {attack}"),
+                    state_dir=folder / "state" / slug(f"{name} {task.name or task.dataset} {attack}{through}"),
                     progress=True,
+                    defence=defence,
                 )
                 reports.append(report)
                 if settings is recipe.evaluations[0]:
@@ -772,7 +991,7 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.source, sort_keys=False, allow_unicode=True))
         panels: dict[str, dict[str, RobustnessReport]] = {}
         for report in reports:
-            panel = report.task if len(recipe.evaluations) == 1 else f"{report.task}, {report.attack}"
+            panel = report.task if len(recipe.evaluations) == 1 else f"{report.task}, {report.full_attack}"
             panels.setdefault(panel, {})[report.name] = report
         plot_accuracy(folder / "accuracy.png", panels)
         plot_examples(folder / "examples.png", *strip)
@@ -789,6 +1008,21 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
         processes.print(f"saved to {folder}: {', '.join(written)}")
     processes.wait_for_everyone()
     return own_reports
+
+
+def with_statistics(defence: TestTimeAdapter | None, model: ModelSettings) -> TestTimeAdapter | None:
+    """The defence, with the statistics that lie beside the model if it needs some. Raises OSError if none do."""
+    if defence is None or not hasattr(defence, "targets"):
+        return defence
+    from .adaptation.defended import DefendedClassifier
+
+    saved = DefendedClassifier.from_pretrained(model.name, revision=model.revision).adapter
+    targets = getattr(saved, "targets", None)
+    if targets is None:
+        raise OSError(
+            f"{model.name!r} holds no statistics, which {defence.name} needs; train it with recipes/tapt.py."
+        )
+    return replace(defence, targets=targets)  # type: ignore[call-arg]  # not every defence has them
 
 
 def self_check(report: RobustnessReport) -> str:
@@ -830,7 +1064,7 @@ def push_folder(folder: Path, repo_id: str) -> str:
         repo_id=repo_id,
         folder_path=folder,
         commit_message="Upload robust CLIP",
-        ignore_patterns=["checkpoint-*", "compared/*", "training_args.bin"],
+        ignore_patterns=["checkpoint-*", "compared/*", "state/*", "training_args.bin"],
     )
     return str(commit.repo_url)
 

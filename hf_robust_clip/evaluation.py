@@ -52,6 +52,8 @@ class AdaptiveWorst(Suite):
         pgd_steps: of each PGD; 0 leaves them all out.
         apgd_steps: of each APGD; 0 leaves them out.
         num_queries: of Square; 0 leaves it out.
+        blind: suites that take the place of the two blind attacks: those whose own figures stand beside, so that the
+            worst of all is never above them.
 
     Raises ValueError for a negative number, and if nothing is left.
     """
@@ -59,45 +61,63 @@ class AdaptiveWorst(Suite):
     pgd_steps: int = 20
     apgd_steps: int = 50
     num_queries: int = 500
+    blind: Sequence[Suite] = ()
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
+        for name, value in self._numbers().items():
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 0.")
-        if not any(asdict(self).values()):
+        if not any(self._numbers().values()) and not self.blind:
             raise ValueError("pgd_steps, apgd_steps and num_queries are all 0: no attack is left.")
+        object.__setattr__(self, "blind", tuple(self.blind))
 
-    def _plan(self) -> list[tuple[str, Target, str, Suite | None]]:
-        """(name, what it sees, the number that it depends on, its attack; None if the number is 0)."""
-        pgd = PGD(self.pgd_steps) if self.pgd_steps else None
-        apgd = AutoAttack(("apgd-ce",), num_steps=self.apgd_steps) if self.apgd_steps else None
-        square = AutoAttack(("square",), num_queries=self.num_queries) if self.num_queries else None
-        return [
-            ("blind pgd", "defence_blind", "pgd_steps", pgd),
-            ("blind apgd-ce", "defence_blind", "apgd_steps", apgd),
-            ("transfer pgd", "transfer_from_adapted", "pgd_steps", pgd),
-            ("bpda pgd", "bpda", "pgd_steps", pgd),
-            ("adaptive pgd", "adaptive", "pgd_steps", pgd),
-            ("adaptive apgd-ce", "adaptive", "apgd_steps", apgd),
-            ("square", "query", "num_queries", square),
-        ]
+    def _numbers(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("pgd_steps", "apgd_steps", "num_queries")}
+
+    def _plan(self, num_classes: int) -> dict[str, tuple[Target, Member | None]]:
+        """By name, what an attack sees, and the attack; None if its number is 0."""
+
+        def only(suite: type[Suite], *settings: Any, **more: Any) -> Member | None:
+            number = next(iter(more.values())) if more else settings[0]
+            return next(iter(suite(*settings, **more).members(num_classes).values())) if number else None
+
+        pgd = only(PGD, self.pgd_steps)
+        apgd = only(AutoAttack, ("apgd-ce",), num_steps=self.apgd_steps)
+        blind: dict[str, Member | None] = {"pgd": pgd, "apgd-ce": apgd}
+        if self.blind:
+            blind = {name: own for suite in self.blind for name, own in suite.members(num_classes).items()}
+        return {
+            **{f"blind {name}": ("defence_blind", member) for name, member in blind.items()},
+            "transfer pgd": ("transfer_from_adapted", pgd),
+            "bpda pgd": ("bpda", pgd),
+            "adaptive pgd": ("adaptive", pgd),
+            "adaptive apgd-ce": ("adaptive", apgd),
+            "square": ("query", only(AutoAttack, ("square",), num_queries=self.num_queries)),
+        }
 
     def members(self, num_classes: int) -> dict[str, Member]:
-        plan = self._plan()
-        return {name: next(iter(own.members(num_classes).values())) for name, _, _, own in plan if own is not None}
+        return {name: member for name, (_, member) in self._plan(num_classes).items() if member is not None}
 
     def targets(self, num_classes: int) -> dict[str, Target]:
         """What each attack sees."""
-        return {name: target for name, target, _, _ in self._plan()}
+        return {name: target for name, (target, _) in self._plan(num_classes).items()}
 
     def name(self, num_classes: int) -> str:
-        parts = {"PGD": self.pgd_steps, "APGD": self.apgd_steps, "Square": self.num_queries}
-        return "+".join(f"{name}-{number}" for name, number in parts.items() if number)
+        parts = zip(("PGD", "APGD", "Square"), self._numbers().values(), strict=True)
+        own = [f"{name}-{number}" for name, number in parts if number]
+        return "+".join([*(suite.name(num_classes) for suite in self.blind), *own])
 
     def parameters(self, threat_models: Sequence[ThreatModel], num_classes: int) -> dict[str, Any]:
-        out = {name: f"{number} is 0" for name, _, number, own in self._plan() if own is None}
-        steps = {"step_size": PGD(self.pgd_steps).parameters(threat_models, num_classes)["step_size"]}
-        return {**asdict(self), **(steps if self.pgd_steps else {}), **({"left_out": out} if out else {})}
+        found: dict[str, Any] = self._numbers()
+        if self.pgd_steps:
+            found["step_size"] = PGD(self.pgd_steps).parameters(threat_models, num_classes)["step_size"]
+        if self.blind:
+            found["blind"] = [
+                {"name": suite.name(num_classes), **suite.parameters(threat_models, num_classes)}
+                for suite in self.blind
+            ]
+        out = {name: "its number is 0" for name, (_, member) in self._plan(num_classes).items() if member is None}
+        return {**found, **({"left_out": out} if out else {})}
 
 
 @dataclass(frozen=True)
@@ -654,7 +674,7 @@ def _check_target(settings: EvaluationSettings, defence: TestTimeAdapter | None)
             )
         return
     if not isinstance(defence, TestTimeAdapter):
-        raise TypeError(f"defence is a {type(defence).__name__}; give a test-time adapter such as TAPT(targets).")
+        raise TypeError(f"defence is a {type(defence).__name__}; give a test-time adapter such as TAPT(targets=...).")
     if settings.target == "static":
         raise ValueError(
             f"target='static' says nothing of {defence.name}: choose target='defence_blind', 'adaptive', 'bpda', "

@@ -453,7 +453,7 @@ def tokenize_prompts(
 
 def adapter_config(name: str | Path, revision: str | None = None) -> dict[str, Any] | None:
     """What `adapter_config.json` says, if a folder or Hub repository holds a PEFT adapter and no whole model."""
-    if Path(name, "config.json").is_file():
+    if Path(name, "config.json").is_file() and not Path(name, "adaptation.json").is_file():
         return None
     try:
         file = find_adapter_config_file(str(name), revision=revision)

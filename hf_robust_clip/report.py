@@ -509,43 +509,41 @@ def plot_examples(
 
 
 def defence_cells(rows: Mapping[str, Sequence[RobustnessReport]]) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells of a table of defences, in percent at the largest radius: a row for each label.
+    """Heads and cells of a table of defences, in percent: a row for each label.
 
-    A label's reports are of one defence (or none) on the same images: a column for each attack that was made on the
-    classifier alone (of a row without a defence that is the white box), one for the worst of all attacks, and three
-    for the controls, clean / under the first of the blind attacks.
+    A label's reports are of one defence (or of none) on the same images. After the clean accuracy come columns for the
+    attacks that were made on the classifier alone (white box, where there is no defence), the worst of all attacks
+    (`adaptive_worst`, or the lowest of what there is), the controls on the images of the first of these attacks (clean
+    / attacked), and the time. All are at the largest radius that every report has.
 
-    Raises ValueError for a label without reports, or with reports on several sets of images.
+    Raises ValueError for a label without reports, or with reports on several sets of images, and if the reports have
+    no radius in common.
     """
-    alone = {
-        report.attack: None
-        for reports in rows.values()
-        for report in reports
-        if report.attack_target in ("static", "defence_blind")
-    }
+    every = [report for reports in rows.values() for report in reports]
+    radii = set.intersection(*(set(report.robust_accuracy) for report in every)) if every else set()
+    if not radii:
+        raise ValueError("the reports have no radius in common; evaluate all of them at one.")
+    radius = max(radii)
+    alone = dict.fromkeys(r.attack for r in every if r.attack_target in ("static", "defence_blind"))
     heads = ["", "n", "clean", *alone, "worst of all", *CONTROLS, "ms/image"]
     cells = []
     for label, reports in rows.items():
         if len({(report.dataset, report.split, report.num_images) for report in reports}) != 1:
             raise ValueError(f"the reports of {label!r} must be of one set of images, and at least one.")
-        own = {report.attack: report for report in reports if report.attack_target in ("static", "defence_blind")}
-        others = [report for report in reports if report not in own.values()]
-        is_defended = any(report.defence for report in reports)
-        worst = [_at_largest(report) for report in (others if is_defended else reports)]
-        controls = [f"{'-':>1}"] * len(CONTROLS)
-        if is_defended:
-            judged = next((report for report in own.values() if report.defence), reports[0])
-            controls = [_control(judged, name) for name in CONTROLS]
-        speed = [report.defence["ms_per_image"] for report in reports if report.defence]
+        own = {r.attack: r.robust_accuracy[radius] for r in reports if r.attack_target in ("static", "defence_blind")}
+        worst = [r for r in reports if r.attack_target == "adaptive_worst"] or reports
+        told = next((r.defence for r in reports if r.defence), None)
+        seen = {} if told is None else {name: told["controls"][name] for name in CONTROLS}
+        controls = [f"{_number(c['clean'])} / {_number(c['robust'][radius])}" for c in seen.values()]
         cells.append(
             [
                 label,
                 str(reports[0].num_images),
                 _number(reports[0].clean_accuracy),
-                *(_number(_at_largest(own[attack])) if attack in own else "-" for attack in alone),
-                _number(min(worst)) if worst else "-",
-                *controls,
-                f"{min(speed):.0f}" if speed else "-",
+                *(_number(own[attack]) if attack in own else "-" for attack in alone),
+                _number(min(report.robust_accuracy[radius] for report in worst)),
+                *(controls or ["-"] * len(CONTROLS)),
+                "-" if told is None else f"{told['ms_per_image']:.1f}",
             ]
         )
     return heads, cells
@@ -558,18 +556,8 @@ def defence_table(rows: Mapping[str, Sequence[RobustnessReport]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells)])
 
 
-def _at_largest(report: RobustnessReport) -> float:
-    return list(report.robust_accuracy.values())[-1]
-
-
 def _number(value: float) -> str:
     return f"{100 * value:.1f}"
-
-
-def _control(report: RobustnessReport, name: str) -> str:
-    assert report.defence is not None
-    found = report.defence["controls"][name]
-    return f"{_number(found['clean'])} / {_number(list(found['robust'].values())[-1])}"
 
 
 def plot_defences(path: str | Path, rows: Mapping[str, Sequence[RobustnessReport]]) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
+from .adaptation.defended import DefendedClassifier
+from .adaptation.statistics import AlignmentTargets, collect_statistics
+from .adaptation.tapt import TAPT
 from .attacks.losses import cross_entropy
 from .attacks.pgd import PGDSettings, pgd
 from .modeling import CLIPForZeroShotClassification, check_labels, without_gradients
@@ -37,7 +40,7 @@ from .zero_shot_data.loading import collate_images
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from torch.utils.data import Dataset
+    from torch.utils.data import DataLoader, Dataset
 
 
 @dataclass
@@ -99,6 +102,22 @@ def robust_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """`clean_accuracy` and `robust_accuracy` in [0, 1] from the (clean, adversarial) logits of `RobustClipTrainer`."""
     clean, adv = (logits.argmax(-1) == prediction.label_ids for logits in prediction.predictions)
     return {"clean_accuracy": float(clean.mean()), "robust_accuracy": float((clean & adv).mean())}
+
+
+def defended_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracies in [0, 1] from the four logits of `TAPTTrainer`; of two logits those of `robust_accuracy`.
+
+    As everywhere, an image counts under attack only if it is classified right without it too.
+    """
+    if len(prediction.predictions) == 2:
+        return robust_accuracy(prediction)
+    clean, blind, static_clean, static = (part.argmax(-1) == prediction.label_ids for part in prediction.predictions)
+    return {
+        "clean_accuracy": float(clean.mean()),
+        "blind_accuracy": float((clean & blind).mean()),
+        "static_clean_accuracy": float(static_clean.mean()),
+        "static_robust_accuracy": float((static_clean & static).mean()),
+    }
 
 
 class RobustClipTrainer(Trainer):
@@ -345,8 +364,8 @@ class RobustClipTrainer(Trainer):
         inputs: dict[str, Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
-        """Robust loss, (clean, adversarial) logits and labels: PGD with `eval_attack_steps` on cross-entropy."""
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, Tensor | None]:
+        """Robust loss, logits of `classify` and labels: PGD with `eval_attack_steps` on cross-entropy."""
         inputs = self._prepare_inputs(inputs)
         self._check_batch(inputs, needs_labels=True)
         images, labels = inputs["pixel_values"], inputs["labels"]
@@ -356,10 +375,14 @@ class RobustClipTrainer(Trainer):
             return cross_entropy(core(pixel_values=adv_BCHW).logits, labels)
 
         adv = self.perturb(model, inputs, attack_loss, self.args.eval_attack_steps)
+        logits = self.classify(core, images, adv)
+        loss = cross_entropy(logits[1], labels).mean()
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def classify(self, core: nn.Module, images_BCHW: Tensor, adv_BCHW: Tensor) -> tuple[Tensor, ...]:
+        """What `predict` gives of a batch: clean and adversarial logits."""
         with torch.no_grad(), self.accelerator.autocast():
-            clean_logits, adv_logits = (core(pixel_values=pixels).logits.float() for pixels in (images, adv))
-        loss = cross_entropy(adv_logits, labels).mean()
-        return (loss, None, None) if prediction_loss_only else (loss, (clean_logits, adv_logits), labels)
+            return tuple(core(pixel_values=pixels).logits.float() for pixels in (images_BCHW, adv_BCHW))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each loss term since the last log, over all processes."""
@@ -490,6 +513,185 @@ class APTTrainer(RobustClipTrainer):
         return ClipPromptConfig(design="VLI")
 
 
+class TAPTTrainer(APTTrainer):
+    """TAPT (CVPR 2025): prompts that are tuned on every test image. See `adaptation.tapt.TAPT`.
+
+        trainer = TAPTTrainer(model, args, train_dataset=train, eval_dataset=test)
+        trainer.train()                # adversarial prompts, as APTTrainer
+        trainer.collect_statistics()   # of the training images, under these prompts and under clean-trained ones
+        trainer.evaluate()             # tunes on every test image, clean and attacked
+        trainer.save_model("out")      # TAPT.from_pretrained("out") restores prompts, statistics and settings
+
+    `predict` gives four logits: defended on clean images, defended under the blind attack, and the same two without
+    the defence (static). The attack is PGD with `eval_attack_steps` on the static prompts, which knows nothing of the
+    defence: it overrates it (see `evaluate_robustness` for attacks that do). While `train()` runs, evaluations are
+    static.
+
+    Args:
+        adaptation: settings of the defence; its `targets` may be None until they are collected.
+        All others are those of `RobustClipTrainer`.
+    """
+
+    def __init__(
+        self,
+        model: CLIPForZeroShotClassification | PeftModel,
+        args: RobustClipConfig,
+        objective: Objective | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        peft_config: PeftConfig | None = None,
+        adaptation: TAPT | None = None,
+        data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]] = collate_images,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] = defended_accuracy,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ):
+        self.adaptation = TAPT() if adaptation is None else adaptation
+        if not isinstance(self.adaptation, TAPT):
+            raise TypeError(f"adaptation is a {type(adaptation).__name__}; give a TAPT.")
+        super().__init__(
+            model,
+            args,
+            objective,
+            train_dataset,
+            eval_dataset,
+            peft_config=peft_config,
+            data_collator=data_collator,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+
+    def collect_statistics(
+        self,
+        dataset: Dataset | None = None,
+        clean_model: CLIPForZeroShotClassification | PeftModel | None = None,
+        state_dir: str | Path | None = None,
+    ) -> AlignmentTargets:
+        """Statistics of clean training images, with which views are aligned; kept in `adaptation.targets`.
+
+        Args:
+            dataset: default the training images, whole pictures prepared as for an evaluation.
+            clean_model: the same model with clean-trained prompts. None trains them here, on the same data with the
+                same settings but without an attack; where `adaptation.gamma` is 1 none are needed.
+            state_dir: a folder for what is done already; see `statistics.collect_statistics`.
+
+        Returns the statistics. Raises ValueError without any images.
+        """
+        if dataset is None:
+            dataset = self.train_dataset
+        if dataset is None:
+            raise ValueError("dataset is missing; give collect_statistics a dataset, or the trainer a train_dataset.")
+        if getattr(dataset, "augment", False):
+            dataset = replace(dataset, augment=False)  # type: ignore[type-var]
+        classifiers = {"adversarial": self.classifier()}
+        if clean_model is not None:
+            classifiers["clean"] = classifier_in(clean_model).to(self.args.device)
+        elif self.adaptation.gamma < 1:
+            classifiers["clean"] = self._train_clean()
+        found = {
+            kind: collect_statistics(
+                classifier,
+                dataset,
+                batch_size=self.args.eval_batch_size,
+                processes=self.accelerator,
+                state_dir=None if state_dir is None else Path(state_dir) / kind,
+                num_workers=self.args.dataloader_num_workers,
+                progress=not self.args.disable_tqdm,
+            )
+            for kind, classifier in classifiers.items()
+        }
+        targets = AlignmentTargets(found["adversarial"], found.get("clean"))
+        self.adaptation = replace(self.adaptation, targets=targets)
+        return targets
+
+    def _train_clean(self) -> CLIPForZeroShotClassification:
+        """Prompts of the same kind in the same frozen model, trained by the same settings without an attack."""
+        core = self.accelerator.unwrap_model(self.model)
+        if self.train_dataset is None or not isinstance(core, PeftModel):
+            raise ValueError("clean_model is missing, and there is no train_dataset to train clean prompts on.")
+        shared = [p for p in core.parameters() if not p.requires_grad]
+        shared_by_id: dict[int, Any] = {id(part): part for part in (*shared, self.classifier().processor)}
+        base = copy.deepcopy(core.base_model, shared_by_id).unload()
+        peft_config = copy.deepcopy(core.active_peft_config)
+        peft_config.inference_mode, peft_config.base_model_name_or_path = False, None
+        objective = self.objective if isinstance(self.objective, APT) else APT()
+        trainer = APTTrainer(
+            base,
+            without_checkpoints(self.args),
+            replace(objective, batch_mix="clean"),
+            self.train_dataset,
+            peft_config=peft_config,
+            data_collator=self.data_collator,
+        )
+        trainer.train()
+        return trainer.classifier()
+
+    def defended(self) -> DefendedClassifier:
+        """The trained classifier behind the defence. Raises ValueError before the statistics are collected."""
+        if self.adaptation.targets is None and self.adaptation.align_weight > 0:
+            raise ValueError(
+                "the statistics are missing: call collect_statistics() after train(), or give "
+                "adaptation=TAPT(targets=...)."
+            )
+        return DefendedClassifier(self.classifier(), self.adaptation, seed=self.args.seed)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ):
+        """The Trainer's own loop. Raises ValueError before the statistics are collected."""
+        if not self.is_in_train:
+            self.defended()
+        self._running = torch.zeros(3)
+        return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, Tensor | None]:
+        """Loss under the blind attack, logits of `classify`, labels; shows the accuracy so far of this process."""
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if logits is not None and not self.is_in_train:
+            clean, blind = (part.argmax(-1).eq(labels) for part in logits[:2])  # type: ignore[arg-type]
+            self._running += torch.tensor([len(clean), clean.sum(), (clean & blind).sum()])
+            count, *right = self._running.tolist()
+            for callback in self.callback_handler.callbacks:
+                if getattr(callback, "prediction_bar", None) is not None:
+                    so_far = {name: f"{n / count:.1%}" for name, n in zip(("clean", "blind"), right, strict=True)}
+                    callback.prediction_bar.set_postfix(so_far)
+        return loss, logits, labels
+
+    def classify(self, core: nn.Module, images_BCHW: Tensor, adv_BCHW: Tensor) -> tuple[Tensor, ...]:
+        """Logits: defended clean, defended under the blind attack, static clean, static under attack."""
+        static = super().classify(core, images_BCHW, adv_BCHW)
+        if self.is_in_train:
+            return static
+        defended = self.defended()
+        with self.accelerator.autocast():
+            return *(defended.predict(pixels).float() for pixels in (images_BCHW, adv_BCHW)), *static
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.adaptation.targets is not None:
+            self.defended().save_pretrained(output_dir or self.args.output_dir)
+
+    def settings(self) -> dict[str, Any]:
+        """Those of the training, and of the defence, each as `adaptation.<name>`."""
+        own = {f"adaptation.{name}": value for name, value in self.adaptation.parameters().items()}
+        if self.adaptation.targets is not None:
+            record = self.adaptation.targets.adversarial.record
+            own["adaptation.statistics"] = f"{record['num_images']} images of {record['dataset']}, {record['split']}"
+        return {**super().settings(), **own}
+
+
 class FAPTrainer(RobustClipTrainer):
     """FAP (NeurIPS 2024), by default with prompts from image to text. See `objectives.fap.FAP`."""
 
@@ -510,6 +712,15 @@ class CoOpTrainer(RobustClipTrainer):
     def default_peft_config(cls) -> ClipPromptConfig:
         """Four context tokens that all classes share, at the input alone."""
         return ClipPromptConfig(design="T", num_text_tokens=4, text_depth=1)
+
+
+def without_checkpoints(args: RobustClipConfig) -> RobustClipConfig:
+    """The same settings for a run that saves, evaluates and pushes nothing."""
+    quiet = copy.copy(args)
+    quiet.set_save("no")
+    quiet.set_evaluate("no")
+    quiet.load_best_model_at_end = quiet.push_to_hub = False
+    return quiet
 
 
 def classifier_in(model: nn.Module) -> CLIPForZeroShotClassification:

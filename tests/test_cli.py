@@ -326,7 +326,7 @@ def test_usage(words, status, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(words)
     assert stopped.value.code == status
-    methods = "pmg_aft,tecoa,fare,trades,clean,apt,fap,coop"
+    methods = "pmg_aft,tecoa,fare,trades,clean,apt,tapt,fap,coop"
     assert f"hf-robust-clip train {{{methods}}} --config FILE" in capsys.readouterr().out
 
 
@@ -363,8 +363,8 @@ def top_comment(config: Path) -> str:
     return re.sub(r"\\?\s+", " ", " ".join(line.removeprefix("#") for line in lines[:count]))
 
 
-def test_there_are_configs_for_five_methods_and_four_models():
-    assert {method_of(config) for config in CONFIGS} == {"pmg_aft", "tecoa", "fare", "apt", "fap"}
+def test_there_are_configs_for_six_methods_and_four_models():
+    assert {method_of(config) for config in CONFIGS} == {"pmg_aft", "tecoa", "fare", "apt", "tapt", "fap"}
     assert len({config.parent for config in CONFIGS}) == 4
 
 
@@ -373,9 +373,9 @@ def test_every_config_is_read(config):
     found = recipe(config=config)
     assert found.training.threat_model().eps > 0
     assert (found.model.name.split("/")[-1]) == config.parent.name
-    if "imagenet" in config.name:
+    if "imagenet" in config.name or (config.name.startswith("tapt") and "base" in config.parent.name):
         update = found.training.per_device_train_batch_size * found.training.gradient_accumulation_steps
-        assert update == {"fare": 128, "apt": 32, "fap": 4}.get(found.method, 256)
+        assert update == {"fare": 128, "apt": 32, "tapt": 32, "fap": 4}.get(found.method, 256)
         assert ("tiny" in config.name) == (found.data.dataset == "zh-plus/tiny-imagenet")
 
 
@@ -396,7 +396,7 @@ def test_every_config_says_how_to_launch_it_and_what_is_known(config):
     assert "measured by us" in text
 
 
-APT_CONFIGS = [path for path in CONFIGS if method_of(path) == "apt" and path.parent.name != "digits-clip"]
+APT_CONFIGS = [path for path in CONFIGS if "apt_" in path.name and path.parent.name != "digits-clip"]
 
 
 @pytest.mark.parametrize("config", **named(APT_CONFIGS))
@@ -410,7 +410,7 @@ def test_prompts_are_trained_as_published(config):
     assert (training.num_train_epochs, training.warmup_steps) == (100, 500)
     assert (training.attack_steps, training.threat_model().eps) == (2, 1 / 255)
     assert found.objective.batch_mix == "adv_half"
-    assert found.title == f"APT-{found.prompts.design}"
+    assert found.title == f"APT-{found.prompts.design}"  # of TAPT too: its static prompts
     assert "0.035" in config.read_text(), "the paper's other learning rate is named"
 
 
@@ -442,6 +442,97 @@ def test_wrong_settings_of_prompts_are_named(words, message):
         recipe(*words, config=APT_CONFIGS[0])
 
 
+TAPT_CONFIGS = [path for path in APT_CONFIGS if method_of(path) == "tapt"]
+TAPT_SETS = ("imagenet", "caltech101", "dtd", "eurosat", "pets", "aircraft", "food101", "flowers102", "cars", "sun397",
+             "ucf101")  # fmt: skip
+
+
+@pytest.mark.parametrize("config", **named(TAPT_CONFIGS))
+def test_prompts_are_tuned_as_the_released_code_does(config):
+    found = recipe(config=config)
+    design = found.prompts.design
+    assert list(found.adaptations) == [f"TAPT-{design} released", f"TAPT-{design} paper"]
+    released, paper = found.adaptations.values()
+    assert (released.num_views, released.selected, released.learning_rate) == (64, 0.1, 5e-4)
+    assert released.align_weight == pytest.approx(100 / 9)
+    assert (released.reset_to, paper.reset_to) == ("trained" if design == "VLJ" else "random", "trained")
+    assert tuple(task.dataset for task in found.tasks) == TAPT_SETS
+
+
+def test_the_first_adaptation_is_saved_and_keys_change_every_preset():
+    config = RECIPES / "configs/digits-clip/tapt.yaml"
+    words = [
+        "--adaptation.gamma",
+        "1",
+        "--adaptation.crop",
+        "{scale: [0.5, 1]}",
+        "--defence_evaluation.radius",
+        "2/255",
+    ]
+    found = recipe(*words, config=config)
+    assert [(a.gamma, a.crop.scale, a.num_views) for a in found.adaptations.values()] == [(1.0, (0.5, 1.0), 32)] * 2
+    blind, worst = cli.defence_settings(found.evaluation, found.defence_evaluation)
+    assert [how.target for how in (blind, worst)] == ["defence_blind", "adaptive_worst"]
+    assert (blind.attack, worst.attack.pgd_steps, worst.attack.num_queries) == (found.evaluation.attack, 10, 40)
+    assert [threat.eps for threat in worst.threat_models()] == [2 / 255]
+    assert list(recipe("--adaptation.preset", "null", config=config).adaptations) == ["TAPT-VLI", "TAPT-VLI paper"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--adaptation.preset", "papre"], "unknown adaptation.preset: 'papre'; did you mean 'paper'"),
+        (["--adaptation.gama", "1"], "unknown key in adaptation: 'gama'; did you mean 'gamma'"),
+        (["--adaptation.num_views", "1"], "num_views=1"),
+        (["--adaptation.selected", "0.001"], "selected=0.001 keeps 0 of 32"),
+        (["--adaptation.gamma", "2"], "gamma=2.0"),
+        (["--adaptation.crop", "{scal: 1}"], "unknown key in adaptation.crop: 'scal'"),
+        (["--statistics.max_images", "0"], "statistics.max_images=0 must be at least 1"),
+        (["--defence_evaluation.worst", "pgd-20"], "defence_evaluation.worst='pgd-20'"),
+        (["--defence_evaluation.presets", "paper"], "presets='paper' must be"),
+        (["--defence_evaluation.max_images", "0"], "defence_evaluation.max_images=0 must be at least 1"),
+        (["--defence_evaluation.eot", "0"], "eot=0"),
+        (["--compare", "[tapt]"], "unknown method in compare: 'tapt'"),
+    ],
+)
+def test_wrong_settings_of_a_defence_are_named(words, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(*words, config=RECIPES / "configs/digits-clip/tapt.yaml")
+
+
+def test_sections_of_a_defence_go_with_tapt_alone():
+    with pytest.raises(ValueError, match="the section adaptation goes with tapt, not with apt"):
+        recipe("--adaptation.gamma", "1", config=RECIPES / "configs/digits-clip/apt.yaml")
+
+
+def test_an_evaluation_takes_a_defence():
+    found = evaluation(
+        "--defence.method", "ensemble", "--defence.num_views", "16", "--attacks", "[pgd-5, worst-5-0-9]"
+    )
+    assert (found.defence.name, found.defence.parameters()["num_views"]) == ("ensemble-16", 16)
+    assert [how.target for how in found.evaluations] == ["defence_blind", "adaptive_worst"]
+    assert evaluation("--defence.method", "ttc", "--evaluation.target", "bpda").evaluations[0].target == "bpda"
+    assert evaluation().defence is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--defence.num_views", "16"], "defence.method is missing"),
+        (["--defence.method", "tadt"], "unknown defence.method: 'tadt'; did you mean 'tapt'"),
+        (["--defence.method", "ttc", "--defence.num_views", "16"], "unknown key in defence: 'num_views'"),
+        (["--defence.method", "ttc", "--reference", "digits-clip"], "is undefended"),
+        (["--defence.method", "ttc", "--evaluation.target", "static"], "target='static' says nothing of ttc"),
+        (["--evaluation.target", "adaptive"], "target='adaptive' needs the section defence"),
+        (["--attacks", "worst"], "target='adaptive_worst' needs the section defence"),
+        (["--defence.method", "ttc", "--evaluation.target", "adaptiv"], "evaluation.target='adaptiv' must be"),
+    ],
+)
+def test_a_defence_that_makes_no_sense_is_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation(*words)
+
+
 def test_every_config_is_of_a_method_or_known():
     others = set((RECIPES / "configs").rglob("*.yaml")) - {*METHOD_CONFIGS, *EVALUATION_CONFIGS}
     assert {path.name for path in others} == {"pretrain.yaml"}
@@ -449,7 +540,7 @@ def test_every_config_is_of_a_method_or_known():
 
 def test_methods_of_the_mini_benchmark_share_everything_but_themselves():
     """The same data, attack and budget for all; each learning rate is the one that held-out images chose."""
-    own = [path for path in METHOD_CONFIGS if path.parent.name == "mini-clip" and method_of(path) != "apt"]
+    own = [path for path in METHOD_CONFIGS if path.parent.name == "mini-clip" and "apt" not in method_of(path)]
     assert {path.stem for path in own} == {"clean", "tecoa", "fare", "trades", "pmg_aft_paper", "pmg_aft_released"}
     settings = [yaml.safe_load(path.read_text()) for path in own]
     for path, found in zip(own, settings, strict=True):

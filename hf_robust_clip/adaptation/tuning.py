@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -130,7 +130,8 @@ class PromptTuning(TestTimeAdapter):
         state = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in prompts.items()}
         finite_B = torch.ones(len(run.images), dtype=torch.bool, device=run.images.device)
         first_loss = None
-        with differentiable_twice() if run.path == "through" else nullcontext():
+        attention: Any = differentiable_twice() if run.path == "through" else nullcontext()
+        with attention:
             kept = run.kept(kept_BK)
             for step in range(1, self.num_steps + 1):
                 shared = start if step == 1 and run.is_shared(start) else None
@@ -143,7 +144,7 @@ class PromptTuning(TestTimeAdapter):
             prompts = {name: _where(finite_B, value, run.own[name]) for name, value in prompts.items()}
             if run.path != "through":
                 prompts = {name: value.detach() for name, value in prompts.items()}
-            with torch.no_grad() if run.path == "none" else nullcontext():
+            with torch.set_grad_enabled(run.path != "none"):
                 logits_BC = self.predict_tuned(run, prompts)
         return Adaptation(logits_BC, ~finite_B, prompts, loss=first_loss, kept=kept_BK)
 

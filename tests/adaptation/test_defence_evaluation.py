@@ -211,9 +211,9 @@ def test_members_that_take_no_steps_are_left_out_and_named():
     assert list(report.after_each[1 / 255]) == ["blind pgd", "transfer pgd", "bpda pgd", "adaptive pgd"]
     assert report.attack == "PGD-2"
     assert report.attack_parameters["left_out"] == {
-        "blind apgd-ce": "apgd_steps is 0",
-        "adaptive apgd-ce": "apgd_steps is 0",
-        "square": "num_queries is 0",
+        "blind apgd-ce": "its number is 0",
+        "adaptive apgd-ce": "its number is 0",
+        "square": "its number is 0",
     }
 
 

@@ -1,0 +1,135 @@
+"""`recipes/tapt.py` end to end on the model that ships with the package, and what its folder can be used for."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
+
+from hf_robust_clip import TAPT
+from hf_robust_clip.cli import ModelSettings, defence_table, load_model, run_evaluation, run_recipe
+from hf_robust_clip.report import CONTROLS, load_reports
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "recipes/configs"
+SMALL = ["--data.shots", "3", "--training.max_steps", "2", "--training.per_device_train_batch_size", "8",
+         "--training.learning_rate", "1.0", "--evaluation.attack", "pgd-2", "--evaluation.radii", "[16/255]",
+         "--tasks", "[{name: few, dataset: digits, split: test, max_images: 8}]", "--adaptation.num_views", "8",
+         "--adaptation.selected", "0.25", "--statistics.max_images", "20", "--defence_evaluation.worst", "worst-1-0-0",
+         "--defence_evaluation.max_images", "4"]  # fmt: skip
+
+
+def run(*words):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run_recipe("tapt", CONFIGS / "digits-clip/tapt.yaml", "", [*SMALL, *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A defence as a user makes it: (folder, what was printed)."""
+    folder = tmp_path_factory.mktemp("tapt") / "out"
+    command = [sys.executable, ROOT / "recipes/tapt.py", *SMALL, "--output_dir", folder]
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_it_prints_the_defence_beside_its_controls(finished):
+    folder, printed = finished
+    for row in ("undefended", "APT-VLI ", "TAPT-VLI paper", "TAPT-VLI released"):
+        assert row in printed
+    for column in ("blind", "adaptive", "static", "random", "ensemble-64", "ms"):
+        assert column in printed
+    assert f'TAPT.from_pretrained("{folder}")' in printed
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "adapter_model.safetensors",
+        "statistics.safetensors",
+        "adaptation.json",
+        "report.json",
+        "README.md",
+    }
+
+
+def test_reports_say_what_was_attacked(finished):
+    own, compared = load_reports(finished[0] / "report.json")
+    assert [(r.name, r.attack_target, r.num_images) for r in own] == [
+        ("TAPT-VLI released", "defence_blind", 4),
+        ("TAPT-VLI released", "adaptive_worst", 4),
+    ]
+    assert [(r.name, r.attack_target, r.num_images) for r in compared] == [
+        ("undefended", "static", 8),
+        ("APT-VLI", "static", 8),
+        ("TAPT-VLI paper", "defence_blind", 4),
+        ("TAPT-VLI paper", "adaptive_worst", 4),
+    ]
+    blind, worst = own
+    assert worst.robust_accuracy[16 / 255] <= blind.robust_accuracy[16 / 255]
+    assert set(blind.defence["controls"]) == set(CONTROLS)
+    assert "random" in str(blind.defence["parameters"]["reset_to"])
+    with pytest.raises(ValueError, match="no radius in common"):
+        defence_table([], "")
+
+
+def test_the_folder_restores_the_defence_and_its_static_prompts(finished):
+    folder, _ = finished
+    assert str(ROOT) not in (folder / "adaptation.json").read_text() + (folder / "adapter_config.json").read_text()
+    restored = TAPT.from_pretrained(folder)
+    assert (restored.adapter.num_views, restored.adapter.reset_to) == (8, "random")
+    assert restored.adapter.targets.adversarial.count == restored.adapter.targets.clean.count == 20
+    static = load_model(ModelSettings(str(folder)))
+    static.set_classes(restored.classifier.class_names, restored.classifier.templates)
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(static(images).logits, restored.classifier(images).logits)
+    assert (restored(images).logits - static(images).logits).abs().max() > 1e-4
+
+
+def test_the_card_names_the_method(finished):
+    card = ModelCard.load(finished[0] / "README.md")
+    assert "tapt" in card.data.tags
+    assert "20 images of digits" in card.text
+    assert json.loads((finished[0] / "adaptation.json").read_text())["method"] == "tapt"
+
+
+def test_a_saved_defence_is_evaluated_by_the_evaluation_recipe(finished):
+    words = ["--model", finished[0], "--dataset", "digits", "--max_images", "2", "--attacks", "[pgd-1, worst-1-0-0]",
+             "--radii", "[16/255]", "--template", "a photo of a {}.", "--output_dir", "again",
+             "--defence.method", "tapt", "--defence.num_views", "8", "--defence.selected", "0.25"]  # fmt: skip
+    run_evaluation(CONFIGS / "evaluate.yaml", "", [*map(str, words)])
+    own, _ = load_reports("again/report.json")
+    assert [(r.attack_target, r.defence["parameters"]["reset_to"]) for r in own] == [
+        ("defence_blind", "trained"),
+        ("adaptive_worst", "trained"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--adaptation.selected", "0.01"], "selected=0.01 keeps 0 of 8"),
+        (["--adaptation.preset", "best"], "unknown adaptation.preset: 'best'"),
+        (["--prompts.vision_depth", "9"], "vision_depth=9 is more than the tower's 3 layers"),
+    ],
+)
+def test_wrong_setting_ends_with_one_line_and_writes_nothing(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("--output_dir", "out", *words)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert not Path("out").exists()
