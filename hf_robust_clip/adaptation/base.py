@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class Adaptation:
     kept: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TestTimeAdapter(ABC):
     """A test-time defence: a frozen dataclass of its hyperparameters with functions of a classifier and images.
 
@@ -135,14 +135,21 @@ class TestTimeAdapter(ABC):
                 f"classifier is a {type(classifier).__name__}; give a CLIPForZeroShotClassification (of a PeftModel "
                 "its get_base_model())."
             )
+        if path not in get_args(GradientPath):
+            raise ValueError(f"path={path!r} is unknown; choose {', '.join(map(repr, get_args(GradientPath)))}.")
         self.check(classifier)
         classifier.check_pixels(images_BCHW)
+        if len(images_BCHW) == 0:
+            raise ValueError("images_BCHW is empty; give at least one image.")
         with self.prepared(classifier):
             images_BCHW = images_BCHW.clone() if images_BCHW.is_inference() else images_BCHW
             size = self._images_at_once(classifier, len(images_BCHW))
             return _joined(
                 _in_parts(
-                    lambda rows: self._adapt_part(classifier, images_BCHW[rows], seed, path), len(images_BCHW), size
+                    lambda rows: self._adapt_part(classifier, images_BCHW[rows], seed, path),
+                    len(images_BCHW),
+                    size,
+                    self._group,
                 )
             )
 
@@ -179,24 +186,35 @@ class TestTimeAdapter(ABC):
 
         Enter it around many calls to spare each of them the preparation; it may be entered again inside.
         """
-        was_training = classifier.training
+        training = [module for module in classifier.modules() if module.training]
         with ExitStack() as stack:
-            stack.callback(classifier.train, was_training)
+            stack.callback(_train_again, training)
             classifier.eval()
             stack.enter_context(without_gradients(classifier))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.inference_mode(False))
             yield
 
+    @property
+    def _group(self) -> int:
+        """How many images depend on one another: batches are divided between such groups alone."""
+        return 1
+
     def _images_at_once(self, classifier: CLIPForZeroShotClassification, count: int) -> int:
         """How many images are defended together."""
         if self.memory_budget is None:
             return max(count, 1)
-        return max(1, int(self.memory_budget * 2**30 / self._bytes_per_image(classifier)))
+        fit = int(self.memory_budget * 2**30 / self._bytes_per_image(classifier))
+        return self._group * max(1, fit // self._group)
 
     def _bytes_per_image(self, classifier: CLIPForZeroShotClassification) -> float:
         """What the activations of one image take, roughly; for `memory_budget`."""
         return activation_bytes(classifier, graph=True)
+
+
+def _train_again(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        module.training = True
 
 
 def prompts_of(classifier: CLIPForZeroShotClassification) -> dict[str, nn.Parameter]:
@@ -246,24 +264,24 @@ def activation_bytes(classifier: CLIPForZeroShotClassification, graph: bool) -> 
     return values * (vision.num_hidden_layers if graph else 2) * torch.finfo(classifier.dtype).bits / 8
 
 
-def _in_parts(run: Callable[[slice], T], count: int, size: int) -> list[T]:
+def _in_parts(run: Callable[[slice], T], count: int, size: int, group: int = 1) -> list[T]:
     """`run` on slices of at most `size` of `count` images; halved, down to one, where a GPU runs out of memory.
 
     Raises RuntimeError with the mend if one image alone doesn't fit.
     """
     found: list[T] = []
     start = 0
-    while start < count or not found:
+    while start < count:
         rows = slice(start, min(start + size, count))
         try:
             found.append(run(rows))
         except torch.OutOfMemoryError as error:
-            if size == 1:
+            if size <= group:
                 raise RuntimeError(
                     "one image with its views doesn't fit into the memory; set memory_budget (GiB), fewer num_views, "
                     "or load the model in bfloat16."
                 ) from error
-            size = max(1, min(size, rows.stop - rows.start) // 2)
+            size = group * max(1, min(size, rows.stop - rows.start) // (2 * group))
             logger.info("out of memory: going on with %d images at a time", size)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -16,7 +16,7 @@ from .tuning import check_views, embed_views, log_mean_softmax
 from .views import draw_boxes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ensemble(TestTimeAdapter):
     """z = log(mean_v softmax z_v) over the image itself and num_views - 1 random crops of it. Nothing is tuned.
 

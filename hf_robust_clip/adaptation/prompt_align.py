@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from .tapt import alignment, views_moments
 from .tuning import PromptTuning, marginal_entropy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PromptAlign(PromptTuning):
     """Tunes trained prompts on each test image so that its views agree and look inside like training images.
 
@@ -58,7 +59,7 @@ class PromptAlign(PromptTuning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.align_weight >= 0:
+        if not 0 <= self.align_weight < math.inf:
             raise ValueError(f"align_weight={self.align_weight!r} must be at least 0.")
         if not isinstance(self.align_layers, int) or self.align_layers < 1:
             raise ValueError(f"align_layers={self.align_layers!r} must be an integer of at least 1.")

@@ -14,7 +14,7 @@ from ..paper import Paper
 from .tuning import Prompts, Run, WordTuning, entropy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RTPT(WordTuning):
     """Tunes the template's words on each test image so that each of its views is sure by itself, and lets the views
     vote by how much they resemble one another.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
@@ -25,7 +26,7 @@ Reduction = Literal["norm", "mean"]
 Reset = Literal["trained", "random"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TAPT(PromptTuning):
     """Tunes adversarially trained prompts on each test image, so that its views agree, and look inside like the views
     of clean training images.
@@ -89,7 +90,7 @@ class TAPT(PromptTuning):
         super().__post_init__()
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma={self.gamma!r} must be in [0, 1].")
-        if not self.align_weight >= 0:
+        if not 0 <= self.align_weight < math.inf:
             raise ValueError(f"align_weight={self.align_weight!r} must be at least 0.")
         for name in ("align_layers", "reset_every"):
             value = getattr(self, name)
@@ -143,6 +144,10 @@ class TAPT(PromptTuning):
         """All settings, without the statistics; of these their record."""
         record = None if self.targets is None else self.targets.adversarial.record
         return {**super().parameters(), "statistics": record}
+
+    @property
+    def _group(self) -> int:
+        return self.reset_every
 
     def check(self, classifier: CLIPForZeroShotClassification) -> None:
         super().check(classifier)

@@ -12,7 +12,7 @@ from ..paper import Paper
 from .tuning import WordTuning, marginal_entropy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TPT(WordTuning):
     """Tunes the template's words on each test image so that its views agree: L = H(mean_k softmax z_k).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from ..zero_shot_data.augment import picture_key
 from .base import Adaptation, AdaptationTraits, GradientPath, TestTimeAdapter
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TTC(TestTimeAdapter):
     """Moves each test image away from where an attack left it: a counter-attack that maximises ||f(x + d) - f(x)||^2.
 
@@ -63,6 +64,10 @@ class TTC(TestTimeAdapter):
         if not parse_radius(self.step_size, "step_size") > 0 or not self._ball().eps > 0:
             raise ValueError(f"eps={self.eps!r} and step_size={self.step_size!r} must be positive.")
 
+        for name in ("tau", "beta"):
+            if math.isnan(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a number.")
+
     def _ball(self) -> ThreatModel:
         return ThreatModel(self.eps, "linf")  # type: ignore[arg-type]
 
@@ -75,7 +80,7 @@ class TTC(TestTimeAdapter):
     ) -> Adaptation:
         ball, step_size = self._ball(), parse_radius(self.step_size, "step_size")
         images = images_BCHW if path == "through" else images_BCHW.detach()
-        noise = torch.stack([self._noise(image, seed) for image in images_BCHW.detach()]) if len(images) else images
+        noise = torch.stack([self._noise(image, seed) for image in images_BCHW.detach()])
         low, high = ball.bounds
         moved = [(images + noise).clamp(low, high)]
         with torch.no_grad():

@@ -32,7 +32,7 @@ Prompts = dict[str, Tensor]
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's, as everywhere
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PromptTuning(TestTimeAdapter):
     """Views -> the most confident of them -> a loss without labels -> AdamW steps on the prompts -> a prediction.
 
@@ -72,8 +72,8 @@ class PromptTuning(TestTimeAdapter):
         check_views(self.num_views, self.chunk_size)
         if not 0 < self.selected <= 1 or self.num_kept < 1:
             raise ValueError(
-                f"selected={self.selected!r} keeps {math.floor(self.selected * self.num_views)} of {self.num_views} "
-                f"views; choose a fraction of at least 1/{self.num_views} and at most 1."
+                f"selected={self.selected!r} keeps none of {self.num_views} views, or more than there are; choose a "
+                f"fraction of at least 1/{self.num_views} and at most 1."
             )
         for name in ("learning_rate", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -132,7 +132,11 @@ class PromptTuning(TestTimeAdapter):
         first_loss = None
         attention: Any = differentiable_twice() if run.path == "through" else nullcontext()
         with attention:
-            kept = run.kept(kept_BK)
+            images = run.images
+            if run.path == "through" and images.requires_grad:  # 0 * nan is nan: what fell back has no gradient here
+                images = images.clone()
+                images.register_hook(lambda grad: grad.where(finite_B.view(-1, 1, 1, 1), 0.0))
+            kept = run.kept(kept_BK, images)
             for step in range(1, self.num_steps + 1):
                 shared = start if step == 1 and run.is_shared(start) else None
                 loss_B, gradient = self.gradient(run, kept, prompts, shared)
@@ -169,7 +173,8 @@ class PromptTuning(TestTimeAdapter):
             size = (len(run.images), *class_embeds.shape[-2:])
             class_embeds = class_embeds.detach().expand(size).clone().requires_grad_()
             wanted.append(class_embeds)
-        with layer_inputs(run.classifier) if self.aligns else nullcontext([]) as inputs:
+        nothing: list[Tensor] = []
+        with layer_inputs(run.classifier) if self.aligns else nullcontext(nothing) as inputs:
             embeds_BKD = kept if kept.dim() == 3 else run.embed_pixels(kept, leaves)
         loss_B = self.loss(run.logits(embeds_BKD, class_embeds), inputs)
         found = torch.autograd.grad(loss_B.sum(), wanted, create_graph=through, allow_unused=True)
@@ -278,15 +283,15 @@ class Run:
             return self.first_embeds[:, 0]
         return self.embed_pixels(self.images[:, None], prompts)[:, 0]
 
-    def kept(self, kept_BK: Tensor) -> Tensor:
-        """The kept views (B, K, C, H, W); their embeddings (B, K, D) if no tuned prompt moves them."""
+    def kept(self, kept_BK: Tensor, images: Tensor) -> Tensor:
+        """The kept views (B, K, C, H, W) of the images; their embeddings (B, K, D) if no tuned prompt moves them."""
         kept, through = self.views.take(kept_BK), self.path == "through"
         if not self.moves_vision and through:
-            return self.embed_views({}, kept)
+            return embed_views(self.classifier, images, kept, {}, self.chunk_size)
         if not self.moves_vision:
             assert self.first_embeds is not None
             return self.first_embeds.take_along_dim(kept_BK[..., None], dim=1)
-        images = self.images if through else self.images.detach()
+        images = images if through else images.detach()
         return kept.render(images, self.classifier.config.vision_config.image_size)
 
     def logits(self, embeds_BVD: Tensor, class_embeds: Tensor) -> Tensor:
@@ -295,7 +300,7 @@ class Run:
         return logits.unflatten(0, embeds_BVD.shape[:2])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WordTuning(PromptTuning):
     """Tunes the words that all class prompts begin with: in a plain CLIP the template's own, at the input.
 
