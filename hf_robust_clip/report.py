@@ -576,12 +576,13 @@ def plot_defences(path: str | Path, rows: Mapping[str, Sequence[RobustnessReport
               "worst of all attacks": (worst, "X", "#D55E00")}  # fmt: skip
     for label, (column, marker, colour) in places.items():
         points = [(float(row[column]), y) for y, row in enumerate(cells) if row[column] != "-"]
-        axis.plot(*zip(*points, strict=True), marker, color=colour, label=label, markersize=7)
+        axis.plot(*zip(*points, strict=True), marker, color=colour, label=label, markersize=6)
     for name, marker, colour in zip(CONTROLS, "|xv", ("#009E73", "#CC79A7", "#8C6D00"), strict=True):
         column = heads.index(name)
         points = [(float(row[column].split(" / ")[1]), y) for y, row in enumerate(cells) if "/" in row[column]]
         if points:
-            axis.plot(*zip(*points, strict=True), marker, color=colour, label=f"{name}, same images", markersize=9)
+            style: dict[str, Any] = {"color": colour, "markerfacecolor": "none", "markersize": 10, "zorder": 1}
+            axis.plot(*zip(*points, strict=True), marker, label=f"{name}, same images", **style)
     axis.set_yticks(range(len(cells)), [row[0] for row in cells])
     axis.invert_yaxis()
     axis.set_xlim(-2, 102)

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from test_model_card import INFO, write_folder
 
 from hf_robust_clip.model_card import load_card_info, regenerate_card
+from hf_robust_clip.report import CONTROLS, load_reports
 
 ROOT = Path(__file__).parent.parent / "hub_cards"
 FILES = ("README.md", "report.json", "recipe.yaml")
@@ -86,3 +87,34 @@ def test_a_card_in_the_wrong_folder_fails(folder, tmp_path):
     moved = folder.rename(folder.with_name("other"))
     with pytest.raises(AssertionError, match="folder and repository differ"):
         check_folder(moved, tmp_path)
+
+
+DEFENCES = sorted((ROOT / "defence-benchmark").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", DEFENCES, ids=lambda file: file.stem)
+def test_attacks_through_a_defence_leave_no_more_than_blind_ones(file):
+    """Of the published table: what withstands all attacks withstands the blind ones."""
+    reports, _ = load_reports(file)
+    rows: dict[tuple, dict[tuple, float]] = {}
+    for report in reports:
+        if report.defence is not None:
+            key = report.name, report.defence["name"], str(report.defence["parameters"])
+            found = rows.setdefault(key, {})
+            found[report.attack_target, report.attack] = max(report.robust_accuracy.items())[1]
+            assert set(report.defence["controls"]) == set(CONTROLS)
+            left = list(next(iter(report.after_each.values())).values())
+            assert left == sorted(left, reverse=True)
+    assert len(rows) == 12
+    table = file.with_suffix(".md").read_text(encoding="utf-8")
+    for (name, defence, _), figures in rows.items():
+        worst = [figure for (target, _), figure in figures.items() if target == "adaptive_worst"]
+        blind = [figure for (target, _), figure in figures.items() if target == "defence_blind"]
+        assert len(worst) == 1
+        assert len(blind) == 2
+        assert worst[0] <= min(blind), (name, defence)
+        assert f" {100 * worst[0]:.1f} |" in table
+
+
+def test_the_table_of_defences_is_there():
+    assert [file.stem for file in DEFENCES] == ["digits-clip", "mini-clip"]

@@ -21,6 +21,9 @@ STAND_INS = {
         'data = load_image_dataset("digits", "test", model.processor).first(20)'
     ),
     "max_images=128": "max_images=6",
+    "first(100)": "first(4)",
+    "rc.AdaptiveWorst()": "rc.AdaptiveWorst(2, 1, 2)",
+    "rc.RTPT()": "rc.RTPT(num_views=8, selected=0.25)",
     "attack=AutoAttack()": "attack=AutoAttack(num_steps=5, num_queries=20)",
 }
 

@@ -151,6 +151,7 @@ def test_compare_trains_and_shows_both(capsys):
     assert "TeCoA, held out" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # that two processes train what one does is tested without a recipe too
 def test_two_processes_train_together_and_write_one_report(tmp_path):
     """With `drop_last` off, 24 images in batches of 8 on each of 2 processes make 2 updates of 16 an epoch."""
     with socket.socket() as free:

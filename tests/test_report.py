@@ -10,8 +10,11 @@ from rich.console import Console
 
 from hf_robust_clip.report import (
     RobustnessReport,
+    defence_cells,
+    defence_table,
     load_reports,
     plot_accuracy,
+    plot_defences,
     plot_examples,
     plot_tradeoff,
     prompt_hash,
@@ -492,3 +495,53 @@ def test_examples_outside_the_range_are_refused(value, tmp_path):
     for pictures in ((images + value, images), (images, images + value)):
         with pytest.raises(ValueError, match="did you normalise"):
             plot_examples(tmp_path / "a.png", *pictures, ["a"], ["a"], ["a"])
+
+
+def defence_rows():
+    static = [make_report(), make_report(attack="APGD", robust_accuracy={1 / 255: 0.7, 4 / 255: 0.25})]
+    one = dict(robust_accuracy={4 / 255: 0.25}, after_each={4 / 255: {"pgd": 0.25}})
+    defence = make_defence(radii=(4 / 255,))
+    blind = make_report(attack_target="defence_blind", defence=defence, **one)
+    lower = dict(robust_accuracy={4 / 255: 0.1}, after_each={4 / 255: {"square": 0.1}})
+    classes = {"cat": (20, 19, 2), "dog": (20, 17, 2)}
+    worst = make_report(attack="all", attack_target="adaptive_worst", defence=defence, per_class=classes, **lower)
+    return {"CLIP": static, "TAPT": [blind, worst]}
+
+
+def test_defences_are_told_beside_their_controls_at_the_common_radius():
+    heads, (static, defended) = defence_cells(defence_rows())
+    assert heads == ["", "n", "clean", "PGD-20", "APGD", "worst of all", "static prompts", "random prompts",
+                     "ensemble-64", "ms/image"]  # fmt: skip
+    assert static == ["CLIP", "40", "90.0", "25.0", "25.0", "25.0", "-", "-", "-", "-"]
+    assert defended == ["TAPT", "40", "90.0", "25.0", "-", "10.0", "80.0 / 50.0", "80.0 / 25.0", "80.0 / 75.0", "12.5"]
+    lines = defence_table(defence_rows()).splitlines()
+    assert len(lines) == 4
+    assert lines[3] == "| " + " | ".join(defended) + " |"
+
+
+def test_defences_on_other_images_or_radii_are_refused():
+    static, defended = defence_rows().values()
+    with pytest.raises(ValueError, match="no radius in common"):
+        defence_cells({})
+    with pytest.raises(ValueError, match="'a' must be of one set of images"):
+        defence_cells({"a": [*static, replace(static[0], split="train")]})
+    with pytest.raises(ValueError, match="'b' must be of one set of images"):
+        defence_cells({"a": defended, "b": []})
+
+
+def test_the_plot_of_defences_shows_every_row(tmp_path, monkeypatch):
+    drawn = {}
+
+    def look(figure, path, **settings):
+        (axis,) = figure.axes
+        drawn["rows"] = [label.get_text() for label in axis.get_yticklabels()]
+        drawn["points"] = {line.get_label(): list(line.get_xdata()) for line in axis.lines}
+        FigureCanvasAgg(figure).print_png(path)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", look)
+    plot_defences(tmp_path / "defences.png", defence_rows())
+    assert drawn["rows"] == ["CLIP", "TAPT"]
+    assert drawn["points"]["clean"] == [90, 90]
+    assert drawn["points"]["worst of all attacks"] == [25, 10]
+    assert drawn["points"]["ensemble-64, same images"] == [75]
+    assert Image.open(tmp_path / "defences.png").size > (300, 100)
