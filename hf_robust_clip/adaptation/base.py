@@ -138,6 +138,11 @@ class TestTimeAdapter(ABC):
         if path not in get_args(GradientPath):
             raise ValueError(f"path={path!r} is unknown; choose {', '.join(map(repr, get_args(GradientPath)))}.")
         self.check(classifier)
+        if not isinstance(images_BCHW, Tensor):
+            raise TypeError(
+                f"images_BCHW is a {type(images_BCHW).__name__}; give one tensor (B, C, H, W). Pictures of mixed sizes "
+                "are brought to one by the classifier's processor (zero_shot_data.loading.to_pixels)."
+            )
         classifier.check_pixels(images_BCHW)
         if len(images_BCHW) == 0:
             raise ValueError("images_BCHW is empty; give at least one image.")

@@ -360,3 +360,31 @@ def test_settings_out_of_range_are_refused():
         (name,) = wrong
         with pytest.raises(ValueError, match="selected" if wrong.get(name) in (9, 10) else name):
             cls(**wrong)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greedy(Ensemble):
+    """As on a GPU that holds `fits` images with their views."""
+
+    fits: int = 2
+
+    def _adapt(self, classifier, images_BCHW, seed, path):
+        if len(images_BCHW) > self.fits:
+            raise torch.OutOfMemoryError("out of memory")
+        return super()._adapt(classifier, images_BCHW, seed, path)
+
+
+def test_what_does_not_fit_is_divided_with_the_same_result():
+    classifier, images = make_base(), make_images(7)
+    whole = Ensemble(num_views=4).adapt(classifier, images)
+    parts = Greedy(num_views=4).adapt(classifier, images)
+    torch.testing.assert_close(parts.logits, whole.logits, rtol=0, atol=1e-10)
+    assert parts.fell_back.shape == (7,)
+    with pytest.raises(RuntimeError, match=r"one image with its views doesn.t fit.*memory_budget"):
+        Greedy(num_views=4, fits=0).adapt(classifier, images)
+
+
+def test_pictures_of_mixed_sizes_are_refused_with_the_mend():
+    images = make_images(2)
+    with pytest.raises(TypeError, match=r"images_BCHW is a list.*mixed sizes.*to_pixels"):
+        TPT(**FEWER).adapt(make_base(), [images[0], images[1, :, :4]])

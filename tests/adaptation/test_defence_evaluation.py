@@ -357,3 +357,18 @@ def test_a_report_of_a_defence_needs_target_and_controls():
     with pytest.raises(ValueError, match="defence is missing"):
         replace(report, defence=None)
     assert replace(report) == report
+
+
+@dataclass(frozen=True)
+class Failing(Toy):
+    """Says of every other image that its tuning was not finite."""
+
+    def _adapt(self, classifier, images_BCHW, seed, path):
+        found = super()._adapt(classifier, images_BCHW, seed, path)
+        return replace(found, fell_back=torch.arange(len(images_BCHW)) % 2 == 0)
+
+
+def test_predictions_that_fell_back_are_counted_and_reported():
+    """Half of eight images, clean and at two radii."""
+    assert run(Failing()).defence["fallbacks"] == 12
+    assert run(Failing(), batch_size=3).defence["fallbacks"] == 15
