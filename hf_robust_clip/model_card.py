@@ -152,6 +152,7 @@ def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessRe
         example_names=json.dumps(list(info.class_names[:3]), ensure_ascii=False),
         attacks=[_attack_table(own) for own in _by_attack([*before, *reports])],
         defences=defences,
+        defended=any(report.defence for report in reports),
         flags=[
             (name.replace("_", " "), any(report.model_flags.get(name) for report in reports))
             for name in dict.fromkeys(name for report in reports for name in report.model_flags)

@@ -140,8 +140,8 @@ class TestTimeAdapter(ABC):
         self.check(classifier)
         if not isinstance(images_BCHW, Tensor):
             raise TypeError(
-                f"images_BCHW is a {type(images_BCHW).__name__}; give one tensor (B, C, H, W). Pictures of mixed sizes "
-                "are brought to one by the classifier's processor (zero_shot_data.loading.to_pixels)."
+                f"images_BCHW is a {type(images_BCHW).__name__}; give one tensor (B, C, H, W). Pictures of mixed "
+                "sizes are brought to one by the classifier's processor (zero_shot_data.loading.to_pixels)."
             )
         classifier.check_pixels(images_BCHW)
         if len(images_BCHW) == 0:
