@@ -484,7 +484,7 @@ def test_the_first_adaptation_is_saved_and_keys_change_every_preset():
         (["--adaptation.preset", "papre"], "unknown adaptation.preset: 'papre'; did you mean 'paper'"),
         (["--adaptation.gama", "1"], "unknown key in adaptation: 'gama'; did you mean 'gamma'"),
         (["--adaptation.num_views", "1"], "num_views=1"),
-        (["--adaptation.selected", "0.001"], "selected=0.001 keeps 0 of 32"),
+        (["--adaptation.selected", "0.001"], "selected=0.001 keeps none of 32"),
         (["--adaptation.gamma", "2"], "gamma=2.0"),
         (["--adaptation.crop", "{scal: 1}"], "unknown key in adaptation.crop: 'scal'"),
         (["--statistics.max_images", "0"], "statistics.max_images=0 must be at least 1"),

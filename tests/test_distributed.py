@@ -8,7 +8,7 @@ import pytest
 import torch
 import training_script
 from safetensors.torch import load_file
-from training_script import CASES, SUITES, case_trainer, digits_report, state
+from training_script import CASES, SUITES, case_trainer, digits_report, state, tapt_trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,3 +73,16 @@ def test_two_processes_report_what_one_does(two_processes, suite, tmp_path):
     for file, kept in zip(files, (10**6, 350), strict=True):
         (tmp_path / file.name).write_text(file.read_text()[:kept])
     assert digits_report(suite, state_dir=tmp_path) == own
+
+
+def test_two_processes_tune_at_test_time_as_one_does(two_processes, tmp_path):
+    """Statistics, accuracies over seven images, and the four logits of three images."""
+    metrics, predictions, statistics = tapt_trainer(tmp_path, processes=1)
+    for rank in (0, 1):
+        found, tensors = two_processes("tapt", rank)
+        for key in ("clean", "blind", "static_clean", "static_robust"):
+            assert found["metrics"][f"eval_{key}_accuracy"] == metrics[f"eval_{key}_accuracy"]
+        for name, tensor in statistics.items():
+            torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-9)
+        for i, part in enumerate(predictions):
+            torch.testing.assert_close(tensors[f"logits{i}"], torch.as_tensor(part), rtol=0, atol=1e-6)

@@ -23,11 +23,14 @@ from hf_robust_clip import (
     APT,
     FAP,
     PMGAFT,
+    TAPT,
+    TPT,
     CLIPForZeroShotClassification,
     ClipPromptConfig,
     EvaluationSettings,
     PMGAFTTrainer,
     RobustClipConfig,
+    TAPTTrainer,
     digits_clip_path,
     evaluate_robustness,
     load_image_dataset,
@@ -130,15 +133,40 @@ def digits(count):
     return model, DoubleImages(replace(embedded()[1], processor=model.processor).first(count))
 
 
-SUITES = {"PGD": PGD(3), "AutoAttack": AutoAttack(num_steps=2, num_targets=2, num_queries=5)}
+SUITES = {
+    "PGD": PGD(3),
+    "AutoAttack": AutoAttack(num_steps=2, num_targets=2, num_queries=5),
+    "defence": PGD(2),
+}
 
 
 def digits_report(suite, processes=None, state_dir=None):
     """What `evaluate_robustness` finds on nine digits."""
     model, data = digits(9)
-    settings = EvaluationSettings(["4/255", "12/255"], attack=SUITES[suite], batch_size=2)
-    where = dict(name="d", task="t", model_id="m", processes=processes, state_dir=state_dir)
-    return json.loads(json.dumps(asdict(evaluate_robustness(model, data, settings, **where))))
+    defence = TPT(num_views=4, selected=0.5, learning_rate=0.1) if suite == "defence" else None
+    target = "static" if defence is None else "defence_blind"
+    settings = EvaluationSettings(["4/255", "12/255"], attack=SUITES[suite], batch_size=2, target=target)
+    where = dict(name="d", task="t", model_id="m", defence=defence, processes=processes, state_dir=state_dir)
+    report = json.loads(json.dumps(asdict(evaluate_robustness(model, data, settings, **where))))
+    if defence is not None:
+        del report["defence"]["ms_per_image"]
+    return report
+
+
+def tapt_trainer(folder, processes):
+    """Prompts that were trained for two steps, their statistics, and what tuning at test time finds."""
+    args = arguments(
+        folder, max_steps=2, per_device_train_batch_size=GLOBAL_BATCH // processes, per_device_eval_batch_size=2
+    )
+    torch.manual_seed(0)
+    trainer = TAPTTrainer(
+        tiny_model(), args, APT("adv_full"), tiny_data(), tiny_data(7), peft_config=tiny_prompts(),
+        adaptation=TAPT(num_views=4, selected=0.5),
+    )  # fmt: skip
+    trainer.train()
+    targets = trainer.collect_statistics()
+    found = {"adversarial": targets.adversarial.mean, "clean": targets.clean.variance}
+    return trainer.evaluate(), trainer.predict(tiny_data(3)).predictions, found
 
 
 class DoubleImages:
@@ -196,6 +224,11 @@ def ranks(folder):
         place = folder / f"{name}-{trainer.args.process_index}"
         save_file(state(trainer.accelerator.unwrap_model(trainer.model)), f"{place}.safetensors")
         Path(f"{place}.json").write_text(json.dumps(found))
+    metrics, predictions, statistics = tapt_trainer(folder / "out", processes=2)
+    place = folder / f"tapt-{trainer.args.process_index}"
+    logits = {f"logits{i}": torch.as_tensor(part) for i, part in enumerate(predictions)}
+    save_file({**statistics, **logits}, f"{place}.safetensors")
+    Path(f"{place}.json").write_text(json.dumps({"metrics": metrics}))
 
 
 if __name__ == "__main__":
