@@ -673,7 +673,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     Returns the fine-tuned model's reports, one for each task.
     """
     from .model_card import CardInfo, make_card
-    from .report import percent, plot_accuracy, save_reports, to_table
+    from .report import percent, plot_accuracy, plot_defences, save_reports, to_table
     from .trainer import newest_whole_checkpoint
 
     folder = Path(recipe.run.output_dir)
@@ -773,7 +773,11 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
         by_task = {
             name: {title: rows[i] for title, rows in {**by_method, **own}.items()} for i, name in enumerate(names)
         }
-        plot_accuracy(folder / "accuracy.png", by_task)
+        rows = [report for by_title in by_task.values() for report in by_title.values()]
+        if adaptations:
+            plot_defences(folder / "accuracy.png", by_model(rows))
+        else:
+            plot_accuracy(folder / "accuracy.png", by_task)
         classes = ", ".join(train_data.class_names[:10]) + (", ..." if len(train_data.class_names) > 10 else "")
         info = CardInfo(
             repo_id=repo_id,
@@ -793,7 +797,6 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
         make_card(reports, compared, info).save(folder / "README.md")
         from rich.console import Console
 
-        rows = [report for by_title in by_task.values() for report in by_title.values()]
         about = f"before and after {title} ({rows[0].attack}, {recipe.training.threat_model()} in training)"
         table = to_table(rows, about) if not adaptations else defence_table(rows, about)
         Console(width=max(100, shutil.get_terminal_size().columns)).print(table)
@@ -850,18 +853,27 @@ def defence_table(reports: Sequence[RobustnessReport], title: str) -> Table:
 
     from .report import defence_cells
 
-    tasks = {report.task for report in reports}
-    rows: dict[str, list[RobustnessReport]] = {}
-    for report in reports:
-        rows.setdefault(f"{report.name}, {report.task}" if len(tasks) > 1 else report.name, []).append(report)
-    heads, cells = defence_cells(rows)
-    table = Table(title=title, title_justify="left", caption="controls: clean / attacked, on the same images")
+    heads, cells = defence_cells(by_model(reports))
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption="blind: made on the classifier alone (without a defence: white box); controls: clean/blind; ms: each",
+    )
     table.add_column("", no_wrap=True)
     for head in heads[1:]:
         table.add_column(head.replace(" ", "\n"), justify="right", no_wrap=True)
     for row in cells:
         table.add_row(*(cell.replace(" / ", "/") for cell in row))
     return table
+
+
+def by_model(reports: Sequence[RobustnessReport]) -> dict[str, list[RobustnessReport]]:
+    """The reports of each model and task, by what tables call them."""
+    several = len({report.task for report in reports}) > 1
+    rows: dict[str, list[RobustnessReport]] = {}
+    for report in reports:
+        rows.setdefault(f"{report.name}, {report.task}" if several else report.name, []).append(report)
+    return rows
 
 
 def join_processes(cpu: bool) -> PartialState:

@@ -512,9 +512,9 @@ def defence_cells(rows: Mapping[str, Sequence[RobustnessReport]]) -> tuple[list[
     """Heads and cells of a table of defences, in percent: a row for each label.
 
     A label's reports are of one defence (or of none) on the same images. After the clean accuracy come columns for the
-    attacks that were made on the classifier alone (white box, where there is no defence), the worst of all attacks
-    (`adaptive_worst`, or the lowest of what there is), the controls on the images of the first of these attacks (clean
-    / attacked), and the time. All are at the largest radius that every report has.
+    attacks that were made on the classifier alone (blind; white box, where there is no defence), the worst of all
+    attacks (`adaptive_worst`, or the lowest of what there is), the controls on the images of the first of these
+    attacks (clean / attacked), and milliseconds per image. All are at the largest radius that every report has.
 
     Raises ValueError for a label without reports, or with reports on several sets of images, and if the reports have
     no radius in common.
@@ -525,7 +525,7 @@ def defence_cells(rows: Mapping[str, Sequence[RobustnessReport]]) -> tuple[list[
         raise ValueError("the reports have no radius in common; evaluate all of them at one.")
     radius = max(radii)
     alone = dict.fromkeys(r.attack for r in every if r.attack_target in ("static", "defence_blind"))
-    heads = ["", "n", "clean", *alone, "worst of all", *CONTROLS, "ms/image"]
+    heads = ["", "n", "clean", *(f"blind {attack}" for attack in alone), "adaptive worst", *CONTROLS, "ms"]
     cells = []
     for label, reports in rows.items():
         if len({(report.dataset, report.split, report.num_images) for report in reports}) != 1:
@@ -569,7 +569,7 @@ def plot_defences(path: str | Path, rows: Mapping[str, Sequence[RobustnessReport
     from matplotlib.figure import Figure
 
     heads, cells = defence_cells(rows)
-    blind, worst = 3, heads.index("worst of all")
+    blind, worst = 3, heads.index("adaptive worst")
     figure = Figure(figsize=(8.2, 1.6 + 0.34 * len(cells)), layout="constrained")
     axis = figure.subplots()
     places = {"clean": (2, "o", "#000000"), f"{heads[blind]}, made on the classifier alone": (blind, "s", "#0072B2"),

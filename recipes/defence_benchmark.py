@@ -219,9 +219,10 @@ def main() -> None:
         rows = {model if title == "none" else f"{title} on {model}": own for (model, title), own in reports.items()}
         plot_defences(place / f"{name}.png", rows)
         about = (
-            f"Accuracy in percent at L-inf {benchmark.radius}. PGD-20 and APGD were made on the classifier alone; the "
-            "worst of all counts an image only if it withstood these and every attack through the defence. Controls: "
-            "clean / under the PGD-20 that the defence was shown. Time: one thread, 16 images at once."
+            f"Accuracy in percent at L-inf {benchmark.radius}. The blind attacks were made on the classifier alone "
+            "(white box where there is no defence); adaptive worst counts an image only if it withstood these and "
+            "every attack through the defence. Controls: clean / under the PGD-20 that the defence was shown. ms: per "
+            "image, one thread, 16 images at once."
         )
         text = f"# Test-time defences in {name}\n\n{about}\n\n{defence_table(rows)}\n\n![accuracies]({name}.png)\n"
         (place / f"{name}.md").write_text(text, encoding="utf-8")

@@ -510,8 +510,8 @@ def defence_rows():
 
 def test_defences_are_told_beside_their_controls_at_the_common_radius():
     heads, (static, defended) = defence_cells(defence_rows())
-    assert heads == ["", "n", "clean", "PGD-20", "APGD", "worst of all", "static prompts", "random prompts",
-                     "ensemble-64", "ms/image"]  # fmt: skip
+    assert heads == ["", "n", "clean", "blind PGD-20", "blind APGD", "adaptive worst", "static prompts",
+                     "random prompts", "ensemble-64", "ms"]  # fmt: skip
     assert static == ["CLIP", "40", "90.0", "25.0", "25.0", "25.0", "-", "-", "-", "-"]
     assert defended == ["TAPT", "40", "90.0", "25.0", "-", "10.0", "80.0 / 50.0", "80.0 / 25.0", "80.0 / 75.0", "12.5"]
     lines = defence_table(defence_rows()).splitlines()

@@ -51,7 +51,7 @@ def test_it_prints_the_defence_beside_its_controls(finished):
     folder, printed = finished
     for row in ("undefended", "APT-VLI ", "TAPT-VLI paper", "TAPT-VLI released"):
         assert row in printed
-    for column in ("blind", "adaptive", "static", "random", "ensemble-64", "ms"):
+    for column in ("clean", "blind", "PGD-2", "adaptive", "worst", "static", "random", "ensemble-64", "ms"):
         assert column in printed
     assert f'TAPT.from_pretrained("{folder}")' in printed
     names = {path.name for path in folder.iterdir()}
@@ -120,7 +120,7 @@ def test_a_saved_defence_is_evaluated_by_the_evaluation_recipe(finished):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--adaptation.selected", "0.01"], "selected=0.01 keeps 0 of 8"),
+        (["--adaptation.selected", "0.01"], "selected=0.01 keeps none of 8"),
         (["--adaptation.preset", "best"], "unknown adaptation.preset: 'best'"),
         (["--prompts.vision_depth", "9"], "vision_depth=9 is more than the tower's 3 layers"),
     ],

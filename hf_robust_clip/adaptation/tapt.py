@@ -131,10 +131,7 @@ class TAPT(PromptTuning):
         """
         from .defended import DefendedClassifier
 
-        found = DefendedClassifier.from_pretrained(source, revision=revision, token=token)
-        if not isinstance(found.adapter, cls):
-            raise ValueError(f"{str(source)!r} holds the method {found.adapter.name!r}, not tapt.")
-        return found
+        return DefendedClassifier.from_pretrained(source, method=cls, revision=revision, token=token)
 
     @property
     def traits(self) -> AdaptationTraits:
