@@ -799,7 +799,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
 
         about = f"before and after {title} ({rows[0].attack}, {recipe.training.threat_model()} in training)"
         table = to_table(rows, about) if not adaptations else defence_table(rows, about)
-        Console(width=max(100, shutil.get_terminal_size().columns)).print(table)
+        Console(width=max(120 if adaptations else 100, shutil.get_terminal_size().columns)).print(table)
         say(
             f"exactly-zero input gradients in the attacks: at most {percent(max(r.zero_gradient_share for r in rows))}"
         )

@@ -584,7 +584,7 @@ def plot_defences(path: str | Path, rows: Mapping[str, Sequence[RobustnessReport
             style: dict[str, Any] = {"color": colour, "markerfacecolor": "none", "markersize": 10, "zorder": 1}
             axis.plot(*zip(*points, strict=True), marker, label=f"{name}, same images", **style)
     axis.set_yticks(range(len(cells)), [row[0] for row in cells])
-    axis.invert_yaxis()
+    axis.set_ylim(len(cells) - 0.5, -0.5)
     axis.set_xlim(-2, 102)
     axis.set_xlabel("accuracy in percent")
     axis.grid(alpha=0.3)

@@ -475,7 +475,7 @@ def test_the_first_adaptation_is_saved_and_keys_change_every_preset():
     assert [how.target for how in (blind, worst)] == ["defence_blind", "adaptive_worst"]
     assert (blind.attack, worst.attack.pgd_steps, worst.attack.num_queries) == (found.evaluation.attack, 10, 40)
     assert [threat.eps for threat in worst.threat_models()] == [2 / 255]
-    assert list(recipe("--adaptation.preset", "null", config=config).adaptations) == ["TAPT-VLI", "TAPT-VLI paper"]
+    assert list(recipe("--adaptation.preset", "null", config=config).adaptations) == ["TAPT-VLI", "TAPT-VLI released"]
 
 
 @pytest.mark.parametrize(

@@ -67,19 +67,20 @@ def test_it_prints_the_defence_beside_its_controls(finished):
 def test_reports_say_what_was_attacked(finished):
     own, compared = load_reports(finished[0] / "report.json")
     assert [(r.name, r.attack_target, r.num_images) for r in own] == [
-        ("TAPT-VLI released", "defence_blind", 4),
-        ("TAPT-VLI released", "adaptive_worst", 4),
+        ("TAPT-VLI paper", "defence_blind", 4),
+        ("TAPT-VLI paper", "adaptive_worst", 4),
     ]
     assert [(r.name, r.attack_target, r.num_images) for r in compared] == [
         ("undefended", "static", 8),
         ("APT-VLI", "static", 8),
-        ("TAPT-VLI paper", "defence_blind", 4),
-        ("TAPT-VLI paper", "adaptive_worst", 4),
+        ("TAPT-VLI released", "defence_blind", 4),
+        ("TAPT-VLI released", "adaptive_worst", 4),
     ]
     blind, worst = own
     assert worst.robust_accuracy[16 / 255] <= blind.robust_accuracy[16 / 255]
     assert set(blind.defence["controls"]) == set(CONTROLS)
-    assert "random" in str(blind.defence["parameters"]["reset_to"])
+    assert blind.defence["parameters"]["reset_to"] == "trained"
+    assert compared[-1].defence["parameters"]["reset_to"] == "random"
     with pytest.raises(ValueError, match="no radius in common"):
         defence_table([], "")
 
@@ -88,7 +89,7 @@ def test_the_folder_restores_the_defence_and_its_static_prompts(finished):
     folder, _ = finished
     assert str(ROOT) not in (folder / "adaptation.json").read_text() + (folder / "adapter_config.json").read_text()
     restored = TAPT.from_pretrained(folder)
-    assert (restored.adapter.num_views, restored.adapter.reset_to) == (8, "random")
+    assert (restored.adapter.num_views, restored.adapter.reset_to) == (8, "trained")
     assert restored.adapter.targets.adversarial.count == restored.adapter.targets.clean.count == 20
     static = load_model(ModelSettings(str(folder)))
     static.set_classes(restored.classifier.class_names, restored.classifier.templates)
