@@ -322,15 +322,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(v) for v in value]
     return value
-
-
-__all__ = [
-    "Adaptation",
-    "AdaptationTraits",
-    "GradientPath",
-    "TestTimeAdapter",
-    "activation_bytes",
-    "differentiable_twice",
-    "prompts_of",
-    "with_prompts",
-]

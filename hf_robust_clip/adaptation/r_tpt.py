@@ -64,7 +64,7 @@ class RTPT(WordTuning):
 
     def predict_tuned(self, run: Run, prompts: Prompts) -> Tensor:
         """The weighted sum of all views' logits."""
-        embeds_BVD = run.embed_views({} if not run.moves_vision else prompts)
+        embeds_BVD = run.embed_views(prompts)
         logits_BVC = run.logits(embeds_BVD, run.class_embeds(prompts))
         return (self.weights(embeds_BVD)[..., None] * logits_BVC).sum(dim=1)
 

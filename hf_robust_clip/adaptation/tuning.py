@@ -175,7 +175,7 @@ class PromptTuning(TestTimeAdapter):
             wanted.append(class_embeds)
         nothing: list[Tensor] = []
         with layer_inputs(run.classifier) if self.aligns else nullcontext(nothing) as inputs:
-            embeds_BKD = kept if kept.dim() == 3 else run.embed_pixels(kept, leaves)
+            embeds_BKD = kept if kept.dim() == 3 else embed_pixels(run.classifier, kept, leaves)
         loss_B = self.loss(run.logits(embeds_BKD, class_embeds), inputs)
         found = torch.autograd.grad(loss_B.sum(), wanted, create_graph=through, allow_unused=True)
         gradient = {
@@ -263,25 +263,17 @@ class Run:
                 total[name] = torch.stack(grads) if name not in total else total[name] + torch.stack(grads)
         return total
 
-    def embed_pixels(self, pixels_BVCHW: Tensor, prompts: Prompts) -> Tensor:
-        """f of V pictures of each image, (B, V, D)."""
-        return embed_pixels(self.classifier, pixels_BVCHW, prompts)
-
-    def embed_views(self, prompts: Prompts, views: Views | None = None) -> Tensor:
-        """f of the views (default: all), (B, V, D)."""
-        chosen = self.views if views is None else views
-        if views is None and not self.moves_vision and self.first_embeds is not None and self.path == "none":
-            return self.first_embeds
-        found = embed_views(self.classifier, self.images, chosen, prompts, self.chunk_size)
-        if views is None:
-            self.first_embeds = found
-        return found
+    def embed_views(self, prompts: Prompts) -> Tensor:
+        """f of all views, (B, V, D); what is known already where no tuned prompt moves it."""
+        if self.first_embeds is None or self.moves_vision or self.path != "none":
+            self.first_embeds = embed_views(self.classifier, self.images, self.views, prompts, self.chunk_size)
+        return self.first_embeds
 
     def embed_image(self, prompts: Prompts) -> Tensor:
         """f of the images themselves, (B, D)."""
-        if not self.moves_vision and self.first_embeds is not None and self.path == "none":
+        if self.first_embeds is not None and not self.moves_vision and self.path == "none":
             return self.first_embeds[:, 0]
-        return self.embed_pixels(self.images[:, None], prompts)[:, 0]
+        return embed_pixels(self.classifier, self.images[:, None], prompts)[:, 0]
 
     def kept(self, kept_BK: Tensor, images: Tensor) -> Tensor:
         """The kept views (B, K, C, H, W) of the images; their embeddings (B, K, D) if no tuned prompt moves them."""
