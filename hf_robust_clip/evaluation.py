@@ -24,9 +24,11 @@ from .adaptation.base import Adaptation, GradientPath, TestTimeAdapter, with_pro
 from .attacks.auto_attack import AutoAttack
 from .attacks.pgd import LogitsFn, misclassified
 from .attacks.suites import PGD, Member, Suite, Victim, find_adversarial, is_optimising, is_randomised, run_member
-from .modeling import CLIPForZeroShotClassification, check_labels, without_gradients
+from .checks import checked_labels
+from .modeling import CLIPForZeroShotClassification, without_gradients
 from .report import CONTROLS, AttackTarget, RobustnessReport, hardware, library_versions, prompt_hash
 from .threat_model import ThreatModel
+from .zero_shot_data.fingerprint import dataset_digest
 from .zero_shot_data.loading import ImageDataset, collate_images
 
 if TYPE_CHECKING:
@@ -477,7 +479,7 @@ class _Evaluation:
         place = 0
         for batch in tqdm(loader, desc=title, disable=not self.show, leave=False):
             images, labels = batch["pixel_values"].to(self.model.device), batch["labels"].to(self.model.device)
-            check_labels(labels, len(self.model.class_names))
+            labels = checked_labels(labels, len(images), len(self.model.class_names))
             self.zeros = self.total = 0
             stands = judge(images, labels).int().tolist()
             index = todo[place : place + len(labels)]
@@ -759,21 +761,19 @@ def _tensors(value: Any) -> list[Tensor]:
 def _fingerprint(
     model: CLIPForZeroShotClassification, dataset: ImageDataset, settings: EvaluationSettings
 ) -> dict[str, str]:
-    """What must be the same for a state to be of use: weights and classes, images, attacks.
+    """What must be the same for a state to be of use: weights, configuration and classes, images, attacks.
 
-    Of the images the first, middle and last are looked at: other draws and other preparation show in them. Nothing
-    that is computed by the model, since its rounding differs between devices and numbers of threads.
+    Nothing that is computed by the model, since its rounding differs between devices and numbers of threads.
     """
     head = (model.class_token_ids, model.image_mean, model.image_std)
-    few = [dataset[i] for i in sorted({0, len(dataset) // 2, len(dataset) - 1})]
-    pictures = _digest([example["pixel_values"] for example in few]), [int(example["labels"]) for example in few]
     threats, num_classes = settings.threat_models(), len(model.class_names)
     own = library_versions()["hf_robust_clip"]  # another version may attack otherwise
     attack = own, settings.attack.name(num_classes), settings.attack.parameters(threats, num_classes)
     return {
         "model": _digest([*model.parameters(), *head]),
         "classes": prompt_hash(model.class_names, model.templates),
-        "dataset": f"{dataset.dataset_id} {dataset.revision} {dataset.split}, {len(dataset)} images like {pictures}",
+        "dataset": f"{dataset.dataset_id} {dataset.revision} {dataset.split}, {len(dataset)} images like "
+        f"{dataset_digest(dataset)}",
         "attack": f"{attack} {settings.norm} {[t.eps for t in threats]} seed {settings.seed} {settings.precision}",
     }
 

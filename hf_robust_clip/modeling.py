@@ -22,8 +22,8 @@ from transformers import (
 )
 from transformers.utils import ModelOutput, find_adapter_config_file
 
+from .checks import checked_images, checked_labels
 from .shared_prefix import PackedTexts, can_run_packed, encode_packed, pack_texts
-from .threat_model import check_images
 
 PAPER_TEMPLATE = "This is a photo of a {}"
 
@@ -301,8 +301,7 @@ class CLIPForZeroShotClassification(CLIPModel):
         logits_BC, cosine_BC, image_embeds_BD = self.score(image_embeds_BD, self.current_class_embeds())
         loss = None
         if labels is not None:
-            check_labels(labels, len(self.class_names))
-            loss = F.cross_entropy(logits_BC, labels)
+            loss = F.cross_entropy(logits_BC, checked_labels(labels, len(logits_BC), len(self.class_names)))
         return ZeroShotOutput(loss=loss, logits=logits_BC, cosine=cosine_BC, image_embeds=image_embeds_BD)
 
     def encode_images(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
@@ -338,7 +337,7 @@ class CLIPForZeroShotClassification(CLIPModel):
                 f"{expected[1]}, {expected[2]}): convert the images to RGB and resize them with the model's processor."
             )
         if values:
-            check_images(pixel_values, "pixel_values")
+            checked_images(pixel_values, "pixel_values")
 
     def text_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that class embeddings depend on, those of prompts coupled to the text tower's included."""
@@ -412,18 +411,6 @@ def check_classes(
     if wrong or not templates:
         raise ValueError(f"template={wrong[0] if wrong else template!r} has no '{{}}' where the class name goes.")
     return names, templates
-
-
-def check_labels(labels_B: Tensor, num_classes: int) -> None:
-    """Raise ValueError unless every label is in 0 .. num_classes - 1."""
-    if len(labels_B) == 0:
-        return
-    low, high = int(labels_B.min()), int(labels_B.max())
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"labels lie in {low} .. {high}, but there are {num_classes} classes (0 .. {num_classes - 1}); "
-            "give set_classes one name per label."
-        )
 
 
 def tokenize_prompts(

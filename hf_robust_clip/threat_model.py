@@ -12,6 +12,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .checks import checked_images
+
 Norm = Literal["linf", "l2"]
 
 
@@ -31,25 +33,6 @@ def parse_radius(value: float | str, name: str = "eps") -> float:
     if not math.isfinite(radius) or radius < 0:
         raise ValueError(f"{name}={value!r} must be finite and at least 0.")
     return radius
-
-
-def check_images(images_BCHW: Tensor, name: str = "images", bounds: tuple[float, float] = (0.0, 1.0)) -> None:
-    """Raise TypeError/ValueError unless the images are a finite float tensor (B, C, H, W) within `bounds`."""
-    if not isinstance(images_BCHW, Tensor) or not images_BCHW.is_floating_point():
-        kind = images_BCHW.dtype if isinstance(images_BCHW, Tensor) else type(images_BCHW).__name__
-        raise TypeError(f"{name} must be a floating-point tensor in {list(bounds)}, got {kind}.")
-    if images_BCHW.dim() != 4:
-        raise ValueError(f"{name} must have shape (batch, channels, height, width), got {tuple(images_BCHW.shape)}.")
-    if images_BCHW.numel() == 0:
-        return
-    low, high = (value.item() for value in torch.aminmax(images_BCHW.detach()))
-    if math.isnan(low) or math.isnan(high):
-        raise ValueError(f"{name} contain NaN.")
-    if low < bounds[0] or high > bounds[1]:
-        raise ValueError(
-            f"{name} have values in [{low:.4g}, {high:.4g}], outside {list(bounds)}. "
-            "Did you normalise them or leave them in 0..255? Normalisation is inside the model."
-        )
 
 
 @dataclass(frozen=True)
@@ -85,9 +68,29 @@ class ThreatModel:
 
     def __str__(self) -> str:
         levels = self.eps * 255
-        whole = abs(levels - round(levels)) < 1e-6
+        whole = math.isclose(levels, round(levels), rel_tol=1e-6)
         radius = f"{round(levels)}/255" if whole and self.norm == "linf" else f"{self.eps:.4g}"
         return f"{'L-inf' if self.norm == 'linf' else 'L2'} eps={radius}"
+
+    def checked(self, images_BCHW: Tensor) -> Tensor:
+        """The images, if they can be attacked: finite, within `bounds` (rounding brought back), in float32 or finer.
+
+        Raises TypeError for what is no tensor of such floats (a step in half precision leaves the ball), ValueError
+        for another shape, values outside, and an L2 radius that reaches every image there is.
+        """
+        images_BCHW = checked_images(images_BCHW, bounds=self.bounds)
+        if images_BCHW.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"images are {str(images_BCHW.dtype).removeprefix('torch.')}, too coarse for an attack: give "
+                "images.float(), which a model in half precision takes too."
+            )
+        whole = (self.bounds[1] - self.bounds[0]) * math.sqrt(images_BCHW[:1].numel())
+        if self.norm == "l2" and len(images_BCHW) and self.eps >= whole:
+            raise ValueError(
+                f"eps={self.eps:g} reaches every image of shape {tuple(images_BCHW.shape[1:])} (L2 distances end at "
+                f"{whole:.4g}); radii are in units of [0, 1]."
+            )
+        return images_BCHW
 
     def project(self, adv_BCHW: Tensor, images_BCHW: Tensor) -> Tensor:
         """Carry each image to the ball around its original, then to `bounds`.
@@ -108,8 +111,10 @@ class ThreatModel:
         """One projected step of steepest ascent: x' + a*sign(g) for L-inf, x' + a*g/||g||_2 for L2.
 
         The step size a is one number or one per image, (B, 1, 1, 1).
-        A value (L-inf) or an image (L2) whose gradient is exactly zero stays where it is.
+        A value (L-inf) or an image (L2) whose gradient is exactly zero stays where it is. NaN counts as zero, an
+        infinite value as the largest there is.
         """
+        grad_BCHW = grad_BCHW.nan_to_num()
         if self.norm == "linf":
             direction_BCHW = grad_BCHW.sign()
         else:

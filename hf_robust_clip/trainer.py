@@ -23,7 +23,8 @@ from .adaptation.statistics import AlignmentTargets, collect_statistics
 from .adaptation.tapt import TAPT
 from .attacks.losses import cross_entropy
 from .attacks.pgd import PGDSettings, pgd
-from .modeling import CLIPForZeroShotClassification, check_labels, without_gradients
+from .checks import checked_labels
+from .modeling import CLIPForZeroShotClassification, without_gradients
 from .objectives.apt import APT
 from .objectives.base import Batch, Objective
 from .objectives.clean import Clean
@@ -356,7 +357,7 @@ class RobustClipTrainer(Trainer):
             if inputs.get("labels") is None:
                 user = type(self.objective).__name__ if self.model.training else "evaluation"
                 raise ValueError(f"{user} needs labels, but the dataset gives no 'labels'.")
-            check_labels(inputs["labels"], len(core.class_names))
+            inputs["labels"] = checked_labels(inputs["labels"], len(pixels), len(core.class_names))
 
     def prediction_step(
         self,

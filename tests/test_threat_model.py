@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from hf_robust_clip.threat_model import ThreatModel, check_images, parse_radius
+from hf_robust_clip.checks import checked_images
+from hf_robust_clip.threat_model import ThreatModel, parse_radius
 
 SHAPE = (2, 3, 2, 2)
 PIXELS = hnp.arrays(np.float64, SHAPE, elements=st.floats(0, 1))
@@ -92,7 +93,7 @@ def test_name_for_readers(threat_model, text):
 )
 def test_unfit_images_are_refused(images, error, text):
     with pytest.raises(error, match=text) as caught:
-        check_images(images, "pictures")
+        checked_images(images, "pictures")
     assert str(caught.value).startswith("pictures")
 
 
@@ -100,13 +101,13 @@ def test_one_nan_among_good_values_is_found():
     images = torch.rand(SHAPE)
     images[1, 2, 0, 1] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        check_images(images)
+        checked_images(images)
 
 
 def test_whole_range_and_empty_batches_pass():
-    check_images(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1))
-    check_images(torch.zeros(0, 3, 2, 2))
-    check_images(torch.full(SHAPE, -1.0), bounds=(-1.0, 1.0))
+    checked_images(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1))
+    checked_images(torch.zeros(0, 3, 2, 2))
+    checked_images(torch.full(SHAPE, -1.0), bounds=(-1.0, 1.0))
 
 
 # ---- projection and steps

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..threat_model import ThreatModel, check_images
+from ..checks import checked_labels
+from ..threat_model import ThreatModel
 from .losses import cross_entropy, dlr_targeted
 from .pgd import ClassificationLoss, LogitsFn, OnGradient, confirmed, logits_and_gradient, misclassified
 
@@ -108,9 +109,11 @@ def apgd_targeted(
     attack = _Attack(logits_fn, threat_model, settings, None, confirm, on_gradient)
     if len(images_BCHW) == 0:
         return images_BCHW.detach().clone()
-    check_images(images_BCHW, bounds=threat_model.bounds)
+    images_BCHW = threat_model.checked(images_BCHW)
     with torch.no_grad():  # the own class counts as the first: a fast classifier may rank it lower
-        order_BC = logits_fn(images_BCHW).scatter(1, labels_B[:, None], torch.inf).sort(dim=1).indices
+        logits_BC = logits_fn(images_BCHW)
+        labels_B = checked_labels(labels_B, *logits_BC.shape).to(images_BCHW.device)
+        order_BC = logits_BC.scatter(1, labels_B[:, None], torch.inf).sort(dim=1).indices
     if not 1 <= num_targets < order_BC.shape[1]:
         raise ValueError(f"num_targets={num_targets!r} must be in 1 .. {order_BC.shape[1] - 1}, the number of others.")
     runs = [order_BC[:, -rank] for rank in range(2, num_targets + 2) for _ in range(settings.num_restarts)]
@@ -130,8 +133,8 @@ class _Attack:
         self, images_BCHW: Tensor, labels_B: Tensor, targets_of_runs: list[Tensor] | list[None], seed: int
     ) -> Tensor:
         """The runs in turn, each on the images that still stand."""
-        check_images(images_BCHW, bounds=self.threat_model.bounds)
-        found_BCHW = images_BCHW.detach().clone()
+        found_BCHW = self.threat_model.checked(images_BCHW).detach().clone()
+        labels_B = checked_labels(labels_B, len(found_BCHW)).to(found_BCHW.device)
         if len(found_BCHW) == 0:
             return found_BCHW
         clean_BCHW = found_BCHW.clone()

@@ -16,7 +16,8 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor
 
-from ..threat_model import ThreatModel, check_images
+from ..checks import check_logits, checked_labels
+from ..threat_model import ThreatModel
 from .apgd import APGDSettings, apgd, apgd_targeted
 from .losses import cross_entropy, dlr
 from .pgd import LogitsFn, misclassified
@@ -136,12 +137,14 @@ def auto_attack(
     suite = version if isinstance(version, AutoAttack) else suites.get(version)
     if suite is None:
         raise ValueError(f"version={version!r} is unknown; choose 'standard', 'rand' or an AutoAttack(...).")
-    check_images(images_BCHW, bounds=threat_model.bounds)
+    images_BCHW = threat_model.checked(images_BCHW)
     if len(images_BCHW) == 0:
         raise ValueError("images is empty; nothing to attack.")
     found_BCHW = images_BCHW.detach().clone()
     with torch.no_grad():
         logits_BC = torch.cat([logits_fn(images) for images in found_BCHW.split(batch_size)])
+    check_logits(logits_BC)
+    labels_B = checked_labels(labels_B, *logits_BC.shape).to(images_BCHW.device)
     victim = Victim(logits_fn, fast_logits_fn, seed=seed)
     rows = (logits_BC.argmax(dim=1) == labels_B).nonzero().squeeze(1)
     left = {"clean": len(rows) / len(labels_B)}

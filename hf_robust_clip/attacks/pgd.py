@@ -8,12 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..threat_model import ThreatModel, check_images, parse_radius
+from ..checks import check_logits, checked_labels
+from ..threat_model import ThreatModel, parse_radius
 
 LossFn = Callable[[Tensor], Tensor]
 LogitsFn = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [0, 1] to logits (B, classes)
 ClassificationLoss = Callable[[Tensor, Tensor], Tensor]  # logits and labels to one value per image, to be maximised
 OnGradient = Callable[[Tensor], None]
+NO_GRADIENT = (
+    "the model's logits carry no gradient by the pixels, so nothing can be attacked by it: is the model quantised, or "
+    "its forward under no_grad? Attack the model in floating point, or by queries (Square)."
+)
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,16 @@ def input_gradient(loss_fn: LossFn, images_BCHW: Tensor) -> tuple[Tensor, Tensor
     with torch.enable_grad():
         images_BCHW = images_BCHW.detach().requires_grad_()
         losses_B = loss_fn(images_BCHW)
+        if not losses_B.requires_grad:
+            raise ValueError(NO_GRADIENT)
         if losses_B.shape != images_BCHW.shape[:1]:
             raise ValueError(
                 f"loss_fn must return one loss per image, shape ({len(images_BCHW)},), got {tuple(losses_B.shape)}; "
                 "use reduction='none': a batch mean would make the attack depend on the batch."
             )
-        (grad_BCHW,) = torch.autograd.grad(losses_B.sum(), images_BCHW)
+        (grad_BCHW,) = torch.autograd.grad(losses_B.sum(), images_BCHW, allow_unused=True)
+    if grad_BCHW is None:
+        raise ValueError(NO_GRADIENT)
     return losses_B.detach(), grad_BCHW
 
 
@@ -72,10 +81,15 @@ def logits_and_gradient(
 
 @torch.no_grad()
 def misclassified(logits_fn: LogitsFn, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
-    """Whether the class of highest logit is not the label, (B,). CLIP can't take a batch of none, so it gets none."""
+    """Whether the class of highest logit is not the label, (B,). CLIP can't take a batch of none, so it gets none.
+
+    Raises FloatingPointError for logits that are not finite, which name no class; ValueError for labels beyond them.
+    """
     if len(images_BCHW) == 0:
         return torch.zeros(0, dtype=torch.bool, device=images_BCHW.device)
-    return logits_fn(images_BCHW).argmax(dim=1) != labels_B
+    logits_BC = logits_fn(images_BCHW)
+    check_logits(logits_BC)
+    return logits_BC.argmax(dim=1) != checked_labels(labels_B, len(logits_BC), logits_BC.shape[1])
 
 
 def confirmed(logits_BC: Tensor, images_BCHW: Tensor, labels_B: Tensor, confirm: LogitsFn | None) -> Tensor:
@@ -121,8 +135,7 @@ def pgd(
     Raises ValueError for images outside the bounds or NaN, a bad step number or step size, and a loss of wrong shape.
     """
     settings = PGDSettings(num_steps, step_size, random_start, keep_best)
-    check_images(images_BCHW, bounds=threat_model.bounds)
-    images_BCHW = images_BCHW.detach()
+    images_BCHW = threat_model.checked(images_BCHW).detach()
     if threat_model.eps == 0 or len(images_BCHW) == 0:
         return images_BCHW.clone()
     adv_BCHW = threat_model.random_start(images_BCHW, seed) if random_start else images_BCHW.clone()
@@ -184,8 +197,8 @@ def pgd_until_misclassified(
     Raises ValueError as `pgd` does.
     """
     settings = PGDSettings(num_steps, step_size, random_start)
-    check_images(images_BCHW, bounds=threat_model.bounds)
-    found_BCHW = images_BCHW.detach().clone()
+    found_BCHW = threat_model.checked(images_BCHW).detach().clone()
+    labels_B = checked_labels(labels_B, len(found_BCHW)).to(found_BCHW.device)
     exact = confirm or logits_fn
     rows_B = (~misclassified(exact, found_BCHW, labels_B)).nonzero().squeeze(1)
     if threat_model.eps == 0 or len(rows_B) == 0:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import checked_labels
 from ..threat_model import ThreatModel, parse_radius
 from .losses import cross_entropy, cw_margin
 from .pgd import (
@@ -144,6 +145,8 @@ def find_adversarial(
 
     Raises RuntimeError if an attack left the threat model: its result would mean nothing.
     """
+    images_BCHW = threat_model.checked(images_BCHW)
+    labels_B = checked_labels(labels_B, len(images_BCHW)).to(images_BCHW.device)
     adv_BCHW = member(victim, images_BCHW, labels_B, threat_model)
     low, high = threat_model.bounds
     furthest = float(threat_model.distance(adv_BCHW, images_BCHW).amax()) if len(adv_BCHW) else 0.0

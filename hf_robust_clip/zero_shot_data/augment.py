@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..threat_model import check_images
+from ..checks import checked_images
 
 TRIES = 10  # boxes drawn for a picture before its central one is taken
 DRAWS = 2 * TRIES + 3  # numbers that a view takes: two a try, two for the place of its box, one for its mirroring
@@ -114,7 +114,7 @@ def _check_picture(picture: Tensor, name: str) -> None:
     if picture.dim() != 3 or picture.shape[0] != 3 or picture.numel() == 0:
         raise ValueError(f"{name} must have shape (3, height, width), got {tuple(picture.shape)}; convert it to RGB.")
     if picture.is_floating_point():
-        check_images(picture[None], name)
+        checked_images(picture[None], name)
 
 
 def picture_key(picture_CHW: Tensor, seed: int) -> int:

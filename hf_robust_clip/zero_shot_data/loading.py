@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import CLIPProcessor
 
+from ..checks import checked_images, checked_labels
 from ..modeling import check_classes
-from ..threat_model import check_images
 from .digits import digits_split
 from .specs import DatasetSpec, find_spec, plain, prompt_templates
 
@@ -210,10 +210,10 @@ def collate_images(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
             raise ValueError(
                 f"pixel_values differ in shape within a batch: {sorted(shapes)}; resize and crop them alike."
             )
-        batch = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
-        check_images(batch["pixel_values"], "pixel_values")
+        pixels_BCHW = torch.stack([example["pixel_values"] for example in examples])
+        batch = {"pixel_values": checked_images(pixels_BCHW, "pixel_values")}
     if all("labels" in example for example in examples):
-        batch["labels"] = torch.tensor([int(example["labels"]) for example in examples])
+        batch["labels"] = checked_labels([np.asarray(example["labels"]) for example in examples])
     return batch
 
 

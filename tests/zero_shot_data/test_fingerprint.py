@@ -1,0 +1,96 @@
+"""What tells one set of images from another."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_processor
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from torch.utils.data import Subset
+
+from hf_robust_clip.zero_shot_data import fingerprint
+from hf_robust_clip.zero_shot_data.fingerprint import dataset_digest
+from hf_robust_clip.zero_shot_data.loading import ImageDataset
+
+COUNT = 9
+
+
+def pictures(seed=0):
+    generator = np.random.default_rng(seed)
+    return [PILImage.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(COUNT)]
+
+
+def make(images=None, labels=None, processor=None, **settings):
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b", "c"])})
+    columns = {"image": images or pictures(), "label": labels or [i % 3 for i in range(COUNT)]}
+    rows = Dataset.from_dict(columns, features=features)
+    return ImageDataset(rows, processor or make_processor(), ("a", "b", "c"), "user/set", "local", "test", **settings)
+
+
+def one_other(i):
+    changed = pictures()
+    changed[i] = pictures(1)[i]
+    return changed
+
+
+def other_resample():
+    processor = make_processor()
+    processor.image_processor.resample = 0
+    return processor
+
+
+OTHERS = {
+    **{f"picture {i}": lambda i=i: make(one_other(i)) for i in range(COUNT)},
+    "one label": lambda: make(labels=[0, 1, 2, 0, 1, 2, 0, 1, 1]),
+    "order": lambda: replace(make(), rows=make().rows.select(range(COUNT - 1, -1, -1))),
+    "fewer": lambda: replace(make(), rows=make().rows.select(range(COUNT - 1))),
+    "names": lambda: replace(make(), class_names=("a", "c", "b")),
+    "labels' meaning": lambda: make(label_map={0: 0, 1: 2, 2: 1}),
+    "resize": lambda: make(resize=12),
+    "resolution": lambda: make(attack_resolution=4),
+    "processor": lambda: make(processor=other_resample()),
+    "subset": lambda: Subset(make(), range(COUNT - 1)),
+}
+
+
+@pytest.mark.parametrize("other", list(OTHERS.values()), ids=list(OTHERS))
+def test_every_change_shows(other):
+    assert dataset_digest(make()) == dataset_digest(make()) != dataset_digest(other())
+
+
+def test_a_large_set_is_sampled_but_every_size_and_name_counts(monkeypatch, tmp_path):
+    """Above the limit every second picture is read; of the others the size in bytes is looked at."""
+    sizes = [len(row["bytes"]) for row in make().rows.with_format("arrow")[:]["image"].to_pylist()]
+    monkeypatch.setattr(fingerprint, "WHOLE", sum(sizes) - 1)
+    known = dataset_digest(make())
+    assert known != dataset_digest(make(one_other(4)))
+    smaller = pictures()
+    smaller[5] = PILImage.new("RGB", (8, 8))
+    assert known != dataset_digest(make(smaller))
+
+
+def test_pictures_in_files_of_their_own_are_known_by_name_and_size(tmp_path):
+    def on_disk(colour):
+        for i in range(COUNT):
+            PILImage.new("RGB", (8, 8), (i * 9, 0, colour if i == 5 else 0)).save(tmp_path / f"{i}.png")
+        return make([str(tmp_path / f"{i}.png") for i in range(COUNT)])
+
+    known = dataset_digest(on_disk(0))
+    assert known == dataset_digest(on_disk(0))
+    noise = PILImage.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    noise.save(tmp_path / "5.png")
+    assert known != dataset_digest(make([str(tmp_path / f"{i}.png") for i in range(COUNT)]))
+
+
+def test_a_dataset_of_somebody_else(tmp_path):
+    def examples(value=0.5, label=1):
+        return [
+            {"pixel_values": torch.full((3, 2, 2), value if i == 3 else 0.25), "labels": label if i == 4 else 0}
+            for i in range(6)
+        ]
+
+    known = dataset_digest(examples())
+    assert known == dataset_digest(examples())
+    assert len({known, dataset_digest(examples(0.75)), dataset_digest(examples(label=2)), dataset_digest([])}) == 4
