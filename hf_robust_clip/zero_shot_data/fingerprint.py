@@ -7,6 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -90,5 +91,9 @@ def _example(example: dict[str, Any]) -> Iterator[bytes]:
         yield f"{key} {getattr(value, 'shape', '')}".encode()
         if isinstance(value, Tensor):
             yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        elif hasattr(value, "__array_interface__"):  # arrays and pictures: their text says little of what they hold
+            array = np.asarray(value)
+            yield f"{array.dtype} {array.shape}".encode()
+            yield repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes()
         else:
             yield repr(value).encode()

@@ -94,3 +94,16 @@ def test_a_dataset_of_somebody_else(tmp_path):
     known = dataset_digest(examples())
     assert known == dataset_digest(examples())
     assert len({known, dataset_digest(examples(0.75)), dataset_digest(examples(label=2)), dataset_digest([])}) == 4
+
+
+@pytest.mark.parametrize("kind", [PILImage.fromarray, lambda array: array.astype(np.float32), lambda array: array])
+def test_arrays_and_pictures_of_somebody_else_are_known_by_what_they_hold(kind):
+    """Large ones, of whose text the middle is left out; made anew each time, so that each has another address."""
+
+    def examples(value=0):
+        array = np.zeros((64, 64, 3), np.uint8)
+        array[32, 32, 1] = value
+        return [{"image": kind(array), "label": np.int64(3)}]
+
+    assert dataset_digest(examples()) == dataset_digest(examples())
+    assert dataset_digest(examples()) != dataset_digest(examples(1))
