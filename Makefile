@@ -2,10 +2,11 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+NEWEST ?= .venv-newest
 OUTPUT ?= out/pmgaft
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: pmgaft test pytest test-slow lint benchmark clean
+.PHONY: pmgaft test pytest test-slow test-newest lint benchmark clean
 
 # torch first and by its exact version: a range would let the resolver choose a CUDA build of several gigabytes
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -37,8 +38,17 @@ pytest: $(VENV)/.ready
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+# the fast tests in an environment of their own: the newest versions that pyproject.toml allows, torch as pinned
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	grep '^torch==' constraints.txt > $(NEWEST)/torch.txt
+	$(NEWEST)/bin/pip install -q --no-compile -c $(NEWEST)/torch.txt torch
+	$(NEWEST)/bin/pip install -q --no-compile --upgrade --upgrade-strategy eager -c $(NEWEST)/torch.txt -e '.[dev]'
+	$(NEWEST)/bin/pip list | grep -iE '^(torch|transformers|accelerate|peft|datasets|huggingface_hub) '
+	$(NEWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+
 benchmark: $(VENV)/.ready
 	$(BIN)/python tests/benchmarks/step_speed.py $(or $(ARGS),--images 16 --classes 12 62)
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(NEWEST) out

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from child_script import train_steps
-from conftest import CONTEXT_LENGTH, make_processor
+from conftest import CONTEXT_LENGTH, make_processor, through_transformers_adapters
 from hub_server import HubServer
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from prompted_clip import (
@@ -216,7 +216,8 @@ def adapter_on(checkpoint: Path, row: str, folder: Path) -> torch.Tensor:
 def test_transformers_loads_an_adapter_by_itself(checkpoint, row, tmp_path):
     wanted = adapter_on(checkpoint, row, tmp_path)
     model = load_base(checkpoint)
-    model.load_adapter(tmp_path)
+    with through_transformers_adapters():
+        model.load_adapter(tmp_path)
     assert_near(output(model), wanted)
     model.disable_adapters()
     assert_near(output(model), output(make_base()))
@@ -434,7 +435,8 @@ def test_transformers_refuses_two_active_adapters_in_the_forward(checkpoint, tmp
     for name in ("a", "b"):
         adapter_on(checkpoint, "VLI", tmp_path / name)
     model = load_base(checkpoint)
-    model.load_adapter(tmp_path / "a", adapter_name="a")
+    with through_transformers_adapters():
+        model.load_adapter(tmp_path / "a", adapter_name="a")
     model.load_adapter(tmp_path / "b", adapter_name="b")
     model.set_adapter(["a", "b"])
     with pytest.raises(ValueError, match=r"2 prompt adapters are active \(a, b\)"):
