@@ -26,11 +26,12 @@ class APT(Objective):
     - `"trades"`: the loss and attack of `TRADES`, L = mean_b CE(z(x_b), y_b) + beta * mean_b KL(z(x_b) || z(x_adv_b)).
 
     The attack maximises the cross-entropy (for `"trades"` the KL). Halves are those of each forward batch: of an odd
-    number the larger one is attacked, so a single image is.
+    number the larger one is attacked, so a single image is. So `"adv_half"` couples images: one batch of 32 attacks
+    others than four of 8 do, and 32 of 1 attack all.
 
     Args:
         batch_mix: see above.
-        beta: weight of the KL term of `"trades"`, at least 0; not used otherwise.
+        beta: weight of the KL term of `"trades"`, at least 0; no other mix has it.
 
     Relations: on weights in place of prompts, `"adv_full"` is `TeCoA`, `"clean"` is `Clean`.
     Source: arXiv 2411.13136, section 3.1, and the code released with it.
@@ -56,6 +57,18 @@ class APT(Objective):
             raise ValueError(f"batch_mix={self.batch_mix!r} is unknown; choose one of {known}.")
         if not self.beta >= 0:
             raise ValueError(f"beta={self.beta!r} must be at least 0.")
+        if self.beta != APT.beta and self.batch_mix != "trades":
+            raise ValueError(
+                f"beta={self.beta!r} does nothing with batch_mix={self.batch_mix!r}; it goes with 'trades'."
+            )
+
+    @property
+    def couples_images(self) -> bool:  # type: ignore[override]  # a constant elsewhere, a choice here
+        return self.batch_mix == "adv_half"
+
+    @property
+    def needs_random_start(self) -> bool:  # type: ignore[override]
+        return self.batch_mix == "trades"
 
     @property
     def attacked(self) -> bool:  # type: ignore[override]  # a constant elsewhere, a choice here

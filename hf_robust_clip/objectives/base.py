@@ -27,7 +27,8 @@ class Batch:
         labels: (B,), class indices; may be None for objectives with `needs_labels = False`.
         student: the model being trained, pixels to `ZeroShotOutput`.
         teacher: the frozen pretrained model, if the objective has `needs_teacher = True`.
-        images_per_update: images that one optimiser step sees over all processes and accumulated batches.
+        images_per_update: images that one optimiser step sees over all processes and accumulated batches, those of a
+            short last one included; 0 where these are all.
     """
 
     images: Tensor
@@ -63,12 +64,21 @@ class Objective(ABC):
     """A fine-tuning method: a frozen dataclass of its hyperparameters with two functions of a batch.
 
     A new method is one file with one subclass. `attack_loss` defaults to the cross-entropy of the student.
+    Terms are means over the images of the batch (or such means times `batch.images_per_update`): batches are weighed
+    by their images.
+
+    `couples_images`: whether the loss, or the choice of attacked images, depends on which images share a forward
+    batch; then it matters how an update is divided over accumulated batches and processes.
+    `needs_random_start`: whether the attack's loss has no gradient at the image itself, so that without a random start
+    the attack would go nowhere.
     """
 
     paper: ClassVar[Paper]
     needs_teacher: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True
     attacked: ClassVar[bool] = True
+    couples_images: ClassVar[bool] = False
+    needs_random_start: ClassVar[bool] = False
 
     def attacked_rows(self, count: int) -> slice:
         """Which images of a batch of `count` are attacked; the others reach `__call__` as they are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,6 +34,7 @@ class FAP(Objective):
     """
 
     weight: float = 1.5
+    needs_random_start: ClassVar[bool] = True
     paper = Paper(
         "FAP",
         "Few-Shot Adversarial Prompt Learning on Vision-Language Models",

@@ -22,6 +22,7 @@ class FARE(Objective):
 
     needs_teacher: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
+    needs_random_start: ClassVar[bool] = True
     paper = Paper(
         "FARE",
         "Robust CLIP: Unsupervised Adversarial Fine-Tuning of Vision Embeddings for Robust "

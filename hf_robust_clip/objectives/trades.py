@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ class TRADES(Objective):
     """
 
     beta: float = 6.0
+    needs_random_start: ClassVar[bool] = True
     paper = Paper(
         "TRADES",
         "Theoretically Principled Trade-off between Robustness and Accuracy",

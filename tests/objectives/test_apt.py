@@ -63,3 +63,10 @@ def test_trades_variant_is_trades():
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         APT(**settings)
+
+
+@pytest.mark.parametrize("batch_mix", ["adv_half", "adv_full", "clean"])
+def test_weight_of_a_term_that_the_mix_lacks_is_refused(batch_mix):
+    with pytest.raises(ValueError, match=rf"beta=3\.0 .*batch_mix='{batch_mix}'"):
+        APT(batch_mix, beta=3.0)
+    assert APT("trades", beta=3.0).beta == 3.0
