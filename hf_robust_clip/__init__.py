@@ -42,7 +42,7 @@ _WHERE = {
     "TTC": "adaptation.ttc",
     "Ensemble": "adaptation.ensemble",
     "RobustZeroShotImageClassificationPipeline": "pipeline",
-    "RobustClipConfig": "trainer",
+    "RobustClipConfig": "training_arguments",
     "RobustClipTrainer": "trainer",
     "CleanTrainer": "trainer",
     "TeCoATrainer": "trainer",

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from .modeling import CLIPForZeroShotClassification
     from .prompts import ClipPromptConfig
     from .report import RobustnessReport
-    from .trainer import RobustClipConfig, RobustClipTrainer
+    from .trainer import RobustClipTrainer
+    from .training_arguments import RobustClipConfig
     from .zero_shot_data.loading import ImageDataset
 
 METHODS = {
@@ -409,7 +410,7 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
     """Check every section and make its settings. Nothing is written or downloaded here."""
     run = build(RunSettings, settings.get("run"), "run")
     check_output_dir(run)
-    from .trainer import RobustClipConfig
+    from .training_arguments import RobustClipConfig, check_augmentation
 
     model = build(ModelSettings, settings.get("model"), "model")
     data = build(DataSettings, settings.get("data"), "data")
@@ -443,6 +444,8 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
     for section in DEFENCE_SECTIONS:
         if method != "tapt" and settings.get(section) is not None:
             raise ValueError(f"the section {section} goes with tapt, not with {method}.")
+    arguments = build(RobustClipConfig, training, "training")
+    check_augmentation(arguments, data.augment)
     return Recipe(
         method=method,
         model=model,
@@ -450,7 +453,7 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
         prompt=build(PromptSettings, settings.get("prompt"), "prompt"),
         objective=build_objective(method, settings.get("objective")),
         prompts=prompts,
-        training=build(RobustClipConfig, training, "training"),
+        training=arguments,
         evaluation=evaluation,
         tasks=settings_of_tasks,
         compare=tuple(other for other in dict.fromkeys(compare) if other != method),
@@ -674,7 +677,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     """
     from .model_card import CardInfo, make_card
     from .report import percent, plot_accuracy, plot_defences, save_reports, to_table
-    from .trainer import newest_whole_checkpoint
+    from .training_checkpoints import newest_whole_checkpoint
 
     folder = Path(recipe.run.output_dir)
     model = load_model(recipe.model)
@@ -727,6 +730,11 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
             shutil.rmtree(old, ignore_errors=True)
     processes.wait_for_everyone()
     by_method = {"undefended": evaluate(model, "undefended", recipe.model.name)}
+    trainer = make_trainer(recipe, model, train_data, save=True)
+    resume = recipe.run.resume and newest_whole_checkpoint(folder) is not None
+    if recipe.run.resume and not resume:
+        say(f"no whole checkpoint in {folder}: the training begins anew")
+    trainer.train(resume_from_checkpoint=True if resume else None)
     for other in recipe.compare:
         rival = load_model(recipe.model)
         rival.set_classes(train_data.class_names, recipe.prompt.template)
@@ -737,16 +745,13 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
             prompts=rival_prompts(recipe, other),
             adaptations={},
         )
-        trainer = make_trainer(its_own, rival, train_data, save=False)
-        trainer.train()
-        rival, _ = plain_model(trainer, folder / "compared" / other)
+        its_trainer = make_trainer(its_own, rival, train_data, save=False)
+        its_trainer.train()
+        rival, _ = plain_model(its_trainer, folder / "compared" / other)
         by_method[its_own.title] = evaluate(
             rival, its_own.title, f"{its_own.title} from {recipe.model.name}, same settings"
         )
 
-    trainer = make_trainer(recipe, model, train_data, save=True)
-    resume = recipe.run.resume and newest_whole_checkpoint(folder) is not None
-    trainer.train(resume_from_checkpoint=True if resume else None)
     title = recipe.title
     repo_id = recipe.run.push_to_hub or recipe.run.output_dir
     adaptations = add_statistics(recipe, trainer, train_data)

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import copy
-import json
-import re
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, enable_full_determinism, set_seed
+from transformers.trainer_utils import HPSearchBackend
 
 from .adaptation.defended import DefendedClassifier
 from .adaptation.statistics import AlignmentTargets, collect_statistics
 from .adaptation.tapt import TAPT
 from .attacks.losses import cross_entropy
 from .attacks.pgd import PGDSettings, pgd
-from .checks import checked_labels
+from .checks import check_logits, checked_labels
 from .modeling import CLIPForZeroShotClassification, without_gradients
 from .objectives.apt import APT
 from .objectives.base import Batch, Objective
@@ -35,68 +34,25 @@ from .objectives.pmg_aft import PMGAFT
 from .objectives.tecoa import TeCoA
 from .objectives.trades import TRADES
 from .prompts import ClipPromptConfig, check_prompts
+from .run_identity import check_same_run, data_identity, model_identity, training_identity, write_run
 from .threat_model import ThreatModel
-from .zero_shot_data.augment import RandomResizedCrop
+from .training_arguments import (
+    RobustClipConfig,
+    check_arguments,
+    check_augmentation,
+    gives_whole_pictures,
+    images_per_update,
+    optimizer_and_arguments,
+)
+from .training_batches import OWN_IMAGES, count_images, own_images_of_last_batch, share_of_update, without_fill
+from .training_checkpoints import checkpoint_to_resume, first_not_finite
 from .zero_shot_data.loading import collate_images
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch.utils.data import DataLoader, Dataset
 
-
-@dataclass
-class RobustClipConfig(TrainingArguments):
-    """`TrainingArguments` with a threat model, an attack and a choice of what is trained.
-
-    Defaults are those with which PMG-AFT and TeCoA were published, save the warm-up (theirs: `warmup_steps=1000`) and
-    the batch (theirs: 256 images), which depend on the size of the run.
-    """
-
-    eps: str = field(default="1/255", metadata={"help": "Radius in units of [0, 1]: a fraction or a number."})
-    norm: str = field(default="linf", metadata={"help": "linf or l2."})
-    attack_steps: int = field(default=2, metadata={"help": "PGD steps in training."})
-    attack_step_size: str = field(default="1/255", metadata={"help": "PGD step in units of [0, 1]."})
-    attack_random_start: bool = field(default=True, metadata={"help": "Start PGD from a random point of the ball."})
-    eval_attack_steps: int = field(default=10, metadata={"help": "PGD steps in evaluate() and predict()."})
-    trainable_layers: int | None = field(
-        default=None, metadata={"help": "Train the last n layers of the vision encoder; None trains all of it."}
-    )
-    momentum: float = field(default=0.9, metadata={"help": "Momentum, for optim='sgd'."})
-    crop_scale: float = field(
-        default=0.08, metadata={"help": "Least share of a whole picture (dataset with augment=True) in a random crop."}
-    )
-    flip: float = field(default=0.5, metadata={"help": "Probability to mirror such a crop."})
-
-    optim: str = field(default="sgd", metadata={"help": "Optimizer."})
-    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
-    num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after the warm-up."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 is off, as published."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Off: a non-finite loss stops the run."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Off: the objective needs the columns."})
-    label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Label columns."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All trained ones are used."})
-    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Buffers don't change."})
-
-    def __post_init__(self) -> None:
-        if not torch.cuda.is_available():
-            self.dataloader_pin_memory = False
-        super().__post_init__()
-        self.threat_model()
-        self.attack()
-        self.augmentation()
-
-    def threat_model(self) -> ThreatModel:
-        """The threat model of training and evaluation."""
-        return ThreatModel(self.eps, self.norm)  # type: ignore[arg-type]
-
-    def attack(self) -> PGDSettings:
-        """The attack of training."""
-        return PGDSettings(self.attack_steps, self.attack_step_size, self.attack_random_start)  # type: ignore[arg-type]
-
-    def augmentation(self) -> RandomResizedCrop:
-        """What is done to whole pictures."""
-        return RandomResizedCrop(scale=(self.crop_scale, 1.0), flip=self.flip)
+logger = logging.getLogger(__name__)
 
 
 def robust_accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -127,8 +83,12 @@ class RobustClipTrainer(Trainer):
     In each step: random crops, if the dataset gives whole pictures; adversarial images by PGD on
     `objective.attack_loss` (through the module without its distributed wrapper, differentiating the images alone);
     then `sum(objective(batch, adv).values())` through the wrapped model.
-    The crop and the random start of an image depend on the seed, the step and the image alone, so the result depends
-    neither on how a batch is split over processes and accumulated batches, nor on an interruption. While an attack
+    The gradient of an update is that of the mean over all its images (over processes and accumulated batches, a short
+    last batch included; images that fill up the last batches of several processes count for nothing), and the crop and
+    the random start of an image depend on the seed, the step and the image alone. So the result depends neither on how
+    an update is divided nor on an interruption, up to rounding, save for three things: an objective that
+    `couples_images` looks at forward batches (APT's adv_half attacks half of each), dropout in an adapter is drawn
+    anew in each process, and an iterable dataset may give the last images of several processes twice. While an attack
     runs, the class embeddings stand still: they are computed once for all of its steps.
 
     Args:
@@ -144,18 +104,20 @@ class RobustClipTrainer(Trainer):
             `trainable_layers` is not set.
         data_collator, compute_metrics, callbacks, optimizers: as in `transformers.Trainer`; metrics default to clean
             and robust accuracy.
+        model_init: makes the model, in place of `model`: for `hyperparameter_search`, where each trial begins with a
+            new one.
 
     The text tower's weights and logit_scale stay frozen. Checkpoints hold the student alone: of an adapter, the
-    adapter.
+    adapter. Each says of which training it is (`run_identity`), and another training doesn't go on from it.
     Raises TypeError/ValueError for a model of another class, a teacher of another architecture, and bad settings.
     """
 
     objective_cls: ClassVar[type[Objective]]
-    loss_is_scaled_for_ga = False  # a batch mean: the Trainer must divide it by the accumulated batches
+    loss_is_scaled_for_ga = True  # by images, in compute_loss
 
     def __init__(
         self,
-        model: CLIPForZeroShotClassification | PeftModel,
+        model: CLIPForZeroShotClassification | PeftModel | None,
         args: RobustClipConfig,
         objective: Objective | None = None,
         train_dataset: Dataset | None = None,
@@ -166,17 +128,64 @@ class RobustClipTrainer(Trainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] = robust_accuracy,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        model_init: Callable[..., CLIPForZeroShotClassification | PeftModel] | None = None,
     ):
-        student: nn.Module = model
-        core = classifier_in(model)
         if not isinstance(args, RobustClipConfig):
             raise TypeError(f"args is a {type(args).__name__}; give a RobustClipConfig.")
+        if (model is None) == (model_init is None):
+            raise ValueError("model and model_init: give one of them.")
         if objective is None:
             if not hasattr(self, "objective_cls"):
                 raise ValueError("objective is missing; give one, or use a subclass such as PMGAFTTrainer.")
             objective = self.objective_cls()
-        self.objective = objective
-        self.threat_model, self.attack = args.threat_model(), args.attack()
+        if objective.needs_random_start and not args.attack_random_start:
+            raise ValueError(
+                f"attack_random_start=False: the gradient that {type(objective).__name__} attacks by is zero at the "
+                "image itself; leave it True."
+            )
+        if gives_whole_pictures(train_dataset) is not None:
+            check_augmentation(args, bool(gives_whole_pictures(train_dataset)))
+        self.training_objective = objective
+        self.teacher: nn.Module | None = None
+        self._given_teacher, self._adapter, self._given_optimizers = teacher, peft_config, optimizers
+        self._teacher_is_given, self._adapter_is_new = teacher is not None, False
+        self._beginning: dict[str, Any] | None = None  # what the training starts from
+        self._run: dict[str, Any] = {}
+        self._resumed_from: Path | None = None
+        self._data: dict[str, Any] | None = None  # which images it has, found out when first asked for
+        self._args_before_trials: dict[str, Any] | None = None
+        self._terms: dict[str, Tensor] = {}
+        self._updates = 0
+        super().__init__(
+            model=None if model is None else self._prepared(model, args),
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            model_init=model_init,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = False  # the Trainer need not count labels
+        if model_init is None:
+            self._given_teacher = None  # `teacher` is a copy
+
+    @property
+    def threat_model(self) -> ThreatModel:
+        """That of training and evaluation, as `args` say now."""
+        return self.args.threat_model()
+
+    @property
+    def attack(self) -> PGDSettings:
+        """The attack of training, as `args` say now."""
+        return self.args.attack()
+
+    def _prepared(self, model: nn.Module, args: RobustClipConfig) -> nn.Module:
+        """The model as it is trained: with classes, the objective's normalisation, frozen parts, adapter; its teacher
+        is kept in `teacher`.
+        """
+        student, core, objective, peft_config = model, classifier_in(model), self.training_objective, self._adapter
         if not core.class_names:
             if objective.needs_labels:
                 raise ValueError("model has no classes; call model.set_classes(class_names) first.")
@@ -188,32 +197,35 @@ class RobustClipTrainer(Trainer):
                 if value is not None:
                     raise ValueError(f"{name}={value!r} goes with a plain model; this one has its adapter already.")
         else:
+            if peft_config is not None and args.trainable_layers is not None:
+                raise ValueError(
+                    f"trainable_layers={args.trainable_layers!r} does nothing with peft_config: an adapter is trained "
+                    "alone; leave one of them out."
+                )
             if peft_config is None and args.trainable_layers is None:
                 peft_config = self.default_peft_config()
             select_trainable(core, args.trainable_layers)
+        self._beginning, self._adapter_is_new = None, peft_config is not None
         with torch.random.fork_rng([core.device] if core.device.type == "cuda" else []):
             torch.manual_seed(args.seed)  # what an adapter begins from follows the seed, not what ran before
             if isinstance(peft_config, ClipPromptConfig):
                 check_prompts(core, peft_config)
                 student = get_peft_model(core, copy.deepcopy(peft_config))
-            self.teacher = self._make_teacher(student, teacher) if objective.needs_teacher else None
+            self.teacher = self._make_teacher(student, self._given_teacher) if objective.needs_teacher else None
             if peft_config is not None and student is core:  # after the teacher, which shares the text tower
                 student = self._add_adapter(core, peft_config)
-        sgd = (torch.optim.SGD, {"lr": args.learning_rate, "momentum": args.momentum})
-        self._terms: dict[str, list[Tensor]] = {}
-        super().__init__(
-            model=student,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=sgd if args.optim == "sgd" and optimizers[0] is None else None,
-        )
         if self.teacher is not None:
-            self.teacher.to(self.args.device)
+            self.teacher.to(args.device)
+        return student
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A new model from `model_init`, prepared as a given one is."""
+        return self._prepared(super().call_model_init(trial), self.args)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Optimizer class and arguments, as `args` say now; SGD has `args.momentum`."""
+        return optimizer_and_arguments(args, model)
 
     @classmethod
     def default_peft_config(cls) -> PeftConfig | None:
@@ -265,17 +277,35 @@ class RobustClipTrainer(Trainer):
             teacher.set_classes(model.class_names, model.templates)
         return teacher.eval().requires_grad_(False)
 
-    def make_batch(self, inputs: dict[str, Tensor], student: nn.Module) -> Batch:
+    def make_batch(self, inputs: dict[str, Tensor], student: nn.Module, images_per_update: int = 0) -> Batch:
         """What the objective sees of a batch, with `student` behind its images."""
-        accumulated = getattr(self, "current_gradient_accumulation_steps", 1) if student.training else 1
         images, teacher = inputs["pixel_values"], self.teacher
         return Batch(
             images=images,
             labels=inputs.get("labels"),  # type: ignore[arg-type]  # checked: objectives that need them have them
             student=lambda pixels: student(pixel_values=pixels),
             teacher=None if teacher is None else lambda pixels: teacher(pixel_values=pixels),
-            images_per_update=len(images) * accumulated * self.accelerator.num_processes,
+            images_per_update=images_per_update,
         )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], int | None]:
+        """The batches of an update, and the number of its images over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        self._updates += 1
+        processes, data = self.accelerator.num_processes, self.train_dataset
+        if processes == 1:
+            return batches, sum(count_images(batch) for batch in batches)
+        filled = self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last
+        if filled and isinstance(data, Sized):
+            own = own_images_of_last_batch(len(data), self._train_batch_size, processes, self.args.process_index)
+            if own < count_images(batches[-1]):
+                batches[-1] = without_fill(batches[-1], own)
+        images = torch.tensor(sum(count_images(batch) for batch in batches), device=device)
+        return batches, int(self.accelerator.reduce(images, reduction="sum"))
 
     def attackable(self, model: nn.Module) -> nn.Module:
         """The module that attacks differentiate: without distributed wrapper, unless its parameters are sharded."""
@@ -284,7 +314,12 @@ class RobustClipTrainer(Trainer):
         return self.accelerator.unwrap_model(model)
 
     def perturb(
-        self, model: nn.Module, inputs: dict[str, Tensor], loss_fn: Callable[[Tensor], Tensor] | None, num_steps: int
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        loss_fn: Callable[[Tensor], Tensor] | None,
+        num_steps: int,
+        seed: int,
     ) -> Tensor:
         """Adversarial images for a batch; `loss_fn` None attacks the objective's own loss."""
         core = self.attackable(model)
@@ -294,7 +329,7 @@ class RobustClipTrainer(Trainer):
         fixed = nullcontext() if sharded else self.classifier().fixed_class_embeds()
         with self.accelerator.autocast(), fixed, frozen, torch.enable_grad():
             if loss_fn is None:
-                loss_fn = self.objective.attack_loss(self.make_batch(inputs, core))
+                loss_fn = self.training_objective.attack_loss(self.make_batch(inputs, core))
             return pgd(
                 loss_fn,
                 inputs["pixel_values"],
@@ -302,8 +337,12 @@ class RobustClipTrainer(Trainer):
                 num_steps=num_steps,
                 step_size=self.attack.step_size,
                 random_start=self.attack.random_start,
-                seed=(self.args.seed << 32) + self.state.global_step,
+                seed=seed,
             )
+
+    def seed_of_step(self) -> int:
+        """From which the crops and random starts of the next update are drawn."""
+        return (self.args.seed << 32) + self.state.global_step
 
     def compute_loss(
         self,
@@ -312,15 +351,25 @@ class RobustClipTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The objective's loss on freshly attacked images. Raises FloatingPointError if a term is not finite."""
-        self._check_batch(inputs, self.objective.needs_labels)
+        """The objective's loss on freshly attacked images, weighed so that gradients add up to those of the mean over
+        all images of the update. Raises FloatingPointError if a term is not finite.
+
+        Args:
+            num_items_in_batch: images of the update over all processes; None takes this batch, on each process.
+        """
+        objective, processes = self.training_objective, self.accelerator.num_processes
+        images = count_images(inputs)
+        inputs = {name: values for name, values in inputs.items() if name != OWN_IMAGES}
+        self._check_batch(inputs, objective.needs_labels)
+        in_update = int(num_items_in_batch) if num_items_in_batch else images * processes
         adv = inputs["pixel_values"]
-        if self.objective.attacked:
-            rows = self.objective.attacked_rows(len(adv))
-            part = self.perturb(model, {k: v[rows] for k, v in inputs.items()}, None, self.attack.num_steps)
+        if objective.attacked:
+            rows = objective.attacked_rows(len(adv))
+            some = {name: values[rows] for name, values in inputs.items()}
+            part = self.perturb(model, some, None, self.attack.num_steps, self.seed_of_step())
             adv = adv.index_copy(0, torch.arange(len(adv), device=adv.device)[rows], part)
         with self.accelerator.autocast():
-            terms = self.objective(self.make_batch(inputs, model), adv)
+            terms = objective(self.make_batch(inputs, model, in_update), adv)
         finite = torch.stack([term.detach() for term in terms.values()]).isfinite()
         if not finite.all():
             name = list(terms)[int((~finite).int().argmax())]
@@ -328,10 +377,11 @@ class RobustClipTrainer(Trainer):
                 f"step {self.state.global_step + 1}: the loss term {name!r} is {terms[name].item()}; "
                 "lower the learning rate or eps, or train in float32. Nothing of this step was saved."
             )
+        share = share_of_update(images, in_update, processes)
         if model.training:
             for name, term in terms.items():
-                self._terms.setdefault(name, []).append(term.detach())
-        return torch.stack(list(terms.values())).sum()
+                self._terms[name] = self._terms.get(name, 0) + share * term.detach()
+        return share * torch.stack(list(terms.values())).sum()
 
     def classifier(self) -> CLIPForZeroShotClassification:
         """The model that is trained, without wrappers; adapters are inside."""
@@ -343,19 +393,20 @@ class RobustClipTrainer(Trainer):
         if "pictures" in inputs:
             if not self.model.training:
                 raise ValueError("eval_dataset gives whole pictures (augment=True); evaluate them as they are.")
-            seed = (self.args.seed << 32) + self.state.global_step
-            side = self.classifier().input_size
-            inputs = {**inputs, "pixel_values": self.args.augmentation()(inputs["pictures"], side, seed)}
-            del inputs["pictures"]
+            crops = self.args.augmentation()(inputs["pictures"], self.classifier().input_size, self.seed_of_step())
+            inputs = {**{name: v for name, v in inputs.items() if name != "pictures"}, "pixel_values": crops}
+        elif self.model.training:
+            check_augmentation(self.args, whole_pictures=False)
         return inputs
 
     def _check_batch(self, inputs: dict[str, Tensor], needs_labels: bool) -> None:
         core, pixels = self.classifier(), inputs["pixel_values"]
-        attacked = self.objective.attacked_rows(len(pixels)) if self.objective.attacked else slice(0)
+        objective = self.training_objective
+        attacked = objective.attacked_rows(len(pixels)) if objective.attacked else slice(0)
         core.check_pixels(pixels, values=len(pixels[attacked]) < len(pixels))  # pgd checks what it attacks
         if needs_labels:
             if inputs.get("labels") is None:
-                user = type(self.objective).__name__ if self.model.training else "evaluation"
+                user = type(objective).__name__ if self.model.training else "evaluation"
                 raise ValueError(f"{user} needs labels, but the dataset gives no 'labels'.")
             inputs["labels"] = checked_labels(inputs["labels"], len(pixels), len(core.class_names))
 
@@ -366,7 +417,11 @@ class RobustClipTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, Tensor | None]:
-        """Robust loss, logits of `classify` and labels: PGD with `eval_attack_steps` on cross-entropy."""
+        """Robust loss, logits of `classify` and labels: PGD with `eval_attack_steps` on cross-entropy.
+
+        The random starts follow `args.seed` alone: one model has one accuracy, whenever it is asked for.
+        Raises FloatingPointError for logits that are not finite.
+        """
         inputs = self._prepare_inputs(inputs)
         self._check_batch(inputs, needs_labels=True)
         images, labels = inputs["pixel_values"], inputs["labels"]
@@ -375,8 +430,10 @@ class RobustClipTrainer(Trainer):
         def attack_loss(adv_BCHW: Tensor) -> Tensor:
             return cross_entropy(core(pixel_values=adv_BCHW).logits, labels)
 
-        adv = self.perturb(model, inputs, attack_loss, self.args.eval_attack_steps)
+        adv = self.perturb(model, inputs, attack_loss, self.args.eval_attack_steps, self.args.seed << 32)
         logits = self.classify(core, images, adv)
+        for part in logits:
+            check_logits(part, "the model")
         loss = cross_entropy(logits[1], labels).mean()
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
@@ -386,12 +443,12 @@ class RobustClipTrainer(Trainer):
             return tuple(core(pixel_values=pixels).logits.float() for pixels in (images_BCHW, adv_BCHW))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean of each loss term since the last log, over all processes."""
+        """Add the mean of each loss term over all images since the last log, each update weighing the same."""
         if "loss" in logs and self._terms:
-            means = torch.stack([torch.stack(values).mean() for values in self._terms.values()])
+            means = torch.stack(list(self._terms.values())) / self._updates
             means = self.accelerator.reduce(means, reduction="mean")
             logs = {**logs, **dict(zip(self._terms, means.tolist(), strict=True))}
-            self._terms = {}
+            self._terms, self._updates = {}, 0
         super().log(logs, start_time)
 
     def train(
@@ -400,21 +457,133 @@ class RobustClipTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ):
-        """Train. `resume_from_checkpoint=True` goes on from the newest whole checkpoint (a kill may cut one short).
+        """Train. `resume_from_checkpoint=True` goes on from the newest whole checkpoint (a kill may cut one short);
+        None takes `args.resume_from_checkpoint`.
 
-        Raises OSError if a named checkpoint is cut short or missing, ValueError if there is none to go on from.
+        Raises OSError if a named checkpoint is cut short or missing, ValueError if there is none to go on from or if
+        it is of another training; FloatingPointError for trained weights that are not finite.
         """
-        if resume_from_checkpoint is True:
-            newest = newest_whole_checkpoint(self.args.output_dir)
-            if newest is None:
-                raise ValueError(
-                    f"no whole checkpoint in {self.args.output_dir!r} to resume from; start without resume."
-                )
-            resume_from_checkpoint = str(newest)
-        elif resume_from_checkpoint:
-            check_checkpoint(resume_from_checkpoint)
-        self._terms = {}
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        self._terms, self._updates = {}, 0
+        try:
+            if trial is not None:
+                self._begin_trial(trial)
+            (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
+            resumed_from = None if self._resumed_from is None else str(self._resumed_from)
+            result = super().train(resumed_from, trial, ignore_keys_for_eval)
+        finally:
+            self.is_in_train = False
+        self._check_trained()
+        return result
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        backend: Any = None,
+        hp_name: Callable[[Any], str] | None = None,
+        **kwargs: Any,
+    ):
+        """As in `transformers.Trainer`, with `model_init`. Any setting of `RobustClipConfig` may be searched, `eps`
+        and seeds included; each trial starts from the settings as they were given, and so does what comes after.
+        """
+        self._args_before_trials = dict(vars(self.args))
+        try:
+            return super().hyperparameter_search(
+                hp_space, compute_objective, n_trials, direction, backend, hp_name, **kwargs
+            )
+        finally:
+            self.args.__dict__.update(self._args_before_trials)
+            self._args_before_trials = None
+
+    def _begin_trial(self, trial: Any) -> None:
+        """Set `args` as a trial says, before its model is made."""
+        self.args.__dict__.update(self._args_before_trials or {})
+        if self.hp_search_backend == HPSearchBackend.OPTUNA:
+            for name in self.hp_space(trial):
+                if not hasattr(self.args, name):
+                    raise ValueError(f"hp_space gives {name!r}, which is no setting of RobustClipConfig.")
+        super()._hp_search_setup(trial)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Called by `train` when settings and model are there and no checkpoint is loaded yet."""
+        super()._hp_search_setup(trial)
+        check_arguments(self.args)
+        if self.training_objective.couples_images and images_per_update(self.args) > self.args.train_batch_size:
+            logger.info(
+                "%s looks at forward batches, of %d images here: divided otherwise, the training is another one",
+                type(self.training_objective).__name__, self.args.train_batch_size,
+            )  # fmt: skip
+        if self._beginning is None or self._resumed_from is None:
+            student = self.accelerator.unwrap_model(self.model)
+            teacher = self.teacher if self._teacher_is_given else None
+            self._beginning = model_identity(student, classifier_in(student), teacher, self._adapter_is_new)
+        self._adapter_is_new = False
+        how = training_identity(self.args, self.training_objective, self.data_collator, self._given_optimizers)
+        self._run, self._data = {**how, **self._beginning}, None
+        if self._resumed_from is not None:
+            folder = self._resumed_from
+            self._on_main_process(lambda: check_same_run(folder, self._whole_run()))
+
+    def _whole_run(self) -> dict[str, Any]:
+        """Which training this is, with its data."""
+        if self._data is None:
+            self._data = data_identity(self.train_dataset, self.eval_dataset, self.args)
+        return {**self._run, **self._data}
+
+    def _on_main_process(self, check: Callable[[], None]) -> None:
+        """Raise on every process what a check raises on the main one."""
+        found: list[Exception | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                check()
+            except (OSError, ValueError, TypeError) as error:
+                found = [error]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        if found[0] is not None:
+            raise found[0]
+
+    def _check_trained(self) -> None:
+        """Raise unless something was trained, and its weights are finite."""
+        if self.state.global_step == 0:
+            raise ValueError(
+                "train_dataset gave no update: it has no images, or too few for a whole batch (dataloader_drop_last)."
+            )
+        if self.updates() == 0:
+            raise FloatingPointError("no update was made: every gradient overflowed; train in bf16 or float32.")
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        name = first_not_finite(self.accelerator.unwrap_model(self.model))
+        if self.is_fsdp_enabled:  # each process knows its own part
+            damaged = torch.tensor(int(name is not None), device=self.args.device)
+            name = name or ("of another process" if int(self.accelerator.reduce(damaged, reduction="sum")) else None)
+        if name is not None:
+            raise FloatingPointError(
+                f"step {self.state.global_step}: the trained parameter {name!r} is not finite; lower the learning "
+                "rate or eps, or train in float32. Nothing was saved."
+            )
+
+    def updates(self) -> int:
+        """Updates that changed weights: those whose gradient overflowed in fp16 were left out."""
+        if self._created_lr_scheduler and isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):
+            return int(self.lr_scheduler.last_epoch)  # it steps with the optimizer alone, and checkpoints hold it
+        return self.state.global_step
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save weights or adapter. Raises FloatingPointError, before anything is written, if they are not finite."""
+        self._check_weights()
+        super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            write_run(output_dir, self._whole_run())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:  # no pickled arguments beside the weights
@@ -445,24 +614,28 @@ class RobustClipTrainer(Trainer):
 
     def settings(self) -> dict[str, Any]:
         """Method, objective, attack and optimisation, as plain values, for cards and reports."""
-        args = self.args
+        args, objective = self.args, self.training_objective
         core = self.accelerator.unwrap_model(self.model)
+        skipped = self.state.global_step - self.updates()
+        best = self.state.best_global_step if args.load_best_model_at_end and not self.is_in_train else None
         return {
-            "method": self.objective.paper.method,
-            "objective": asdict(self.objective),
+            "method": objective.paper.method,
+            "objective": asdict(objective),
             "threat_model": str(self.threat_model),
-            "attack": asdict(self.attack) if self.objective.attacked else None,
+            "attack": asdict(self.attack) if objective.attacked else None,
             **self._adapter_settings(core),
             "trainable_parameters": sum(p.numel() for p in core.parameters() if p.requires_grad),
-            "optimizer": str(getattr(args.optim, "value", args.optim)),
-            "learning_rate": args.learning_rate,
-            "weight_decay": args.weight_decay,
-            **({"momentum": args.momentum} if args.optim == "sgd" else {}),
-            "warmup_steps": int(args.warmup_steps) if args.warmup_steps >= 1 else args.warmup_steps,
-            "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-            "images_per_update": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "updates": self.state.global_step,
-            "precision": {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
+            **optimisation_settings(args, *self._given_optimizers),
+            "images_per_update": images_per_update(args),
+            **(
+                {"couples_images": f"within forward batches of {args.train_batch_size}"}
+                if objective.couples_images
+                else {}
+            ),
+            "updates": self.updates(),
+            **({"skipped_updates": skipped} if skipped else {}),
+            **({"weights_of_update": best} if best else {}),
+            "precision": precision_of(core, self.accelerator.mixed_precision),
             "seed": args.seed,
         }
 
@@ -535,7 +708,7 @@ class TAPTTrainer(APTTrainer):
 
     def __init__(
         self,
-        model: CLIPForZeroShotClassification | PeftModel,
+        model: CLIPForZeroShotClassification | PeftModel | None,
         args: RobustClipConfig,
         objective: Objective | None = None,
         train_dataset: Dataset | None = None,
@@ -546,6 +719,7 @@ class TAPTTrainer(APTTrainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] = defended_accuracy,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        model_init: Callable[..., CLIPForZeroShotClassification | PeftModel] | None = None,
     ):
         self.adaptation = TAPT() if adaptation is None else adaptation
         if not isinstance(self.adaptation, TAPT):
@@ -561,6 +735,7 @@ class TAPTTrainer(APTTrainer):
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
+            model_init=model_init,
         )
 
     def collect_statistics(
@@ -616,11 +791,11 @@ class TAPTTrainer(APTTrainer):
         base = copy.deepcopy(core.base_model, shared_by_id).unload()
         peft_config = copy.deepcopy(core.active_peft_config)
         peft_config.inference_mode, peft_config.base_model_name_or_path = False, None
-        objective = self.objective if isinstance(self.objective, APT) else APT()
+        objective = self.training_objective if isinstance(self.training_objective, APT) else APT()
         trainer = APTTrainer(
             base,
             without_checkpoints(self.args),
-            replace(objective, batch_mix="clean"),
+            replace(objective, batch_mix="clean", beta=APT.beta),
             self.train_dataset,
             peft_config=peft_config,
             data_collator=self.data_collator,
@@ -721,7 +896,38 @@ def without_checkpoints(args: RobustClipConfig) -> RobustClipConfig:
     quiet.set_save("no")
     quiet.set_evaluate("no")
     quiet.load_best_model_at_end = quiet.push_to_hub = False
+    quiet.resume_from_checkpoint = None
     return quiet
+
+
+def optimisation_settings(args: RobustClipConfig, optimizer: Any, schedule: Any) -> dict[str, Any]:
+    """What the weights were trained by, as plain values: what `args` say, or the optimizer and schedule given."""
+    warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else args.warmup_steps
+    own: dict[str, Any] = {
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "learning_rate": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        **({"momentum": args.momentum} if args.optim == "sgd" else {}),
+    }
+    if optimizer is not None:
+        group = optimizer.param_groups[0]
+        found = {"learning_rate": group.get("initial_lr", group["lr"]), **group}
+        names = ("learning_rate", "weight_decay", "momentum")
+        own = {"optimizer": type(optimizer).__name__, **{name: found[name] for name in names if name in found}}
+    if schedule is not None:
+        return {**own, "schedule": type(schedule).__name__}
+    return {
+        **own,
+        "warmup_steps": warmup,
+        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+    }
+
+
+def precision_of(model: nn.Module, mixed: str) -> str:
+    """The arithmetic of a training: of its mixed precision, else of the trained weights."""
+    if mixed != "no":
+        return mixed
+    return str(next(p.dtype for p in model.parameters() if p.requires_grad)).removeprefix("torch.")
 
 
 def classifier_in(model: nn.Module) -> CLIPForZeroShotClassification:
@@ -749,32 +955,3 @@ def select_trainable(model: CLIPForZeroShotClassification, last_layers: int | No
         trained = [*layers[-last_layers:], model.vision_model.post_layernorm, model.visual_projection]
     for module in trained:
         module.requires_grad_(True)
-
-
-def check_checkpoint(folder: str | Path) -> None:
-    """Raise OSError unless a Trainer checkpoint is whole: state readable, safetensors files of their full length."""
-    folder = Path(folder)
-    try:
-        json.loads((folder / "trainer_state.json").read_text())  # the Trainer writes it last
-        weights = sorted(folder.glob("*.safetensors"))
-        if not weights:
-            raise FileNotFoundError("no *.safetensors")
-        for file in weights:
-            with safe_open(file, "pt"):
-                pass
-    except (OSError, ValueError, SafetensorError) as error:
-        raise OSError(
-            f"checkpoint {str(folder)!r} is missing or cut short ({error}); resume from an earlier one."
-        ) from error
-
-
-def newest_whole_checkpoint(output_dir: str | Path) -> Path | None:
-    """The `checkpoint-<step>` folder of the highest step that is whole, or None."""
-    folders = [f for f in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", f.name)]
-    for folder in sorted(folders, key=lambda f: int(f.name.split("-")[1]), reverse=True):
-        try:
-            check_checkpoint(folder)
-        except OSError:
-            continue
-        return folder
-    return None

@@ -210,7 +210,7 @@ def test_unknown_keys_are_errors_in_tasks():
     [
         (["--training.learning_rate", "abc"], "training.learning_rate='abc' must be float"),
         (["--training.eps", "null"], "training.eps must not be empty"),
-        (["--training.attack_steps", "0"], "num_steps=0"),
+        (["--training.attack_steps", "0"], "attack_steps=0"),
         (["--evaluation.attack", "pgd-0"], "num_steps=0"),
         (["--evaluation.attack", "pdg-20"], "unknown attack 'pdg-20'"),
         (["--evaluation.radii", "[]"], "radii=[]"),

@@ -126,13 +126,62 @@ def test_second_run_is_refused_and_changes_nothing(finished, capsys):
     assert contents(folder) == before
 
 
-def test_resume_goes_on_from_the_checkpoint(finished, capfd):
-    folder, _ = finished
-    shutil.copytree(folder, "out")
-    run("--output_dir", "out", "--resume", "--training.max_steps", "3")
+def test_resume_goes_on_from_the_checkpoint(capfd):
+    words = ("--training.max_steps", "3", "--training.save_steps", "2", "--training.save_total_limit", "5")
+    run("--output_dir", "out", *words)
+    before = Path("out/model.safetensors").read_bytes()
+    shutil.rmtree("out/checkpoint-3")
+    capfd.readouterr()
+    run("--output_dir", "out", "--resume", *words)
     assert "| updates | 3 |" in Path("out/README.md").read_text()
     assert Path("out/checkpoint-3").is_dir()
+    assert Path("out/model.safetensors").read_bytes() == before
     assert capfd.readouterr().out.count("'loss'") == 1, "two of three steps were done before"
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "named"),
+    [
+        ("tecoa", [], "method was 'PMG-AFT', is 'TeCoA' now"),
+        ("fare", [], "method was 'PMG-AFT', is 'FARE' now"),
+        ("pmg_aft", ["--training.eps", "4/255"], "arguments.eps was '24/255', is '4/255' now"),
+        ("pmg_aft", ["--training.max_steps", "3"], "arguments.max_steps was 2, is 3 now"),
+        ("pmg_aft", ["--data.classes", "[six, nine]"], "classes"),
+        ("pmg_aft", ["--prompt.template", "digit {}"], "model.templates"),
+    ],
+)
+def test_resume_of_another_training_is_refused(method, words, named, finished, capfd):
+    """In one line, before what it is compared with is trained; the folder stays as it is."""
+    folder, _ = finished
+    shutil.copytree(folder, "out")
+    before = contents(Path("out"))
+    config, settings = DEFAULT.with_stem(method), SMALL if method == "pmg_aft" else SMALL[4:]
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run_recipe(method, config, "", [*settings, *words, "--output_dir", "out", "--resume", "--compare", "clean"])
+    printed = capfd.readouterr()
+    assert stopped.value.code == 2
+    (error,) = [line for line in printed.err.splitlines() if line.startswith("error:")]
+    assert "checkpoint-2" in error and named in error
+    assert "'loss'" not in printed.out
+    assert contents(Path("out")) == before
+
+
+def test_resume_without_a_checkpoint_says_that_it_begins_anew(capfd):
+    Path("out").mkdir()
+    Path("out/notes.txt").write_text("kept")
+    run("--output_dir", "out", "--resume", "--training.max_steps", "1")
+    assert "no whole checkpoint in out: the training begins anew" in capfd.readouterr().out
+    assert Path("out/notes.txt").read_text() == "kept"
+
+
+def test_resume_may_name_a_checkpoint(capfd):
+    words = ("--training.max_steps", "2", "--training.save_steps", "1", "--training.save_total_limit", "5")
+    run("--output_dir", "out", *words)
+    capfd.readouterr()
+    run("--output_dir", "again", *words, "--training.resume_from_checkpoint", "out/checkpoint-1", "--compare", "clean")
+    assert capfd.readouterr().out.count("'loss'") == 1 + 2, "one of two steps was done before; the rival does both"
+    assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
 
 
 def test_overwrite_begins_anew(finished):
@@ -210,6 +259,9 @@ WRONG = {
     "no classes": (["--data.classes", "[]"], "class_names is empty"),
     "template without place": (["--prompt.template", "a photo"], "template='a photo' has no '{}'"),
     "text beyond the context": (["--prompt.template", "very " * 60 + "{}"], "shorten it"),
+    "crops of finished pictures": (["--training.flip", "0"], "flip=0.0 does nothing"),
+    "a setting that does nothing": (["--training.label_smoothing_factor", "0.1"], "label_smoothing_factor=0.1"),
+    "a learning rate that is none": (["--training.learning_rate", ".nan"], "learning_rate=nan"),
     "cuda where there is none": pytest.param(["--device", "cuda"], "torch sees no CUDA device", marks=NO_CUDA),
 }
 

@@ -14,9 +14,10 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 from training_script import arguments, digits, long_run, state, tiny_data, tiny_model
-from transformers import CLIPModel, TrainingArguments, default_data_collator
+from transformers import CLIPModel, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_robust_clip import (
+    APT,
     FARE,
     PMGAFT,
     TRADES,
@@ -182,6 +183,52 @@ def test_accumulated_single_images_equal_one_batch(preset, tmp_path):
     assert max(float((whole[name] - start[name]).abs().max()) for name in whole) > 1e-3
     for name in whole:
         torch.testing.assert_close(split[name], whole[name], rtol=0, atol=1e-10, msg=name)
+
+
+DIVISIONS = {
+    "6 images": (6, [(6, 1), (4, 2), (2, 3)], 1),
+    "7 images, the last update of one": (7, [(6, 1), (2, 3)], 2),
+    "11 images, the last update of five": (11, [(6, 1), (3, 2)], 2),
+}
+
+
+@pytest.mark.parametrize("images", DIVISIONS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "clean"])
+def test_an_update_is_that_of_all_its_images_however_they_are_divided(method, images, tmp_path):
+    """Batches of unequal size, in an epoch's last update too, weigh as many images as they have."""
+    trainer_cls, objective = METHODS[method]
+    count, divisions, updates = DIVISIONS[images]
+    ends = []
+    for batch, accumulation in divisions:
+        args = arguments(
+            tmp_path,
+            max_steps=-1,
+            num_train_epochs=1,
+            learning_rate=0.1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+        )
+        teacher = tiny_model(seed=5) if objective.needs_teacher else None
+        trainer = trainer_cls(tiny_model(), args, objective, tiny_data(count), teacher=teacher)
+        trainer.train()
+        assert trainer.state.global_step == updates
+        logs = [{name: log[name] for name in log if name != "epoch"} for log in trainer.state.log_history[:updates]]
+        ends.append((state(trainer.model), logs))
+    assert max(float((ends[0][0][name] - tensor).abs().max()) for name, tensor in state(tiny_model()).items()) > 1e-4
+    for weights, logs in ends[1:]:
+        for name, tensor in ends[0][0].items():
+            torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-10, msg=name)
+        for log, expected in zip(logs, ends[0][1], strict=True):
+            assert log == pytest.approx(expected, rel=1e-6)
+
+
+def test_batches_that_no_update_counts_are_taken_as_they_are(tmp_path):
+    """`compute_loss` by itself: the plain mean over the batch."""
+    trainer = TeCoATrainer(tiny_model(), arguments(tmp_path), None, tiny_data())
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    loss = trainer.compute_loss(trainer.model, dict(inputs))
+    adv = trainer.perturb(trainer.model, inputs, None, 2, trainer.seed_of_step())
+    assert loss.item() == pytest.approx(cross_entropy(trainer.model(adv).logits, inputs["labels"]).mean().item())
 
 
 def test_incomplete_batches_train(tmp_path):
@@ -355,6 +402,91 @@ def test_evaluate_counts_every_image_and_changes_nothing(tmp_path):
     }
 
 
+def test_a_model_has_one_robust_accuracy_whatever_the_step(tmp_path):
+    """Radii at which the random start decides over some images."""
+    model, data = digits(60)
+    args = arguments(tmp_path, eps="12/255", attack_step_size="1/255", eval_attack_steps=1)
+    trainer = TeCoATrainer(model, args, eval_dataset=data)
+    found = []
+    for step, seed in ((0, 3), (17, 3), (4242, 3), (0, 4)):
+        trainer.state.global_step, trainer.args.seed = step, seed
+        found.append(trainer.predict(data).predictions[1])
+    assert (found[0] == found[1]).all() and (found[0] == found[2]).all()
+    assert (found[0] != found[3]).any()
+
+
+def test_logits_that_are_not_finite_are_no_accuracy(tmp_path):
+    model = tiny_model()
+    trainer = TeCoATrainer(model, arguments(tmp_path), None, None, tiny_data(5))
+    with torch.no_grad():
+        model.logit_scale.fill_(1e4)
+    with pytest.raises(FloatingPointError, match="5 of 5"):
+        trainer.evaluate()
+
+
+def test_after_an_interruption_a_trainer_is_not_in_training(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = TeCoATrainer(tiny_model(), arguments(tmp_path), None, tiny_data(), callbacks=[Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not trainer.is_in_train
+
+
+def test_the_order_of_images_follows_the_seed_not_what_ran_before(tmp_path):
+    ends = []
+    for disturb in (False, True):
+        trainer = TeCoATrainer(tiny_model(), arguments(tmp_path), None, tiny_data(), tiny_data(5))
+        if disturb:
+            torch.manual_seed(99)
+            trainer.evaluate()
+        trainer.train()
+        ends.append(state(trainer.model))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+# ---- what cards and logs say
+
+
+@pytest.mark.parametrize(
+    ("objective", "couples"),
+    [(APT(), True), (APT("adv_full"), False), (APT("trades"), False), *((o, False) for _, o in METHODS.values())],
+)
+def test_coupled_images_are_said_where_they_are(objective, couples, tmp_path, caplog):
+    caplog.set_level("INFO", logger="hf_robust_clip.trainer")
+    assert objective.couples_images is couples
+    for batch, accumulation, said in ((8, 1, False), (4, 2, couples)):
+        caplog.clear()
+        args = arguments(
+            tmp_path, max_steps=2, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
+        )
+        trainer = RobustClipTrainer(tiny_model(), args, objective, tiny_data())
+        trainer.train()
+        assert [record.levelname for record in caplog.records if "forward batches" in record.message] == [
+            "INFO"
+        ] * said
+        assert trainer.settings().get("couples_images") == (f"within forward batches of {batch}" if couples else None)
+
+
+def test_settings_say_what_the_weights_were_trained_by(tmp_path):
+    model = tiny_model(torch.float32)
+    adam = torch.optim.Adam(model.vision_model.parameters(), lr=0.25, weight_decay=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 / (1 + step))
+    trainer = TeCoATrainer(model, arguments(tmp_path), None, tiny_data(), optimizers=(adam, schedule))
+    trainer.train()
+    found = trainer.settings()
+    assert [found[name] for name in ("optimizer", "learning_rate", "weight_decay", "schedule")] == [
+        "Adam", 0.25, 0.5, "LambdaLR",
+    ]  # fmt: skip
+    assert found["precision"] == "float32"
+    assert not {"momentum", "warmup_steps"} & found.keys()
+    own = TeCoATrainer(tiny_model(), arguments(tmp_path), None, tiny_data()).settings()
+    assert (own["optimizer"], own["learning_rate"], own["momentum"]) == ("sgd", 1e-2, 0.9)
+    assert own["precision"] == "float64"
+
+
 def test_evaluation_in_training_changes_nothing_of_it(tmp_path):
     ends = []
     for strategy in ("no", "steps"):
@@ -385,6 +517,7 @@ def test_best_model_by_robust_accuracy_is_loaded_at_the_end(tmp_path):
     trainer = TeCoATrainer(tiny_model(), args, None, tiny_data(), tiny_data(5), compute_metrics=scripted)
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert (trainer.settings()["updates"], trainer.settings()["weights_of_update"]) == (3, 2)
     saved = {step: load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in (2, 3)}
     found = state(trainer.model)
     assert all(torch.equal(found[name], saved[2][name]) for name in saved[2])
@@ -435,7 +568,7 @@ def test_logs_name_the_terms_that_make_up_the_loss(method, names, tmp_path):
         ({"eps": "one"}, "not a number or a fraction"),
         ({"norm": "l3"}, "norm='l3' is unknown"),
         ({"attack_step_size": "0"}, "step_size=0"),
-        ({"attack_steps": 0}, "num_steps=0"),
+        ({"attack_steps": 0}, "attack_steps=0"),
     ],
 )
 def test_settings_that_no_attack_can_have_are_refused(settings, message, tmp_path):

@@ -45,6 +45,9 @@ CASES = {
     "adapter": dict(objective=PMGAFT(), lora=True),
     "prompts": dict(objective=FAP(), prompts=dict(design="VLI")),
     "coupled prompts": dict(objective=APT("adv_full"), accumulation=2, prompts=dict(design="VLJ")),
+    "short last update": dict(objective=PMGAFT.released_preset(), images=21),  # 8, 8, and 4 with 1
+    "dropped last batches": dict(objective=PMGAFT(), images=21, dataloader_drop_last=True),
+    "resumed before it": dict(objective=PMGAFT(), accumulation=2, images=19, resumed=True),  # 2 with 1, twice
 }
 GLOBAL_BATCH = 8
 
@@ -101,11 +104,15 @@ def case_trainer(name, folder, processes):
     accumulation = case.get("accumulation", 1) if processes > 1 else 1
     args = arguments(
         folder,
+        max_steps=3 if "images" not in case else 6,
+        save_strategy="steps" if case.get("resumed") else "no",
+        save_steps=2,
         learning_rate=0.1,
         per_device_train_batch_size=GLOBAL_BATCH // processes // accumulation,
         gradient_accumulation_steps=accumulation,
         per_device_eval_batch_size=2,
         trainable_layers=case.get("trainable_layers"),
+        dataloader_drop_last=case.get("dataloader_drop_last", False),
     )
     adapter = (
         LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False) if case.get("lora") else None
@@ -113,7 +120,7 @@ def case_trainer(name, folder, processes):
     if "prompts" in case:
         adapter = tiny_prompts(**case["prompts"])
     torch.manual_seed(0)
-    data = dict(train_dataset=tiny_data(), eval_dataset=tiny_data(7))
+    data = dict(train_dataset=tiny_data(case.get("images", 24)), eval_dataset=tiny_data(7))
     return PMGAFTTrainer(
         tiny_model(), args, case["objective"], **data, teacher=tiny_model(seed=5), peft_config=adapter
     )
@@ -215,6 +222,9 @@ def ranks(folder):
     for name in CASES:
         trainer = case_trainer(name, folder / "out", processes=2)
         trainer.train()
+        if CASES[name].get("resumed"):
+            trainer = case_trainer(name, folder / "out", processes=2)
+            trainer.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-2"))
         found = {"world": trainer.accelerator.num_processes, "metrics": trainer.evaluate()}
         found["logs"] = [{key: log[key] for key in log if key in ("loss", "ce")} for log in trainer.state.log_history]
         if name == "released":

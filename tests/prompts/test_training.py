@@ -129,7 +129,7 @@ def test_half_of_the_batch_is_attacked_and_only_that(tmp_path):
             seen.append((batch.images, adv_BCHW))
             return super().__call__(batch, adv_BCHW)
 
-    trainer.objective = Watched("adv_half")
+    trainer.training_objective = Watched("adv_half")
     core, data = trainer.classifier().train(), tiny_data(5)
     inputs = {
         "pixel_values": torch.stack([row["pixel_values"] for row in data]),
