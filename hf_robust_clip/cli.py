@@ -633,17 +633,13 @@ def check_output_dir(run: RunSettings) -> None:
 
 def load_model(settings: ModelSettings) -> CLIPForZeroShotClassification:
     """A model in eval mode; of an adapter its base with the adapter in it."""
-    from .digits_clip import digits_clip_path
-    from .modeling import CLIPForZeroShotClassification, adapter_config
+    from .modeling import CLIPForZeroShotClassification, adapter_config, with_adapter
 
-    name = digits_clip_path() if settings.name == EMBEDDED_MODEL else settings.name
-    adapter = adapter_config(name, settings.revision)
+    adapter = adapter_config(settings.name, settings.revision)
     if adapter is not None:
-        from peft import PeftModel
-
         base = load_model(ModelSettings(adapter["base_model_name_or_path"], adapter.get("revision")))
-        return PeftModel.from_pretrained(base, name, revision=settings.revision).get_base_model().eval()
-    return CLIPForZeroShotClassification.from_pretrained(name, revision=settings.revision or "main").eval()
+        return with_adapter(base, settings.name, revision=settings.revision).eval()  # type: ignore[return-value]
+    return CLIPForZeroShotClassification.from_pretrained(settings.name, revision=settings.revision or "main").eval()
 
 
 def load_data(settings: DataSettings, model: CLIPForZeroShotClassification) -> ImageDataset:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
@@ -24,7 +25,7 @@ from .adaptation.base import Adaptation, GradientPath, TestTimeAdapter, with_pro
 from .attacks.auto_attack import AutoAttack
 from .attacks.pgd import LogitsFn, misclassified
 from .attacks.suites import PGD, Member, Suite, Victim, find_adversarial, is_optimising, is_randomised, run_member
-from .checks import checked_labels
+from .checks import check_logits, checked_labels
 from .modeling import CLIPForZeroShotClassification, without_gradients
 from .report import CONTROLS, AttackTarget, RobustnessReport, hardware, library_versions, prompt_hash
 from .threat_model import ThreatModel
@@ -39,6 +40,7 @@ Precision = Literal["fp32", "fast"]
 Judge = Callable[[Tensor, Tensor], Tensor]  # images and labels to whether each image stands, (B, judges)
 Target = Literal[AttackTarget, "query"]  # what one attack of a suite sees; "query": logits without gradients
 THROUGH: tuple[AttackTarget, ...] = ("adaptive", "bpda", "adaptive_worst")  # where gradients go through the defence
+BLIND = 0.05  # share of zero gradients from which an attack counts as partly blind
 ATTACKERS_SEED = 7919  # added to the evaluation's seed: an attack knows a defence, not its draws
 
 
@@ -247,9 +249,13 @@ def evaluate_robustness(
         progress: show a bar for each stage on the main process.
         defence: what predicts in the model's place.
 
-    Raises ValueError for an empty or an augmented dataset, a single class, labels beyond the classes, images outside
-    [0, 1] or of wrong size, a state of another model, dataset, defence or setting, a target without a defence, and a
-    defence without a target or with a model that lacks what it needs.
+    Where more than 5 % of the input gradients are zero, a warning says that the attack was partly blind.
+
+    Raises ValueError for an empty or an augmented dataset, one whose classes aren't the model's in their order, a
+    single class, labels beyond the classes, images outside [0, 1] or of wrong size, a state of another model, dataset,
+    defence or setting, a target without a defence, a defence without a target or with a model that lacks what it
+    needs, and `precision="fast"` for a model in half precision; FloatingPointError for logits that are not finite,
+    naming the stage.
     """
     if defence is not None and not isinstance(model, CLIPForZeroShotClassification):
         model = model.get_base_model()  # of a PeftModel
@@ -272,20 +278,24 @@ def evaluate_robustness(
         for threat in threats
         for member_name, member in settings.attack.members(num_classes).items()
     ]
-    before = model.training, model.input_size
-    try:
-        model.eval().set_input_size(None if dataset.attack_resolution is None else dataset.resolution)
-        with without_gradients(model):
-            where = processes, state_dir, progress
-            if defence is None:
-                evaluation = _Evaluation(model, dataset, settings, stages, *where)
-            else:
-                evaluation = _DefendedEvaluation(model, dataset, settings, stages, *where, defence=defence)
-            evaluation.run()
+    with model.prepared_for(dataset), without_gradients(model), model.fixed_class_embeds():
+        where = processes, state_dir, progress
+        if defence is None:
+            evaluation = _Evaluation(model, dataset, settings, stages, *where)
+        else:
+            evaluation = _DefendedEvaluation(model, dataset, settings, stages, *where, defence=defence)
+        evaluation.run()
         resolution = model.input_size
-    finally:
-        model.train(before[0]).set_input_size(before[1])
     found = evaluation.gathered()
+    blind = found.zeros / found.total if found.total else 0.0
+    if blind > BLIND and evaluation.rank == 0:
+        logger.warning(
+            "%s, %s: %.1f %% of the input gradients are exactly zero or not finite: the attack was blind there, and "
+            "the robust accuracy may mean nothing.",
+            name,
+            task,
+            100 * blind,
+        )
     share = [found.accuracy(0, k) for k in range(len(stages) + 1)]
     after_each: dict[float, dict[str, float]] = {}
     for stage, value in zip(stages, share[1:], strict=True):
@@ -317,7 +327,7 @@ def evaluate_robustness(
         after_each=after_each,
         model_flags=found.flags,
         per_class=per_class,
-        zero_gradient_share=found.zeros / found.total if found.total else 0.0,
+        zero_gradient_share=blind,
         seed=settings.seed,
         precision=precision if settings.precision == "fp32" else f"{precision}, gradients in bfloat16",
         library_versions=library_versions(),
@@ -341,18 +351,13 @@ def adversarial_examples(
         settings.threat_models()[-1],
         next(iter(settings.attack.members(len(model.class_names)).values())),
     )
-    before = model.training, model.input_size
-    try:
-        model.eval().set_input_size(None if dataset.attack_resolution is None else dataset.resolution)
-        with without_gradients(model):
-            victim = Victim(lambda pixels: model(pixel_values=pixels).logits, seed=settings.seed)
-            right = ~misclassified(victim.logits_fn, images, labels)
-            adv, stands = run_member(member, victim, images, labels, threat_model)
-            order = (right & ~stands).int().sort(descending=True, stable=True).indices[:count]
-            with torch.no_grad():
-                was, became = (victim.logits_fn(pixels[order]).argmax(dim=1) for pixels in (images, adv))
-    finally:
-        model.train(before[0]).set_input_size(before[1])
+    with model.prepared_for(dataset), without_gradients(model), model.fixed_class_embeds():
+        victim = Victim(lambda pixels: model(pixel_values=pixels).logits, seed=settings.seed)
+        right = ~misclassified(victim.logits_fn, images, labels)
+        adv, stands = run_member(member, victim, images, labels, threat_model)
+        order = (right & ~stands).int().sort(descending=True, stable=True).indices[:count]
+        with torch.no_grad():
+            was, became = (victim.logits_fn(pixels[order]).argmax(dim=1) for pixels in (images, adv))
     truth, was_named, named = (
         [model.class_names[i] for i in index.tolist()] for index in (labels[order], was, became)
     )
@@ -453,6 +458,11 @@ class _Evaluation:
 
     def check_model(self, own: range) -> None:
         """Look for random numbers and for optimisation inside the classifier, on a few images."""
+        if self.settings.precision == "fast" and self.model.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"precision='fast' takes gradients in bfloat16 and confirms them in float32, and the model is in "
+                f"{str(self.model.dtype).removeprefix('torch.')}: load it with dtype=torch.float32, or use 'fp32'."
+            )
         few = [self.dataset[i] for i in own[:4]] or [self.dataset[0]]
         images_BCHW = collate_images(few)["pixel_values"].to(self.model.device)
         self.found.flags = {
@@ -481,7 +491,10 @@ class _Evaluation:
             images, labels = batch["pixel_values"].to(self.model.device), batch["labels"].to(self.model.device)
             labels = checked_labels(labels, len(images), len(self.model.class_names))
             self.zeros = self.total = 0
-            stands = judge(images, labels).int().tolist()
+            try:
+                stands = judge(images, labels).int().tolist()
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{title}: {error}") from error
             index = todo[place : place + len(labels)]
             place += len(labels)
             noted = [(i, label, *each) for i, label, each in zip(index, labels.tolist(), stands, strict=True)]
@@ -512,7 +525,8 @@ class _Evaluation:
         return None
 
     def count_zeros(self, grad_BCHW: Tensor) -> None:
-        self.zeros += int((grad_BCHW == 0).sum())
+        """Gradients that say nothing of where to go: exactly zero, or not a number."""
+        self.zeros += int(((grad_BCHW == 0) | ~grad_BCHW.isfinite()).sum())
         self.total += grad_BCHW.numel()
 
     def gathered(self) -> _Found:
@@ -577,6 +591,7 @@ class _DefendedEvaluation(_Evaluation):
         adaptation = self.adapt(images_BCHW)
         self.seconds = _now(images_BCHW.device) - start
         self.fallbacks = int(adaptation.fell_back.sum())
+        check_logits(adaptation.logits, self.defence.name)
         own_B = adaptation.logits.argmax(dim=1) == labels_B
         others = (own_B if f is None else ~misclassified(f, images_BCHW, labels_B) for f in self.controls.values())
         return torch.stack([own_B, *others], dim=1)
@@ -668,6 +683,11 @@ class _DefendedEvaluation(_Evaluation):
 
 def _check_target(settings: EvaluationSettings, defence: TestTimeAdapter | None) -> None:
     """Raise ValueError unless what is attacked goes with what is judged."""
+    if settings.eot > 1 and settings.target not in THROUGH:
+        raise ValueError(
+            f"eot={settings.eot!r} averages gradients through a defence, which target={settings.target!r} takes none "
+            f"of; choose one of {', '.join(THROUGH)}, or leave it at 1."
+        )
     if defence is None:
         if settings.target != "static":
             raise ValueError(
@@ -730,7 +750,6 @@ def _with_random_prompts(model: CLIPForZeroShotClassification) -> CLIPForZeroSho
         for parameter in prompted.parameters():
             if parameter.requires_grad:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-    plain.class_embeds_are_stale = True
     return plain.requires_grad_(False).eval()
 
 
@@ -765,16 +784,32 @@ def _fingerprint(
 
     Nothing that is computed by the model, since its rounding differs between devices and numbers of threads.
     """
-    head = (model.class_token_ids, model.image_mean, model.image_std)
+    tensors = [*model.parameters(), model.class_token_ids, model.image_mean, model.image_std]
+    adapters = [
+        (layer.active_adapters, layer.disable_adapters, getattr(layer, "scaling", None))
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+    ]
+    text = f"{_without_places(model.config.to_dict())} {adapters}"
     threats, num_classes = settings.threat_models(), len(model.class_names)
     own = library_versions()["hf_robust_clip"]  # another version may attack otherwise
     attack = own, settings.attack.name(num_classes), settings.attack.parameters(threats, num_classes)
     return {
-        "model": _digest([*model.parameters(), *head]),
+        "model": f"{_digest(tensors)} {hashlib.sha256(text.encode()).hexdigest()[:16]}",
         "classes": prompt_hash(model.class_names, model.templates),
         "dataset": f"{dataset.dataset_id} {dataset.revision} {dataset.split}, {len(dataset)} images like "
         f"{dataset_digest(dataset)}",
         "attack": f"{attack} {settings.norm} {[t.eps for t in threats]} seed {settings.seed} {settings.precision}",
+    }
+
+
+def _without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, sorted, without what says where it was loaded from, how it was stored and by which version."""
+    passing = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "architectures")
+    return {
+        name: _without_places(value) if isinstance(value, dict) else value
+        for name, value in sorted(config.items())
+        if name not in passing
     }
 
 

@@ -196,6 +196,7 @@ class TestTimeAdapter(ABC):
             stack.callback(_train_again, training)
             classifier.eval()
             stack.enter_context(without_gradients(classifier))
+            stack.enter_context(classifier.fixed_class_embeds())
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.inference_mode(False))
             yield

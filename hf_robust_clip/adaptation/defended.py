@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,12 +21,14 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPProcessor
 
 from ..digits_clip import EMBEDDED_MODEL, digits_clip_path
-from ..modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, ZeroShotOutput
+from ..modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, ZeroShotOutput, with_adapter
+from ..modeling.freshness import weights_digest
 from . import adapter_class, adapter_key
 from .base import Adaptation, TestTimeAdapter, prompts_of
 from .statistics import FILE as STATISTICS
 from .statistics import AlignmentTargets
 
+logger = logging.getLogger(__name__)
 SETTINGS, PROMPTS = "adaptation.json", "adapter_model.safetensors"
 FORMAT = 1
 FILES = (SETTINGS, STATISTICS, PROMPTS, "adapter_config.json", "config.json", "README.md")
@@ -107,11 +110,12 @@ class DefendedClassifier(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write prompts (`adapter_*`), `statistics.safetensors` and `adaptation.json`, whole or not at all.
 
-        Other files in the folder stay. Raises ValueError for a defence that isn't one of the package's, or a base
-        model that has no name.
+        Other files in the folder stay. Raises ValueError for a defence that isn't one of the package's, and a base
+        model that has no name or other weights than the classifier: weights aren't saved here.
         """
         folder = Path(folder)
         base, revision = self._base()
+        self._check_weights(base, revision)
         own = {field.name for field in fields(self.adapter)}
         settings = {
             "format": FORMAT,
@@ -124,6 +128,8 @@ class DefendedClassifier(nn.Module):
             "class_names": list(self.classifier.class_names),
             "templates": list(self.classifier.templates),
             "input_size": self.classifier.input_size,
+            "image_mean": self.classifier.image_mean.flatten().tolist(),
+            "image_std": self.classifier.image_std.flatten().tolist(),
             "hf_robust_clip": version("hf_robust_clip"),
         }
         with written_whole(folder, SETTINGS) as draft:
@@ -136,6 +142,19 @@ class DefendedClassifier(nn.Module):
                     draft
                 )
             (draft / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _check_weights(self, base: str, revision: str | None) -> None:
+        """Raise ValueError unless the classifier's weights, adapters aside, are those of the base model."""
+        try:
+            there = CLIPForZeroShotClassification.from_pretrained(base, revision=revision or "main")
+        except OSError as error:
+            logger.warning("nobody could look whether the weights are those of the base model: %s", error)
+            return
+        if weights_digest(there) != weights_digest(self.classifier):
+            raise ValueError(
+                f"the classifier's weights are not those of {base!r}, the base model that a saved defence names; save "
+                "them with classifier.save_pretrained(folder), and give DefendedClassifier base_model=folder."
+            )
 
     def _save_prompts(self, folder: Path, base: str, revision: str | None) -> None:
         configs = getattr(self.classifier, "peft_config", {})
@@ -210,12 +229,14 @@ class DefendedClassifier(nn.Module):
         adapter = adapter_from(adapter_cls, values)
         base = settings["base_model"]
         classifier = CLIPForZeroShotClassification.from_pretrained(
-            digits_clip_path() if base == EMBEDDED_MODEL else base,
+            base,
             **{**where, "revision": settings["base_revision"] or "main"},
             **({} if dtype is None else {"dtype": dtype}),
         )
         if settings["prompts"]:
-            classifier = PeftModel.from_pretrained(classifier, str(folder)).get_base_model()
+            classifier = with_adapter(classifier, folder)
+        if "image_mean" in settings:
+            classifier.set_normalisation(settings["image_mean"], settings["image_std"])
         classifier.requires_grad_(False).eval().set_input_size(settings["input_size"])
         if "targets" in values:
             values["targets"].check(classifier)

@@ -56,7 +56,7 @@ class Ensemble(TestTimeAdapter):
         views = draw_boxes(images_BCHW, self.num_views, self.crop, seed)
         with torch.set_grad_enabled(path != "none"):
             embeds_BVD = embed_views(classifier, images_BCHW, views, {}, self.chunk_size)
-            logits = classifier.score(embeds_BVD.flatten(0, 1), classifier.current_class_embeds())[0]
+            logits = classifier.score(embeds_BVD.flatten(0, 1), classifier.class_embeds)[0]
             logits_BC = log_mean_softmax(logits.unflatten(0, embeds_BVD.shape[:2]))
         return Adaptation(logits_BC, torch.zeros(len(logits_BC), dtype=torch.bool, device=logits_BC.device), {})
 

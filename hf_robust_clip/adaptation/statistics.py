@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from ..modeling import CLIPForZeroShotClassification
+from ..modeling import CLIPForZeroShotClassification, resolution_of
 from ..report import library_versions
 from ..shared_prefix import plain_layer
+from ..zero_shot_data.fingerprint import dataset_digest
 from ..zero_shot_data.loading import ImageDataset, collate_images
 from .base import prompts_of
 
@@ -153,8 +153,6 @@ class AlignmentTargets:
     def check(self, classifier: CLIPForZeroShotClassification) -> None:
         """Raise ValueError unless these statistics belong to the classifier: its layers, tokens and width, its image
         encoder, and (`adversarial`) the prompts that are active in this.
-
-        It costs little while weights and prompts stay as they were at the last call.
         """
         self.check_shapes(classifier)
         model, prompts = fingerprints(classifier)
@@ -255,9 +253,7 @@ def collect_statistics(
         raise ValueError(f"batch_size={batch_size!r} must be at least 1.")
     before = classifier.training, classifier.input_size
     try:
-        classifier.eval()
-        if isinstance(dataset, ImageDataset):
-            classifier.set_input_size(None if dataset.attack_resolution is None else dataset.resolution)
+        classifier.eval().set_input_size(resolution_of(dataset))
         record = _record(classifier, dataset, data_id)
         rank, world = (processes.process_index, processes.num_processes) if processes else (0, 1)
         state = None if state_dir is None else _State(Path(state_dir), rank, _state_key(classifier, dataset, world))
@@ -301,18 +297,7 @@ def fingerprints(classifier: CLIPForZeroShotClassification) -> tuple[str, str]:
     weights: list[Tensor] = [parameter for name, parameter in named if "clip_prompt_" not in name]
     weights += [classifier.image_mean, classifier.image_std]
     prompts = _vision_prompts(classifier)
-    tensors = [*weights, *prompts]
-    if any(tensor.is_inference() for tensor in tensors):  # they keep no count of changes
-        return _hash(weights, 16), _hash(prompts)
-    state = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors]
-    known = _KNOWN.get(classifier)
-    if known is None or known[0] != state:
-        known = state, tensors, (_hash(weights, 16), _hash(prompts))
-        _KNOWN[classifier] = known
-    return known[2]
-
-
-_KNOWN: WeakKeyDictionary[nn.Module, tuple[list, list[Tensor], tuple[str, str]]] = WeakKeyDictionary()
+    return _hash(weights, 16), _hash(prompts)
 
 
 def _hash(tensors: Sequence[Tensor], first: int | None = None) -> str:
@@ -377,14 +362,13 @@ def _merged_over_processes(moments: RunningMoments, device: torch.device) -> Run
 
 
 def _state_key(classifier: CLIPForZeroShotClassification, dataset: Any, world: int) -> dict[str, Any]:
-    """What must be the same for a state to be of use. Of the images the first, middle and last are looked at."""
+    """What must be the same for a state to be of use."""
     model, prompts = fingerprints(classifier)
-    few = collate_images([dataset[i] for i in sorted({0, len(dataset) // 2, len(dataset) - 1})])["pixel_values"]
     return {
         "model": model,
         "prompts": prompts,
         "precision": str(classifier.dtype),
-        "dataset": f"{len(dataset)} images of {getattr(dataset, 'dataset_id', 'unknown')} like {_hash([few])}",
+        "dataset": f"{len(dataset)} images of {getattr(dataset, 'dataset_id', 'unknown')}, {dataset_digest(dataset)}",
         "number of processes": world,
     }
 

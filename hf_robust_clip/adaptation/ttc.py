@@ -103,7 +103,7 @@ class TTC(TestTimeAdapter):
         countered = torch.where(finite_B.view(-1, 1, 1, 1), countered, images_BCHW)
         with torch.set_grad_enabled(path != "none"):
             embeds_BD = classifier.encode_images(countered)
-            logits_BC = classifier.score(embeds_BD, classifier.current_class_embeds())[0]
+            logits_BC = classifier.score(embeds_BD, classifier.class_embeds)[0]
         return Adaptation(logits_BC, ~finite_B, {}, images=countered)
 
     def _noise(self, image_CHW: Tensor, seed: int) -> Tensor:

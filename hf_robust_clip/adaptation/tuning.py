@@ -127,7 +127,7 @@ class PromptTuning(TestTimeAdapter):
         """Tune from `start`, (n, d) or (B, n, d), and predict."""
         kept_BK = self.choose(run, start)
         prompts = {name: value.expand(len(run.images), *run.own[name].shape) for name, value in start.items()}
-        state = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in prompts.items()}
+        state = {name: (_zeros(p), _zeros(p)) for name, p in prompts.items()}
         finite_B = torch.ones(len(run.images), dtype=torch.bool, device=run.images.device)
         first_loss = None
         attention: Any = differentiable_twice() if run.path == "through" else nullcontext()
@@ -144,6 +144,7 @@ class PromptTuning(TestTimeAdapter):
                 for name, grad in gradient.items():
                     finite_B = finite_B & grad.flatten(1).isfinite().all(dim=1)
                     prompts[name], state[name] = self.adamw(prompts[name], grad, state[name], step)
+                    finite_B = finite_B & prompts[name].detach().flatten(1).isfinite().all(dim=1)
                 first_loss = loss_B if first_loss is None else first_loss
             prompts = {name: _where(finite_B, value, run.own[name]) for name, value in prompts.items()}
             if run.path != "through":
@@ -190,7 +191,10 @@ class PromptTuning(TestTimeAdapter):
     def adamw(
         self, p: Tensor, grad: Tensor, state: tuple[Tensor, Tensor], step: int
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """One step of AdamW, element by element; the first is p (1 - lr wd) - lr g / (|g| + eps)."""
+        """One step of AdamW, element by element, at least in float32; the first is
+        p (1 - lr wd) - lr g / (|g| + eps).
+        """
+        kind, p, grad = p.dtype, p.to(state[0]), grad.to(state[0])  # eps is 0 in half precision
         m = BETAS[0] * state[0] + (1 - BETAS[0]) * grad
         v = BETAS[1] * state[1] + (1 - BETAS[1]) * grad.square()
         if step == 1:
@@ -198,7 +202,8 @@ class PromptTuning(TestTimeAdapter):
         else:  # the floor is far below eps squared; without it the root of 0 has no derivative
             root = (v / (1 - BETAS[1] ** step)).clamp_min(torch.finfo(v.dtype).tiny).sqrt()
             direction = m / (1 - BETAS[0] ** step) / (root + EPSILON)
-        return p * (1 - self.learning_rate * self.weight_decay) - self.learning_rate * direction, (m, v)
+        moved = p * (1 - self.learning_rate * self.weight_decay) - self.learning_rate * direction
+        return moved.to(kind), (m, v)
 
     def _bytes_per_image(self, classifier: CLIPForZeroShotClassification) -> float:
         at_once = self.num_views if self.chunk_size is None else min(self.num_views, self.chunk_size)
@@ -241,7 +246,7 @@ class Run:
         """(C, D), or (B, C, D) where the text tower's prompts are those of each image."""
         model = self.classifier
         if all(prompts[name] is self.own[name] for name in self.text_names):
-            return model.current_class_embeds()
+            return model.class_embeds
         parts = slices(len(model.class_names), self.chunk_size)
         return torch.cat([self._encode_classes(prompts, classes) for classes in parts], dim=-2)
 
@@ -337,14 +342,12 @@ class WordTuning(PromptTuning):
         words = classifier.class_token_ids[0, 0, 1 : 1 + classifier.context_length]
         layer = ClipPromptLayer(plain, Place("text", 0))
         layer.update_layer("default", plain.weight.detach()[words].clone())
-        kept = classifier.class_embeds, classifier.class_embeds_are_stale, classifier._text_state
         try:
             embeddings.token_embedding = layer
             with super().prepared(classifier):
                 yield
         finally:
             embeddings.token_embedding = plain
-            classifier.class_embeds, classifier.class_embeds_are_stale, classifier._text_state = kept
 
 
 def embed_views(
@@ -397,6 +400,11 @@ def check_views(num_views: int, chunk_size: int | None) -> None:
         raise ValueError(f"num_views={num_views!r} must be an integer of at least 2: the image itself and its crops.")
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size={chunk_size!r} must be an integer of at least 1, or None.")
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Where AdamW keeps its moments of a tensor: in float32 at least."""
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def _where(rows_B: Tensor, tuned: Tensor, own: Tensor) -> Tensor:

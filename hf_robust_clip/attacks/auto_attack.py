@@ -19,7 +19,7 @@ from torch import Tensor
 from ..checks import check_logits, checked_labels
 from ..threat_model import ThreatModel
 from .apgd import APGDSettings, apgd, apgd_targeted
-from .losses import cross_entropy, dlr
+from .losses import cross_entropy, cw_margin, dlr
 from .pgd import LogitsFn, misclassified
 from .suites import Member, Suite, Victim, run_member
 
@@ -202,7 +202,17 @@ def _square(num_queries: int, victim: Victim, images: Tensor, labels: Tensor, tm
 
 
 class _SquareAlone(SquareAttack):
-    """Square that draws for each image what it would draw for this image alone, so that batches don't matter."""
+    """Square that draws for each image what it would draw for this image alone, so that batches don't matter, and in
+    which an image falls exactly when the class of highest logit is another, ties included.
+    """
+
+    def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits_BC = self.predict(x)
+        margin_B = -cw_margin(logits_BC, y)
+        tiny = torch.finfo(margin_B.dtype).tiny
+        stands_B = logits_BC.argmax(dim=1) == y
+        margin_B = torch.where(stands_B, margin_B.clamp_min(tiny), margin_B.clamp_max(-tiny))
+        return margin_B, margin_B
 
     def random_choice(self, shape: Sequence[int]) -> Tensor:
         if len(shape) == 4:  # one value of each per image: (B, channels, 1, width) or (B, channels, 1, 1)

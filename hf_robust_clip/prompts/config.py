@@ -52,6 +52,8 @@ class ClipPromptConfig(PeftConfig):
         modules_to_save: names of further modules to train and save, as everywhere in PEFT.
         vision_width, text_width, image_size: of the model that the prompts were made for; filled in when they are
             injected, and compared when they are loaded.
+        image_mean, image_std: the normalisation under which they were trained; filled in when they are injected into a
+            `CLIPForZeroShotClassification`, which is given it when they are loaded.
 
     Raises ValueError for an unknown design, coupling or region, and for counts that don't fit together. Counts beyond
     the model are refused when the prompts are injected.
@@ -75,6 +77,8 @@ class ClipPromptConfig(PeftConfig):
     vision_width: int | None = None
     text_width: int | None = None
     image_size: int | None = None
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
 
     target_modules: ClassVar[None] = None  # the tuner finds them; PEFT asks for the attribute
     places: ClassVar[dict[str, Place]] = {}  # filled in, on the instance, when the prompts are injected

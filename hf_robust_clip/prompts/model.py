@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Collection, Iterator, Sequence
 from copy import copy, deepcopy
 from typing import ClassVar
 
 import torch
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, CLIPVisionModel
 
 from .config import ClipPromptConfig
 from .layer import MERGE, ClipPromptLayer, Place
+
+logger = logging.getLogger(__name__)
 
 
 class ClipPromptModel(BaseTuner):
@@ -48,24 +51,40 @@ class ClipPromptModel(BaseTuner):
         for place, layer in layers.items():
             partner = layers.get(Place(other[place.tower], place.index)) if place.tower in other else None  # type: ignore[arg-type]
             layer.partner = [] if partner is None else [partner]
-        self._forget_class_embeds()
-
-    def _forget_class_embeds(self) -> None:
-        """A compiled classifier doesn't look whether the prompts behind its cached embeddings have changed: say so."""
-        if hasattr(self.model, "class_embeds_are_stale"):
-            self.model.class_embeds_are_stale = True
-
-    def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        super()._enable_adapter_layers(enabled)
-        self._forget_class_embeds()
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         """Everything that can be refused is refused here, before the model is touched."""
         assert isinstance(peft_config, ClipPromptConfig)
+        check_unwrapped(self.model)
         settled = copy(peft_config)
         settled.places = _find_places(self.model, settled)  # type: ignore[misc]
+        others = [config for config in self.peft_config.values() if config is not peft_config]
+        settle_normalisation(self.model, settled, alone=not others)
         peft_config.__dict__.update(settled.__dict__)  # a config that is refused stays as it was given
         return peft_config
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Raises ValueError for a file that lacks a prompt of the adapter, or holds one that it has no place for."""
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        prefix = "base_model.model."
+        own = {name.removeprefix(prefix) for name, _ in model.named_parameters() if f".{cls.prefix}" in name}
+        expected = {name for name in own if adapter_name in name.split(".")}
+        given = {name.removeprefix(prefix) for name in found if f".{cls.prefix}" in name}
+        for verb, names in (("lacks", expected - given), ("holds, without a place for it,", given - expected)):
+            if names:
+                raise ValueError(
+                    f"the file of adapter {adapter_name!r} {verb} {min(names)}{_more(names)}: it belongs to another "
+                    "adapter_config.json, or is damaged; save the adapter again."
+                )
+        return found
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """Raises ValueError where another method's adapter came into the model after the prompts."""
+        check_unwrapped(self.model)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
@@ -101,7 +120,6 @@ class ClipPromptModel(BaseTuner):
         if len(names) > 1:
             raise ValueError(f"adapter_name={names!r}: prompts of several adapters don't add up; choose one.")
         super().set_adapter(adapter_name, inference_mode)
-        self._forget_class_embeds()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the first of the others (by name) takes its place, in all layers."""
@@ -109,12 +127,6 @@ class ClipPromptModel(BaseTuner):
         super().delete_adapter(adapter_name)
         if was_active and self.peft_config:  # PEFT lets each layer choose among its own
             self.set_adapter(min(self.peft_config))
-        self._forget_class_embeds()
-
-    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        self._forget_class_embeds()
-        return model
 
     def add_weighted_adapter(
         self,
@@ -164,6 +176,48 @@ class ClipPromptModel(BaseTuner):
                 if adapter_name in own:
                     mixed = sum(weight * own[name] for name, weight in zip(adapters, weights, strict=True))
                     own[adapter_name].copy_(mixed)
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise ValueError for a model with another PEFT method in it: only one of the two would be saved."""
+    others = [type(m).__module__ for m in model.modules() if isinstance(m, BaseTunerLayer | PeftModel)
+              and not isinstance(m, ClipPromptLayer)]  # fmt: skip
+    if others:
+        raise ValueError(
+            f"the model is wrapped by another PEFT method ({others[0].rpartition('.')[0]}), and one of the two "
+            "adapters would be lost when saved; merge LoRA into the weights first (merge_and_unload), or put the "
+            "prompts into the plain model."
+        )
+
+
+def settle_normalisation(model: nn.Module, config: ClipPromptConfig, alone: bool) -> None:
+    """Note the classifier's mean and std in the config, or give it those that the prompts were trained with.
+
+    Raises ValueError where other adapters in the model were trained with another normalisation.
+    """
+    processor = getattr(model, "processor", None)
+    if processor is None or not hasattr(model, "set_normalisation"):
+        if config.image_mean is not None:
+            logger.info("these prompts were trained on pixels normalised by %s and %s", config.image_mean,
+                        config.image_std)  # fmt: skip
+        return
+    here = [list(getattr(processor.image_processor, name)) for name in ("image_mean", "image_std")]
+    if config.image_mean is None or config.image_std is None:
+        config.image_mean, config.image_std = here
+        return
+    there = [list(config.image_mean), list(config.image_std)]
+    if not torch.allclose(torch.tensor(there), torch.tensor(here), rtol=0, atol=1e-6):
+        if not alone:
+            raise ValueError(
+                f"the prompts were trained with mean and std {there}, the other adapters in this model with {here}; "
+                "load them on a model of their own."
+            )
+        logger.warning("mean and std of the model become those that its prompts were trained with, %s", there)
+        model.set_normalisation(*there)  # type: ignore[operator]
+
+
+def _more(names: Collection[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _prompt_layers(model: nn.Module) -> Iterator[ClipPromptLayer]:
@@ -313,13 +367,20 @@ def _initial(config: ClipPromptConfig, place: Place, like: Tensor) -> tuple[Tens
             embedding where pixels do.
     """
     if place.tower == "pixel":
-        return like.new_zeros(like.shape[1], len(_region(config, like.device))), None
+        start = torch.nan if config.inference_mode else 0.0
+        return like.new_full((like.shape[1], len(_region(config, like.device))), start), None
     width, other = config.vision_width, config.text_width
     if place.tower == "text":
         width, other = other, width
     if config.coupling is not None and config.owner(place.index) != place.tower:
-        return None, nn.Linear(other, width, device=like.device, dtype=like.dtype)  # type: ignore[arg-type]
+        linear = nn.Linear(other, width, device=like.device, dtype=like.dtype)  # type: ignore[arg-type]
+        if config.inference_mode:
+            for parameter in linear.parameters():
+                nn.init.constant_(parameter, torch.nan)
+        return None, linear
     count = _count(config, place.tower)
+    if config.inference_mode:  # to be loaded: what a file lacks must not go unnoticed
+        return like.new_full((count, width), torch.nan), None  # type: ignore[arg-type]
     ids = config.context_token_ids
     if place == Place("text", 0) and ids is not None:
         return like.detach()[ids[:count]].clone(), None

@@ -95,7 +95,7 @@ def found_in(classifier: CLIPForZeroShotClassification) -> dict:
             torch.backends.cuda.flash_sdp_enabled(),
             torch.backends.cuda.mem_efficient_sdp_enabled(),
         ),
-        "fixed embeddings": classifier._fixed_class_embeds,
+        "fixed embeddings": classifier._fixed,
     }
 
 
@@ -120,7 +120,7 @@ def check_classifier_is_left_alone(adapter: TestTimeAdapter, classifier: CLIPFor
         before = found_in(classifier)
         adapter.adapt(classifier, images, path="through" if trained else "none")
         assert_as_found(classifier, before)
-        assert trained or classifier.class_embeds is embeds
+        assert torch.equal(classifier.class_embeds, embeds)
         assert torch.equal(classifier(images).logits.detach(), logits)
 
 
@@ -179,7 +179,7 @@ class Toy(TestTimeAdapter):
         elif self.deed == "a random number":
             torch.rand(1)
         elif self.deed == "embeddings":
-            classifier.class_embeds = classifier.class_embeds.flip(0)
+            classifier._known = classifier._known[0], classifier._known[1].flip(0)
         elif self.deed == "classes":
             classifier.set_classes(NAMES[:3])
         logits = classifier(images_BCHW).logits

@@ -187,8 +187,9 @@ def test_rounding_masks_its_gradient_from_none_but_the_naive():
     ids=["noise", "rounding", "tpt"],
 )
 def test_the_worst_is_at_most_the_blind_and_says_which_attack_did_it(defence, eot):
-    settings = {"prompted": not isinstance(defence, TPT), "count": 5, "eot": eot}
-    blind, worst = (run(defence, target, **settings) for target in ("defence_blind", "adaptive_worst"))
+    settings = {"prompted": not isinstance(defence, TPT), "count": 5}
+    blind = run(defence, "defence_blind", **settings)
+    worst = run(defence, "adaptive_worst", eot=eot, **settings)
     assert worst.attack == "PGD-3+APGD-3+Square-5"
     names = ["blind pgd", "blind apgd-ce", "transfer pgd", "bpda pgd", "adaptive pgd", "adaptive apgd-ce", "square"]
     assert [list(left) for left in worst.after_each.values()] == [names] * 2
@@ -332,6 +333,8 @@ def test_the_state_of_another_defence_is_refused(defence, changes, tmp_path):
         (Toy(), {"target": "adaptive_worst", "attack": PGD(1)}, "AdaptiveWorst.* belong together"),
         (Toy(), {"target": "adaptive", "attack": WORST}, "AdaptiveWorst.* belong together"),
         (Toy(), {"target": "adaptive", "eot": 0}, "eot=0 must be"),
+        (Toy(), {"target": "defence_blind", "eot": 2}, "eot=2"),
+        (None, {"target": "static", "eot": 2}, "eot=2"),
         (Toy(), {"target": "adaptive", "attack": AutoAttack.rand()}, "Set eot of EvaluationSettings"),
     ],
 )

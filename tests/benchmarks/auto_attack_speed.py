@@ -38,7 +38,6 @@ class PlainClassifier(torch.nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         if self.cached:
             return self.model(pixel_values=pixels).logits.clone()
-        self.model.class_embeds_are_stale = True
         image = self.model.get_image_features(pixel_values=(pixels - self.model.image_mean) / self.model.image_std)
         image = torch.nn.functional.normalize(image.pooler_output, dim=-1)
         return self.model.logit_scale.exp() * image @ self.model.encode_classes().T

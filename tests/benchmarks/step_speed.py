@@ -139,8 +139,6 @@ class Ours:
         eos_C = (task.token_ids_CL == task.config.text_config.eos_token_id).int().argmax(dim=1)
         model.class_names, model.templates = tuple(task.names), (PAPER_TEMPLATE,)
         model.class_token_ids = task.token_ids_CL[:, None, : int(eos_C.max()) + 1]
-        with torch.no_grad():
-            model.class_embeds = model.encode_classes()
         return model
 
     def batch(self) -> Batch:

@@ -173,17 +173,17 @@ def test_fixed_embeddings_change_no_attack_and_end_with_it():
     with core.fixed_class_embeds():
         with core.fixed_class_embeds():
             torch.testing.assert_close(core(images).logits, free, rtol=0, atol=0)
-        assert not core.current_class_embeds().requires_grad
+        assert not core.class_embeds.requires_grad
         with torch.no_grad():
             for parameter in core.text_parameters():
                 if parameter.requires_grad:
                     parameter.mul_(3)
         torch.testing.assert_close(core(images).logits, free, rtol=0, atol=0)
     assert (core(images).logits - free).abs().max() > 1e-3
-    assert core.current_class_embeds().requires_grad
+    assert core.class_embeds.requires_grad
     with pytest.raises(RuntimeError), core.fixed_class_embeds():
         raise RuntimeError
-    assert core.current_class_embeds().requires_grad
+    assert core.class_embeds.requires_grad
 
 
 @pytest.mark.parametrize(("objective", "design"), [(APT("adv_full"), "VLI"), (FAP(), "VLJ"), (APT("trades"), "V")])

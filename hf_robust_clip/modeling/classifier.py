@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import is_
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
-    CLIPConfig,
-    CLIPModel,
-    CLIPProcessor,
-    PreTrainedTokenizerBase,
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor
+from transformers.utils import ModelOutput
+
+from ..checks import checked_images, checked_labels
+from ..digits_clip import EMBEDDED_MODEL, digits_clip_path
+from ..shared_prefix import PackedTexts, can_run_packed, encode_packed, pack_texts
+from .checkpoints import (
+    adapter_config,
+    check_family,
+    check_loaded,
+    explained,
+    quiet_report,
+    take_normalisation,
 )
-from transformers.utils import ModelOutput, find_adapter_config_file
+from .freshness import module_key
+from .texts import (
+    PAPER_TEMPLATE,
+    check_classes,
+    check_same_classes,
+    check_told_apart,
+    parts_of,
+    resolution_of,
+    tokenize_prompts,
+)
 
-from .checks import checked_images, checked_labels
-from .shared_prefix import PackedTexts, can_run_packed, encode_packed, pack_texts
-
-PAPER_TEMPLATE = "This is a photo of a {}"
+TEXT_MEMORY = 2**30  # bytes that the activations of class prompts may take where no gradient is taken of them
 
 
 @dataclass
@@ -49,9 +63,10 @@ class CLIPForZeroShotClassification(CLIPModel):
     """`CLIPModel` that maps pixels in [0, 1] to one logit per class: z_c = s * cos(f((x - mean) / std), t_c).
 
     Mean and std are read from the checkpoint's image processor, s from its `logit_scale`. The class embeddings t_c are
-    made by `set_classes` and computed once, and again when what they depend on has changed (weights, prompts, the
-    active adapter); while any parameter of the text side is trainable they are computed anew from the stored token ids
-    in every forward. Neither is written into the weights: the checkpoint is a plain `CLIPModel` with its
+    those of the names given to `set_classes`, by the text side as it is: while any parameter of it is trainable they
+    are computed in every forward; else they are kept, and computed again when anything that they depend on has changed
+    (weights in any way, prompts, the active adapter and its scale), which every forward looks at, or none inside
+    `fixed_class_embeds`. Neither is written into the weights: the checkpoint is a plain `CLIPModel` with its
     `CLIPProcessor`.
 
     With prompts in it (`ClipPromptConfig`) that have a leading dimension B, every sample has class embeddings of its
@@ -67,45 +82,72 @@ class CLIPForZeroShotClassification(CLIPModel):
         self.processor: CLIPProcessor | None = None
         self.class_names: tuple[str, ...] = ()
         self.templates: tuple[str, ...] = ()
-        self.class_embeds_are_stale = False
         self.context_length = 0
-        self._text_state: tuple[tuple, Sequence[Tensor]] | None = None
-        self._fixed_class_embeds: Tensor | None = None
+        self.class_token_ids = torch.zeros(0, 0, 0, dtype=torch.long, device="cpu")  # (C, templates, tokens)
         self._packed: dict[tuple, PackedTexts] = {}
+        self._known: tuple[tuple | None, Tensor] | None = None  # class embeddings, with the key of what they rest on
+        self._fixed: tuple[list[torch.nn.Parameter], Tensor] | None = None  # those of a `fixed_class_embeds`
         self.input_size = config.vision_config.image_size
         channels = config.vision_config.num_channels
         self.register_buffer("image_mean", torch.full((channels, 1, 1), torch.nan), persistent=False)
         self.register_buffer("image_std", torch.full((channels, 1, 1), torch.nan), persistent=False)
-        self.register_buffer("class_token_ids", torch.zeros(0, 0, 0, dtype=torch.long), persistent=False)
-        self.register_buffer("class_embeds", torch.zeros(0, config.projection_dim), persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no part in the `fixed_class_embeds` of what it is a copy of."""
+        return {**self.__dict__, "_fixed": None}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args, **kwargs):  # the Hub's own signature
         """Load weights and processor from a folder or the Hub. Arguments are those of `CLIPModel.from_pretrained`.
 
-        Raises OSError with the mend if there is no such checkpoint, its files are cut short, or it has no processor.
+        Args:
+            pretrained_model_name_or_path: a whole CLIP, an adapter (which is loaded on its base model), or
+                `"digits-clip"`, the one that is shipped with the package.
+
+        Raises OSError with the mend if there is no such checkpoint, it is of another family, its files are cut short
+        or hold other weights than the model has, or it has no processor.
         """
-        where = {
+        where: dict[str, Any] = {
             name: kwargs[name]
             for name in ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
             if name in kwargs
         }
-        source = str(pretrained_model_name_or_path)
+        wants_info, source = kwargs.pop("output_loading_info", False), str(pretrained_model_name_or_path)
+        if source == EMBEDDED_MODEL:
+            source = embedded_model()
         folder = Path(source, kwargs.get("subfolder", ""))
         if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise OSError(f"can't load {source!r}: the folder lacks a readable config.json; use save_pretrained.")
-        loaded = _explain(
-            source, lambda: super(CLIPForZeroShotClassification, cls).from_pretrained(source, *args, **kwargs)
-        )
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        adapter = adapter_config(source, kwargs.get("revision"))
-        if adapter is not None:  # its base has the processor
-            source = adapter["base_model_name_or_path"]
-            where = {name: value for name, value in where.items() if name not in ("revision", "subfolder")}
-        image_processor = _explain(source, lambda: AutoImageProcessor.from_pretrained(source, **where))
-        tokenizer = _explain(source, lambda: AutoTokenizer.from_pretrained(source, **where))
+        adapter = adapter_config(source, kwargs.get("revision"), where)
+        if adapter is not None:
+            own = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+            base = adapter.get("base_model_name_or_path")
+            if not base:
+                raise OSError(f"the adapter {source!r} doesn't name its base model; load that and PeftModel on it.")
+            model = cls.from_pretrained(base, *args, **own, revision=adapter.get("revision") or "main")
+            info = explained(source, lambda: model.load_adapter(source, adapter_kwargs=where)).to_dict()
+            take_normalisation(model, source, where)
+            return (model, info) if wants_info else model
+        check_family(source, cls.config_class.model_type, where)
+        kwargs.update(output_loading_info=True, ignore_mismatched_sizes=True)  # `check_loaded` refuses them by name
+        with quiet_report():
+            model, info = explained(
+                source, lambda: super(CLIPForZeroShotClassification, cls).from_pretrained(source, *args, **kwargs)
+            )
+        check_loaded(source, info)
+        image_processor = explained(source, lambda: AutoImageProcessor.from_pretrained(source, **where))
+        tokenizer = explained(source, lambda: AutoTokenizer.from_pretrained(source, **where))
         model.set_processor(CLIPProcessor(image_processor, tokenizer))
-        return loaded
+        return (model, info) if wants_info else model
+
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
+        """Load an adapter into the model, as transformers does. Raises OSError if its weights don't fill it."""
+        with quiet_report():
+            info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        own = adapter_name or "default"
+        info.missing_keys = {key for key in info.missing_keys if own in key.split(".")}  # not of the base model
+        check_loaded(str(peft_model_id), info.to_dict(), "the adapter")
+        return info
 
     @classmethod
     def from_clip(cls, clip: CLIPModel, processor: CLIPProcessor) -> CLIPForZeroShotClassification:
@@ -115,24 +157,45 @@ class CLIPForZeroShotClassification(CLIPModel):
         for name, child in clip.named_children():
             setattr(model, name, child)
         model.logit_scale = clip.logit_scale
-        for name in ("image_mean", "image_std", "class_embeds"):
+        for name in ("image_mean", "image_std"):
             setattr(model, name, torch.empty_like(getattr(model, name), device=clip.device))
-        model.class_token_ids = torch.zeros(0, 0, 0, dtype=torch.long, device=clip.device)
         model.set_processor(processor)
         return model.train(clip.training)
 
     def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
-        """Write a plain `CLIPModel` checkpoint, with the processor (mean and std those of this model) beside it."""
+        """Write a plain `CLIPModel` checkpoint, with the processor (mean and std those of this model) beside it; of a
+        model with an adapter that `load_adapter` put in, the adapter with the processor.
+
+        Raises ValueError for a model with an adapter by PEFT inside: `save_pretrained` of its `PeftModel` writes that.
+        """
         if kwargs.pop("push_to_hub", False):
             raise ValueError(
                 "push_to_hub=True would upload before the processor is there; call model.push_to_hub(id)."
             )
+        processor = self.require_processor()
+        self._check_adapters()
         self.config.architectures = [CLIPModel.__name__]
         super().save_pretrained(save_directory, *args, **kwargs)
         config_file = Path(save_directory) / "config.json"
         if config_file.is_file():
             config_file.write_text(config_file.read_text().replace(type(self).__name__, CLIPModel.__name__))
-            self.require_processor().save_pretrained(save_directory)
+        if kwargs.get("is_main_process", True):
+            processor.save_pretrained(save_directory)
+
+    def _check_adapters(self) -> None:
+        """Raise ValueError for adapters that a checkpoint of this model would lose or mix up."""
+        kinds = {module.__class__.__module__ for module in self.modules() if isinstance(module, BaseTunerLayer)}
+        packages = {kind.rpartition(".")[0] for kind in kinds}
+        if len(packages) > 1:
+            raise ValueError(
+                f"the model holds adapters of {len(packages)} methods ({', '.join(sorted(packages))}), which one file "
+                "can't hold; keep one of them, or merge LoRA into the weights first (merge_and_unload)."
+            )
+        if packages and not getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "the model has an adapter inside; call save_pretrained of its PeftModel, which writes the adapter, or "
+                "merge_and_unload() first."
+            )
 
     def require_processor(self) -> CLIPProcessor:
         """The processor; raises ValueError if none was set."""
@@ -148,13 +211,17 @@ class CLIPForZeroShotClassification(CLIPModel):
     def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Normalise by `mean` and `std` (one value per channel, in units of [0, 1]), in the saved processor too."""
         channels = self.config.vision_config.num_channels
-        if len(mean) != channels or len(std) != channels or not all(value > 0 for value in std):
-            raise ValueError(f"mean={mean!r} and std={std!r} must have {channels} values each, std positive.")
+        finite = all(math.isfinite(value) for value in (*mean, *std))
+        if len(mean) != channels or len(std) != channels or not finite or not all(value > 0 for value in std):
+            raise ValueError(f"mean={mean!r} and std={std!r} must have {channels} finite values each, std positive.")
         self.image_mean = torch.tensor(mean, dtype=self.dtype, device=self.device).view(-1, 1, 1)
         self.image_std = torch.tensor(std, dtype=self.dtype, device=self.device).view(-1, 1, 1)
         if self.processor is not None:
             self.processor.image_processor.image_mean = list(mean)
             self.processor.image_processor.image_std = list(std)
+        for config in getattr(self, "peft_config", {}).values():
+            if hasattr(config, "image_mean"):  # prompts carry it, so that they are never loaded under another
+                config.image_mean, config.image_std = list(mean), list(std)
 
     def set_input_size(self, side: int | None) -> None:
         """Take images of `side` x `side` pixels and enlarge them inside (bicubic) to what the image encoder takes.
@@ -177,18 +244,51 @@ class CLIPForZeroShotClassification(CLIPModel):
         Raises ValueError for no, empty or duplicate names, a template without `{}`, a prompt longer than the context.
         """
         names, templates = check_classes(class_names, template)
-        config = self.config.text_config
+        text = self.config.text_config
         tokenizer = self.require_processor().tokenizer
-        prompts = [text.replace("{}", name) for name in names for text in templates]
-        ids = tokenize_prompts(tokenizer, prompts, config.max_position_embeddings, self.text_model.eos_token_id)
-        contexts = [text.split("{}")[0].strip() for text in templates]
+        prompts = [pattern.replace("{}", name) for name in names for pattern in templates]
+        end = self.text_model.eos_token_id
+        ids = tokenize_prompts(tokenizer, prompts, text.max_position_embeddings, end, text.vocab_size)
+        contexts = [pattern.split("{}")[0].strip() for pattern in templates]
         words = tokenizer(contexts, add_special_tokens=False).input_ids
         context_length = min(_alike(words[i % len(words)], row) for i, row in enumerate(ids[:, 1:].tolist()))
         self.check_context(self.num_text_prompts(), context_length, templates)
-        self.class_token_ids = ids.view(len(names), len(templates), -1).to(self.device)
+        ids_CTL = ids.view(len(names), len(templates), -1)
+        check_told_apart(ids_CTL, names)
+        self.class_token_ids, self._packed, self._known = ids_CTL, {}, None
         self.class_names, self.templates, self.context_length = names, templates, context_length
-        self.class_embeds_are_stale, self._packed = True, {}
-        self.current_class_embeds()
+        if not self.text_is_trainable():
+            self._fresh_class_embeds()
+
+    @contextmanager
+    def prepared_for(
+        self, dataset: Any, template: str | Sequence[str] | None = None, *, training: bool | None = False
+    ) -> Iterator[None]:
+        """The model as it must be for the images of a dataset: input size, classes, mode; as found afterwards.
+
+        Args:
+            dataset: what gives its images; where it names its classes, these must be the model's, in their order.
+            template: set the dataset's classes, with this template, in place of comparing them.
+            training: the mode inside; None leaves it.
+
+        Raises ValueError for a dataset of other classes, or of the same in another order.
+        """
+        own = ("class_token_ids", "class_names", "templates", "context_length", "_packed", "_known", "input_size")
+        before, mode, parts = {name: getattr(self, name) for name in own}, self.training, parts_of(dataset)
+        side = resolution_of(dataset)
+        try:
+            if template is not None:
+                self.set_classes(parts[0].class_names, template)
+            check_same_classes(self.class_names, dataset)
+            self.set_input_size(side)
+            if training is not None:
+                self.train(training)
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
+            if training is not None:
+                self.train(mode)
 
     def num_text_prompts(self) -> int:
         """How many tokens after the first the active prompts replace in every text."""
@@ -204,36 +304,48 @@ class CLIPForZeroShotClassification(CLIPModel):
                 "words there, such as 'a photo of a {}.', or fewer text prompts."
             )
 
-    def current_class_embeds(self) -> Tensor:
-        """The class embeddings (C, D) or (B, C, D): with a graph while text parameters are trainable, else cached."""
-        if self._fixed_class_embeds is not None:
-            return self._fixed_class_embeds
-        if self.text_is_trainable():
-            self.class_embeds_are_stale = True
-            return self.encode_classes()
-        if not torch.compiler.is_compiling() and self._text_has_changed():
-            self.class_embeds_are_stale = True
-        if self.class_embeds_are_stale:
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # kept for good: full precision
-                self.class_embeds = self.encode_classes()
-            self.class_embeds_are_stale = False
-        return self.class_embeds
+    @property
+    def class_embeds(self) -> Tensor:
+        """The class embeddings (C, D) or (B, C, D): with a graph while text parameters are trainable."""
+        if self._fixed is not None and (torch.compiler.is_compiling() or self._is_fixed()):
+            return self._fixed[1]
+        return self.encode_classes() if self.text_is_trainable() else self._fresh_class_embeds()
+
+    @torch.compiler.disable
+    def _fresh_class_embeds(self) -> Tensor:
+        """Those of a frozen text side, kept as long as nothing that they depend on has changed."""
+        text = self.text_model, self.text_projection
+        buffers = [buffer for module in text for buffer in module.buffers()]
+        tensors = [*self.text_parameters(), *buffers, self.class_token_ids]
+        key = module_key([m for module in text for m in module.modules()], tensors)
+        if self._known is None or key is None or self._known[0] != key:
+            off = torch.autocast(self.device.type, enabled=False)  # kept for good: full precision
+            with torch.inference_mode(False), torch.no_grad(), off:
+                self._known = key, self.encode_classes()
+        return self._known[1]
+
+    def _is_fixed(self) -> bool:
+        """Whether the text side consists of the very parameters that it had when its embeddings were fixed."""
+        own = self.text_parameters()
+        return self._fixed is not None and len(own) == len(self._fixed[0]) and all(map(is_, own, self._fixed[0]))
 
     @contextmanager
     def fixed_class_embeds(self) -> Iterator[None]:
         """Class embeddings computed once, without a graph, for all forwards inside: for attacks on the images.
 
-        Changes nothing where the text side is frozen. What is trained must not change inside.
+        Nothing on the text side must change inside, save that other tensors are put in the place of its parameters
+        (`functional_call`), which is noticed.
         """
-        if self._fixed_class_embeds is not None or not self.text_is_trainable():
+        before = self._fixed
+        if not self.class_names or self._is_fixed():
             yield
             return
         with torch.no_grad():
-            self._fixed_class_embeds = self.encode_classes()
+            self._fixed = self.text_parameters(), self.class_embeds
         try:
             yield
         finally:
-            self._fixed_class_embeds = None
+            self._fixed = before
 
     def encode_classes(self, shared_prefix: bool = True, classes: slice = slice(None)) -> Tensor:
         """The unit-length class embeddings of the stored prompts, by the text tower as it is now: (C, D), or (B, C, D)
@@ -244,41 +356,43 @@ class CLIPForZeroShotClassification(CLIPModel):
             shared_prefix: compute the tokens that all prompts begin with once (see `shared_prefix`). False runs every
                 prompt as a whole through the tower: the same values up to rounding, more slowly.
         """
-        ids_RL = self.class_token_ids[classes].flatten(0, 1)
         prompts = self.text_prompts()
         groups = max((len(p) for p in prompts if p.dim() == 3), default=0)
-        replaced = self.num_text_prompts()
-        self.check_context(replaced, self.context_length, self.templates)
-        if shared_prefix and can_run_packed(self.text_model):
-            features_GRD = self.text_projection(encode_packed(self.text_model, self._pack(ids_RL, classes, replaced)))
+        self.check_context(self.num_text_prompts(), self.context_length, self.templates)
+        if torch.is_grad_enabled() and self.text_is_trainable():
+            embeds_GCD = self._encode(classes, shared_prefix, groups)
         else:
-            ids = ids_RL.repeat(max(groups, 1), 1)
-            features = self.get_text_features(input_ids=ids).pooler_output
-            features_GRD = features.view(max(groups, 1), len(ids_RL), -1)
-        features = F.normalize(features_GRD, dim=-1).unflatten(1, (-1, len(self.templates)))
-        embeds_GCD = F.normalize(features.mean(dim=2), dim=-1)
+            parts = self._class_slices(classes, groups)
+            embeds_GCD = torch.cat([self._encode(part, shared_prefix, groups) for part in parts], dim=1)
         return embeds_GCD if groups else embeds_GCD[0]
 
-    def _pack(self, ids_RL: Tensor, classes: slice, replaced: int) -> PackedTexts:
-        key = classes.start, classes.stop, ids_RL.device, replaced
+    def _encode(self, classes: slice, shared_prefix: bool, groups: int) -> Tensor:
+        """The embeddings (G, C, D) of some classes in one piece."""
+        if shared_prefix and can_run_packed(self.text_model):
+            packed = self._pack(classes, self.num_text_prompts())
+            features_GRD = self.text_projection(encode_packed(self.text_model, packed))
+        else:
+            ids_RL = self.class_token_ids[classes].flatten(0, 1).to(self.device)
+            features = self.get_text_features(input_ids=ids_RL.repeat(max(groups, 1), 1)).pooler_output
+            features_GRD = features.view(max(groups, 1), len(ids_RL), -1)
+        features = F.normalize(features_GRD, dim=-1).unflatten(1, (-1, len(self.templates)))
+        return F.normalize(features.mean(dim=2), dim=-1)
+
+    def _class_slices(self, classes: slice, groups: int) -> list[slice]:
+        """Classes in parts whose activations take about `TEXT_MEMORY` at their peak, each of one class at least."""
+        start, stop, _ = classes.indices(len(self.class_token_ids))
+        text, (_, templates, length) = self.config.text_config, self.class_token_ids.shape
+        values = 16 * text.hidden_size + 2 * text.intermediate_size + 3 * text.num_attention_heads * length
+        one_class = templates * length * max(groups, 1) * values * torch.finfo(self.dtype).bits // 8
+        size = max(1, TEXT_MEMORY // max(one_class, 1))
+        return [classes] if stop - start <= size else [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
+
+    def _pack(self, classes: slice, replaced: int) -> PackedTexts:
+        key = classes.start, classes.stop, self.device, replaced
         if key not in self._packed:
+            ids_RL = self.class_token_ids[classes].flatten(0, 1).to(self.device)
             self._packed[key] = pack_texts(ids_RL, self.text_model.eos_token_id, replaced)
         return self._packed[key]
-
-    def _text_has_changed(self) -> bool:
-        """Whether the cached class embeddings depend on something that is no longer what it was."""
-        tensors = self.text_parameters()
-        if any(tensor.is_inference() for tensor in tensors):  # they keep no count of changes
-            return True
-        adapters = (
-            (m.disable_adapters, tuple(m.active_adapters))
-            for m in (*self.text_model.modules(), *self.text_projection.modules())
-            if hasattr(m, "base_layer") and hasattr(m, "active_adapters")
-        )
-        state = tuple(tensor._version for tensor in tensors), tuple(adapters)
-        before = self._text_state
-        self._text_state = state, tensors  # kept alive, so that another tensor can't take one's place in memory
-        return before is None or before[0] != state or any(a is not b for a, b in zip(before[1], tensors, strict=True))
 
     def forward(  # pixels to logits, where CLIPModel pairs pixels with texts
         self, pixel_values: Tensor, labels: Tensor | None = None, interpolate_pos_encoding: bool = False
@@ -298,7 +412,7 @@ class CLIPForZeroShotClassification(CLIPModel):
         if not torch.compiler.is_compiling():
             self.check_pixels(pixel_values, values=not self.training, any_size=interpolate_pos_encoding)
         image_embeds_BD = self.encode_images(pixel_values, interpolate_pos_encoding)
-        logits_BC, cosine_BC, image_embeds_BD = self.score(image_embeds_BD, self.current_class_embeds())
+        logits_BC, cosine_BC, image_embeds_BD = self.score(image_embeds_BD, self.class_embeds)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits_BC, checked_labels(labels, len(logits_BC), len(self.class_names)))
@@ -389,87 +503,14 @@ def without_gradients(module: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def check_classes(
-    class_names: Sequence[str], template: str | Sequence[str]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names and templates as tuples; raises ValueError if they can't label anything."""
-    if isinstance(class_names, str):
-        raise ValueError(f"class_names={class_names!r} is one text; give a list of names.")
-    names = tuple(class_names)
-    templates = (template,) if isinstance(template, str) else tuple(template)
-    if not names:
-        raise ValueError("class_names is empty; give at least one name.")
-    blank = [i for i, name in enumerate(names) if not isinstance(name, str) or not name.strip()]
-    if blank:
-        raise ValueError(f"class_names[{blank[0]}]={names[blank[0]]!r} is not a name.")
-    seen: dict[str, int] = {}
-    for i, name in enumerate(names):
-        if name in seen:
-            raise ValueError(f"class_names[{i}]={name!r} repeats class_names[{seen[name]}]; names must differ.")
-        seen[name] = i
-    wrong = [text for text in templates if "{}" not in text]
-    if wrong or not templates:
-        raise ValueError(f"template={wrong[0] if wrong else template!r} has no '{{}}' where the class name goes.")
-    return names, templates
+def embedded_model() -> str:
+    """The folder of the model that is shipped with the package.
 
-
-def tokenize_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], context_length: int, eos_token_id: int | None
-) -> Tensor:
-    """Token ids (P, L), padded to the longest prompt only: the tower is causal, so what follows EOS changes nothing.
-
-    Raises ValueError for a prompt longer than `context_length` tokens, and for a tokenizer that doesn't end prompts
-    with the EOS id of the text tower (it would pool the first token of every prompt, all alike).
+    Raises OSError if there is a folder of its name here: nobody can tell which is meant.
     """
-    rows = tokenizer(list(prompts), padding=False, truncation=False, verbose=False).input_ids
-    for prompt, row in zip(prompts, rows, strict=True):
-        if len(row) > context_length:
-            raise ValueError(
-                f"the prompt {prompt!r} has {len(row)} tokens, the text tower takes {context_length}; shorten it."
-            )
-        if row.count(tokenizer.eos_token_id) != 1:  # CLIP's unknown token is its end token
-            raise ValueError(f"the tokenizer doesn't know part of {prompt!r}; is its vocabulary file missing?")
-        if eos_token_id is not None and eos_token_id != 2 and eos_token_id not in row:
-            raise ValueError(
-                f"the tokenizer doesn't end {prompt!r} with the text tower's EOS id {eos_token_id}; "
-                "load tokenizer and model from the same checkpoint."
-            )
-    longest = max(map(len, rows))
-    return torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows])
-
-
-def adapter_config(name: str | Path, revision: str | None = None) -> dict[str, Any] | None:
-    """What `adapter_config.json` says, if a folder or Hub repository holds a PEFT adapter and no whole model."""
-    if Path(name, "config.json").is_file() and not Path(name, "adaptation.json").is_file():
-        return None
-    try:
-        file = find_adapter_config_file(str(name), revision=revision)
-    except OSError:
-        return None
-    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
-
-
-def _explain(source: str, load):
-    """Run a loader; turn what it raises about a missing or damaged checkpoint into one OSError that names the mend."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-    from safetensors import SafetensorError
-
-    folder = Path(source).is_dir()
-    try:
-        return load()
-    except SafetensorError as error:
+    if Path(EMBEDDED_MODEL).is_dir():
         raise OSError(
-            f"the weights in {source!r} are cut short or damaged ({error}); copy or download them again."
-        ) from error
-    except (OSError, ValueError) as error:
-        if folder:
-            mend = "the folder lacks a readable config, weights or processor; save it with save_pretrained."
-        elif HF_HUB_OFFLINE:
-            mend = (
-                "no such folder, and the Hub is switched off (HF_HUB_OFFLINE=1): give a folder, or unset the variable."
-            )
-        else:
-            mend = "no such folder, and the Hub could not give it: check the name, the connection and your token."
-        raise OSError(
-            f"can't load {source!r}: {mend} ({(str(error) or type(error).__name__).splitlines()[0]})"
-        ) from error
+            f"{EMBEDDED_MODEL!r} is the model that is shipped with the package, and a folder here; write "
+            f"'./{EMBEDDED_MODEL}' for the folder, or run elsewhere."
+        )
+    return digits_clip_path()

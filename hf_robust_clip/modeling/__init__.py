@@ -1,0 +1,18 @@
+"""CLIP as a classifier of pixels in [0, 1], with the class names as a part of the model."""
+
+from .checkpoints import adapter_config, with_adapter
+from .classifier import CLIPForZeroShotClassification, ZeroShotOutput, without_gradients
+from .texts import PAPER_TEMPLATE, check_classes, check_same_classes, resolution_of, tokenize_prompts
+
+__all__ = [
+    "PAPER_TEMPLATE",
+    "CLIPForZeroShotClassification",
+    "ZeroShotOutput",
+    "adapter_config",
+    "check_classes",
+    "check_same_classes",
+    "resolution_of",
+    "tokenize_prompts",
+    "with_adapter",
+    "without_gradients",
+]

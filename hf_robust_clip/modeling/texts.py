@@ -1,0 +1,141 @@
+"""Class names and templates to token ids, checked once, and compared between a model and a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+PAPER_TEMPLATE = "This is a photo of a {}"
+
+
+def check_classes(
+    class_names: Sequence[str], template: str | Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names and templates as tuples; raises ValueError if they can't label anything."""
+    if isinstance(class_names, str):
+        raise ValueError(f"class_names={class_names!r} is one text; give a list of names.")
+    names = tuple(class_names)
+    templates = (template,) if isinstance(template, str) else tuple(template)
+    if not names:
+        raise ValueError("class_names is empty; give at least one name.")
+    blank = [i for i, name in enumerate(names) if not isinstance(name, str) or not name.strip()]
+    if blank:
+        raise ValueError(f"class_names[{blank[0]}]={names[blank[0]]!r} is not a name.")
+    seen: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if name in seen:
+            raise ValueError(f"class_names[{i}]={name!r} repeats class_names[{seen[name]}]; names must differ.")
+        seen[name] = i
+    wrong = [text for text in templates if "{}" not in text]
+    if wrong or not templates:
+        raise ValueError(f"template={wrong[0] if wrong else template!r} has no '{{}}' where the class name goes.")
+    return names, templates
+
+
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    context_length: int,
+    eos_token_id: int | None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Token ids (P, L), padded to the longest prompt only: the tower is causal, so what follows EOS changes nothing.
+
+    Args:
+        context_length, eos_token_id, vocab_size: of the text tower. An `eos_token_id` of 2 (or None) is that of the
+            first published checkpoints, whose towers pool at the largest id in place of it.
+
+    Raises ValueError for a prompt longer than `context_length` tokens, for one that the tower would not pool at its
+    end (a tokenizer of another end token, an added token above it), and for tokens that the tower has no embedding of.
+    """
+    rows = tokenizer(list(prompts), padding=False, truncation=False, verbose=False).input_ids
+    for prompt, row in zip(prompts, rows, strict=True):
+        if len(row) > context_length:
+            raise ValueError(
+                f"the prompt {prompt!r} has {len(row)} tokens, the text tower takes {context_length}; shorten it."
+            )
+        if row.count(tokenizer.eos_token_id) != 1:  # CLIP's unknown token is its end token
+            raise ValueError(f"the tokenizer doesn't know part of {prompt!r}; is its vocabulary file missing?")
+        if vocab_size is not None and max(row) >= vocab_size:
+            raise ValueError(
+                f"the prompt {prompt!r} holds the token {tokenizer.convert_ids_to_tokens(max(row))!r} of id "
+                f"{max(row)}, and the text tower has {vocab_size} embeddings; call "
+                "model.text_model.resize_token_embeddings, and train the new ones."
+            )
+        if eos_token_id is None or eos_token_id == 2:
+            if max(row) != tokenizer.eos_token_id:
+                raise ValueError(
+                    f"the prompt {prompt!r} holds the token {tokenizer.convert_ids_to_tokens(max(row))!r}, whose id "
+                    "is above the end token's: this text tower (eos_token_id=2) is read there, not at the end. Set "
+                    f"model.text_model.eos_token_id = {tokenizer.eos_token_id}, and the same in its config."
+                )
+        elif eos_token_id not in row:
+            raise ValueError(
+                f"the tokenizer doesn't end {prompt!r} with the text tower's EOS id {eos_token_id}; "
+                "load tokenizer and model from the same checkpoint."
+            )
+    longest = max(map(len, rows))
+    return torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows])
+
+
+def check_told_apart(ids_CTL: Tensor, class_names: Sequence[str]) -> None:
+    """Raise ValueError if two classes have the same tokens in every template: one of them could never win."""
+    seen: dict[tuple[int, ...], int] = {}
+    for i, row in enumerate(ids_CTL.flatten(1).tolist()):
+        first = seen.setdefault(tuple(row), i)
+        if first != i:
+            raise ValueError(
+                f"class_names[{i}]={class_names[i]!r} and class_names[{first}]={class_names[first]!r} are the same "
+                "tokens to the model (it reads neither case nor the width of spaces); give names that differ."
+            )
+
+
+def parts_of(dataset: Any) -> list[Any]:
+    """A dataset without the wrappers that choose or join rows: `Subset`, `ConcatDataset` and their like."""
+    if hasattr(dataset, "class_names") or not (hasattr(dataset, "dataset") or hasattr(dataset, "datasets")):
+        return [dataset]
+    inside = dataset.datasets if hasattr(dataset, "datasets") else [dataset.dataset]
+    return [part for one in inside for part in parts_of(one)]
+
+
+def resolution_of(dataset: Any) -> int | None:
+    """The side in pixels of a dataset's images where that is one of its own; None is the model's input size.
+
+    Raises ValueError for parts of different resolutions.
+    """
+    own = (part for part in parts_of(dataset) if not getattr(part, "augment", False))
+    sizes = {None if getattr(part, "attack_resolution", None) is None else part.resolution for part in own} or {None}
+    if len(sizes) > 1:
+        raise ValueError(f"the parts of the dataset are of different resolutions ({sizes}); use them one by one.")
+    return sizes.pop()
+
+
+def check_same_classes(model_names: Sequence[str], dataset: Any) -> None:
+    """Raise ValueError unless a dataset that names its classes has the model's, in their order: label i is name i."""
+    for part in parts_of(dataset):
+        names = getattr(part, "class_names", None)
+        if names is None or tuple(names) == tuple(model_names):
+            continue
+        what = f"dataset {getattr(part, 'dataset_id', type(part).__name__)!r}"
+        mend = "call model.set_classes(dataset.class_names, template), or take dataset.only(model.class_names)."
+        if set(names) == set(model_names):
+            i = next(i for i, (a, b) in enumerate(zip(model_names, names, strict=True)) if a != b)
+            raise ValueError(
+                f"{what} has the model's classes in another order: class {i} is {names[i]!r} there and "
+                f"{model_names[i]!r} in the model; {mend}"
+            )
+        raise ValueError(
+            f"{what} has {len(names)} classes ({_some(names, model_names)}), the model has {len(model_names)} "
+            f"({_some(model_names, names)}); {mend}"
+        )
+
+
+def _some(names: Sequence[str], others: Sequence[str]) -> str:
+    """The first few names that the others lack, else the first."""
+    own = [name for name in names if name not in set(others)]
+    chosen = own or list(names)
+    return ("among them " if own else "") + ", ".join(map(repr, chosen[:3])) + (", ..." if len(chosen) > 3 else "")

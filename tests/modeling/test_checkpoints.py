@@ -1,0 +1,331 @@
+"""Loading gives what was saved or an error; what changes a prediction travels with what is saved."""
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CLASS_NAMES
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch.utils.data import ConcatDataset, Subset
+
+from hf_robust_clip import RTPT, ClipPromptConfig, DefendedClassifier, cli, digits_clip_path
+from hf_robust_clip.modeling import CLIPForZeroShotClassification, with_adapter
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+LORA = LoraConfig(r=2, target_modules=r".*vision_model.*q_proj", init_lora_weights=False)
+V = dict(design="VLI", vision_depth=2, text_depth=2, context_init=None)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def folder(tiny_clip, tmp_path):
+    tiny_clip(dtype=torch.float32).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def load(folder):
+    return CLIPForZeroShotClassification.from_pretrained(folder).eval()
+
+
+def logits(model, images):
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    core.set_classes(CLASS_NAMES, "a photo of a {}.")
+    with torch.no_grad():
+        return core.eval()(images).logits
+
+
+def rewrite(folder, change, file="model.safetensors"):
+    weights = change(load_file(folder / file))
+    save_file({name: value.contiguous().clone() for name, value in weights.items()}, folder / file, {"format": "pt"})
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+# ---- weights that don't fit
+
+
+def without(*parts):
+    return lambda weights: {name: value for name, value in weights.items() if not any(part in name for part in parts)}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (without("visual_projection"), "visual_projection.weight"),
+        (without("text_model"), "text_model"),
+        (without("logit_scale"), "logit_scale"),
+        (without("layers.1.mlp.fc1.bias"), "fc1.bias"),
+        (lambda weights: {f"module.{name}": value for name, value in weights.items()}, "'module.'"),
+        (lambda weights: {**weights, "vision_model.encoder.layers.2.mlp.fc1.bias": torch.zeros(32)}, "layers.2"),
+        (lambda weights: {**weights, "visual_projection.weight": torch.zeros(12, 8)}, "visual_projection.weight"),
+    ],
+    ids=["no projection", "no text tower", "no scale", "one bias", "DataParallel", "one layer more", "another shape"],
+)
+def test_weights_that_do_not_fit_are_named(change, named, folder, caplog):
+    rewrite(folder, change)
+    with caplog.at_level(logging.WARNING), pytest.raises(OSError, match=named) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value) and "MISSING" not in caplog.text
+
+
+def test_a_position_table_of_old_checkpoints_is_no_weight(folder, images):
+    wanted = logits(load(folder), images)
+    rewrite(folder, lambda weights: {**weights, "text_model.embeddings.position_ids": torch.arange(32)[None]})
+    assert torch.equal(logits(load(folder), images), wanted)
+
+
+@pytest.mark.parametrize("family", ["siglip", "chinese_clip", "clip_vision_model", "clip_text_model", "bert"])
+def test_a_model_of_another_family_is_told_so_in_one_line(family, folder):
+    edit(folder / "config.json", model_type=family)
+    towers = {"clip_vision_model": "image", "clip_text_model": "text"}
+    with pytest.raises(OSError, match=towers.get(family, family)) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value) and "ignore_mismatched" not in str(caught.value)
+
+
+# ---- adapters
+
+
+@pytest.fixture(params=["prompts", "lora"])
+def adapter(request, folder, images):
+    """A saved adapter, and the logits that it gives; trained under a normalisation of its own."""
+    base = load(folder)
+    base.set_normalisation(MEAN, STD)
+    base.set_classes(CLASS_NAMES, "a photo of a {}.")
+    torch.manual_seed(0)
+    model = get_peft_model(base, ClipPromptConfig(**V) if request.param == "prompts" else LORA)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "clip_prompt" in name:
+                parameter.normal_()
+    place = folder.parent / "adapter"
+    model.save_pretrained(place)
+    if request.param == "lora":  # as the trainers save it
+        base.processor.save_pretrained(place)
+    edit(place / "adapter_config.json", base_model_name_or_path=str(folder))
+    return place, logits(model, images)
+
+
+DOORS = {
+    "transformers": lambda adapter, base: load(adapter),
+    "command line": lambda adapter, base: cli.load_model(cli.ModelSettings(str(adapter))),
+    "with_adapter": lambda adapter, base: with_adapter(load(base), adapter),
+}
+
+
+@pytest.mark.parametrize("door", list(DOORS))
+def test_an_adapter_brings_its_normalisation_by_every_door(door, adapter, folder, images):
+    place, wanted = adapter
+    model = DOORS[door](place, folder)
+    torch.testing.assert_close(logits(model, images), wanted, rtol=0, atol=1e-5)
+    assert (logits(load(folder), images) - wanted).abs().max() > 0.1
+    model.set_normalisation([0.5] * 3, [0.5] * 3)
+    assert (logits(model, images) - wanted).abs().max() > 0.1, "the test can't tell normalisations apart"
+
+
+def test_prompts_bring_it_by_pefts_own_door_too(folder, images, caplog):
+    base = load(folder)
+    base.set_classes(CLASS_NAMES, "a photo of a {}.")
+    model = get_peft_model(base, ClipPromptConfig(**V))
+    base.set_normalisation(MEAN, STD)  # after the prompts were put in, as a trainer may do
+    wanted = logits(model, images)
+    model.save_pretrained(folder.parent / "prompts")
+    with caplog.at_level(logging.WARNING, "hf_robust_clip"):
+        loaded = PeftModel.from_pretrained(load(folder), folder.parent / "prompts")
+    torch.testing.assert_close(logits(loaded, images), wanted, rtol=0, atol=1e-5)
+    assert "mean" in caplog.text
+    other = load(folder)
+    second = get_peft_model(other, ClipPromptConfig(**V))
+    with pytest.raises(ValueError, match="mean"):
+        second.load_adapter(folder.parent / "prompts", adapter_name="b")
+
+
+@pytest.mark.parametrize("door", list(DOORS))
+def test_an_adapter_that_lacks_a_tensor_is_refused_by_every_door(door, adapter, folder):
+    place, _ = adapter
+    file = "adapter_model.safetensors"
+    names = sorted(load_file(place / file))
+    rewrite(place, without(names[0]), file)
+    with pytest.raises((OSError, ValueError), match=names[0].split(".")[-2]) as caught:
+        DOORS[door](place, folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_pefts_own_door_refuses_prompts_that_lack_a_tensor_or_have_one_too_many(folder):
+    get_peft_model(load(folder), ClipPromptConfig(**V)).save_pretrained(folder.parent / "p")
+    file = "adapter_model.safetensors"
+    whole = load_file(folder.parent / "p" / file)
+    first = min(whole)
+    for weights in (
+        without(first)(whole),
+        {**whole, first.replace("text_model", "vision_model"): whole[first].clone()},
+    ):
+        save_file(weights, folder.parent / "p" / file)
+        with pytest.raises(ValueError, match="default"):
+            PeftModel.from_pretrained(load(folder), folder.parent / "p")
+
+
+def test_prompts_are_no_numbers_until_they_are_loaded(folder):
+    """Whatever loads them: what a file lacks shows."""
+    model = get_peft_model(load(folder), ClipPromptConfig(**V, inference_mode=True))
+    values = [p for name, p in model.named_parameters() if "clip_prompt" in name]
+    assert values and all(value.isnan().all() for value in values)
+
+
+def test_a_folder_with_a_whole_model_and_an_adapter_is_refused(adapter, folder):
+    place, _ = adapter
+    (folder / "adapter_config.json").write_text((place / "adapter_config.json").read_text())
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        load(folder)
+
+
+@pytest.mark.parametrize("first", ["lora", "prompts"])
+def test_two_methods_in_one_model_are_refused_before_one_is_lost(first, folder, tmp_path):
+    base = load(folder)
+    if first == "lora":
+        with pytest.raises(ValueError, match="merge"):
+            get_peft_model(get_peft_model(base, LORA), ClipPromptConfig(**V))
+        return
+    nested = get_peft_model(get_peft_model(base, ClipPromptConfig(**V)), LORA)
+    with pytest.raises(ValueError, match="merge"):
+        nested.save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="adapters"):
+        base.save_pretrained(tmp_path / "out")
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+def test_a_model_with_an_adapter_inside_is_not_saved_as_a_whole_one(folder, tmp_path):
+    for config in (LORA, ClipPromptConfig(**V)):
+        model = get_peft_model(load(folder), config)
+        with pytest.raises(ValueError, match="adapter"):
+            model.get_base_model().save_pretrained(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+# ---- defences
+
+
+def test_a_defence_keeps_the_normalisation(folder, images, tmp_path):
+    model = load(folder)
+    model.set_normalisation([0.1, 0.2, 0.3], [0.9, 0.8, 0.7])
+    model.set_classes(CLASS_NAMES, "a photo of a {}.")
+    defended = DefendedClassifier(model, RTPT(num_views=2, selected=0.5))
+    wanted = defended(images).logits
+    defended.save_pretrained(tmp_path / "defended")
+    loaded = DefendedClassifier.from_pretrained(tmp_path / "defended")
+    torch.testing.assert_close(loaded(images).logits, wanted, rtol=0, atol=1e-4)
+
+
+def test_a_defence_over_weights_that_no_name_stands_for_is_not_saved(folder, images, tmp_path):
+    model = load(folder)
+    model.set_classes(CLASS_NAMES, "a photo of a {}.")
+    with torch.no_grad():
+        model.visual_projection.weight.mul_(torch.linspace(0.5, 2, 12)[:, None])
+    defended = DefendedClassifier(model, RTPT(num_views=2, selected=0.5))
+    with pytest.raises(ValueError, match="base_model"):
+        defended.save_pretrained(tmp_path / "defended")
+    assert not (tmp_path / "defended").exists()
+    model.save_pretrained(tmp_path / "own")
+    DefendedClassifier(model, defended.adapter, base_model=str(tmp_path / "own")).save_pretrained(tmp_path / "d")
+    loaded = DefendedClassifier.from_pretrained(tmp_path / "d")
+    torch.testing.assert_close(loaded(images).logits, defended(images).logits, rtol=0, atol=1e-4)
+
+
+# ---- names
+
+
+def test_the_embedded_model_by_its_name_and_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load("digits-clip").config.to_dict() == load(digits_clip_path()).config.to_dict()
+    (tmp_path / "digits-clip").mkdir()
+    with pytest.raises(OSError, match=r"\./digits-clip"):
+        load("digits-clip")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("cat", "cat "),
+        ("cardigan", "Cardigan"),
+        ("hot dog", "hot  dog"),
+        ("a b", "a\nb"),
+        ("caf\u00e9", "cafe\u0301"),
+    ],
+)
+def test_names_alike_to_the_tokenizer_are_refused(names, tiny_clip):
+    model = load(digits_clip_path()) if names[0] == "caf\u00e9" else tiny_clip()
+    before = model.class_names
+    with pytest.raises(ValueError, match=r"class_names\[2\].*class_names\[0\]"):
+        model.set_classes((names[0], "other", names[1]), "{}")
+    assert model.class_names == before
+
+
+def test_an_added_token_is_not_read_in_place_of_the_end(tiny_clip):
+    """A tower of the first published checkpoints is read at the largest id."""
+    model = tiny_clip()
+    model.text_model.eos_token_id = 2
+    model.set_classes(CLASS_NAMES)
+    model.processor.tokenizer.add_tokens(["<robust>"])
+    with pytest.raises(ValueError, match="embeddings"):
+        model.set_classes(("<robust> one", "two"))
+    model.text_model.resize_token_embeddings(len(model.processor.tokenizer))
+    with pytest.raises(ValueError, match="eos_token_id"):
+        model.set_classes(("<robust> one", "two"))
+    model.text_model.eos_token_id = model.config.text_config.eos_token_id = model.processor.tokenizer.eos_token_id
+    model.set_classes(("<robust> one", "two"))
+    tokens = model.processor.tokenizer(["This is a photo of a <robust> one"], return_tensors="pt").input_ids
+    hidden = model.text_model(tokens).last_hidden_state[0, -1]
+    wanted = torch.nn.functional.normalize(model.text_projection(hidden), dim=-1)
+    torch.testing.assert_close(model.class_embeds[0], wanted, rtol=0, atol=1e-10)
+
+
+# ---- a model and the images it is for
+
+
+def names_of(*class_names, **more):
+    return SimpleNamespace(class_names=class_names, dataset_id="user/set", **more)
+
+
+def test_classes_of_a_dataset_are_compared_with_the_models(tiny_clip):
+    model = tiny_clip()
+    exchanged = (CLASS_NAMES[1], CLASS_NAMES[0], *CLASS_NAMES[2:])
+    for names in (exchanged, CLASS_NAMES[:3], (*CLASS_NAMES[:6], "another")):
+        for dataset in (names_of(*names), Subset(names_of(*names), [0]), ConcatDataset([[1], [2]])):
+            if isinstance(dataset, ConcatDataset):
+                dataset.datasets = [names_of(*CLASS_NAMES), names_of(*names)]
+            with pytest.raises(ValueError, match="class"), model.prepared_for(dataset):
+                pass
+    with model.prepared_for(names_of(*CLASS_NAMES)), model.prepared_for([1, 2]):
+        pass
+
+
+def test_a_model_is_prepared_for_a_dataset_and_comes_back(tiny_clip, images):
+    model = tiny_clip(dtype=torch.float32).train()
+    wanted = model(images).logits
+    small = names_of("five", "six", attack_resolution=4, resolution=4)
+    with model.prepared_for(small, "a {}"):
+        assert (model.class_names, model.templates, model.input_size) == (("five", "six"), ("a {}",), 4)
+        assert not model.training and model(images[:, :, :4, :4]).logits.shape == (2, 2)
+    assert model.training and (model.class_names, model.input_size) == (CLASS_NAMES, 8)
+    assert torch.equal(model(images).logits, wanted)
+    with pytest.raises(ValueError, match="repeats"), model.prepared_for(names_of("a", "a"), "a {}"):
+        pass
+    assert model.class_names == CLASS_NAMES and model.training
+    with (
+        pytest.raises(ValueError, match="resolution"),
+        model.prepared_for(
+            SimpleNamespace(
+                datasets=[names_of(*CLASS_NAMES), names_of(*CLASS_NAMES, attack_resolution=4, resolution=4)]
+            )
+        ),
+    ):
+        pass
