@@ -103,6 +103,7 @@ def weights_digest(model: nn.Module, without_trained: bool = False) -> str:
 
 def write_run(folder: str | Path, run: Mapping[str, Any]) -> None:
     """Say in a checkpoint which training it is of."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, RUN_FILE).write_text(json.dumps(plain(run), indent=1) + "\n", encoding="utf-8")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -45,7 +45,7 @@ from .training_arguments import (
     optimizer_and_arguments,
 )
 from .training_batches import OWN_IMAGES, count_images, own_images_of_last_batch, share_of_update, without_fill
-from .training_checkpoints import checkpoint_to_resume, first_not_finite
+from .training_checkpoints import best_beside, checkpoint_to_resume, first_not_finite, step_of
 from .zero_shot_data.loading import collate_images
 
 if TYPE_CHECKING:
@@ -442,6 +442,39 @@ class RobustClipTrainer(Trainer):
         with torch.no_grad(), self.accelerator.autocast():
             return tuple(core(pixel_values=pixels).logits.float() for pixels in (images_BCHW, adv_BCHW))
 
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Batches of all images: `dataloader_drop_last` is for training."""
+        with self._last_batches_too():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """As `get_eval_dataloader`."""
+        with self._last_batches_too():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _last_batches_too(self) -> Iterator[None]:
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ):
+        """The Trainer's own loop; the loss is the mean over all images, each once, on any number of processes."""
+        found = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if found.predictions is not None and found.label_ids is not None:
+            adv_logits, labels = torch.as_tensor(found.predictions[1]), torch.as_tensor(found.label_ids)
+            found.metrics[f"{metric_key_prefix}_loss"] = cross_entropy(adv_logits, labels).mean().item()
+        return found
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each loss term over all images since the last log, each update weighing the same."""
         if "loss" in logs and self._terms:
@@ -579,11 +612,16 @@ class RobustClipTrainer(Trainer):
         """Save weights or adapter. Raises FloatingPointError, before anything is written, if they are not finite."""
         self._check_weights()
         super().save_model(output_dir, _internal_call)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
+        if _internal_call and output_dir is not None and self.args.should_save:  # a checkpoint
             write_run(output_dir, self._whole_run())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.args.load_best_model_at_end:
+            best = best_beside(checkpoint)
+            if best is not None:
+                self._on_main_process(lambda: check_same_run(best, self._whole_run()))
+                self.state.best_model_checkpoint = str(best)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:  # no pickled arguments beside the weights
@@ -617,7 +655,7 @@ class RobustClipTrainer(Trainer):
         args, objective = self.args, self.training_objective
         core = self.accelerator.unwrap_model(self.model)
         skipped = self.state.global_step - self.updates()
-        best = self.state.best_global_step if args.load_best_model_at_end and not self.is_in_train else None
+        best = self.state.best_model_checkpoint if args.load_best_model_at_end and not self.is_in_train else None
         return {
             "method": objective.paper.method,
             "objective": asdict(objective),
@@ -634,7 +672,7 @@ class RobustClipTrainer(Trainer):
             ),
             "updates": self.updates(),
             **({"skipped_updates": skipped} if skipped else {}),
-            **({"weights_of_update": best} if best else {}),
+            **({"weights_of_update": step_of(best)} if best else {}),
             "precision": precision_of(core, self.accelerator.mixed_precision),
             "seed": args.seed,
         }

@@ -34,13 +34,33 @@ def check_checkpoint(folder: str | Path) -> None:
 def newest_whole_checkpoint(output_dir: str | Path) -> Path | None:
     """The `checkpoint-<step>` folder of the highest step from which a training can go on, or None."""
     folders = [f for f in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", f.name)]
-    for folder in sorted(folders, key=lambda f: int(f.name.split("-")[1]), reverse=True):
+    for folder in sorted(folders, key=step_of, reverse=True):
         try:
             check_checkpoint(folder)
         except OSError:
             continue
         return folder
     return None
+
+
+def step_of(folder: str | Path) -> int:
+    """Of a `checkpoint-<step>` folder the step."""
+    return int(Path(folder).name.split("-")[1])
+
+
+def best_beside(checkpoint: str | Path) -> Path | None:
+    """Beside a checkpoint the one with the best weights until then, wherever both lay when they were written; None if
+    there is none yet. Raises OSError if it is gone.
+    """
+    best = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["best_model_checkpoint"]
+    if best is None:
+        return None
+    folder = Path(checkpoint).with_name(Path(best).name)
+    if not folder.is_dir():
+        raise OSError(
+            f"{str(folder)!r} with the best weights until {Path(checkpoint).name} is missing; start without resume."
+        )
+    return folder
 
 
 def checkpoint_to_resume(wanted: str | Path | bool | None, output_dir: str | Path) -> Path | None:

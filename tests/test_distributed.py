@@ -55,6 +55,7 @@ def test_two_processes_train_what_one_does(two_processes, tmp_path, case):
     metrics = trainer.evaluate()  # seven images on two ranks of two: none lost, none counted twice
     for key in ("eval_clean_accuracy", "eval_robust_accuracy"):
         assert found["metrics"][key] == other["metrics"][key] == metrics[key]
+    assert found["metrics"]["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
     losses = [log for log in found["logs"] if "loss" in log]
     assert losses
     for log, own in zip(losses, trainer.state.log_history, strict=False):

@@ -210,6 +210,36 @@ def test_evaluations_are_compared_where_they_decide(tmp_path):
         trainer(tiny_data(6)).train(resume_from_checkpoint=True)
 
 
+def test_best_weights_are_those_beside_the_checkpoint(tmp_path):
+    """Of a folder that was moved, though its old place holds another training by now."""
+
+    def trainer(folder, values, **changes):
+        chosen = dict(load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_steps=1, max_steps=3)
+        made = make(folder, TeCoA(), eval_data=tiny_data(5), **{**chosen, **changes})
+        values = iter(values)
+        made.compute_metrics = lambda prediction: {"value": next(values)}
+        made.args.metric_for_best_model, made.args.greater_is_better = "value", True
+        return made
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    whole = trainer(old, [0.9, 0.5, 0.7])
+    whole.train()
+    shutil.copytree(old, new)
+    shutil.rmtree(new / "checkpoint-3")
+    trainer(old, [0.1, 0.2, 0.3], seed=5).train()
+    resumed = trainer(new, [0.7])
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.settings()["weights_of_update"] == 1
+    assert all(torch.equal(t, state(whole.model)[name]) for name, t in state(resumed.model).items())
+    shutil.rmtree(new / "checkpoint-3")
+    shutil.rmtree(new / "checkpoint-1")
+    with pytest.raises(OSError, match="checkpoint-1"):
+        trainer(new, [0.7]).train(resume_from_checkpoint=True)
+    shutil.copytree(old / "checkpoint-1", new / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"checkpoint-1.*arguments\.seed was 5, is 3 now"):
+        trainer(new, [0.7]).train(resume_from_checkpoint=True)
+
+
 def test_labels_are_not_needed_to_know_the_data(tmp_path):
     unlabelled = [{"pixel_values": example["pixel_values"]} for example in tiny_data(16)]
     args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)

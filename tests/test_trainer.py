@@ -415,6 +415,14 @@ def test_a_model_has_one_robust_accuracy_whatever_the_step(tmp_path):
     assert (found[0] != found[3]).any()
 
 
+def test_evaluation_drops_no_image_where_training_does(tmp_path):
+    args = arguments(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=4)
+    trainer = TeCoATrainer(tiny_model(), args, None, tiny_data(), tiny_data(6))
+    assert len(trainer.predict(tiny_data(6)).label_ids) == 6
+    assert sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader()) == 6
+    assert args.dataloader_drop_last
+
+
 def test_logits_that_are_not_finite_are_no_accuracy(tmp_path):
     model = tiny_model()
     trainer = TeCoATrainer(model, arguments(tmp_path), None, None, tiny_data(5))
