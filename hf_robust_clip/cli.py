@@ -431,7 +431,11 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
     prompts = build_prompts(method, settings.get("prompts"))
     if prompts is not None and model.lora_rank is not None:
         raise ValueError(f"model.lora_rank={model.lora_rank!r} and prompts don't go together; choose one.")
-    training = {"output_dir": run.output_dir, **(settings.get("training") or {}), "use_cpu": use_cpu(run.device)}
+    training = settings.get("training") or {}
+    for name, own in (("output_dir", "run.output_dir"), ("use_cpu", "run.device")):
+        if name in training:
+            raise ValueError(f"training.{name}={training[name]!r}: set {own} in its place.")
+    training = {**training, "output_dir": run.output_dir, "use_cpu": use_cpu(run.device)}
     adaptations: dict[str, Any] = {}
     statistics, defence = (
         build(cls, settings.get(section), section)

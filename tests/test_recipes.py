@@ -259,6 +259,8 @@ WRONG = {
     "no classes": (["--data.classes", "[]"], "class_names is empty"),
     "template without place": (["--prompt.template", "a photo"], "template='a photo' has no '{}'"),
     "text beyond the context": (["--prompt.template", "very " * 60 + "{}"], "shorten it"),
+    "another folder for checkpoints": (["--training.output_dir", "there"], "set run.output_dir"),
+    "another device": (["--training.use_cpu", "true"], "set run.device"),
     "crops of finished pictures": (["--training.flip", "0"], "flip=0.0 does nothing"),
     "a setting that does nothing": (["--training.label_smoothing_factor", "0.1"], "label_smoothing_factor=0.1"),
     "a learning rate that is none": (["--training.learning_rate", ".nan"], "learning_rate=nan"),

@@ -120,7 +120,7 @@ SAME = {
     "logging": dict(logging_steps=2, save_total_limit=5),
     "evaluation settings without evaluations": dict(eval_attack_steps=7, metric_for_best_model="loss"),
     "division": dict(per_device_train_batch_size=1, gradient_accumulation_steps=8),
-    "memory": dict(activation_checkpointing=True, per_device_eval_batch_size=3),
+    "memory": dict(gradient_checkpointing=True, per_device_eval_batch_size=3),
 }
 
 

@@ -104,7 +104,7 @@ def test_settings_that_do_nothing_beside_others_are_refused(settings, named, tmp
         {"optim": "adagrad", "optim_args": "eps=1e-7, lr_decay=0.1"},
         {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3},
         {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 1}, "warmup_steps": 0.25},
-        {"activation_checkpointing": True},
+        {"gradient_checkpointing": True},
         {"dataloader_num_workers": 2},
         {"max_steps": -1, "num_train_epochs": 0.5},
         {"learning_rate": 0},

@@ -213,11 +213,11 @@ def adapter_on(checkpoint: Path, row: str, folder: Path) -> torch.Tensor:
 
 
 @every_row
+@through_transformers_adapters()
 def test_transformers_loads_an_adapter_by_itself(checkpoint, row, tmp_path):
     wanted = adapter_on(checkpoint, row, tmp_path)
     model = load_base(checkpoint)
-    with through_transformers_adapters():
-        model.load_adapter(tmp_path)
+    model.load_adapter(tmp_path)
     assert_near(output(model), wanted)
     model.disable_adapters()
     assert_near(output(model), output(make_base()))
@@ -431,12 +431,12 @@ def test_after_deleting_one_design_all_layers_follow_the_same_other(order):
     assert torch.equal(output(model.base_model.model), output(make_base()))
 
 
+@through_transformers_adapters()
 def test_transformers_refuses_two_active_adapters_in_the_forward(checkpoint, tmp_path):
     for name in ("a", "b"):
         adapter_on(checkpoint, "VLI", tmp_path / name)
     model = load_base(checkpoint)
-    with through_transformers_adapters():
-        model.load_adapter(tmp_path / "a", adapter_name="a")
+    model.load_adapter(tmp_path / "a", adapter_name="a")
     model.load_adapter(tmp_path / "b", adapter_name="b")
     model.set_adapter(["a", "b"])
     with pytest.raises(ValueError, match=r"2 prompt adapters are active \(a, b\)"):
