@@ -74,6 +74,7 @@ def to_rgb(picture: Image.Image, background: str | Sequence[int] = "white") -> I
     if not isinstance(picture, Image.Image):
         raise TypeError(f"picture must be a PIL picture, got {type(picture).__name__}.")
     colour = checked_colour(background)
+    picture.load()
     file_format, tags = picture.format, getattr(picture, "tag_v2", {})
     if picture.getexif().get(ORIENTATION, 1) != 1:
         picture = ImageOps.exif_transpose(picture)

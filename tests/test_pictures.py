@@ -161,6 +161,11 @@ def drawn_in_alpha(mode):
         palette.putpalette([0, 0, 0, 0, 0, 0])
         palette.paste(1, (4, 0, 8, 8))
         return stored(palette, "PNG", transparency=b"\xff\x00")
+    if mode == "P RGBA":
+        palette = Image.new("P", (8, 8), 0)
+        palette.putpalette([0, 0, 0, 255, 0, 0, 0, 0], "RGBA")
+        palette.paste(1, (4, 0, 8, 8))
+        return palette
     if mode in ("L key", "RGB key"):
         grey = Image.new("L", (8, 8), 0)
         grey.paste(7, (4, 0, 8, 8))
@@ -175,7 +180,7 @@ def drawn_in_alpha(mode):
     return stored(picture, "PNG") if mode == "RGBA" else picture.convert(mode)
 
 
-FORMS = ["RGBA", "LA", "PA", "La", "RGBa", "P key", "P alphas", "L key", "RGB key", "1 key", "GIF"]
+FORMS = ["RGBA", "LA", "PA", "La", "RGBa", "P key", "P alphas", "P RGBA", "L key", "RGB key", "1 key", "GIF"]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -96,6 +96,8 @@ def _folder_of(config: str, folder: Path, card: _Card, name: str) -> Path:
     found = [Path(root, config) for root, folders, _ in _walk(folder) if config in folders]
     if len(found) == 1:
         return found[0]
+    if config == "default" and not found and not card.configs:  # what the Hub calls the only one
+        return folder
     known = card.configs or sorted(path.name for path in folder.iterdir() if path.is_dir())
     problem = "is not one of its configurations" if not found else f"is the name of {len(found)} of its folders"
     raise DatasetError(f"config={config!r} of dataset {name!r} {problem}; it has {list(known)}.")
@@ -125,7 +127,8 @@ def _builder(
 
 
 def _parquet_files(folder: Path, part: str, name: str) -> list[str]:
-    found = sorted(path for path in folder.rglob("*.parquet") if path.name.startswith(f"{part}-"))
+    named = (Path(root, file) for root, _, files in _walk(folder) for file in files if file.startswith(f"{part}-"))
+    found = sorted(path for path in named if path.suffix == ".parquet")
     prefixes = sorted({_prefix(path.name) for path in found})
     if len(prefixes) > 1 and any(prefix.startswith(f"{part}-") for prefix in prefixes):
         raise DatasetError(
@@ -155,9 +158,16 @@ def _splits_of_pictures(folder: Path) -> dict[str, str]:
 
 
 def _walk(folder: Path) -> Iterable[tuple[str, list[str], list[str]]]:
-    """`os.walk` without what is hidden."""
+    """`os.walk` through links, without what is hidden, and not in circles."""
     for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith((".", "__"))
+            and not (
+                os.path.islink(Path(root, name)) and Path(root).resolve().is_relative_to(Path(root, name).resolve())
+            )
+        )
         yield root, folders, [name for name in files if not name.startswith(".")]
 
 
@@ -169,10 +179,15 @@ def _relative(path: str, folder: Path) -> PurePath:
 
 
 def _check_whole(files: Iterable[PurePath], name: str) -> None:
-    """Raise DatasetError if a file of `3 of 3` or in a row of numbered ones is missing, or stands there twice."""
+    """Raise DatasetError if a file of `3 of 3` or in a row of numbered ones is missing, or stands there twice, and
+    for a folder that the Hub calls `partial-train`.
+    """
     sets: dict[tuple[str, ...], list[tuple[int, int]]] = {}
     rows: dict[tuple[str, ...], list[str]] = {}
     for file in files:
+        partial = next((folder for folder in file.parts[:-1] if folder.startswith("partial-")), None)
+        if partial is not None:
+            raise DatasetError(f"folder {partial!r} of dataset {name!r} is only a part of its rows; get the whole.")
         if not file.name.lower().endswith(TABLES):
             continue
         if match := PART_OF_TOTAL.fullmatch(file.name):
@@ -255,7 +270,7 @@ def _check_pictures(folder: Path, files: Mapping[str, Iterable[PurePath]], name:
         if left:
             raise DatasetError(
                 f"picture {str(place / left[0])!r} of dataset {name!r} is in none of its splits {sorted(files)}; put "
-                "the pictures into <split>/<class>/, in a kind that 'datasets' reads."
+                "the pictures into <split>/<class>/, in a kind that 'datasets' reads, without links."
             )
 
 

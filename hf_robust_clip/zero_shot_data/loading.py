@@ -137,7 +137,7 @@ def load_image_dataset(
         attack_resolution=attack_resolution,
         name=dataset_id,
         revision=found,
-        split=split,
+        split=split if config is None else f"{split} of configuration {config}",
     )
     return data.first(max_images, seed)
 

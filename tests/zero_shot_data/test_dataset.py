@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from torch.utils.data import DataLoader, Subset
 
 from hf_robust_clip import image_dataset, load_image_dataset
-from hf_robust_clip.cli import DataSettings, load_data, main
+from hf_robust_clip.cli import EVALUATION_SECTIONS, DataSettings, load_data, main, parse_arguments
 from hf_robust_clip.zero_shot_data.dataset import ImageDataset, collate_images
 from hf_robust_clip.zero_shot_data.errors import DatasetError
 from hf_robust_clip.zero_shot_data.fingerprint import dataset_digest
@@ -341,6 +341,9 @@ def test_settings_of_the_command_line_reach_the_loading(tmp_path, tiny_clip):
                             class_names={"ant": "Ameise", "bee": "Biene"})  # fmt: skip
     data = load_data(settings, tiny_clip())
     assert (reds(data), data.class_names) == ([7, 7], ("Ameise", "Biene"))
+    words = ["--dataset", str(tmp_path), "--config_name", "plain", "--image_column", "depth"]
+    task = {"split": "test", "dataset": str(tmp_path), "config": "plain", "image_column": "depth"}
+    assert parse_arguments(words, CONFIG, EVALUATION_SECTIONS)["tasks"] == [task]
 
 
 def test_a_resize_that_does_nothing_is_refused(tmp_path, tiny_clip, processor, monkeypatch):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from hf_robust_clip import load_image_dataset
 from hf_robust_clip.zero_shot_data.errors import DatasetError
+from hf_robust_clip.zero_shot_data.files import _walk
 from hf_robust_clip.zero_shot_data.rows import DATA_ROOT_VARIABLE
 
 NAMES = ["ant", "bee"]
@@ -42,6 +43,8 @@ def write(root, *files):
             table(red).to_parquet(path)
         elif path.suffix == ".jsonl":
             path.write_text(f'{{"number": {red}, "label": {red % 2}}}\n')
+        elif path.suffix in (".tar", ".arrow"):
+            path.write_bytes(b"")
         else:
             Image.new("RGB", (8, 8), (red, 0, 0)).save(path)
     return str(root / "set")
@@ -73,6 +76,10 @@ def reds(folder, processor, split="train", **settings):
         (["train/data-00000-of-00002.jsonl"], "number 1 of 2"),
         (["train-00000-of-00002.jsonl"], "number 1 of 2"),
         (["part_0.jsonl", "part_3.jsonl"], r"number 1 \(2 missing"),
+        (["shards/train-00000-of-00002.tar"], "number 1 of 2"),
+        (["set-000000.tar", "set-000002.tar"], "number 1 "),
+        (["train/data-00001-of-00002.arrow"], "number 0 of 2"),
+        (["partial-train/0000.parquet"], "partial-train"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
@@ -123,6 +130,11 @@ def test_the_numbers_of_rows_in_the_readme_count(tmp_path, processor):
         reds(folder, processor)
 
 
+def test_the_only_configuration_may_be_called_default(tmp_path, processor):
+    folder = write(tmp_path, "data/train-00000-of-00001.parquet")
+    assert reds(folder, processor, config="default") == [0]
+
+
 def test_a_readme_that_says_nothing_is_no_error(tmp_path, processor):
     folder = write(tmp_path, "train-00000-of-00001.parquet")
     for text in ("# notes", "---\n: [\n---\n", "---\nlicense: mit\n---\n"):
@@ -147,6 +159,7 @@ def test_one_of_several_configurations_must_be_named(layout, tmp_path, processor
         reds(folder, processor)
     assert reds(folder, processor, config="plain") == [0]
     assert reds(folder, processor, config="full", streaming=True, max_images=5) == [1]
+    assert "plain" in load_image_dataset(folder, "train", processor, config="plain").split, "reports tell it"
     with pytest.raises(DatasetError, match="config='other'"):
         reds(folder, processor, config="other")
 
@@ -269,6 +282,16 @@ def test_pictures_that_would_be_left_out_or_mixed_are_refused(files, split, what
     folder = write(tmp_path, *files)
     with pytest.raises(DatasetError, match=what):
         load_image_dataset(folder, split, processor)
+
+
+def test_links_that_would_be_left_out_are_refused(tmp_path, processor):
+    folder = write(tmp_path, "train/ant/1.png", "elsewhere/1.png")
+    (tmp_path / "set" / "elsewhere").rename(tmp_path / "elsewhere")
+    (tmp_path / "set" / "train" / "bee").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "train" / "ant" / "up").symlink_to(tmp_path / "set")
+    assert sum(len(files) for _, _, files in _walk(tmp_path / "set")) == 2
+    with pytest.raises(DatasetError, match=r"train/bee/1\.png.*links"):  # which `datasets` leaves out
+        reds(folder, processor)
 
 
 def test_tables_whose_names_say_another_split_are_refused(tmp_path, processor):

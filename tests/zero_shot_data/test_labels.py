@@ -167,6 +167,11 @@ def test_labels_that_differ_in_signs_are_not_one_class(labels, names, processor)
             image_dataset(rows(labels, feature=feature), processor, class_names=names)
 
 
+def test_a_number_is_no_other_with_the_same_digits(processor):
+    with pytest.raises(ValueError, match=r"'version 1\.5'"):
+        image_dataset(rows(["version 1.5", "x"]), processor, class_names=["version 15", "x"])
+
+
 def test_accents_of_their_own_are_the_same_letters(processor):
     data = image_dataset(rows(["Zu\u0308rich", "Bern"]), processor, class_names=["Bern", "Z\u00fcrich"])
     assert named(data) == ["Z\u00fcrich", "Bern"]
