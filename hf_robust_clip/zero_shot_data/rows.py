@@ -57,6 +57,9 @@ def find_rows(
     except ValueError as error:
         raise ValueError(_explained(error, key, split, unseen, config)) from error
     except Exception as error:  # the Hub client raises many kinds of errors for "not there"
+        if folder is not None:
+            reason = one_line(error.__cause__ or error)
+            raise OSError(f"can't read dataset {key!r} in {str(folder)!r} ({reason}); check its files.") from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(
             f"can't load dataset {key!r}{unseen} ({reason}). Put its parquet files in <data root>/{key}/ (hf download "
@@ -100,7 +103,10 @@ def _explained(error: ValueError, name: str, split: str, unseen: str, config: st
         return f"config={config!r} is not one of dataset {name!r}'s: {text.partition('Available:')[2].strip()}."
     if "corresponds to no data" in text:
         return f"dataset {name!r} has no rows in split {split!r}; check its files."
-    return f"dataset {name!r} has no split {split!r}{unseen}: {one_line(error)}"
+    what = (
+        f"has no split {split!r}" if "Unknown split" in text or "Bad split" in text else f"can't be read ({split!r})"
+    )
+    return f"dataset {name!r} {what}{unseen}: {one_line(error)}"
 
 
 def image_column_of(features: datasets.Features, asked: str | None, name: str) -> str:
