@@ -14,6 +14,8 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import find_adapter_config_file
 
+from ..pictures import normalisation_of
+
 T = TypeVar("T")
 ADAPTER_CONFIG, PROCESSOR_FILES = "adapter_config.json", ("processor_config.json", "preprocessor_config.json")
 TOWERS = {"clip_vision_model": "image", "clip_text_model": "text"}
@@ -130,7 +132,7 @@ def take_normalisation(classifier: Any, source: str, where: Mapping[str, Any]) -
         )
     if present:
         processor = explained(source, lambda: AutoImageProcessor.from_pretrained(source, **where))
-        classifier.set_normalisation(processor.image_mean, processor.image_std)
+        classifier.set_normalisation(*normalisation_of(processor))
 
 
 def explained(source: str, load: Callable[[], T]) -> T:
