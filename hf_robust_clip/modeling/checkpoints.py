@@ -80,14 +80,17 @@ def _first(keys: Sequence[str]) -> str:
 def quiet_report() -> Iterator[None]:
     """Without the table that transformers logs of weights that don't fit: `check_loaded` says it in one line."""
     loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "integrations.peft")]
-    before = [logger.level for logger in loggers]
+
+    def errors_alone(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.addFilter(errors_alone)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        for logger in loggers:
+            logger.removeFilter(errors_alone)
 
 
 def with_adapter(base: nn.Module, folder: str | Path, **where: Any) -> nn.Module:
