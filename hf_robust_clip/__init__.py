@@ -58,6 +58,7 @@ _WHERE = {
     "evaluate_robustness": "evaluation",
     "RobustnessReport": "report",
     "RandomResizedCrop": "zero_shot_data.augment",
+    "image_dataset": "zero_shot_data.loading",
     "load_image_dataset": "zero_shot_data.loading",
     "digits_clip_path": "digits_clip",
     "make_card": "model_card",

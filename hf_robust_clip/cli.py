@@ -76,8 +76,13 @@ class DataSettings:
     max_images: int | None = None
     revision: str | None = None
     data_root: str | None = None
-    class_names: Sequence[str] | str | None = None  # names, or a file of them
+    config: str | None = None  # where a dataset has several configurations
+    class_names: Mapping[str, str] | Sequence[str] | str | None = (
+        None  # names, a file of them, or a known set of names
+    )
+    image_column: str | None = None
     label_column: str | None = None
+    background: str | Sequence[int] = "white"  # what shows where a picture is transparent
     resize: int | None = None  # shorter side before the centre crop; None takes the processor's
     streaming: bool = False  # read max_images rows of a shuffled stream, without downloading the rest
     shots: int | None = None  # so many images of each class, drawn once
@@ -184,7 +189,9 @@ EVALUATION_SECTIONS = ("model", "compare", "reference", "prompt", "defence", "ev
 SHORT = {"model": "model.name", "revision": "model.revision", "template": "prompt.template",
          "radii": "evaluation.radii", "attacks": "evaluation.attacks"}  # fmt: skip
 RUN_OPTIONS = ("output_dir", "overwrite", "resume", "device")
-TASK_OPTIONS = tuple(f.name for f in fields(DataSettings) if f.name != "revision")
+# by option; --config is the YAML file
+TASK_OPTIONS = {f"{f.name}_name" if f.name == "config" else f.name: f.name for f in fields(DataSettings)
+                if f.name != "revision"}  # fmt: skip
 
 
 TRAINING_OPTIONS = f"""\
@@ -196,8 +203,9 @@ TRAINING_OPTIONS = f"""\
 EVALUATION_OPTIONS = """\
   --model NAME           a Hub id or a folder of a checkpoint (or digits-clip); --revision for the Hub's
   --dataset NAME         evaluate on this one: a key of the known datasets, a Hub id, a folder of pictures or parquet;
-                         with --split, --class_names FILE, --label_column, --max_images N, --streaming true (only so
-                         many rows are read), --resize N, --data_root
+                         with --split, --config_name NAME, --class_names FILE, --image_column, --label_column,
+                         --background, --max_images N, --streaming true (only so many rows are read), --resize N,
+                         --data_root
   --template TEXT        prompt with {} for the class name; null takes the known dataset's own
   --attacks LIST         of pgd-N, cw-N, apgd (APGD-CE and APGD-T), autoattack, autoattack-rand, apgd-ce, apgd-dlr,
                          apgd-t, fab-t, square; with a defence also worst or worst-PGD-APGD-SQUARE (their numbers of
@@ -256,8 +264,8 @@ def parse_arguments(argv: Sequence[str], default_config: Path, sections: Sequenc
     for section in settings:
         check_key(section, sections, f"section in {config.name}")
     if "training" not in sections:
-        task = {key: value for key, value in overrides if key in TASK_OPTIONS}
-        overrides = [(SHORT.get(key, key), value) for key, value in overrides if key not in task]
+        task = {TASK_OPTIONS[key]: value for key, value in overrides if key in TASK_OPTIONS}
+        overrides = [(SHORT.get(key, key), value) for key, value in overrides if key not in TASK_OPTIONS]
         if task and "dataset" not in task:
             raise ValueError(f"--{next(iter(task))} goes with --dataset.")
         if task:
@@ -648,20 +656,25 @@ def load_model(settings: ModelSettings) -> CLIPForZeroShotClassification:
 
 def load_data(settings: DataSettings, model: CLIPForZeroShotClassification) -> ImageDataset:
     """The pictures that settings ask for, prepared for the model."""
-    from .zero_shot_data.loading import load_image_dataset, read_class_names
+    from .zero_shot_data.loading import class_names_of, load_image_dataset
 
+    if settings.augment and settings.resize is not None:
+        raise ValueError(
+            f"resize={settings.resize!r} does nothing beside augment: whole pictures are cropped at random."
+        )
     names = settings.class_names
-    if isinstance(names, str):
-        names = read_class_names(names)
     data = load_image_dataset(
         settings.dataset,
         settings.split,
         model.require_processor(),
         data_root=settings.data_root,
         revision=settings.revision,
-        class_names=names,
+        config=settings.config,
+        class_names=class_names_of(names) if isinstance(names, str) else names,
+        image_column=settings.image_column,
         label_column=settings.label_column,
         resize=settings.resize,
+        background=settings.background,
         streaming=settings.streaming,
         max_images=settings.max_images if settings.streaming else None,
     )

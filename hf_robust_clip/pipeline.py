@@ -63,8 +63,8 @@ class RobustZeroShotImageClassificationPipeline(Pipeline):
         classify = pipeline("robust-zero-shot-image-classification", model=folder)  # or a Hub id, or the model
         classify("cat.png", candidate_labels=["cat", "dog"])  # [{"label": "cat", "score": 0.9}, {"label": ...}]
 
-    Pictures are what `transformers.image_utils.load_image` takes: PIL pictures, paths, addresses; of any sizes. A list
-    gives a list of results. `batch_size` pictures are defended together, with the same results.
+    Pictures are PIL pictures, paths, addresses or base64 texts, of any sizes and modes. A list gives a list of
+    results. `batch_size` pictures are defended together, with the same results.
     """
 
     _load_processor = False
@@ -126,12 +126,12 @@ class RobustZeroShotImageClassificationPipeline(Pipeline):
 
     def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, Any]:
         """The picture as pixels (1, 3, H, W) in [0, 1]."""
-        from transformers.image_utils import load_image
+        from .pictures import open_picture, to_pixels
 
-        from .zero_shot_data.loading import to_pixels
-
-        side = self.model.classifier.input_size
-        return {"pixel_values": to_pixels(self.model.processor, [load_image(image, timeout=timeout)], resolution=side)}
+        classifier = self.model.classifier
+        smaller = classifier.input_size < classifier.config.vision_config.image_size
+        side = classifier.input_size if smaller else None  # the processor's own
+        return {"pixel_values": to_pixels(self.model.processor, [open_picture(image, timeout)], resolution=side)}
 
     def _forward(
         self,

@@ -418,3 +418,32 @@ def test_class_embeddings_follow_a_frozen_adapter_on_the_projection_too(tiny_cli
     with adapted.disable_adapter():
         torch.testing.assert_close(adapted(pixel_values=images).logits, base, rtol=0, atol=1e-12)
     torch.testing.assert_close(adapted(pixel_values=images).logits, changed, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("switch", ["do_normalize", "do_rescale", "rescale_factor", "do_pad"])
+def test_switches_of_the_processor_are_followed_or_refused(switch, saved, picture):
+    """Without its normalisation plain CLIPModel and this one agree; what can't be followed is refused."""
+    folder, _ = saved
+    file = folder / "processor_config.json"
+    values = {"do_normalize": False, "do_rescale": False, "rescale_factor": 1 / 127.5, "do_pad": True}
+    config = json.loads(file.read_text())
+    config["image_processor"][switch] = values[switch]
+    file.write_text(json.dumps(config))
+    if switch != "do_normalize":
+        with pytest.raises(ValueError, match=switch):
+            CLIPForZeroShotClassification.from_pretrained(folder)
+        return
+    clip, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
+    prompts = [PAPER_TEMPLATE.format(name) for name in NAMES]
+    inputs = processor(text=prompts, images=picture, padding=True, return_tensors="pt")
+    model = CLIPForZeroShotClassification.from_pretrained(folder).eval()
+    model.set_classes(NAMES)
+    pixels = torch.from_numpy(np.asarray(picture).astype(np.float32) / 255).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels).logits, clip(**inputs).logits_per_image, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(folder.parent / "again")
+    assert json.loads((folder.parent / "again" / file.name).read_text())["image_processor"]["do_normalize"] is False
+    model.set_normalisation((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    model.save_pretrained(folder.parent / "again")
+    again = CLIPProcessor.from_pretrained(folder.parent / "again").image_processor
+    assert again.do_normalize and list(again.image_mean) == [0.4, 0.5, 0.6]

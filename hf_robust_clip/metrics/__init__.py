@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..report import wilson_interval
 
@@ -16,6 +18,25 @@ from ..report import wilson_interval
 def robust_accuracy_path() -> str:
     """The folder that `evaluate.load` takes; no network is needed."""
     return str(Path(__file__).parent / "robust_accuracy")
+
+
+def as_array(values: Any) -> np.ndarray:
+    """Numbers of a list, an array or a tensor on any device; of dtype object where they make none, or hold bools."""
+    if isinstance(values, Tensor):
+        return (values.double() if values.is_floating_point() else values).detach().cpu().numpy()
+    rows = values if isinstance(values, list | tuple) else ()
+    if any(isinstance(value, bool) for row in rows for value in (row if isinstance(row, list | tuple) else (row,))):
+        return np.array(values, dtype=object)
+    try:
+        return np.asarray(values)
+    except ValueError:  # rows of unequal length
+        return np.array([None for _ in rows], dtype=object)
+
+
+def check_indices(array: np.ndarray, name: str) -> None:
+    """Raise ValueError for what are no class indices: probabilities, logits, texts, true and false."""
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be class indices, integers, got {array.dtype}; take argmax of logits first.")
 
 
 def clean_and_robust_accuracy(
@@ -39,15 +60,14 @@ def clean_and_robust_accuracy(
     Raises ValueError for no images, unequal lengths, and classes that are no integers or outside [0, num_classes).
     """
     columns = {"attacked": attacked, "references": references} | ({} if clean is None else {"clean": clean})
-    arrays = {name: np.asarray(values) for name, values in columns.items()}
+    arrays = {name: as_array(values) for name, values in columns.items()}
     shapes = {name: array.shape for name, array in arrays.items()}
     if len(set(shapes.values())) > 1 or arrays["references"].ndim != 1:
         raise ValueError(f"one class index for each image is needed in every column, got the shapes {shapes}.")
     if arrays["references"].size == 0:
         raise ValueError("references is empty; there is no accuracy of nothing.")
     for name, array in arrays.items():
-        if array.dtype.kind not in "iu":
-            raise ValueError(f"{name} must be class indices, integers, got {array.dtype}.")
+        check_indices(array, name)
         if array.min() < 0 or (num_classes is not None and array.max() >= num_classes):
             raise ValueError(
                 f"{name} has classes from {array.min()} to {array.max()}; they must be in [0, {num_classes or '...'})."

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import find_adapter_config_file
 
+from ..pictures import normalisation_of
+
 T = TypeVar("T")
 ADAPTER_CONFIG, PROCESSOR_FILES = "adapter_config.json", ("processor_config.json", "preprocessor_config.json")
 TOWERS = {"clip_vision_model": "image", "clip_text_model": "text"}
@@ -78,14 +80,17 @@ def _first(keys: Sequence[str]) -> str:
 def quiet_report() -> Iterator[None]:
     """Without the table that transformers logs of weights that don't fit: `check_loaded` says it in one line."""
     loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "integrations.peft")]
-    before = [logger.level for logger in loggers]
+
+    def errors_alone(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.addFilter(errors_alone)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        for logger in loggers:
+            logger.removeFilter(errors_alone)
 
 
 def with_adapter(base: nn.Module, folder: str | Path, **where: Any) -> nn.Module:
@@ -130,7 +135,7 @@ def take_normalisation(classifier: Any, source: str, where: Mapping[str, Any]) -
         )
     if present:
         processor = explained(source, lambda: AutoImageProcessor.from_pretrained(source, **where))
-        classifier.set_normalisation(processor.image_mean, processor.image_std)
+        classifier.set_normalisation(*normalisation_of(processor))
 
 
 def explained(source: str, load: Callable[[], T]) -> T:

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from ..checks import checked_images, checked_labels
 from ..digits_clip import EMBEDDED_MODEL, digits_clip_path
+from ..pictures import normalisation_of
 from ..shared_prefix import PackedTexts, can_run_packed, encode_packed, pack_texts
 from .checkpoints import (
     adapter_config,
@@ -204,9 +205,14 @@ class CLIPForZeroShotClassification(CLIPModel):
         return self.processor
 
     def set_processor(self, processor: CLIPProcessor) -> None:
-        """Take tokenizer, picture preparation and normalisation (image_mean, image_std) from `processor`."""
+        """Take tokenizer, picture preparation and normalisation from `processor`: its mean and std, or none where it
+        says `do_normalize: false`.
+
+        Raises ValueError for a processor that can't be followed (see `pictures.normalisation_of`).
+        """
+        mean, std = normalisation_of(processor.image_processor)
         self.processor = processor
-        self.set_normalisation(processor.image_processor.image_mean, processor.image_processor.image_std)
+        self.set_normalisation(mean, std)
 
     def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Normalise by `mean` and `std` (one value per channel, in units of [0, 1]), in the saved processor too."""
@@ -216,12 +222,18 @@ class CLIPForZeroShotClassification(CLIPModel):
             raise ValueError(f"mean={mean!r} and std={std!r} must have {channels} finite values each, std positive.")
         self.image_mean = torch.tensor(mean, dtype=self.dtype, device=self.device).view(-1, 1, 1)
         self.image_std = torch.tensor(std, dtype=self.dtype, device=self.device).view(-1, 1, 1)
-        if self.processor is not None:
-            self.processor.image_processor.image_mean = list(mean)
-            self.processor.image_processor.image_std = list(std)
+        if self.processor is not None and self._normalisation_differs(mean, std):
+            image_processor = self.processor.image_processor
+            image_processor.image_mean, image_processor.image_std = list(mean), list(std)
+            image_processor.do_normalize = True
         for config in getattr(self, "peft_config", {}).values():
             if hasattr(config, "image_mean"):  # prompts carry it, so that they are never loaded under another
                 config.image_mean, config.image_std = list(mean), list(std)
+
+    def _normalisation_differs(self, mean: Sequence[float], std: Sequence[float]) -> bool:
+        """Whether the processor says otherwise."""
+        own = normalisation_of(self.require_processor().image_processor)
+        return [list(values) for values in own] != [list(mean), list(std)]
 
     def set_input_size(self, side: int | None) -> None:
         """Take images of `side` x `side` pixels and enlarge them inside (bicubic) to what the image encoder takes.

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, CLIPVisionModel
 
+from ..pictures import normalisation_of
 from .config import ClipPromptConfig
 from .layer import MERGE, ClipPromptLayer, Place
 
@@ -201,7 +202,7 @@ def settle_normalisation(model: nn.Module, config: ClipPromptConfig, alone: bool
             logger.info("these prompts were trained on pixels normalised by %s and %s", config.image_mean,
                         config.image_std)  # fmt: skip
         return
-    here = [list(getattr(processor.image_processor, name)) for name in ("image_mean", "image_std")]
+    here = [list(values) for values in normalisation_of(processor.image_processor)]
     if config.image_mean is None or config.image_std is None:
         config.image_mean, config.image_std = here
         return

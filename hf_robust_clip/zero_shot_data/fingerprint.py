@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from .loading import ImageDataset
+from .dataset import ImageDataset
 
 WHOLE = 2**30  # bytes of pictures up to which every one is read
 SAMPLED = 256  # examples that are looked at of a dataset that isn't ours

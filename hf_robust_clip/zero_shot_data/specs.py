@@ -7,6 +7,7 @@ PMG-AFT's 16 test sets, TAPT's 11 (CoOp's), and three small ones. A new dataset 
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -262,6 +263,11 @@ def class_names(key: str) -> list[str] | dict[str, str]:
     return _facts("class_names.json")[key]
 
 
+def class_name_keys() -> list[str]:
+    """The keys of `class_names.json`."""
+    return [key for key in _facts("class_names.json") if key != "version" and not key.startswith("_")]
+
+
 def prompt_templates(key: str) -> tuple[str, ...]:
     """An entry of `templates.json`: texts with `{}` where the class name goes. Raises ValueError if there is none."""
     known = {name: texts for name, texts in _facts("templates.json").items() if isinstance(texts, list)}
@@ -272,7 +278,8 @@ def prompt_templates(key: str) -> tuple[str, ...]:
 
 def plain(label: object) -> str:
     """A label's letters and digits in lower case, by which `"apple_pie"` and `"Apple Pie"` are the same."""
-    return "".join(letter for letter in str(label).casefold() if letter.isalnum())
+    whole = unicodedata.normalize("NFC", str(label))  # a folder's name may have accents as signs of their own
+    return "".join(letter for letter in whole.casefold() if letter.isalnum())
 
 
 @cache

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -73,6 +74,27 @@ def test_lists_paths_batches_and_models_in_memory(folder, classify, tmp_path):
     for found in (classify(mixed, candidate_labels=LABELS, batch_size=2), in_memory(mixed)):
         assert [[row["label"] for row in rows] for rows in found] == [[r["label"] for r in rows] for rows in single]
         assert [rows[0]["score"] for rows in found] == pytest.approx([rows[0]["score"] for rows in single], abs=1e-6)
+
+
+def test_pictures_reach_the_model_as_their_files_store_them(folder, classify, tmp_path):
+    """16 bits, transparency and orientation, which loading as RGB would clip, drop or keep turned."""
+    grey = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+    levels = Image.fromarray(np.rint(grey / 257).astype(np.uint8))
+    Image.fromarray(grey).save(tmp_path / "16 bits.png")
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    levels.rotate(180).save(tmp_path / "turned.png", exif=exif)
+    drawing = Image.new("L", (8, 8), 0)
+    drawing.putalpha(Image.eval(levels, lambda level: 255 - level))
+    drawing.save(tmp_path / "alpha.png")
+    expected = [row["score"] for row in classify(levels, candidate_labels=LABELS)]
+    assert expected != [row["score"] for row in classify(Image.new("L", (8, 8)), candidate_labels=LABELS)]
+    for name in ("16 bits", "turned", "alpha"):
+        found = classify(str(tmp_path / f"{name}.png"), candidate_labels=LABELS)
+        assert [row["score"] for row in found] == pytest.approx(expected, abs=1e-6), name
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            found = classify(picture, candidate_labels=LABELS)
+        assert [row["score"] for row in found] == pytest.approx(expected, abs=1e-6), name
 
 
 def test_labels_and_template_may_change_between_calls(folder, classify):

@@ -47,7 +47,7 @@ from peft import get_peft_model
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import hf_robust_clip
@@ -157,7 +157,7 @@ class Ours:
 
     def __init__(self, task: Task):
         self.task, self.threat_model = task, ThreatModel(EPS)
-        image_processor = SimpleNamespace(image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD)
+        image_processor = CLIPImageProcessorPil(image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD)
         processor = SimpleNamespace(image_processor=image_processor, tokenizer=task.tokenizer)
         self.core = CLIPForZeroShotClassification.from_clip(task.clip(), processor)
         self.core.set_classes(task.names, TEMPLATE)

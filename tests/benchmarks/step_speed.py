@@ -37,7 +37,7 @@ from prompt_speed import resident_peak
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 import hf_robust_clip
 from hf_robust_clip.attacks.pgd import input_gradient, pgd
@@ -133,7 +133,8 @@ class Ours:
     def build(self, *, teacher: bool) -> CLIPForZeroShotClassification:
         task = self.task
         mean, std = OBJECTIVE.normalisation
-        processor = SimpleNamespace(image_processor=SimpleNamespace(image_mean=mean, image_std=std))  # no tokenizer
+        image_processor = CLIPImageProcessorPil(image_mean=mean, image_std=std)
+        processor = SimpleNamespace(image_processor=image_processor)  # no tokenizer
         clip = random_clip(task.config, teacher=teacher).to(task.device, task.dtype)
         model = CLIPForZeroShotClassification.from_clip(clip, processor)
         eos_C = (task.token_ids_CL == task.config.text_config.eos_token_id).int().argmax(dim=1)

@@ -82,7 +82,7 @@ def test_combines_with_itself_and_with_a_module_of_integers(metric, tmp_path):
         ([], [], "0 predictions for 0 references"),
         ([[0, 0]], [], "1 predictions for 0 references"),
         ([[0, 0], [1, 1]], [0], "Mismatch in the number"),
-        ([[0, 0, 0]], [0], "don't match the expected format"),
+        ([[0, 0, 0]], [0], r"predictions have shape \(1, 3\)"),
         ([[0, 4]], [0], r"attacked has classes from 4 to 4; they must be in \[0, 4\)"),
         ([[5, 0]], [0], r"clean has classes from 5 to 5"),
         ([[0, 0], [0, 0]], [0, -1], r"references has classes from -1 to 0"),
@@ -91,6 +91,53 @@ def test_combines_with_itself_and_with_a_module_of_integers(metric, tmp_path):
 def test_what_has_no_accuracy_is_refused(predictions, references, message, metric):
     with pytest.raises(ValueError, match=message):
         metric.compute(predictions=predictions, references=references, num_classes=4)
+
+
+PROBABILITIES = [[0.1, 0.9], [0.6, 0.4]]
+NO_INDICES = {
+    "probabilities": (PROBABILITIES, [1, 0], "predictions"),
+    "float array": (np.array([0.9, 0.2]), [1, 0], "predictions"),
+    "whole floats": ([1.0, 0.0], [1, 0], "predictions"),
+    "half precision": (torch.tensor([[0.1, 0.9]], dtype=torch.bfloat16), [1], "predictions"),
+    "NaN": ([float("nan"), 1], [1, 1], "predictions"),
+    "pairs of floats": ([[0.0, 1.0]], [1], "predictions"),
+    "logits of three classes": ([[3, 1, 2]], [0], "predictions"),
+    "bools": ([True, False], [1, 0], "predictions"),
+    "bools among pairs": ([[1, True]], [1], "predictions"),
+    "bool tensor": (torch.tensor([True]), [1], "predictions"),
+    "texts": (["1"], [1], "predictions"),
+    "rows of unequal length": ([[1, 0], [1]], [1, 1], "predictions"),
+    "none": (None, [1], "predictions"),
+    "fractional references": ([1, 2], [1, 2.7], "references"),
+    "references in rows": ([1, 2], [[1], [2]], "references"),
+    "no references": ([1, 2], None, "references"),
+}
+
+
+@pytest.mark.parametrize("case", NO_INDICES)
+def test_the_metric_refuses_what_are_no_class_indices(case, metric):
+    predictions, references, argument = NO_INDICES[case]
+    with pytest.raises(ValueError, match=argument):
+        metric.compute(predictions=predictions, references=references)
+    with pytest.raises(ValueError, match=argument):
+        metric.add_batch(predictions=predictions, references=references)
+    assert metric.compute(predictions=ATTACKED, references=LABELS) == ATTACKED_ONLY, "it can still be used"
+
+
+def test_one_image_at_a_time_is_refused_alike(metric):
+    for prediction, reference, argument in ((0.9, 1, "predictions"), ([0.1, 0.9], 1, "pred"), (1, 0.5, "references")):
+        with pytest.raises(ValueError, match=argument):
+            metric.add(prediction=prediction, reference=reference)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint64, torch.int16, torch.int64])
+def test_integers_of_any_kind_are_indices(dtype, metric):
+    make = torch.tensor if isinstance(dtype, torch.dtype) else np.array
+    columns = [make(values, dtype=dtype) for values in (PAIRS, LABELS)]
+    assert metric.compute(predictions=columns[0], references=columns[1], num_classes=4) == EXPECTED
+    for pair, label in zip(*columns, strict=True):
+        metric.add(prediction=pair, reference=label)
+    assert metric.compute(num_classes=4) == EXPECTED
 
 
 @pytest.mark.parametrize(

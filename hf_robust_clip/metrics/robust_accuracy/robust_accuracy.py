@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from hf_robust_clip.metrics import clean_and_robust_accuracy
+from hf_robust_clip.metrics import as_array, check_indices, clean_and_robust_accuracy
 
 # One import a line above: the loader of `evaluate` reads them line by line.
 
@@ -23,7 +23,8 @@ Returns:
     clean_accuracy (for pairs) and robust_accuracy in [0, 1]; of both *_interval, the 95 % Wilson interval, and
     *_per_class, a list by class index with None for a class without images.
 Raises:
-    ValueError for no images, unequal lengths and class indices outside [0, num_classes).
+    ValueError for no images, unequal lengths, class indices outside [0, num_classes), and what are no class indices:
+    logits, probabilities and other floats, true and false, texts.
 Examples:
     >>> metric = evaluate.load(hf_robust_clip.metrics.robust_accuracy_path())
     >>> metric.compute(predictions=[[0, 0], [1, 0], [0, 1]], references=[0, 1, 1])["robust_accuracy"]
@@ -44,11 +45,30 @@ class RobustAccuracy(evaluate.Metric):
             features=[datasets.Features(predictions=kind, references=label) for kind in (pair, label)],
         )
 
-    def add_batch(self, *, predictions, references):
-        """Add images. Raises ValueError for none: what `evaluate` itself raises doesn't say so."""
+    def add_batch(self, *, predictions=None, references=None):
+        """Add images. Raises ValueError for none, which `evaluate` wouldn't say, and for what are no class indices,
+        which it would round down to such.
+        """
+        predictions, references = self._checked(predictions, references)
         if len(predictions) == 0 or len(references) == 0:
             raise ValueError(f"{len(predictions)} predictions for {len(references)} references; give at least one.")
         super().add_batch(predictions=predictions, references=references)
+
+    def add(self, *, prediction=None, reference=None):
+        """Add one image; raises ValueError as `add_batch` does."""
+        predictions, references = self._checked([prediction], [reference])
+        super().add(prediction=predictions[0].tolist(), reference=references[0].tolist())
+
+    def _checked(self, predictions, references):
+        """Both as arrays of integers."""
+        arrays = as_array(predictions), as_array(references)
+        for name, array, kinds in zip(("predictions", "references"), arrays, (((), (2,)), ((),)), strict=True):
+            if array.size:
+                check_indices(array, name)
+            if array.ndim == 0 or array.shape[1:] not in kinds:
+                expected = " or ".join(str(("N", *kind)).replace("'", "") for kind in kinds)
+                raise ValueError(f"{name} have shape {array.shape}; give class indices of shape {expected}.")
+        return arrays
 
     def _compute(self, predictions, references, num_classes=None):
         clean, attacked = None, predictions

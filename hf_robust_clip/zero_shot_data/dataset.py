@@ -1,0 +1,232 @@
+"""Rows of pictures and labels as a dataset of pixels, and batches of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import CLIPProcessor
+
+from ..checks import checked_images, checked_labels
+from ..modeling import check_classes
+from ..pictures import check_resize, checked_colour, model_side, to_pixels, to_rgb
+from .errors import DatasetError, one_line
+
+
+@dataclass
+class ImageDataset(Dataset):
+    """A map-style dataset of `{"pixel_values": (3, H, W) float in [0, 1], "labels": int}`, prepared on access.
+
+    With `augment` it is one of `{"picture": (3, H, W) uint8, "labels": int}`: whole pictures, each of its own size.
+    Reading raises DatasetError (a ValueError of one line, from workers too) for a picture or label that can't be read,
+    naming its row.
+
+    Args:
+        rows: a `datasets.Dataset` with an image and a label column.
+        processor: prepares the pictures (without normalising them: that is inside the model).
+        class_names: in label order.
+        dataset_id, revision, split: for reports.
+        image_column, label_column: names of the columns.
+        resize: shorter side in pixels before the centre crop; None takes the processor's (CLIP: the crop size). It
+            counts only at the model's own size: pictures prepared at a smaller `resolution` are resized to that.
+        label_map: dataset label to index among `class_names`; None leaves labels as they are.
+        attack_resolution: side in pixels at which this set is attacked; None is the model's input size.
+        templates: prompts for `set_classes`, with `{}` for the class name.
+        augment: give the whole decoded RGB pictures, neither resized nor cropped, for `RandomResizedCrop`; `resize`
+            and `attack_resolution` don't count then.
+        background: what shows where a picture is transparent: name of a colour, or (red, green, blue).
+
+    Raises ValueError for a `background` that is no colour, and a `resize` that does nothing.
+    """
+
+    rows: datasets.Dataset
+    processor: CLIPProcessor
+    class_names: tuple[str, ...]
+    dataset_id: str
+    revision: str
+    split: str
+    image_column: str = "image"
+    label_column: str = "label"
+    resize: int | None = None
+    label_map: dict[Any, int] | None = None
+    attack_resolution: int | None = None
+    templates: tuple[str, ...] = ()
+    augment: bool = False
+    background: str | Sequence[int] = "white"
+
+    def __post_init__(self) -> None:
+        self.background = checked_colour(self.background)
+        if self.resize is not None and not self.augment:
+            check_resize(self.resize, self.attack_resolution, model_side(self.processor))
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels of the pictures: the attack resolution, but never more than the model's input size."""
+        side = model_side(self.processor)
+        return side if self.attack_resolution is None else min(self.attack_resolution, side)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """A whole batch at once: `DataLoader` calls this."""
+        beyond = [index for index in indices if not -len(self) <= index < len(self)]
+        if beyond:  # by which a loop over the dataset ends, as by no other error
+            raise IndexError(f"index {beyond[0]} is out of range for {len(self)} images.")
+        try:
+            rows = self.rows[list(indices)]
+            pixels = self._prepared(rows[self.image_column])
+            labels = [self._index(label) for label in rows[self.label_column]]
+        except Exception as error:  # whatever Pillow, `datasets` and the files bring
+            raise DatasetError(self._fault(indices, error)) from error
+        key = "picture" if self.augment else "pixel_values"
+        return [{key: x, "labels": label} for x, label in zip(pixels, labels, strict=True)]
+
+    def _prepared(self, pictures: Sequence[Any]) -> Sequence[Tensor] | Tensor:
+        if self.augment:
+            whole = [np.array(to_rgb(picture, self.background)) for picture in pictures]
+            return [torch.from_numpy(array_HWC).permute(2, 0, 1).contiguous() for array_HWC in whole]
+        return to_pixels(self.processor, pictures, self.resize, self.attack_resolution, self.background)
+
+    def _index(self, label: Any) -> int:
+        return int(label if self.label_map is None else self.label_map[label])
+
+    def only(self, class_names: Sequence[str]) -> ImageDataset:
+        """The images of some classes, relabelled 0 .. len(class_names) - 1 in the given order.
+
+        Raises ValueError for a name that is not one of this dataset's, or repeated, and for none.
+        """
+        chosen, _ = check_classes(class_names, "{}")
+        unknown = [name for name in chosen if name not in self.class_names]
+        if unknown:
+            raise ValueError(
+                f"class {unknown[0]!r} is not in {self.dataset_id}; its first: {list(self.class_names[:10])}."
+            )
+        new = {self.class_names.index(name): i for i, name in enumerate(chosen)}
+        now = self.label_map or {i: i for i in range(len(self.class_names))}
+        label_map = {label: new[i] for label, i in now.items() if i in new}
+        labels = self.rows[self.label_column]
+        keep = [i for i, label in enumerate(labels) if label in label_map]
+        return replace(self, rows=self.rows.select(keep), class_names=chosen, label_map=label_map)
+
+    def first(self, count: int | None, seed: int = 0) -> ImageDataset:
+        """At most `count` images, drawn once by `seed`; all of them if `count` is None."""
+        if count is not None and count < 1:
+            raise ValueError(f"max_images={count!r} must be at least 1, or None for all.")
+        if count is None or count >= len(self):
+            return self
+        return replace(self, rows=self.rows.shuffle(seed=seed).select(range(count)))
+
+    def shots(self, per_class: int | None, seed: int = 0) -> ImageDataset:
+        """`per_class` images of every class, in dataset order, drawn once by `seed`; all images if it is None.
+
+        The draw of a class depends on `seed`, its name and its own rows alone, so `only` may come before or after,
+        and the images of a smaller `per_class` are among those of a larger one. No picture is decoded.
+
+        Raises ValueError for a `per_class` that is no whole number of at least 1, and a class with fewer images.
+        """
+        if per_class is None:
+            return self
+        if not isinstance(per_class, int) or isinstance(per_class, bool) or per_class < 1:
+            raise ValueError(f"shots: per_class={per_class!r} must be a whole number of at least 1, or None for all.")
+        count = len(self.class_names)
+        index = {i: i for i in range(count)} if self.label_map is None else self.label_map
+        labels = self.rows.select_columns([self.label_column]).with_format("arrow")[:][self.label_column]
+        coded = labels.combine_chunks().dictionary_encode("encode")
+        codes_N = coded.indices.to_numpy()
+        class_N = np.array([index.get(label, -1) for label in coded.dictionary.to_pylist()], dtype=int)[codes_N]
+        by_class_N = np.argsort(class_N, kind="stable")
+        starts = np.searchsorted(class_N[by_class_N], np.arange(count + 1))
+        sizes = np.diff(starts)
+        if sizes.min() < per_class:
+            least = int(sizes.argmin())
+            mend = f"lower `shots` to {sizes[least]}" if sizes[least] else "leave the class out"
+            raise ValueError(
+                f"class {self.class_names[least]!r} of dataset {self.dataset_id!r}, split {self.split!r} has "
+                f"{sizes[least]} images, fewer than the {per_class} asked for (`shots`); {mend}."
+            )
+        chosen = []
+        for name, start, size in zip(self.class_names, starts, sizes, strict=False):
+            key = blake2b(f"{seed} {name}".encode(), digest_size=16).digest()
+            draws = np.random.default_rng(int.from_bytes(key, "little")).random(size)
+            chosen.append(by_class_N[start + np.argsort(draws, kind="stable")[:per_class]])
+        return replace(self, rows=self.rows.select(np.sort(np.concatenate(chosen))))
+
+    def _fault(self, indices: Sequence[int], error: Exception) -> str:
+        """Which of some rows can't be read, and why."""
+        for index in indices:
+            try:
+                self._prepared([self.rows[int(index)][self.image_column]])
+            except Exception as of_row:
+                return (
+                    f"{self._place(index)}: the picture in column {self.image_column!r} can't be read "
+                    f"({one_line(of_row)}); replace the file or leave the row out."
+                )
+            label = self.rows.select_columns([self.label_column])[int(index)][self.label_column]
+            try:
+                self._index(label)
+            except (KeyError, TypeError, ValueError):
+                return f"{self._place(index)}: {label!r} in column {self.label_column!r} is no label of these classes."
+        return f"rows {list(indices)} of dataset {self.dataset_id!r}, split {self.split!r}: {one_line(error)}"
+
+    def _place(self, index: int) -> str:
+        """The row in the table that this set was drawn from, and the picture's file where it has one."""
+        number, drawn = int(index) % len(self), self.rows._indices
+        row = number if drawn is None else drawn.column(0)[number].as_py()
+        picture = self.rows.select_columns([self.image_column]).with_format("arrow")[number : number + 1]
+        stored = picture[self.image_column][0].as_py()
+        file = stored.get("path") if isinstance(stored, dict) else None
+        return f"row {row}{f' ({file})' if file else ''} of dataset {self.dataset_id!r}, split {self.split!r}"
+
+
+def collate_images(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Collect examples into a batch: `{"pixel_values": (B, 3, H, W), "labels": (B,)}`, labels if all have them.
+
+    Whole pictures (`ImageDataset.augment`) stay a list of B tensors (3, H, W), `"pictures"`, in place of pixel_values.
+    Raises DatasetError, a ValueError, for pixels outside [0, 1], for images of unequal size, whole pictures among
+    prepared ones, and examples without pixels.
+    """
+    try:
+        return _collated(examples)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise DatasetError(one_line(error)) from error
+
+
+def _collated(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    for example in examples:
+        if not isinstance(example, dict) or not {"picture", "pixel_values"} & example.keys():
+            held = sorted(map(str, example)) if isinstance(example, dict) else type(example).__name__
+            raise ValueError(
+                f"an example has no pixel_values but {held}; image_dataset(rows, model.processor) or "
+                "load_image_dataset makes a dataset that has."
+            )
+    whole = sum("picture" in example for example in examples)
+    if 0 < whole < len(examples):
+        raise ValueError(
+            f"{whole} of {len(examples)} examples of a batch hold a whole picture, the others pixel_values; give all "
+            "the datasets the same `augment`."
+        )
+    batch: dict[str, Any]
+    if whole:
+        batch = {"pictures": [example["picture"] for example in examples]}
+    else:
+        shapes = {tuple(example["pixel_values"].shape) for example in examples}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"pixel_values differ in shape within a batch: {sorted(shapes)}; resize and crop them alike."
+            )
+        pixels_BCHW = torch.stack([example["pixel_values"] for example in examples])
+        batch = {"pixel_values": checked_images(pixels_BCHW, "pixel_values")}
+    if all("labels" in example for example in examples):
+        batch["labels"] = checked_labels([np.asarray(example["labels"]) for example in examples])
+    return batch

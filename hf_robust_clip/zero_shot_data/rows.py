@@ -1,0 +1,183 @@
+"""The rows of a dataset: from a folder first, the Hub second; and which of their columns hold pictures and labels."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from .digits import digits_split
+from .errors import DatasetError, one_line
+from .files import folder_rows
+from .specs import DatasetSpec, plain
+
+DATA_ROOT_VARIABLE = "HF_ROBUST_CLIP_DATA_ROOT"
+STREAM_BUFFER = 1000  # rows among which a streamed set is shuffled; its shards are shuffled too
+PICTURE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")
+LABEL_COLUMNS = ("label", "labels", "cls")
+
+
+def find_rows(
+    name: str,
+    spec: DatasetSpec | None,
+    split: str,
+    data_root: str | Path | None = None,
+    config: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+) -> tuple[datasets.Dataset | datasets.IterableDataset, str]:
+    """The rows of a dataset's own split, and the revision for reports.
+
+    Raises OSError if it can't be found, saying what to put where; ValueError for a missing split, a configuration that
+    is missing or unknown, a `revision` or `config` of rows that have none, and a folder of a known dataset's name.
+    """
+    root = data_root or os.environ.get(DATA_ROOT_VARIABLE)
+    if spec is not None:
+        _check_clash(name, spec, root)
+    key = spec.hub_id if spec else name
+    if key == "digits":
+        _check_unused("scikit-learn", revision=revision, config=config)
+        return digits_split(split), "scikit-learn"
+    places = [*([Path(root, key)] if root else []), Path(key)]
+    folder = next((place for place in places if _holds_files(place)), None)
+    if folder is not None:
+        _check_unused(f"the folder {str(folder)!r}", revision=revision)
+    revision = revision or (spec.revision if spec else None)
+    unseen = " (this row of specs.py was not checked against the Hub)" if spec and not spec.checked else ""
+    try:
+        if folder is not None:
+            return folder_rows(folder, key, split, config, streaming), "local"
+        named = [key] if config is None else [key, config]
+        rows = datasets.load_dataset(*named, split=split, revision=revision, streaming=streaming)
+        return rows, revision or "main"
+    except DatasetError:
+        raise
+    except ValueError as error:
+        raise ValueError(_explained(error, key, split, unseen, config)) from error
+    except Exception as error:  # the Hub client raises many kinds of errors for "not there"
+        if folder is not None:
+            reason = one_line(error.__cause__ or error)
+            raise OSError(f"can't read dataset {key!r} in {str(folder)!r} ({reason}); check its files.") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"can't load dataset {key!r}{unseen} ({reason}). Put its parquet files in <data root>/{key}/ (hf download "
+            f"--repo-type dataset {key} --local-dir <data root>/{key}) and name the root by data_root or "
+            f"{DATA_ROOT_VARIABLE}, or let the Hub be reached (gated sets: accept their terms and log in)."
+        ) from error
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _check_clash(name: str, spec: DatasetSpec, root: str | Path | None) -> None:
+    """Raise ValueError if a known dataset's short name is a folder too."""
+    folders = [Path(name), *([Path(root, name)] if root else [])] if name == spec.key else []
+    folder = next((folder for folder in folders if _holds_files(folder)), None)
+    if folder is not None:
+        here = folder == Path(name)
+        path = f"./{folder}" if here else str(folder)
+        elsewhere = "another working folder" if here else "another data_root"
+        known = elsewhere if spec.hub_id == name else repr(spec.hub_id)
+        raise ValueError(
+            f"dataset {name!r} is a known one, but a folder has this name too; give {path!r} for the folder, {known} "
+            "for the known one."
+        )
+
+
+def _check_unused(where: str, **given: str | None) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}={value!r} goes with the Hub, but the rows come from {where}; leave it out.")
+
+
+def _explained(error: ValueError, name: str, split: str, unseen: str, config: str | None) -> str:
+    """One line for what `datasets` or a check of the files says."""
+    text = str(error)
+    if "Config name is missing" in text:
+        known = text.partition("available configs:")[2].splitlines()[0].strip()
+        return f"dataset {name!r} has several configurations; choose one by config, of {known}."
+    if "BuilderConfig" in text and "not found" in text:
+        return f"config={config!r} is not one of dataset {name!r}'s: {text.partition('Available:')[2].strip()}."
+    if "corresponds to no data" in text:
+        return f"dataset {name!r} has no rows in split {split!r}; check its files."
+    what = (
+        f"has no split {split!r}" if "Unknown split" in text or "Bad split" in text else f"can't be read ({split!r})"
+    )
+    return f"dataset {name!r} {what}{unseen}: {one_line(error)}"
+
+
+def image_column_of(features: datasets.Features, asked: str | None, name: str) -> str:
+    """The column of pictures: the one asked for, the only one, or the only one whose name says so.
+
+    Raises ValueError if it is missing or holds no pictures, or several fit.
+    """
+    pictures = [column for column, feature in features.items() if _holds_pictures(feature)]
+    if asked is None and len(pictures) > 1:
+        named = [column for column in pictures if plain(column) in PICTURE_COLUMNS]
+        if len(named) != 1:
+            raise ValueError(f"dataset {name!r} has several columns of pictures, {pictures}; choose by image_column.")
+        return named[0]
+    column = asked or next(iter(pictures), "image")
+    if column not in features:
+        raise ValueError(f"dataset {name!r} has no column {column!r}; its columns: {list(features)}.")
+    if column not in pictures:
+        raise ValueError(f"column {column!r} of dataset {name!r} holds no pictures but {features[column]}.")
+    return column
+
+
+def _holds_pictures(feature: Any) -> bool:
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
+
+
+def label_column_of(features: datasets.Features, asked: str | None, name: str) -> str:
+    """The column of labels: the one asked for, `label`, `labels` or `cls`, or the only one of class labels.
+
+    Raises ValueError if it is missing, or several fit.
+    """
+    usual = [asked] if asked else list(LABEL_COLUMNS)
+    found = [column for column in usual if column in features]
+    if not found and not asked:
+        found = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"dataset {name!r} has several columns of labels, {found}; choose by label_column.")
+    raise ValueError(
+        f"dataset {name!r} has no label column {' or '.join(map(repr, usual))}; its columns: {list(features)}. "
+        "Name it by label_column."
+    )
+
+
+def decoding(feature: Any) -> datasets.Image:
+    """How a column of pictures is read: as they are, since `to_rgb` converts with more care than `datasets`."""
+    mode = getattr(feature, "mode", None)
+    return datasets.Image(mode=None if mode == "RGB" else mode)
+
+
+def every(
+    rows: datasets.Dataset | datasets.IterableDataset, step: int, test: bool
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Every `step`-th row, or all the others."""
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.filter(lambda _, i: (i % step == 0) == test, with_indices=True)
+    return rows.select([i for i in range(len(rows)) if (i % step == 0) == test])
+
+
+def read_stream(stream: datasets.IterableDataset, image_column: str, count: int | None, seed: int) -> datasets.Dataset:
+    """The first `count` rows of a shuffled stream, with their pictures' bytes as they are, in memory."""
+    features = stream.features
+    if isinstance(features[image_column], datasets.Image):
+        stream = stream.cast_column(image_column, datasets.Image(decode=False))
+    rows = list(stream.shuffle(seed=seed, buffer_size=STREAM_BUFFER).take(count))
+    return datasets.Dataset.from_list(rows, features=features) if rows else datasets.Dataset.from_dict({})
+
+
+def middle_frames(rows: datasets.Dataset, video_column: str) -> datasets.Dataset:
+    """Of each video the middle one of its frames, in the order of their rows."""
+    videos: dict[Any, list[tuple[int, int]]] = {}
+    for i, (video, frame) in enumerate(zip(rows[video_column], rows["frame"], strict=True)):
+        videos.setdefault(video, []).append((frame, i))
+    return rows.select(sorted(sorted(frames)[len(frames) // 2][1] for frames in videos.values()))

@@ -1,0 +1,348 @@
+"""Which files make a split. Every picture has a colour of its own, so that a missing or a foreign row shows."""
+
+import datasets
+import pytest
+from conftest import make_processor
+from datasets import ClassLabel, Dataset, Features
+from PIL import Image
+
+from hf_robust_clip import load_image_dataset
+from hf_robust_clip.zero_shot_data.errors import DatasetError
+from hf_robust_clip.zero_shot_data.files import _walk
+from hf_robust_clip.zero_shot_data.rows import DATA_ROOT_VARIABLE
+
+NAMES = ["ant", "bee"]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.delenv(DATA_ROOT_VARIABLE, raising=False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s after every shuffled stream
+    datasets.disable_progress_bars()
+
+
+def table(*reds):
+    features = Features({"image": datasets.Image(), "label": ClassLabel(names=NAMES)})
+    pictures = [Image.new("RGB", (8, 8), (red, 0, 0)) for red in reds]
+    return Dataset.from_dict({"image": pictures, "label": [red % 2 for red in reds]}, features=features)
+
+
+def write(root, *files):
+    """Each file with one row; its number counts the files."""
+    for red, file in enumerate(files):
+        path = root / "set" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            table(red).to_parquet(path)
+        elif path.suffix == ".jsonl":
+            path.write_text(f'{{"number": {red}, "label": {red % 2}}}\n')
+        elif path.suffix in (".tar", ".arrow"):
+            path.write_bytes(b"")
+        else:
+            Image.new("RGB", (8, 8), (red, 0, 0)).save(path)
+    return str(root / "set")
+
+
+def reds(folder, processor, split="train", **settings):
+    data = load_image_dataset(folder, split, processor, **settings)
+    return sorted(round(255 * row["pixel_values"][0, 0, 0].item()) for row in data)
+
+
+# ---- sets that are not whole
+
+
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        (["data/train-00000-of-00003.parquet"], "number 1 of 3"),
+        (["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"], "number 1 of 3"),
+        (["train-00001-of-00002-0123456789abcdef.parquet"], "number 0 of 2"),
+        (
+            ["train-00000-of-00001.parquet", "train-00000-of-00002.parquet", "train-00001-of-00002.parquet"],
+            r"\[1, 2\]",
+        ),
+        (["train-00000-of-00001-0123456789ab.parquet", "train-00000-of-00001-ba9876543210.parquet"], "number 0 twice"),
+        (["0000.parquet", "0002.parquet"], "number 1"),
+        (["train/0001.parquet", "train/0003.parquet"], "number 2"),
+        (["train/0003.parquet"], "number 1"),
+        (["train-0.parquet", "train-2.parquet"], "number 1"),
+        (["train/data-00000-of-00002.jsonl"], "number 1 of 2"),
+        (["train-00000-of-00002.jsonl"], "number 1 of 2"),
+        (["part_0.jsonl", "part_3.jsonl"], r"number 1 \(2 missing"),
+        (["shards/train-00000-of-00002.tar"], "number 1 of 2"),
+        (["set-000000.tar", "set-000002.tar"], "number 1 "),
+        (["train/data-00001-of-00002.arrow"], "number 0 of 2"),
+        (["partial-train/0000.parquet"], "partial-train"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_set_that_is_not_whole_is_refused(files, what, streaming, tmp_path, processor):
+    folder = write(tmp_path, *files)
+    with pytest.raises(DatasetError, match=what):
+        load_image_dataset(folder, "train", processor, streaming=streaming, max_images=9)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
+        ["train-00000-of-00002-0123456789ab.parquet", "train-00001-of-00002-ba9876543210.parquet"],
+        ["0000.parquet", "0001.parquet", "0002.parquet"],
+        ["train/1.parquet", "train/2.parquet"],
+        ["train/of-2012.parquet", "train/of-2014.parquet"],
+        ["train/log-2012-01-03.parquet", "train/log-2012-01-07.parquet"],
+        ["train/set_v02.parquet"],
+        ["train/a.parquet", "train/b.parquet"],
+        ["ant/0001.png", "ant/0007.png", "bee/0003.png"],
+    ],
+)
+def test_whole_sets_and_other_numbers_are_read(files, tmp_path, processor):
+    assert reds(write(tmp_path, *files), processor) == list(range(len(files)))
+
+
+def test_another_split_may_be_incomplete(tmp_path, processor):
+    folder = write(tmp_path, "data/test-00000-of-00001.parquet", "data/train-00000-of-00003.parquet")
+    assert reds(folder, processor, "test") == [0]
+    with pytest.raises(DatasetError, match="number 1 of 3"):
+        reds(folder, processor, "test+train[:1]")
+
+
+def test_files_of_one_split_by_several_names(tmp_path, processor):
+    folder = write(tmp_path, "train-00000-of-00001.parquet", "train-extra-00000-of-00001.parquet")
+    with pytest.raises(DatasetError, match=r"'train', 'train-extra'"):
+        reds(folder, processor)
+
+
+def test_the_numbers_of_rows_in_the_readme_count(tmp_path, processor):
+    """A trailing file that is missing shows in no name."""
+    folder = write(tmp_path, "train/0000.parquet", "train/0001.parquet", "test/0000.parquet")
+    splits = [{"name": "train", "num_examples": 3}, {"name": "test", "num_examples": 1}]
+    (tmp_path / "set" / "README.md").write_text(f"---\ndataset_info: {{splits: {splits}}}\n---\n")
+    assert reds(folder, processor, "test") == [2]
+    with pytest.raises(DatasetError, match=r"'train'.*has 2 rows, 3"):
+        reds(folder, processor)
+
+
+def test_the_only_configuration_may_be_called_default(tmp_path, processor):
+    folder = write(tmp_path, "data/train-00000-of-00001.parquet")
+    assert reds(folder, processor, config="default") == [0]
+
+
+def test_a_readme_that_says_nothing_is_no_error(tmp_path, processor):
+    folder = write(tmp_path, "train-00000-of-00001.parquet")
+    for text in ("# notes", "---\n: [\n---\n", "---\nlicense: mit\n---\n"):
+        (tmp_path / "set" / "README.md").write_text(text)
+        assert reds(folder, processor) == [0]
+
+
+def test_a_damaged_file_is_one_line(tmp_path, processor):
+    folder = write(tmp_path, "train-00000-of-00001.parquet")
+    (tmp_path / "set" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"set' can't be read[^\n]*Parquet[^\n]*$"):
+        reds(folder, processor)
+    (tmp_path / "set" / "train-00000-of-00001.parquet").rename(tmp_path / "set" / "train.csv")
+    (tmp_path / "set" / "train.csv").write_text('a,b\n1,2\n"x,3,4\n')
+    with pytest.raises(OSError, match=r"in '[^\n]*set' \([^\n]*tokenizing[^\n]*$"):
+        reds(folder, processor)
+
+
+# ---- configurations
+
+LAYOUTS = {
+    "split in the file's name": ["plain/train-00000-of-00001.parquet", "full/train-00000-of-00001.parquet"],
+    "below data": ["data/plain/train-00000-of-00001.parquet", "data/full/train-00000-of-00001.parquet"],
+    "split as a folder": ["plain/train/0000.parquet", "full/train/0000.parquet"],
+    "no split": ["plain/0000.parquet", "full/0000.parquet"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_of_several_configurations_must_be_named(layout, tmp_path, processor):
+    folder = write(tmp_path, *LAYOUTS[layout])
+    with pytest.raises(DatasetError, match=r"config.*'full', 'plain'"):
+        reds(folder, processor)
+    assert reds(folder, processor, config="plain") == [0]
+    assert reds(folder, processor, config="full", streaming=True, max_images=5) == [1]
+    assert "plain" in load_image_dataset(folder, "train", processor, config="plain").split, "reports tell it"
+    with pytest.raises(DatasetError, match="config='other'"):
+        reds(folder, processor, config="other")
+
+
+def test_a_configuration_of_pictures(tmp_path, processor):
+    files = [f"{config}/train/{name}/1.png" for config in ("clean", "noisy") for name in NAMES]
+    folder = write(tmp_path, *files)
+    with pytest.raises(DatasetError, match=r"config.*'clean', 'noisy'"):
+        reds(folder, processor)
+    assert reds(folder, processor, config="noisy") == [2, 3]
+
+
+README = """---
+configs:
+- config_name: few
+  data_files:
+  - split: train
+    path: a/x.parquet
+- config_name: many
+  data_files:
+  - split: train
+    path: [a/y.parquet, b/*.parquet]
+  - split: valid
+    path: a/x.parquet
+---
+"""
+
+
+def test_configurations_that_the_readme_declares(tmp_path, processor):
+    folder = write(tmp_path, "a/x.parquet", "a/y.parquet", "b/z.parquet")
+    (tmp_path / "set" / "README.md").write_text(README)
+    with pytest.raises(ValueError, match=r"config, of \['few', 'many'\]") as caught:
+        reds(folder, processor)
+    assert "\n" not in str(caught.value)
+    assert reds(folder, processor, config="few") == [0]
+    assert reds(folder, processor, config="many") == [1, 2]
+    assert reds(folder, processor, "valid", config="many") == [0]
+    with pytest.raises(DatasetError, match=r"config='b0'.*'few', 'many'"):
+        reds(folder, processor, config="b0")
+
+
+def test_a_declared_configuration_of_which_a_part_is_here(tmp_path, processor):
+    folder = write(tmp_path, "few/train-00000-of-00001.parquet", "many/train-00000-of-00001.parquet")
+    paths = {config: [("train", f"{config}/train-*"), ("test", f"{config}/test-*")] for config in ("few", "many")}
+    configs = [
+        {"config_name": config, "data_files": [{"split": split, "path": path} for split, path in pairs]}
+        for config, pairs in paths.items()
+    ]
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
+    assert reds(folder, processor, config="many") == [1]
+    with pytest.raises(DatasetError, match=r"config.*'few', 'many'"):
+        reds(folder, processor)
+
+
+def test_a_configuration_reaches_the_hub(processor, monkeypatch, tmp_path):
+    asked = []
+
+    def load(*names, **settings):
+        asked.append(names)
+        if len(names) == 1:
+            raise ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample"
+            )
+        if names[1] == "c":
+            raise ValueError("BuilderConfig 'c' not found. Available: ['a', 'b']")
+        return table(4, 5)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert reds("user/many", processor, config="b") == [4, 5]
+    for config, message in ((None, r"config, of \['a', 'b'\]\.$"), ("c", r"config='c'.*\['a', 'b'\]\.$")):
+        with pytest.raises(ValueError, match=message):
+            reds("user/many", processor, config=config)
+    assert asked == [("user/many", "b"), ("user/many",), ("user/many", "c")]
+
+
+# ---- pictures in folders
+
+
+def test_class_folders_called_like_a_split(tmp_path, processor):
+    """`datasets` would put test/train_station into both splits, and twice train/train_station into one."""
+    files = ["train/airport/1.png", "train/train_station/1.png", "test/airport/1.png", "test/train_station/1.png"]
+    folder = write(tmp_path, *files)
+    for split, expected in (("train", [0, 1]), ("test", [2, 3]), ("train+test", [0, 1, 2, 3])):
+        data = load_image_dataset(folder, split, processor)
+        assert data.class_names == ("airport", "train_station")
+        assert reds(folder, processor, split) == expected
+        assert [row["labels"] for row in data] == [i % 2 for i in expected]
+
+
+def test_both_splits_have_the_classes_of_either(tmp_path, processor):
+    folder = write(
+        tmp_path, "train/ant/1.png", "train/bee/1.png", "train/cat/1.png", "test/bee/1.png", "test/ant/2.png"
+    )
+    for split in ("train", "test"):
+        assert load_image_dataset(folder, split, processor).class_names == ("ant", "bee", "cat")
+    assert [row["labels"] for row in load_image_dataset(folder, "test", processor)] == [0, 1]
+
+
+def test_a_split_by_the_name_of_its_folder(tmp_path, processor):
+    files = [f"{split}/{name}/1.png" for split in ("train", "val", "odd") for name in NAMES]
+    folder = write(tmp_path, *files, "assets/banner.png")
+    assert reds(folder, processor, "val") == [2, 3]
+    assert reds(folder, processor, "odd") == [4, 5]
+    assert reds(folder, processor, "validation") == [2, 3], "as `datasets` calls it"
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "what"),
+    [
+        (["airport/1.png", "train_a/1.png", "train_b/1.png"], "train", "airport"),
+        (["ant/1.png", "bee/1.png", "train/1.png"], "train", "'ant"),
+        (["ant/1.png", "bee/1.png", "ant/test-2.png", "bee/test-2.png"], "test", "ant/1.png"),
+        (["ant/1.png", "bee/1.png", "cat/1.avif"], "train", "cat/1.avif"),
+        (["train/ant/1.png", "train/bee/1.png", "train/bee/2.avif"], "train", "bee/2.avif"),
+        (["Train/ant/1.png", "Train/bee/1.png", "Test/ant/1.png", "Test/bee/1.png"], "train", "'test'"),
+    ],
+)
+def test_pictures_that_would_be_left_out_or_mixed_are_refused(files, split, what, tmp_path, processor):
+    folder = write(tmp_path, *files)
+    with pytest.raises(DatasetError, match=what):
+        load_image_dataset(folder, split, processor)
+
+
+def test_links_that_would_be_left_out_are_refused(tmp_path, processor):
+    folder = write(tmp_path, "train/ant/1.png", "elsewhere/1.png")
+    (tmp_path / "set" / "elsewhere").rename(tmp_path / "elsewhere")
+    (tmp_path / "set" / "train" / "bee").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "train" / "ant" / "up").symlink_to(tmp_path / "set")
+    assert sum(len(files) for _, _, files in _walk(tmp_path / "set")) == 2
+    with pytest.raises(DatasetError, match=r"train/bee/1\.png.*links"):  # which `datasets` leaves out
+        reds(folder, processor)
+
+
+def test_tables_whose_names_say_another_split_are_refused(tmp_path, processor):
+    folder = write(tmp_path, "Train.parquet", "Test.parquet")
+    with pytest.raises(DatasetError, match=r"Test\.parquet.*'train'"):
+        reds(folder, processor)
+
+
+# ---- what a name stands for
+
+
+def test_a_folder_called_like_a_known_dataset(tmp_path, processor, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert len(load_image_dataset("digits", "test", processor)) == 500, "an empty folder is none"
+    for key, other in (("digits", "working folder"), ("cifar10", "uoft-cs/cifar10")):
+        (tmp_path / "set").rename(tmp_path / "x") if (tmp_path / "set").exists() else None
+        write(tmp_path, *(f"{name}/1.png" for name in NAMES))
+        (tmp_path / key).rmdir() if (tmp_path / key).exists() else None
+        (tmp_path / "set").rename(tmp_path / key)
+        with pytest.raises(ValueError, match=rf"'{key}'.*\./{key}.*{other}"):
+            load_image_dataset(key, "train", processor)
+        data = load_image_dataset(f"./{key}", "train", processor)
+        assert (reds(f"./{key}", processor), data.class_names) == ([0, 1], ("ant", "bee"))
+
+
+def test_a_folder_of_the_data_root_called_like_a_known_dataset(tmp_path, processor):
+    write(tmp_path, *(f"{name}/1.png" for name in NAMES))
+    (tmp_path / "set").rename(tmp_path / "cifar10")
+    with pytest.raises(ValueError, match=rf"'cifar10'.*{tmp_path}/cifar10.*uoft-cs/cifar10"):
+        load_image_dataset("cifar10", "train", processor, data_root=tmp_path)
+    assert reds(str(tmp_path / "cifar10"), processor) == [0, 1]
+
+
+def test_a_revision_or_configuration_of_rows_that_have_none(tmp_path, processor):
+    folder = write(tmp_path, "train-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="revision='v1'"):
+        reds(folder, processor, revision="v1")
+    with pytest.raises(ValueError, match="revision='v1'"):
+        load_image_dataset("set", "train", processor, revision="v1", data_root=tmp_path)
+    for argument in ("revision", "config"):
+        with pytest.raises(ValueError, match=f"{argument}='v1'"):
+            load_image_dataset("digits", "test", processor, **{argument: "v1"})
