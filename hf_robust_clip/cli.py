@@ -418,7 +418,7 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
     """Check every section and make its settings. Nothing is written or downloaded here."""
     run = build(RunSettings, settings.get("run"), "run")
     check_output_dir(run)
-    from .training_arguments import RobustClipConfig, check_augmentation
+    from .training_arguments import RobustClipConfig, check_augmentation, check_start_of_attack, check_trained_part
 
     model = build(ModelSettings, settings.get("model"), "model")
     data = build(DataSettings, settings.get("data"), "data")
@@ -458,12 +458,17 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
             raise ValueError(f"the section {section} goes with tapt, not with {method}.")
     arguments = build(RobustClipConfig, training, "training")
     check_augmentation(arguments, data.augment)
+    objective = build_objective(method, settings.get("objective"))
+    for name in (method, *compare):
+        check_start_of_attack(arguments, objective if name == method else build_objective(name, None))
+        adapter = prompts if name == method else build_prompts(name, None)
+        check_trained_part(arguments, adapter is not None or model.lora_rank is not None)
     return Recipe(
         method=method,
         model=model,
         data=data,
         prompt=build(PromptSettings, settings.get("prompt"), "prompt"),
-        objective=build_objective(method, settings.get("objective")),
+        objective=objective,
         prompts=prompts,
         training=arguments,
         evaluation=evaluation,

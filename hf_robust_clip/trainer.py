@@ -40,6 +40,8 @@ from .training_arguments import (
     RobustClipConfig,
     check_arguments,
     check_augmentation,
+    check_start_of_attack,
+    check_trained_part,
     gives_whole_pictures,
     images_per_update,
     optimizer_and_arguments,
@@ -138,11 +140,7 @@ class RobustClipTrainer(Trainer):
             if not hasattr(self, "objective_cls"):
                 raise ValueError("objective is missing; give one, or use a subclass such as PMGAFTTrainer.")
             objective = self.objective_cls()
-        if objective.needs_random_start and not args.attack_random_start:
-            raise ValueError(
-                f"attack_random_start=False: the gradient that {type(objective).__name__} attacks by is zero at the "
-                "image itself; leave it True."
-            )
+        check_start_of_attack(args, objective)
         if gives_whole_pictures(train_dataset) is not None:
             check_augmentation(args, bool(gives_whole_pictures(train_dataset)))
         self.training_objective = objective
@@ -197,11 +195,7 @@ class RobustClipTrainer(Trainer):
                 if value is not None:
                     raise ValueError(f"{name}={value!r} goes with a plain model; this one has its adapter already.")
         else:
-            if peft_config is not None and args.trainable_layers is not None:
-                raise ValueError(
-                    f"trainable_layers={args.trainable_layers!r} does nothing with peft_config: an adapter is trained "
-                    "alone; leave one of them out."
-                )
+            check_trained_part(args, adapter=peft_config is not None)
             if peft_config is None and args.trainable_layers is None:
                 peft_config = self.default_peft_config()
             select_trainable(core, args.trainable_layers)

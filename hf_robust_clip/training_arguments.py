@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset, Subset
@@ -17,6 +17,9 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from .attacks.pgd import PGDSettings
 from .threat_model import ThreatModel
 from .zero_shot_data.augment import RandomResizedCrop
+
+if TYPE_CHECKING:
+    from .objectives.base import Objective
 
 
 def _names(text: str) -> frozenset[str]:
@@ -173,6 +176,24 @@ def check_augmentation(args: RobustClipConfig, whole_pictures: bool) -> None:
                 f"{name}={getattr(args, name)!r} does nothing here: it goes with a dataset of whole pictures "
                 "(augment=True)."
             )
+
+
+def check_trained_part(args: RobustClipConfig, adapter: bool) -> None:
+    """Raise ValueError for a choice of layers where an adapter is trained alone."""
+    if adapter and args.trainable_layers is not None:
+        raise ValueError(
+            f"trainable_layers={args.trainable_layers!r} does nothing with an adapter (peft_config), which is trained "
+            "alone; leave one of them out."
+        )
+
+
+def check_start_of_attack(args: RobustClipConfig, objective: Objective) -> None:
+    """Raise ValueError where an attack would begin without a gradient."""
+    if objective.needs_random_start and not args.attack_random_start:
+        raise ValueError(
+            f"attack_random_start=False: the gradient that {type(objective).__name__} attacks by is zero at the image "
+            "itself; leave it True."
+        )
 
 
 def gives_whole_pictures(dataset: Dataset | None) -> bool | None:

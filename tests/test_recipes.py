@@ -261,6 +261,12 @@ WRONG = {
     "text beyond the context": (["--prompt.template", "very " * 60 + "{}"], "shorten it"),
     "another folder for checkpoints": (["--training.output_dir", "there"], "set run.output_dir"),
     "another device": (["--training.use_cpu", "true"], "set run.device"),
+    "layers beside an adapter": (["--training.trainable_layers", "1", "--model.lora_rank", "2"], "trainable_layers=1"),
+    "layers beside another's prompts": (
+        ["--training.trainable_layers", "1", "--compare", "apt"],
+        "trainable_layers=1",
+    ),
+    "an attack from nowhere": (["--training.attack_random_start", "false", "--compare", "fare"], "FARE"),
     "crops of finished pictures": (["--training.flip", "0"], "flip=0.0 does nothing"),
     "a setting that does nothing": (["--training.label_smoothing_factor", "0.1"], "label_smoothing_factor=0.1"),
     "a learning rate that is none": (["--training.learning_rate", ".nan"], "learning_rate=nan"),
