@@ -323,6 +323,7 @@ def evaluate_robustness(
         library_versions=library_versions(),
         hardware=hardware(),
         defence=evaluation.about_defence(found),
+        templates=tuple(model.templates),
     )
 
 
