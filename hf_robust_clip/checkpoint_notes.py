@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from .digits_clip import EMBEDDED_MODEL, digits_clip_path
 from .modeling import PAPER_TEMPLATE
 from .names import hub_name, is_path
 
@@ -33,6 +35,26 @@ def trained_templates(name: str, revision: str | None = None) -> tuple[str, ...]
         return (PAPER_TEMPLATE,)
     defence = _content(name, "adaptation.json", revision)
     return () if defence is None else _templates(defence.get("templates") or [], name, "adaptation.json")
+
+
+def known_templates(name: str, revision: str | None = None) -> tuple[str, ...]:
+    """`trained_templates`, for a remark alone: none where nobody can be asked."""
+    try:
+        return trained_templates(name, revision)
+    except (OSError, ValueError):
+        return ()
+
+
+def quoted(templates: Sequence[str]) -> str:
+    """Templates in a line of text: the first, and how many more there are."""
+    return f'"{templates[0]}"' + (f" and {len(templates) - 1} more" if len(templates) > 1 else "")
+
+
+def other_prompt(title: str, trained: Sequence[str], used: Sequence[str]) -> str | None:
+    """A remark on a model that is evaluated with another prompt than it was trained with; None for the same."""
+    if not trained or tuple(trained) == tuple(used):
+        return None
+    return f"NOTE: {title} was trained with the prompt {quoted(trained)}, and is evaluated with {quoted(used)}."
 
 
 def named_base(folder: str | Path) -> str | None:
@@ -77,8 +99,8 @@ def _content(name: str, file: str, revision: str | None) -> dict[str, Any] | Non
 
 
 def _found(name: str, file: str, revision: str | None) -> Path | None:
-    if is_path(name):
-        folder = Path(name)
+    if is_path(name) or name == EMBEDDED_MODEL:
+        folder = Path(digits_clip_path() if name == EMBEDDED_MODEL else name)
         places = [folder, *([folder.resolve().parent] if CHECKPOINT.fullmatch(folder.resolve().name) else [])]
         return next((place / file for place in places if (place / file).is_file()), None)
     from huggingface_hub import hf_hub_download

@@ -42,6 +42,15 @@ def hub_name(name: str) -> str | None:
     return None if not name or is_path(name) else name
 
 
+def check_embedded(name: str) -> None:
+    """Raise ValueError where a folder has the name of the embedded model: which of the two is meant, nobody knows."""
+    if name == EMBEDDED_MODEL and Path(name).is_dir() and any(Path(name).iterdir()):
+        raise ValueError(
+            f"{name!r} is the model that ships with the package, and a folder here; write './{name}' for the folder, "
+            "or work elsewhere."
+        )
+
+
 def cached_revision(name: str) -> str | None:
     """The commit of a folder in the Hub's cache; None for any other name."""
     cached = CACHED.search(PurePath(name).as_posix())
@@ -89,6 +98,19 @@ def titles(names: Sequence[str]) -> dict[str, str]:
         others = [other for key, other in parts.items() if key != name]
         length = next(n for n in range(1, len(own) + 1) if n == len(own) or all(own[-n:] != o[-n:] for o in others))
         found[name] = "/".join(part.strip("/") for part in own[-length:] if part.strip("/"))
+    return found
+
+
+def task_titles(tasks: Sequence[tuple[str | None, str]]) -> list[str]:
+    """What tables call tasks, given as (name, dataset): the name, else the dataset, of a path the end that tells it.
+
+    Raises ValueError for two tasks of one title.
+    """
+    short = titles([dataset for name, dataset in tasks if not name and is_path(dataset)])
+    found = [name or short.get(dataset, dataset) for name, dataset in tasks]
+    for title in found:
+        if found.count(title) > 1:
+            raise ValueError(f"two tasks have the name {title!r}; give each its own by `name`.")
     return found
 
 

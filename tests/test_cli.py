@@ -77,7 +77,7 @@ def test_whole_sections_that_are_lists():
     assert settings["compare"] == ["tecoa", "fare"]
     assert settings["tasks"] == [{"dataset": "digits"}]
     assert recipe("--compare", "tecoa").compare == ("tecoa",)
-    assert recipe("--compare", "[pmg_aft, fare]").compare == ("fare",)
+    assert recipe("--compare", "[trades, fare]").compare == ("trades", "fare")
 
 
 @pytest.mark.parametrize(

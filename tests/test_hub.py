@@ -22,7 +22,7 @@ def client(folder: Path, work: Path) -> dict:
     from huggingface_hub import HfApi, ModelCard
     from transformers import CLIPModel, CLIPProcessor
 
-    from hf_robust_clip.cli import push_folder
+    from hf_robust_clip.hub import push_folder
     from hf_robust_clip.modeling import CLIPForZeroShotClassification
     from hf_robust_clip.trainer import RobustClipConfig, TeCoATrainer
 

@@ -1,6 +1,7 @@
 """`recipes/tapt.py` end to end on the model that ships with the package, and what its folder can be used for."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tapt") / "out"
     command = [sys.executable, ROOT / "recipes/tapt.py", *SMALL, "--output_dir", folder]
     environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+    environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPProcessor
 
 from ..digits_clip import EMBEDDED_MODEL, digits_clip_path
-from ..hub import Push, check_base, prepare_repository, push_folder
+from ..hub import Push, check_base, check_folder, prepare_repository, upload
 from ..model_card import CardInfo, make_unmeasured_card
 from ..modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, ZeroShotOutput
 from ..names import hub_name, shown_name
+from ..secrets import without_tokens
 from . import adapter_class, adapter_key
 from .base import Adaptation, TestTimeAdapter, prompts_of
 from .statistics import FILE as STATISTICS
@@ -237,7 +238,8 @@ class DefendedClassifier(nn.Module):
         with tempfile.TemporaryDirectory() as temporary:
             self.save_pretrained(temporary)
             self.card(push.repo_id).save(Path(temporary) / "README.md")
-            return push_folder(temporary, push.repo_id, token=token, commit_message="Upload defended CLIP")
+            check_folder(temporary)
+            return without_tokens(str(upload(temporary, push, "Upload defended CLIP").repo_url))
 
     def card(self, repo_id: str) -> ModelCard:
         """A card that says what the repository holds and how to load it, and that nothing was measured."""
