@@ -90,7 +90,7 @@ def prepare_repository(push: Push, name: str = "push_to_hub") -> Push:
 
 def reason_of(error: BaseException) -> str:
     """An error of the Hub's client in one line, without tokens."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "information check" not in line]
     return without_tokens(" ".join(lines[:2]) or type(error).__name__)
 
 

@@ -37,6 +37,8 @@ class PushingTrainer(Trainer):
     which they upload, are pickles.
     """
 
+    _passed_over: str | None = None  # the last checkpoint, where it was not uploaded
+
     @abstractmethod
     def unmeasured_card(self, repo_id: str) -> ModelCard:
         """The card of the model as it is now, of which nothing was measured."""
@@ -107,6 +109,7 @@ class PushingTrainer(Trainer):
             if self.hub_model_id != push.repo_id:
                 self.hub_model_id = push.repo_id
                 self.create_model_card(**kwargs)
+            self._passed_over = None
             self._finish_current_push()
             only = ("*",) if card_state(Path(folder, "README.md")) == "measured" else UNMEASURED
             check_folder(folder, only)
@@ -121,7 +124,8 @@ class PushingTrainer(Trainer):
             return
         running: PushInProgress | None = self.push_in_progress
         busy = running is not None and not running.is_done()
-        if busy and not self.args.hub_always_push:
+        self._passed_over = checkpoint_folder if busy and not self.args.hub_always_push else None
+        if self._passed_over is not None:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         folder = Path(self.args.output_dir)
@@ -135,8 +139,13 @@ class PushingTrainer(Trainer):
         self.push_in_progress = PushInProgress([*(running.jobs if running is not None and busy else []), job])
 
     def _finish_current_push(self) -> None:
-        """Wait for uploads in the background; a warning tells how the last one failed, and what to do."""
+        """Wait for uploads in the background, and upload the last checkpoint if it was passed over because another was
+        on its way; a warning tells how the last upload failed, and what to do.
+        """
         super()._finish_current_push()
+        if self._passed_over is not None and Path(self._passed_over).is_dir():
+            self._push_from_checkpoint(self._passed_over)
+            super()._finish_current_push()
         running: PushInProgress | None = getattr(self, "push_in_progress", None)
         jobs = [] if running is None else running.jobs
         error = jobs[-1].exception() if jobs and jobs[-1].done() else None

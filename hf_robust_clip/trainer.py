@@ -26,7 +26,6 @@ from .attacks.losses import cross_entropy
 from .attacks.pgd import PGDSettings, pgd
 from .checkpoint_notes import named_base
 from .checks import checked_labels
-from .digits_clip import EMBEDDED_MODEL
 from .hub import without_draft
 from .model_card import CardInfo, make_unmeasured_card
 from .modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, without_gradients
@@ -442,8 +441,7 @@ class RobustClipTrainer(PushingTrainer):
         """The card of the model as it is now, of which nothing was measured."""
         base, core = self.adapter_base(), self.classifier()
         start = str(core.name_or_path) if base is None else base
-        from_hub = getattr(core.config, "_commit_hash", None) or hub_name(start) == EMBEDDED_MODEL
-        published = (hub_name(start) or "") if from_hub else ""
+        published = hub_name(start) or ""
         data = self.train_dataset
         dataset = str(getattr(data, "dataset_id", ""))
         info = CardInfo(

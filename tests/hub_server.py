@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -89,7 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path[4] == "commit" and repo in self.server.broken:
             return self.answer({"error": "out of order"}, 500)
         if path[4] == "commit" and repo in self.server.unplugged:
-            return self.connection.close()
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
         if path[4] == "preupload":
             files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
                      for file in json.loads(body)["files"]]  # fmt: skip
@@ -107,6 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if path[0] == "control":  # of the tests: control/broken/owner/name
+            getattr(self.server, path[1]).add("/".join(path[2:]))
+            return self.answer({})
         repo = "/".join(path[2:4] if path[0] == "api" else path[:2])
         files = self.server.repos.get(repo)
         if files is None:
