@@ -100,7 +100,7 @@ def test_what_is_pushed_gives_the_same_logits(hub, name):
     assert found[name] == 0
     local, remote = found[f"{name}, logits"]
     assert remote == local
-    assert f"pushed: http://127.0.0.1" in printed[name]
+    assert "pushed: http://127.0.0.1" in printed[name]
     assert (
         f'from_pretrained(clip, "user/{name}")' in printed[name] or f'from_pretrained("user/{name}")' in printed[name]
     )
