@@ -354,16 +354,18 @@ def save_csv(path: str | Path, reports: Sequence[RobustnessReport]) -> None:
 
 def blind_warning(reports: Iterable[RobustnessReport]) -> str | None:
     """One sentence for attacks of which more than 5 % of the input gradients were exactly zero; None without any."""
-    blind = {
-        f"{percent(report.zero_gradient_share)} of {report.full_attack} on {report.name}, {report.task}": None
-        for report in reports
-        if report.zero_gradient_share > BLIND_ABOVE
-    }
+    blind = sorted(
+        {
+            f"{report.full_attack} on {report.name}, {report.task}: {percent(report.zero_gradient_share)}"
+            for report in reports
+            if report.zero_gradient_share > BLIND_ABOVE
+        }
+    )
     if not blind:
         return None
     return (
-        f"WARNING: an attack was (partly) blind, and its robust accuracy may mean nothing: of its input gradients so "
-        f"many were exactly zero: {'; '.join(blind)}."
+        "WARNING: an attack was (partly) blind, and its robust accuracy may mean nothing. Share of its input "
+        f"gradients that were exactly zero: {'; '.join(blind)}."
     )
 
 

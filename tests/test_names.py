@@ -138,7 +138,9 @@ def test_settings_without_paths():
 
 
 def test_paths_in_a_text(tmp_path):
-    text = f'model="{tmp_path}/work/new"; [PEFT](https://huggingface.co/docs/peft), 8/255 / 16/255, /m/01/02, and/or/not'
+    text = (
+        f'model="{tmp_path}/work/new"; [PEFT](https://huggingface.co/docs/peft), 8/255 / 16/255, /m/01/02, and/or/not'
+    )
     assert paths_in(text) == [f"{tmp_path}/work/new"]
     assert paths_in(f"file://{tmp_path}") == [str(tmp_path)]
 

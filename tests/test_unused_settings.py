@@ -95,7 +95,9 @@ EVALUATIONS = [
 
 def words_of(line):
     """`--a b --c [d, e]` as a command line has it."""
-    return [word for pair in re.findall(r"(--\S+)(?: ((?!--)[^\[\s]\S*|\[.*?\](?=$| --)))?", line) for word in pair if word]
+    return [
+        word for pair in re.findall(r"(--\S+)(?: ((?!--)[^\[\s]\S*|\[.*?\](?=$| --)))?", line) for word in pair if word
+    ]
 
 
 @pytest.mark.parametrize(("method", "line", "parts"), TRAINING, ids=[f"{row[0]} {row[1]}" for row in TRAINING])
