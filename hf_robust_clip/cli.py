@@ -1071,8 +1071,11 @@ def make_trainer(
     trainer = trainer_class(recipe.method)(model, training, recipe.objective, data, peft_config=peft_config)
     if isinstance(trainer, TAPTTrainer):
         trainer.adaptation = next(iter(recipe.adaptations.values()))
+    start = recipe.model.name
+    if start != EMBEDDED_MODEL and Path(start).is_dir():
+        start = str(Path(start).resolve())  # from another folder a relative one might be taken for the Hub's
     for config in getattr(trainer.model, "peft_config", {}).values():
-        config.base_model_name_or_path, config.revision = recipe.model.name, recipe.model.revision
+        config.base_model_name_or_path, config.revision = start, recipe.model.revision
     return trainer
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from huggingface_hub import EvalResult
 
+from .secrets import refuse_tokens
 from .threat_model import ThreatModel, parse_radius
 
 if TYPE_CHECKING:
@@ -70,9 +71,9 @@ class RobustnessReport:
             accuracy and its `"robust"` accuracy by radius, on the very images that the defence was shown.
         templates: the texts, with `{}` for the class name, that class names were put in; None where nobody noted them.
 
-    Raises ValueError for a field that is empty, unknown, out of range or at odds with another, TypeError for attack
-    parameters that JSON can't hold. So too for a randomised or optimising defence under a static attack or without
-    its controls, and for an attack on a defence where there is none.
+    Raises ValueError for a field that is empty, unknown, out of range, at odds with another, or holds an access token,
+    TypeError for attack parameters that JSON can't hold. So too for a randomised or optimising defence under a static
+    attack or without its controls, and for an attack on a defence where there is none.
     """
 
     name: str
@@ -124,6 +125,7 @@ class RobustnessReport:
             object.__setattr__(self, "templates", tuple(self.templates))
             if prompt_hash(list(self.per_class), self.templates) != self.prompt_hash:
                 raise ValueError(f"templates={self.templates!r} are not those of prompt_hash={self.prompt_hash!r}.")
+        refuse_tokens({name: value for name, value in vars(self).items() if isinstance(value, str)}, "report")
         self._check_defence()
         self._check_figures()
 

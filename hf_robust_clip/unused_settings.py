@@ -46,7 +46,10 @@ def idle(section: str, values: Values, key: str, mend: str, default: Any = None)
 
 
 def check_model(values: Values, *, trained: bool) -> None:
-    """The section model: `revision` is of the Hub's repositories, `lora_alpha` of LoRA, LoRA of a training."""
+    """The section model: `revision` is of the Hub's repositories, `lora_alpha` of LoRA, LoRA of a training.
+
+    Raises ValueError for a rank below 1, too.
+    """
     name = str((values or {}).get("name") or EMBEDDED_MODEL)
     if name == EMBEDDED_MODEL or is_path(name):
         idle("model", values, "revision", f"for {name!r}, which is not read from the Hub")
@@ -55,6 +58,8 @@ def check_model(values: Values, *, trained: bool) -> None:
             idle("model", values, key, "in an evaluation, which trains nothing", default)
     elif not asked(values, "lora_rank"):
         idle("model", values, "lora_alpha", "without model.lora_rank", 16)
+    elif values["lora_rank"] < 1:  # type: ignore[index]
+        raise ValueError(f"model.lora_rank={values['lora_rank']!r} must be at least 1, or null.")  # type: ignore[index]
 
 
 def check_data(section: str, values: Values, *, task: bool) -> None:

@@ -32,6 +32,7 @@ TRAINING = [
     ("pmg_aft", "--model.revision abc", "model.revision='abc' 'digits-clip'"),
     ("pmg_aft", "--model.name ./model --model.revision abc", "model.revision='abc' './model'"),
     ("pmg_aft", "--model.lora_alpha 32", "model.lora_alpha=32 lora_rank"),
+    ("pmg_aft", "--model.lora_rank 0", "model.lora_rank=0"),
     ("pmg_aft", "--data.name mine", "data.name='mine'"),
     ("pmg_aft", "--data.shots_seed 3", "data.shots_seed=3 data.shots"),
     ("pmg_aft", "--tasks [{dataset: digits, shots_seed: 3}]", "tasks[0].shots_seed=3"),
