@@ -7,12 +7,16 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 NAMES = ("zero", "one", "two")
 TEMPLATE = "a photo of a {}."
@@ -126,6 +130,21 @@ def client(base: Path, work: Path, control: str) -> dict:
     defended.push_to_hub("user/ttc")
     found["ttc"] = {"own": logits(defended), **by_card("user/ttc")}
 
+    push_folder(work / "figures", "user/figures")
+    with refused(found, "path in a text"):
+        (work / "figures/notes.md").write_text(f"made in {work}\n")
+        push_folder(work / "figures", "user/figures")
+    with refused(found, "token in a text"):
+        (work / "figures/notes.md").write_text(f"by {TOKEN}\n")
+        push_folder(work / "figures", "user/figures")
+    (work / "figures/notes.md").unlink()
+    with refused(found, "no card"):
+        (work / "figures/README.md").unlink()
+        push_folder(work / "figures", "user/figures")
+    with refused(found, "no processor"):
+        (work / "figures/processor_config.json").unlink()
+        push_folder(work / "figures", "user/figures")
+
     with refused(found, "adapter on a folder"):
         APTTrainer(model(base), args("user/on-a-folder", push_to_hub=True), train_dataset=data, peft_config=prompts)
     with refused(found, "defence on a folder"):
@@ -160,7 +179,7 @@ def hub(tmp_path_factory):
     """The server, what the client saw, its folder, what it printed, and the environment for another."""
     from conftest import make_clip, make_processor
     from hub_server import HubServer
-    from test_model_card import INFO, OWN
+    from test_model_card import INFO, OWN, write_folder
 
     from hf_robust_clip.model_card import make_card
     from hf_robust_clip.modeling import CLIPForZeroShotClassification
@@ -169,6 +188,10 @@ def hub(tmp_path_factory):
     processor = make_processor()
     CLIPForZeroShotClassification.from_clip(make_clip(processor), processor).save_pretrained(work / "base")
     make_card(OWN, [], INFO).save(work / "measured.md")
+    shutil.copytree(work / "base", work / "figures")
+    write_folder(work / "figures", replace(INFO, plot=None))
+    recipe = {"model": {"name": str(work / "base")}, "training": {"hub_token": "mine", "seed": 1}}
+    (work / "figures/recipe.yaml").write_text(yaml.safe_dump(recipe))
     with HubServer() as server:
         server.repos[BASE] = {path.name: path.read_bytes() for path in (work / "base").iterdir()}
         server.repos["user/ttc"] = {"model.safetensors": b"old", "training_args.bin": b"old", "mine.txt": b"kept"}
@@ -255,6 +278,10 @@ def test_token_visibility_and_metadata_of_the_settings_act(hub):
         ("defence on a folder", "ValueError", ["base"]),
         ("malformed", "ValueError", ["hub_model_id", "'user/a b'"]),
         ("read only", "OSError", ["hub_model_id", "'user/not-mine'"]),
+        ("path in a text", "ValueError", ["notes.md"]),
+        ("token in a text", "ValueError", ["notes.md"]),
+        ("no card", "ValueError", ["README.md", "figures"]),
+        ("no processor", "ValueError", ["processor", "figures"]),
         ("another's card", "ValueError", ["README.md", "'user/elsewhere'"]),
         ("another's figures", "ValueError", ["README.md", "method PMG-AFT, not TeCoA"]),
     ],
@@ -267,6 +294,31 @@ def test_what_can_not_be_pushed_is_refused_in_one_line(hub, name, kind, parts):
     for repo in ("user/checkpoint", "user/all_checkpoints", "user/on-a-folder", "user/a b", "user/ttc-on-a-folder"):
         assert repo not in server.repos
     assert not server.repos["user/not-mine"]
+
+
+def test_a_folder_pushed_under_another_name_tells_it_in_card_and_report(hub):
+    server, *_ = hub
+    files = server.repos["user/figures"]
+    check_repository(server, "user/figures")
+    assert b'model="user/figures"' in files["README.md"]
+    report = json.loads(files["report.json"])
+    assert (report["card"]["repo_id"], report["reports"][0]["model"]) == ("user/figures", "user/figures")
+    assert yaml.safe_load(files["recipe.yaml"]) == {"model": {"name": "base"}, "training": {"seed": 1}}
+
+
+@pytest.mark.parametrize("own", [None, "# my words\n"])
+def test_saving_an_adapter_writes_no_draft_of_a_card(own, tiny_clip, tmp_path):
+    from peft import LoraConfig
+
+    from hf_robust_clip import RobustClipConfig, TeCoATrainer
+
+    if own:
+        (tmp_path / "README.md").write_text(own)
+    lora = LoraConfig(r=2, target_modules=r".*vision_model.*\.q_proj")
+    args = RobustClipConfig(str(tmp_path), report_to=[], use_cpu=True)
+    TeCoATrainer(tiny_clip(dtype=torch.float32), args, peft_config=lora).save_model()
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert ((tmp_path / "README.md").read_text() if own else (tmp_path / "README.md").exists()) == (own or False)
 
 
 def test_a_push_that_fails_loses_nothing_and_says_what_uploads_it(hub):

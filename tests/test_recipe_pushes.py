@@ -119,7 +119,7 @@ def test_a_pushed_repository_tells_no_path_and_no_token(hub, repo):
 
 
 def test_cards_and_recipes_name_what_others_can_have(hub):
-    server, *_ = hub
+    server, _, work, _ = hub
     card = server.repos["user/whole"]["README.md"].decode()
     assert "base_model: org/ancestor\n" in card
     assert "It started from a checkpoint made from `org/ancestor`" in card
@@ -132,6 +132,7 @@ def test_cards_and_recipes_name_what_others_can_have(hub):
     assert (recipe["model"]["name"], recipe["data"]["dataset"]) == ("base model", "my pictures")
     assert recipe["tasks"][0]["dataset"] == "my pictures"
     assert "hub_token" not in recipe["training"]
+    assert (work / "whole/recipe.yaml").read_bytes() == server.repos["user/whole"]["recipe.yaml"], "for `hf upload`"
     rows = json.loads(server.repos["user/whole"]["report.json"])
     assert {row["model"] for row in rows["reports"]} == {"user/whole"}
     assert {row["model"] for row in rows["compared"]} == {"base model", "TeCoA from base model, same settings"}

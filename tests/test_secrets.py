@@ -174,6 +174,16 @@ def test_the_list_of_arguments_forgets_it(monkeypatch):
                         "<token>", "--seed", "1"]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "run", [lambda: run_recipe("pmg_aft", CONFIG, ""), lambda: run_evaluation(EVALUATION, ""), main]
+)
+def test_a_run_forgets_it_first(run, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--training.hub_token", TOKEN, "--no-such-option", "1"])
+    with pytest.raises(SystemExit):
+        run()
+    assert TOKEN not in sys.argv
+
+
 def test_a_token_acts_and_is_not_written():
     words = ["--training.hub_token", TOKEN, "--training.push_to_hub", "false"]
     recipe = read_recipe("pmg_aft", parse_arguments(words, CONFIG))
