@@ -829,7 +829,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     say = processes.print
     push = recipe.push
     if push is not None and processes.is_main_process:
-        push = prepare_repository(push, "run.push_to_hub")
+        push = prepare_repository(push, "model" if recipe.prompts is None else "adapter", "run.push_to_hub")
     say(f"{recipe.method}: {len(train_data)} images, {len(train_data.class_names)} classes, "
         f"{processes.num_processes} process(es) on {processes.device.type}")  # fmt: skip
 

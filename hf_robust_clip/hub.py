@@ -33,6 +33,8 @@ MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "gene
 FIGURES = ("report.json", "report.csv", "recipe.yaml", "accuracy.png")  # what belongs to the weights beside them
 TRAINERS = ("training_args.bin", "pytorch_model*.bin", "adapter_model.bin", "optimizer.*", "scheduler.pt", "scaler.pt",
             "rng_state*.pth")  # fmt: skip
+WHOLE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+ADAPTER_WEIGHTS = ("adapter_model.*",)
 TEXTS = (".json", ".yaml", ".yml", ".md", ".txt", ".csv")
 LARGEST_TEXT = 20_000_000  # bytes
 
@@ -69,10 +71,14 @@ def check_push(push: Push, name: str = "push_to_hub") -> None:
         raise OSError(f"{name}={push.repo_id!r}: there is no token; set HF_TOKEN or run `hf auth login`.")
 
 
-def prepare_repository(push: Push, name: str = "push_to_hub") -> Push:
+def prepare_repository(push: Push, kind: Kind, name: str = "push_to_hub") -> Push:
     """Make the repository, unless it is there, and see that it can be written to; its whole id comes back.
 
-    Raises as `check_push`, and OSError if the Hub refuses.
+    Args:
+        kind: of what will be pushed.
+
+    Raises as `check_push`, OSError if the Hub refuses, and ValueError for a repository that holds weights of another
+    kind: whole ones beside an adapter would be loaded in its place, or the other way round.
     """
     from huggingface_hub import HfApi
 
@@ -83,8 +89,15 @@ def prepare_repository(push: Push, name: str = "push_to_hub") -> Push:
         api.auth_check(repo_id, write=True)
         if push.revision is not None and not push.revision.startswith("refs/"):
             api.create_branch(repo_id, branch=push.revision, exist_ok=True)
+        there = api.list_repo_files(repo_id, revision=push.revision)
     except Exception as error:  # the Hub's client raises many kinds
         raise OSError(f"{name}={push.repo_id!r} can't be written to: {reason_of(error)}") from error
+    others = [file for file in there if _fits(file, ADAPTER_WEIGHTS if kind == "model" else WHOLE_WEIGHTS)]
+    if others:
+        raise ValueError(
+            f"{name}={repo_id!r} holds {others[0]}, beside which no {kind} can be pushed; take another repository, or "
+            "delete it there."
+        )
     return replace(push, repo_id=repo_id)
 
 
@@ -109,9 +122,9 @@ def push_folder(
     """
     push = Push(repo_id, token, private, revision)
     check_push(push, "repo_id")
-    check_folder(folder)
+    kind = check_folder(folder)
     with saved_in(folder, push):
-        push = prepare_repository(push, "repo_id")
+        push = prepare_repository(push, kind, "repo_id")
         name_repository(folder, push.repo_id)
         check_card(folder, push.repo_id)
         return without_tokens(str(upload(folder, push, commit_message).repo_url))
@@ -216,7 +229,7 @@ def dump_recipe(settings: Any) -> str:
 def upload(folder: str | Path, push: Push, commit_message: str, only: Sequence[str] = ("*",)) -> CommitInfo:
     """Upload a folder to a repository that is there.
 
-    Weights of another kind, figures of other weights and pickled leftovers that the repository holds are deleted.
+    What the repository holds of the weights that were there before, figures and pickles among it, is deleted.
 
     Args:
         only: patterns of the files; nothing of `NEVER_PUSHED` goes along.

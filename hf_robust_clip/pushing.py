@@ -15,8 +15,10 @@ from transformers.utils.hub import PushInProgress
 
 from .hub import (
     MODEL_FILES,
+    Kind,
     Push,
     check_base,
+    check_card,
     check_folder,
     check_push,
     copy_model,
@@ -24,7 +26,7 @@ from .hub import (
     saved_in,
     upload,
 )
-from .model_card import card_state, changed_card, contradiction
+from .model_card import card_state, changed_card, contradiction, name_repository
 
 logger = logging.getLogger(__name__)
 UNMEASURED = (*MODEL_FILES, "README.md")  # what is pushed where no figures belong to the weights
@@ -68,8 +70,11 @@ class PushingTrainer(Trainer):
         push = self._push(token, private)
         check_push(push, "hub_model_id")
         if self.is_world_process_zero():
-            self.hub_model_id = prepare_repository(push, "hub_model_id").repo_id
+            self.hub_model_id = prepare_repository(push, self._kind(), "hub_model_id").repo_id
             self.push_in_progress = None
+
+    def _kind(self) -> Kind:
+        return "model" if self.adapter_base() is None else "adapter"
 
     def _push(self, token: str | bool | None = None, private: bool | None = None, revision: str | None = None) -> Push:
         """Where pushes go, by the arguments, else by the settings."""
@@ -105,13 +110,17 @@ class PushingTrainer(Trainer):
         push, folder = self._push(token, private, revision), self.args.output_dir
         with saved_in(folder, push):
             self.create_model_card(**kwargs)
-            push = prepare_repository(push, "hub_model_id")
+            push = prepare_repository(push, self._kind(), "hub_model_id")
             if self.hub_model_id != push.repo_id:
                 self.hub_model_id = push.repo_id
                 self.create_model_card(**kwargs)
             self._passed_over = None
             self._finish_current_push()
-            only = ("*",) if card_state(Path(folder, "README.md")) == "measured" else UNMEASURED
+            only: tuple[str, ...] = UNMEASURED
+            if card_state(Path(folder, "README.md")) == "measured":
+                only = ("*",)
+                name_repository(folder, push.repo_id)
+                check_card(folder, push.repo_id)
             check_folder(folder, only)
             message = commit_message or "End of training"
             if blocking:

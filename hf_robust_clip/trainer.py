@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
@@ -487,9 +487,12 @@ class RobustClipTrainer(PushingTrainer):
 
     @staticmethod
     def _adapter_settings(core: nn.Module) -> dict[str, Any]:
-        """Of prompts what was chosen, as one entry."""
+        """Of prompts, or another adapter, what was chosen, as one entry."""
         config = core.active_peft_config if isinstance(core, PeftModel) else None
-        return {"prompts": config.summary()} if isinstance(config, ClipPromptConfig) else {}
+        if config is None or isinstance(config, ClipPromptConfig):
+            return {} if config is None else {"prompts": config.summary()}
+        rank = f" of rank {config.r}, alpha {config.lora_alpha}" if isinstance(config, LoraConfig) else ""
+        return {"adapter": f"{config.peft_type.value}{rank}"}
 
 
 class CleanTrainer(RobustClipTrainer):

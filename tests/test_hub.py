@@ -48,7 +48,8 @@ def client(folder: Path, work: Path) -> dict:
     found["model_name"] = card.data.model_name
     found["pushed_again"] = push_folder(folder, REPO)
 
-    for repo, card_text in ((TRAINER_REPO, (folder / "README.md").read_text()), (DRAFT_REPO, None)):
+    text = (folder / "README.md").read_text().replace(REPO, TRAINER_REPO)
+    for repo, card_text in ((TRAINER_REPO, text), (DRAFT_REPO, None)):
         output_dir = work / repo
         output_dir.mkdir(parents=True)
         if card_text:
@@ -134,7 +135,8 @@ def test_metadata_was_accepted_and_gives_back_its_results(hub):
 def test_trainer_pushes_a_loadable_model_and_keeps_our_card(hub):
     server, found, folder = hub
     assert found[TRAINER_REPO + " loads"]
-    assert server.repos[TRAINER_REPO]["README.md"] == (folder / "README.md").read_bytes()
+    kept = (folder / "README.md").read_bytes().replace(REPO.encode(), TRAINER_REPO.encode())
+    assert server.repos[TRAINER_REPO]["README.md"] == kept
     assert "training_args.bin" not in found[TRAINER_REPO]
 
 

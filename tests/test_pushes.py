@@ -147,6 +147,12 @@ def client(base: Path, work: Path, control: str) -> dict:
 
     with refused(found, "adapter on a folder"):
         APTTrainer(model(base), args("user/on-a-folder", push_to_hub=True), train_dataset=data, peft_config=prompts)
+    with refused(found, "defence on its own base"):
+        DefendedClassifier(model(), TTC()).push_to_hub(BASE)
+    with refused(found, "adapter among weights"):
+        APTTrainer(model(), args("user/whole", push_to_hub=True), train_dataset=data, peft_config=prompts)
+    with refused(found, "weights beside an adapter"):
+        TeCoATrainer(model(), args("user/an-adapter", push_to_hub=True), train_dataset=data)
     with refused(found, "defence on a folder"):
         DefendedClassifier(model(base), TTC()).push_to_hub("user/ttc-on-a-folder")
     with refused(found, "malformed"):
@@ -194,7 +200,9 @@ def hub(tmp_path_factory):
     (work / "figures/recipe.yaml").write_text(yaml.safe_dump(recipe))
     with HubServer() as server:
         server.repos[BASE] = {path.name: path.read_bytes() for path in (work / "base").iterdir()}
-        server.repos["user/ttc"] = {"model.safetensors": b"old", "training_args.bin": b"old", "mine.txt": b"kept"}
+        server.repos["user/ttc"] = {"report.json": b"old", "training_args.bin": b"old", "mine.txt": b"kept"}
+        server.repos["user/whole"] = {"model.safetensors": b"old"}
+        server.repos["user/an-adapter"] = {"adapter_model.safetensors": b"old"}
         environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))},
             "HF_ENDPOINT": server.url, "HF_TOKEN": "hf_dummy", "HF_HUB_OFFLINE": "0", "HF_HOME": str(work / "home"),
@@ -231,6 +239,7 @@ def test_what_is_pushed_loads_by_the_code_of_its_card(hub, repo):
     assert "**Nothing was measured of this repository.**" in seen["text"]
     assert f'"user/{repo}"' in seen["text"]
     assert seen["base"] == BASE
+    assert ("| adapter | LORA of rank 2, alpha 8 |" in seen["text"]) == (repo == "lora")
     library = {"lora": "peft", "prompts": "peft", "tapt": "peft", "ttc": "hf_robust_clip"}.get(repo, "transformers")
     assert seen["library"] == library
 
@@ -255,8 +264,9 @@ def test_a_defence_is_pushed_with_its_prompts(hub):
     assert {"adaptation.json", "statistics.safetensors"} <= set(server.repos["user/tapt"])
 
 
-def test_weights_that_were_there_before_and_pickles_go_other_files_stay(hub):
+def test_figures_that_were_there_before_and_pickles_go_other_files_stay(hub):
     server, *_ = hub
+    assert server.repos["user/whole"] == {"model.safetensors": b"old"}
     assert set(server.repos["user/ttc"]) == {"mine.txt", "README.md", "adaptation.json"}
 
 
@@ -276,6 +286,9 @@ def test_token_visibility_and_metadata_of_the_settings_act(hub):
         ("all_checkpoints", "ValueError", ["hub_strategy", "'all_checkpoints'"]),
         ("adapter on a folder", "ValueError", ["hub_model_id", "base"]),
         ("defence on a folder", "ValueError", ["base"]),
+        ("defence on its own base", "ValueError", [f"repo_id='{BASE}'", "model.safetensors"]),
+        ("adapter among weights", "ValueError", ["hub_model_id='user/whole'", "model.safetensors"]),
+        ("weights beside an adapter", "ValueError", ["hub_model_id='user/an-adapter'", "adapter_model.safetensors"]),
         ("malformed", "ValueError", ["hub_model_id", "'user/a b'"]),
         ("read only", "OSError", ["hub_model_id", "'user/not-mine'"]),
         ("path in a text", "ValueError", ["notes.md"]),

@@ -28,6 +28,7 @@ def client(work: Path) -> dict:
     from accelerate.state import AcceleratorState
 
     from hf_robust_clip import CLIPForZeroShotClassification
+    from hf_robust_clip.checkpoint_notes import trained_templates
     from hf_robust_clip.cli import ModelSettings, load_model, run_recipe
 
     def run(name, method, *words):
@@ -56,6 +57,7 @@ def client(work: Path) -> dict:
     run("adapter", "apt", *DIGITS, "--data.shots", "2", "--data.max_images", "null", "--training.push_to_hub", "true",
         "--training.hub_model_id", "user/adapter")  # fmt: skip
     found["adapter, logits"] = [logits(str(work / "adapter")), logits("user/adapter")]
+    found["templates"] = [trained_templates(f"user/{name}") for name in ("whole", "adapter", "bare")]
     run("broken", "pmg_aft", *DIGITS, "--run.push_to_hub", "user/broken")
     CLIPForZeroShotClassification.from_pretrained(work / "broken")
     run("read-only", "pmg_aft", *DIGITS, "--run.push_to_hub", "user/read-only")
@@ -79,6 +81,7 @@ def hub(tmp_path_factory):
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (20 * i, 90, 120)).save(folder / f"{i}.png")
     with HubServer() as server:
+        server.repos["user/bare"] = {"config.json": b"{}"}
         server.broken.add("user/broken")
         server.read_only.add("user/read-only")
         environment = {
@@ -139,6 +142,11 @@ def test_cards_and_recipes_name_what_others_can_have(hub):
     adapter = json.loads(server.repos["user/adapter"]["adapter_config.json"])
     assert adapter["base_model_name_or_path"] == "digits-clip"
     assert "hf_robust_clip.digits_clip_path()" in server.repos["user/adapter"]["README.md"].decode()
+
+
+def test_a_repository_says_with_which_prompt_it_was_trained(hub):
+    _, found, *_ = hub
+    assert found["templates"] == [["This is a photo of a {}"], ["a photo of a {}."], []]
 
 
 def test_visibility_and_token_of_the_settings_act_and_training_pushes_too(hub):

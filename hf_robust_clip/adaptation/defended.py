@@ -234,7 +234,7 @@ class DefendedClassifier(nn.Module):
         Raises ValueError for a base model that others can't load, OSError if the Hub can't be written to.
         """
         check_base(self._base()[0], "the defence")
-        push = prepare_repository(Push(repo_id, token, private), "repo_id")
+        push = prepare_repository(Push(repo_id, token, private), "defence", "repo_id")
         with tempfile.TemporaryDirectory() as temporary:
             self.save_pretrained(temporary)
             self.card(push.repo_id).save(Path(temporary) / "README.md")
