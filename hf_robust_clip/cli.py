@@ -192,6 +192,7 @@ DEFENCE_SECTIONS = ("adaptation", "statistics", "defence_evaluation")  # of meth
 SECTIONS = ("model", "data", "prompt", "objective", "prompts", "training", *DEFENCE_SECTIONS, "evaluation", "tasks",
             "compare", "run")  # fmt: skip
 EVALUATION_SECTIONS = ("model", "compare", "reference", "prompt", "defence", "evaluation", "tasks", "run")
+LISTS = ("compare", "tasks", "reference")  # sections without keys
 SHORT = {"model": "model.name", "revision": "model.revision", "template": "prompt.template",
          "radii": "evaluation.radii", "attacks": "evaluation.attacks"}  # fmt: skip
 RUN_OPTIONS = ("output_dir", "overwrite", "resume", "device")
@@ -266,8 +267,10 @@ def parse_arguments(argv: Sequence[str], default_config: Path, sections: Sequenc
     settings = parse_yaml(read_text(config), str(config)) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{config} must hold sections: {', '.join(SECTIONS)}.")
-    for section in settings:
+    for section, values in settings.items():
         check_key(section, sections, f"section in {config.name}")
+        if section not in LISTS and not isinstance(values, dict | None):
+            raise ValueError(f"the section {section} in {config.name} must hold keys.")
     if "training" not in sections:
         task = {key: value for key, value in overrides if key in TASK_OPTIONS}
         overrides = [(SHORT.get(key, key), value) for key, value in overrides if key not in task]
@@ -279,7 +282,7 @@ def parse_arguments(argv: Sequence[str], default_config: Path, sections: Sequenc
     for key, value in overrides:
         section, _, rest = key.partition(".")
         check_key(section, (*sections, *(SHORT if "training" not in sections else ())), "option --" + key)
-        if section in ("compare", "tasks", "reference") and not rest:
+        if section in LISTS and not rest:
             settings[section] = value
         elif not rest or "." in rest:
             raise ValueError(f"--{key} is not of the form --section.key.")

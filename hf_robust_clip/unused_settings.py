@@ -63,7 +63,9 @@ def check_model(values: Values, *, trained: bool) -> None:
 
 
 def check_data(section: str, values: Values, *, task: bool) -> None:
-    """The section data, or a task: `shots_seed` is of shots, `name` of tables."""
+    """The section data, or a task: `shots_seed` is of shots, `name` of tables, `data_root` of sets that are read."""
+    if (values or {}).get("dataset") == "digits":
+        idle(section, values, "data_root", "for digits, which come with scikit-learn")
     if not asked(values, "shots"):
         idle(section, values, "shots_seed", f"without {section}.shots", 0)
     if not task:
@@ -86,6 +88,11 @@ def check_prompts_section(values: Values, config: Any) -> None:
     for key in unused_by_design(config.design, values):
         region = " with pixel_region='full'" if config.pixel_region == "full" else ""
         idle("prompts", values, key, f"for prompts of design {config.design!r}{region}", defaults.get(key))
+    if config.design == "T" and config.text_depth <= 1 and config.context_init is not None:
+        idle("prompts", values, "init_std", "for one layer of text prompts, which begin from prompts.context_init",
+             defaults.get("init_std"))  # fmt: skip
+    if config.has_text and not (config.num_text_tokens and config.text_depth):
+        idle("prompts", values, "context_init", "without text prompts", defaults.get("context_init"))
 
 
 def check_training(values: Values, defaults: Mapping[str, Any], *, collects: bool, device: str) -> None:
