@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,14 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_o
 import yaml
 
 from .digits_clip import EMBEDDED_MODEL
+from .secrets import (
+    hide_arguments,
+    is_token_key,
+    refuse_tokens,
+    without_token_entries,
+    without_token_keys,
+    without_tokens,
+)
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
     from .adaptation.tapt import TAPT
     from .attacks.suites import Suite
     from .evaluation import EvaluationSettings
+    from .hub import Push
     from .modeling import CLIPForZeroShotClassification
     from .prompts import ClipPromptConfig
     from .report import RobustnessReport
@@ -101,7 +111,7 @@ class PromptSettings:
 class EvaluationPrompt:
     """How class names become texts in an evaluation."""
 
-    template: str | None = "This is a photo of a {}"  # None takes the known dataset's own
+    template: str | None = None  # None takes that of the model's training, or else each known dataset's own
 
 
 @dataclass(frozen=True)
@@ -153,6 +163,7 @@ class Recipe:
     adaptations: dict[str, TAPT] = field(default_factory=dict)  # by title; the first is saved
     statistics: StatisticsSettings = StatisticsSettings()
     defence_evaluation: DefenceEvaluation = DefenceEvaluation()
+    push: Push | None = None  # where the finished folder is uploaded to
 
     @property
     def title(self) -> str:
@@ -176,6 +187,7 @@ class EvaluationRecipe:
     run: RunSettings
     source: dict[str, Any]
     defence: TestTimeAdapter | None = None
+    defence_settings: dict[str, Any] = field(default_factory=dict)  # what was asked of it, over what a folder saved
 
 
 USAGE = f"""\
@@ -186,6 +198,7 @@ DEFENCE_SECTIONS = ("adaptation", "statistics", "defence_evaluation")  # of meth
 SECTIONS = ("model", "data", "prompt", "objective", "prompts", "training", *DEFENCE_SECTIONS, "evaluation", "tasks",
             "compare", "run")  # fmt: skip
 EVALUATION_SECTIONS = ("model", "compare", "reference", "prompt", "defence", "evaluation", "tasks", "run")
+LISTS = ("compare", "tasks", "reference")  # sections without keys
 SHORT = {"model": "model.name", "revision": "model.revision", "template": "prompt.template",
          "radii": "evaluation.radii", "attacks": "evaluation.attacks"}  # fmt: skip
 RUN_OPTIONS = ("output_dir", "overwrite", "resume", "device")
@@ -206,13 +219,15 @@ EVALUATION_OPTIONS = """\
                          with --split, --config_name NAME, --class_names FILE, --image_column, --label_column,
                          --background, --max_images N, --streaming true (only so many rows are read), --resize N,
                          --data_root
-  --template TEXT        prompt with {} for the class name; null takes the known dataset's own
+  --template TEXT        prompt with {} for the class name; null takes that of the model's training, if a recipe.yaml
+                         or report.json beside it says so, else the known dataset's own
   --attacks LIST         of pgd-N, cw-N, apgd (APGD-CE and APGD-T), autoattack, autoattack-rand, apgd-ce, apgd-dlr,
                          apgd-t, fab-t, square; with a defence also worst or worst-PGD-APGD-SQUARE (their numbers of
                          steps and queries); a list is written '[pgd-20, autoattack]'
   --defence.method NAME  a test-time defence: tapt, tpt, prompt_align, r_tpt, ttc, ensemble; its settings stand in the
                          same section (--defence.num_views 32); tapt and prompt_align take the statistics from the
-                         folder that the model is loaded from. --evaluation.target says what the attacks see
+                         folder that the model is loaded from, and the settings that a defence of the same name has
+                         there. --evaluation.target says what the attacks see
   --radii LIST           such as '[1/255, 4/255]'
   --compare LIST         further checkpoints, shown beside
   --reference NAME       an undefended checkpoint, which a working attack brings to about 0
@@ -225,7 +240,7 @@ def help_text(description: str, config: Path, options: str) -> str:
     """What `--help` prints: usage, and the default config with its comments."""
     return (
         f"{description.strip()}\n\noptions:\n{options}\n\n"
-        f"default config ({config.name}):\n\n{config.read_text(encoding='utf-8')}"
+        f"default config ({config.name}):\n\n{without_token_entries(config.read_text(encoding='utf-8'))}"
     )
 
 
@@ -258,11 +273,13 @@ def parse_arguments(argv: Sequence[str], default_config: Path, sections: Sequenc
             overrides.append((key, parse_yaml(value, f"--{key}")))
     if not config.is_file():
         raise OSError(f"--config {str(config)!r} is not a file.")
-    settings = parse_yaml(config.read_text(encoding="utf-8"), str(config)) or {}
+    settings = parse_yaml(read_text(config), str(config)) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{config} must hold sections: {', '.join(SECTIONS)}.")
-    for section in settings:
+    for section, values in settings.items():
         check_key(section, sections, f"section in {config.name}")
+        if section not in LISTS and not isinstance(values, dict | None):
+            raise ValueError(f"the section {section} in {config.name} must hold keys.")
     if "training" not in sections:
         task = {TASK_OPTIONS[key]: value for key, value in overrides if key in TASK_OPTIONS}
         overrides = [(SHORT.get(key, key), value) for key, value in overrides if key not in TASK_OPTIONS]
@@ -270,10 +287,11 @@ def parse_arguments(argv: Sequence[str], default_config: Path, sections: Sequenc
             raise ValueError(f"--{next(iter(task))} goes with --dataset.")
         if task:
             settings["tasks"] = [{"split": "test", **task}]
+    drop_unused_prompts(settings, overrides)
     for key, value in overrides:
         section, _, rest = key.partition(".")
         check_key(section, (*sections, *(SHORT if "training" not in sections else ())), "option --" + key)
-        if section in ("compare", "tasks", "reference") and not rest:
+        if section in LISTS and not rest:
             settings[section] = value
         elif not rest or "." in rest:
             raise ValueError(f"--{key} is not of the form --section.key.")
@@ -282,12 +300,45 @@ def parse_arguments(argv: Sequence[str], default_config: Path, sections: Sequenc
     return settings
 
 
-def parse_yaml(text: str, what: str) -> Any:
-    """What a YAML text says. Raises ValueError in one line if it is none."""
+def drop_unused_prompts(settings: dict[str, Any], overrides: Sequence[tuple[str, Any]]) -> None:
+    """Where the command line takes another design of prompts than the file: drop what only the file's design has."""
+    from .unused_settings import unused_by_design
+
+    asked = dict(overrides)
+    prompts = settings.get("prompts")
+    if isinstance(prompts, dict) and asked.get("prompts.design") not in (None, prompts.get("design")):
+        for key in unused_by_design(str(asked["prompts.design"]), prompts):
+            del prompts[key]
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file. Raises ValueError for any other."""
     try:
-        return yaml.safe_load(text)
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text.") from error
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """What a YAML text says. Raises ValueError in one line, without the text, if it is none."""
+    try:
+        return yaml.load(text, UniqueKeys)  # a SafeLoader
     except yaml.YAMLError as error:
-        raise ValueError(f"{what} is not YAML: {' '.join(str(error).split())}") from error
+        problem = getattr(error, "problem", None) or str(error)
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
+        raise ValueError(without_tokens(f"{what} is not YAML: {' '.join(problem.split())}{place}")) from None
 
 
 def check_key(key: str, known: Sequence[str], what: str) -> None:
@@ -368,7 +419,8 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
         "/".join(map(repr, get_args(o))) if get_origin(o) is Literal else getattr(o, "__name__", str(o))
         for o in options
     )
-    raise ValueError(f"{name}={value!r} must be {kinds}.")
+    shown = "..." if is_token_key(name) else repr(value)
+    raise ValueError(f"{name}={shown} must be {kinds}.")
 
 
 def build_objective(method: str, values: Mapping[str, Any] | None) -> Any:
@@ -400,12 +452,19 @@ def build_prompts(method: str, values: Mapping[str, Any] | None) -> ClipPromptCo
     default = trainer_class(method).default_peft_config()
     if values is None:
         return default
+    if not isinstance(values, Mapping):
+        raise ValueError(f"prompts={values!r} must hold keys.")
     from .prompts import ClipPromptConfig
+    from .unused_settings import USED_BY_ALL, USED_BY_DESIGN, check_prompts_section
 
-    given = build(ClipPromptConfig, values, "prompts")
-    if default is None or "design" in values:
-        return given
-    return ClipPromptConfig(**{**default.to_dict(), **{key: getattr(given, key) for key in values}})
+    known = [key for keys in (USED_BY_ALL, *USED_BY_DESIGN.values()) for key in keys]
+    for key in values:
+        check_key(key, list(dict.fromkeys(known)), "key in prompts")
+    config = build(ClipPromptConfig, values, "prompts")
+    if default is not None and "design" not in values:
+        config = ClipPromptConfig(**{**default.to_dict(), **{key: getattr(config, key) for key in values}})
+    check_prompts_section(values, config)
+    return config
 
 
 def trainer_class(method: str) -> type[RobustClipTrainer]:
@@ -416,70 +475,113 @@ def trainer_class(method: str) -> type[RobustClipTrainer]:
 
 def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
     """Check every section and make its settings. Nothing is written or downloaded here."""
+    from . import unused_settings as unused
+
+    refuse_tokens(settings, "settings")
     run = build(RunSettings, settings.get("run"), "run")
     check_output_dir(run)
     from .training_arguments import RobustClipConfig, check_augmentation, check_start_of_attack, check_trained_part
 
     model = build(ModelSettings, settings.get("model"), "model")
+    unused.check_run(run.output_dir, run.overwrite, run.resume, model.name)
+    unused.check_model(settings.get("model"), trained=True)
     data = build(DataSettings, settings.get("data"), "data")
-    tasks = settings.get("tasks") or [{"dataset": data.dataset, "split": "test", "name": data.dataset}]
+    unused.check_data("data", settings.get("data"), task=False)
+    tasks = settings.get("tasks")
+    if tasks is None:
+        from .names import shown_name
+
+        tasks = [{"dataset": data.dataset, "split": "test", "name": shown_name(data.dataset)}]
     compare = settings.get("compare") or []
     compare = [compare] if isinstance(compare, str) else compare
     if not isinstance(compare, list):
         raise ValueError(f"compare={compare!r} must be a method or a list of methods.")
     for other in compare:
         check_key(other, [name for name in METHODS if name != "tapt"], "method in compare")
+    with_prompts = [name for name in compare if trainer_class(name).default_peft_config() is not None]
+    unused.check_methods(method, compare, lora=model.lora_rank is not None, with_prompts=with_prompts)
+    unused.check_training_evaluation(settings.get("evaluation"))
     evaluation = build_evaluation(settings.get("evaluation"))
     settings_of_tasks = build_tasks(tasks)
     check_max_images(data, "data")
-    if run.push_to_hub is not None:
-        from huggingface_hub.utils import validate_repo_id
-
-        validate_repo_id(run.push_to_hub)
     prompts = build_prompts(method, settings.get("prompts"))
     if prompts is not None and model.lora_rank is not None:
         raise ValueError(f"model.lora_rank={model.lora_rank!r} and prompts don't go together; choose one.")
-    training = settings.get("training") or {}
-    for name, own in (("output_dir", "run.output_dir"), ("use_cpu", "run.device")):
-        if name in training:
-            raise ValueError(f"training.{name}={training[name]!r}: set {own} in its place.")
-    training = {**training, "output_dir": run.output_dir, "use_cpu": use_cpu(run.device)}
+    objective = build_objective(method, settings.get("objective"))
+    defaults = {f.name: f.default for f in fields(RobustClipConfig)}
+    unused.check_training(settings.get("training"), defaults, collects=method == "tapt", device=run.device)
+    unused.check_push_settings(settings.get("training"), run.push_to_hub, defaults)
+    training = {"output_dir": run.output_dir, **(settings.get("training") or {}), "use_cpu": use_cpu(run.device)}
+    training = build(RobustClipConfig, training, "training")
     adaptations: dict[str, Any] = {}
     statistics, defence = (
         build(cls, settings.get(section), section)
         for cls, section in ((StatisticsSettings, "statistics"), (DefenceEvaluation, "defence_evaluation"))
     )
     if method == "tapt":
-        adaptations = build_adaptations(settings.get("adaptation"), defence.presets, prompts.design)  # type: ignore[union-attr]
-        defence_settings(evaluation, defence)
+        own = settings.get("adaptation")
+        adaptations = build_adaptations(own, defence.presets, prompts.design)  # type: ignore[union-attr]
+        for adaptation in adaptations.values():
+            unused.check_adapter("adaptation", own, adaptation)
+        worst = defence_settings(evaluation, defence)[1].attack
+        unused.check_defence_evaluation(settings.get("defence_evaluation"), (own or {}).get("preset"), worst)
         check_max_images(statistics, "statistics")
     for section in DEFENCE_SECTIONS:
         if method != "tapt" and settings.get(section) is not None:
             raise ValueError(f"the section {section} goes with tapt, not with {method}.")
-    arguments = build(RobustClipConfig, training, "training")
-    check_augmentation(arguments, data.augment)
-    objective = build_objective(method, settings.get("objective"))
+    check_augmentation(training, data.augment)
     for name in (method, *compare):
-        check_start_of_attack(arguments, objective if name == method else build_objective(name, None))
+        check_start_of_attack(training, objective if name == method else build_objective(name, None))
         adapter = prompts if name == method else build_prompts(name, None)
-        check_trained_part(arguments, adapter is not None or model.lora_rank is not None)
-    return Recipe(
+        check_trained_part(training, adapter is not None or model.lora_rank is not None)
+    prompt = build(PromptSettings, settings.get("prompt"), "prompt")
+    recipe = Recipe(
         method=method,
         model=model,
         data=data,
-        prompt=build(PromptSettings, settings.get("prompt"), "prompt"),
+        prompt=prompt,
         objective=objective,
         prompts=prompts,
-        training=arguments,
+        training=training,
         evaluation=evaluation,
         tasks=settings_of_tasks,
-        compare=tuple(other for other in dict.fromkeys(compare) if other != method),
+        compare=tuple(compare),
         run=run,
-        source=settings,
+        source={**without_token_keys(settings), "prompt": {"template": prompt.template}},
         adaptations=adaptations,
         statistics=statistics,
         defence_evaluation=defence,
+        push=push_of(run, training),
     )
+    check_titles(recipe)
+    if recipe.push is not None:
+        from .hub import check_base, check_push
+
+        check_push(recipe.push, "run.push_to_hub")
+        if prompts is not None:
+            check_base(model.name, "run.push_to_hub: the adapter")
+    return recipe
+
+
+def push_of(run: RunSettings, training: RobustClipConfig) -> Push | None:
+    """Where the finished folder is uploaded to: by `run.push_to_hub`, or by the Trainer's own settings."""
+    from .hub import Push
+
+    repo_id = run.push_to_hub or training.hub_model_id or Path(run.output_dir).absolute().name
+    if run.push_to_hub is None and not training.push_to_hub:
+        return None
+    return Push(repo_id, training.hub_token, training.hub_private_repo, training.hub_revision)
+
+
+def check_titles(recipe: Recipe) -> None:
+    """Raise ValueError where a table would call two of its models the same."""
+    for other in recipe.compare:
+        rival = replace(recipe, method=other, objective=build_objective(other, None),
+                        prompts=rival_prompts(recipe, other))  # fmt: skip
+        if rival.title == recipe.title:
+            raise ValueError(
+                f"compare={list(recipe.compare)!r}: {rival.title} is what {recipe.method} trains already."
+            )
 
 
 def build_adaptations(values: Mapping[str, Any] | None, presets: Sequence[str], design: str) -> dict[str, Any]:
@@ -558,14 +660,15 @@ def attack_suite(name: Any, step_size: float | str | None = None) -> Suite:
 
 def build_tasks(tasks: Any) -> tuple[DataSettings, ...]:
     """The datasets to evaluate on, each with a name of its own."""
+    from .names import task_titles
+    from .unused_settings import check_data
+
     if not isinstance(tasks, list) or not tasks:
         raise ValueError(f"tasks={tasks!r} must be a list of datasets to evaluate on.")
     built = tuple(build(DataSettings, task, f"tasks[{i}]") for i, task in enumerate(tasks))
-    names = [task.name or task.dataset for task in built]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"two tasks have the name {name!r}; give each its own by `name`.")
+    task_titles([(task.name, task.dataset) for task in built])
     for i, task in enumerate(built):
+        check_data(f"tasks[{i}]", tasks[i], task=True)
         check_max_images(task, f"tasks[{i}]")
         if task.augment:
             raise ValueError(f"tasks[{i}].augment=true: pictures are evaluated as they are; augment goes with data.")
@@ -580,23 +683,37 @@ def check_max_images(data: DataSettings | StatisticsSettings | DefenceEvaluation
 
 def read_evaluation(settings: dict[str, Any]) -> EvaluationRecipe:
     """Check every section of an evaluation. Nothing is written or downloaded here."""
+    from . import unused_settings as unused
+    from .evaluation import THROUGH
     from .modeling import check_classes
+    from .names import same_place
 
+    refuse_tokens(settings, "settings")
     run = build(RunSettings, settings.get("run"), "run")
     check_output_dir(run)
-    if Path(run.output_dir, "config.json").is_file():
+    if any(Path(run.output_dir, name).is_file() for name in ("config.json", "adapter_config.json")):
         raise OSError(f"output_dir={run.output_dir!r} is a checkpoint with a report of its own; name another folder.")
     if run.push_to_hub is not None:
         raise ValueError("run.push_to_hub goes with training; an evaluation stays in its output directory.")
-    values = dict(settings.get("evaluation") or {})
-    attacks = values.pop("attacks", None) or [values.pop("attack", "pgd-20")]
+    given = settings.get("evaluation") or {}
+    unused.check_attacks(given)
+    values = dict(given)
+    attacks = values.pop("attacks", None)
+    attacks = [values.pop("attack", "pgd-20")] if attacks is None else attacks
+    values.pop("attack", None)
     attacks = attacks if isinstance(attacks, list) else [attacks]
+    if not attacks:
+        raise ValueError("evaluation.attacks=[] names no attack.")
     others = settings.get("compare") or []
     others = others if isinstance(others, list) else [others]
     model, reference = build(ModelSettings, settings.get("model"), "model"), settings.get("reference")
     for name in (*others, reference):
         if name is not None and not isinstance(name, str):
             raise ValueError(f"{name!r} must be a Hub id or a folder of a checkpoint.")
+    unused.check_run(run.output_dir, run.overwrite, run.resume, model.name)
+    unused.check_model(settings.get("model"), trained=False)
+    unused.check_compared(model.name, others)
+    reference = next((name for name in (model.name, *others) if reference and same_place(name, reference)), reference)
     prompt = build(EvaluationPrompt, settings.get("prompt"), "prompt")
     if prompt.template is not None:
         check_classes(["a class"], prompt.template)
@@ -607,7 +724,10 @@ def read_evaluation(settings: dict[str, Any]) -> EvaluationRecipe:
         if reference is not None:
             raise ValueError(f"reference={reference!r} is undefended: evaluate it without the section defence.")
         values.setdefault("target", "defence_blind")
-    evaluations = tuple(build_evaluation(values, attack) for attack in dict.fromkeys(attacks))
+    evaluations = tuple(build_evaluation(values, attack) for attack in attacks)
+    for i, how in enumerate(evaluations):
+        if how in evaluations[:i]:
+            raise ValueError(f"evaluation.attacks={attacks!r} names {attacks[i]!r} twice.")
     for how in evaluations:
         if defence and how.target == "static":
             raise ValueError(
@@ -615,16 +735,21 @@ def read_evaluation(settings: dict[str, Any]) -> EvaluationRecipe:
             )
         if not defence and how.target != "static":
             raise ValueError(f"target={how.target!r} needs the section defence.")
+    unused.check_evaluation(given, evaluations, THROUGH)
+    adapter = build_defence(str(defence.pop("method")), defence) if defence else None
+    if adapter is not None:
+        unused.check_adapter("defence", defence, adapter)
     return EvaluationRecipe(
         model=model,
-        checkpoints=tuple(dict.fromkeys([model.name, *others])),
+        checkpoints=(model.name, *others),
         reference=reference,
         prompt=prompt,
         evaluations=evaluations,
         tasks=build_tasks(settings.get("tasks")),
         run=run,
-        source=settings,
-        defence=build_defence(str(defence.pop("method")), defence) if defence else None,
+        source=without_token_keys(settings),
+        defence=adapter,
+        defence_settings=defence,
     )
 
 
@@ -693,16 +818,23 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
 
     Returns the fine-tuned model's reports, one for each task.
     """
+    from .checkpoint_notes import named_base
+    from .hub import clear_model, dump_recipe, prepare_repository, push_folder
     from .model_card import CardInfo, make_card
-    from .report import percent, plot_accuracy, plot_defences, save_reports, to_table
+    from .names import hub_name, is_path, shown_folder, shown_name, task_titles, without_paths
+    from .report import blind_warning, percent, plot_accuracy, plot_defences, save_reports, to_table
     from .training_checkpoints import newest_whole_checkpoint
 
     folder = Path(recipe.run.output_dir)
     model = load_model(recipe.model)
     if hasattr(model, "peft_config"):
         raise ValueError(f"model.name={recipe.model.name!r} is an adapter; name the model that it stands on.")
-    train_data, tasks = load_data(recipe.data, model), [load_data(task, model) for task in recipe.tasks]
-    names = [task.name or task.dataset for task in recipe.tasks]
+    train_data, *tasks = (
+        replace(data, dataset_id=shown_name(data.dataset_id))
+        for data in (load_data(settings, model) for settings in (recipe.data, *recipe.tasks))
+    )
+    names = task_titles([(task.name, task.dataset) for task in recipe.tasks])
+    start = shown_name(recipe.model.name)
     model.set_classes(train_data.class_names, recipe.prompt.template)  # a bad class name fails here, before any work
     for config in (recipe.prompts, *(rival_prompts(recipe, other) for other in recipe.compare)):
         if config is not None:
@@ -711,6 +843,9 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
             check_prompts(model, config)
     processes = join_processes(recipe.training.use_cpu)
     say = processes.print
+    push = recipe.push
+    if push is not None and processes.is_main_process:
+        push = prepare_repository(push, "model" if recipe.prompts is None else "adapter", "run.push_to_hub")
     say(f"{recipe.method}: {len(train_data)} images, {len(train_data.class_names)} classes, "
         f"{processes.num_processes} process(es) on {processes.device.type}")  # fmt: skip
 
@@ -747,7 +882,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
         for old in (*folder.glob("checkpoint-*"), folder / "state"):
             shutil.rmtree(old, ignore_errors=True)
     processes.wait_for_everyone()
-    by_method = {"undefended": evaluate(model, "undefended", recipe.model.name)}
+    by_method = {"undefended": evaluate(model, "undefended", start)}
     trainer = make_trainer(recipe, model, train_data, save=True)
     resume = recipe.run.resume and newest_whole_checkpoint(folder) is not None
     if recipe.run.resume and not resume:
@@ -766,12 +901,10 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
         its_trainer = make_trainer(its_own, rival, train_data, save=False)
         its_trainer.train()
         rival, _ = plain_model(its_trainer, folder / "compared" / other)
-        by_method[its_own.title] = evaluate(
-            rival, its_own.title, f"{its_own.title} from {recipe.model.name}, same settings"
-        )
+        by_method[its_own.title] = evaluate(rival, its_own.title, f"{its_own.title} from {start}, same settings")
 
     title = recipe.title
-    repo_id = recipe.run.push_to_hub or recipe.run.output_dir
+    repo_id = push.repo_id if push is not None else shown_folder(recipe.run.output_dir)
     adaptations = add_statistics(recipe, trainer, train_data)
     settings = trainer.settings()
     tuned, to_save = plain_model(trainer, folder)
@@ -787,8 +920,10 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
                 by_method[f"{title}, {how.target}"] = found
     compared = [report for rows in by_method.values() for report in rows]
     if processes.is_main_process:
+        clear_model(folder)
         save_trained(to_save, folder)
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.source, sort_keys=False, allow_unicode=True))
+        source = recipe.source if push is None else without_paths(recipe.source)
+        (folder / "recipe.yaml").write_text(dump_recipe(source), encoding="utf-8")
         own = {
             title if report.defence is None else f"{title}, {report.attack_target}": reports[i : i + len(names)]
             for i, report in list(enumerate(reports))[:: len(names)]
@@ -802,17 +937,19 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
         else:
             plot_accuracy(folder / "accuracy.png", by_task)
         classes = ", ".join(train_data.class_names[:10]) + (", ..." if len(train_data.class_names) > 10 else "")
+        base = hub_name(recipe.model.name) or ""
         info = CardInfo(
             repo_id=repo_id,
-            base_model=f"./{recipe.model.name}" if Path(recipe.model.name).is_dir() else recipe.model.name,
-            training_data=f"{recipe.data.dataset}, split {train_data.split}, {len(train_data)} images of "
+            base_model=base,
+            ancestor=None if base else named_base(recipe.model.name),
+            training_data=f"{train_data.dataset_id}, split {train_data.split}, {len(train_data)} images of "
             f"{len(train_data.class_names)} classes ({classes}), {train_data.revision}",
             paper=replace(trainer.adaptation.paper, method="TAPT") if adaptations else recipe.objective.paper,
             settings=settings,
             template=recipe.prompt.template,
             class_names=train_data.class_names,
-            limits=limits_of(recipe.model.name),
-            datasets=[recipe.data.dataset],
+            limits=limits_of(base),
+            datasets=[] if is_path(recipe.data.dataset) else [train_data.dataset_id],
             plot="accuracy.png",
             license="apache-2.0" if recipe.model.name == EMBEDDED_MODEL else None,
         )
@@ -826,24 +963,34 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
         say(
             f"exactly-zero input gradients in the attacks: at most {percent(max(r.zero_gradient_share for r in rows))}"
         )
-        if recipe.run.push_to_hub:
-            say(f"pushed: {push_folder(folder, recipe.run.push_to_hub)}")
-        if adaptations:
-            say(f"saved to {folder}: adapter, statistics.safetensors, adaptation.json, README.md, report.json, "
-                "accuracy.png, recipe.yaml")  # fmt: skip
-            say(f'load it: TAPT.from_pretrained("{repo_id}"), or without the defence PeftModel.from_pretrained(clip, '
-                "...); see README.md")  # fmt: skip
-        elif recipe.prompts is None:
-            say(f"saved to {folder}: weights, processor, README.md, report.json, accuracy.png, recipe.yaml")
-            say(f'load it: CLIPForZeroShotClassification.from_pretrained("{repo_id}")  # or transformers.CLIPModel')
-        else:
-            size = (folder / "adapter_model.safetensors").stat().st_size
-            say(
-                f"saved to {folder}: adapter ({size / 1000:.0f} kB), README.md, report.json, accuracy.png, recipe.yaml"
-            )
-            say(f'load it: PeftModel.from_pretrained(clip, "{repo_id}")  # after import hf_robust_clip; see README.md')
+        if warning := blind_warning(rows):
+            say(f"\n{warning}\n")
+        say(f"saved to {folder}: {', '.join(saved_files(folder))}")
+        if push is None:
+            say(f"load it: {loading_code(recipe, recipe.run.output_dir)}")
     processes.wait_for_everyone()
+    if push is not None and processes.is_main_process:
+        address = push_folder(folder, push.repo_id, token=push.token, private=push.private, revision=push.revision)
+        say(f"pushed: {address}\nload it: {loading_code(recipe, push.repo_id)}")
     return reports
+
+
+def saved_files(folder: Path) -> list[str]:
+    """What a run leaves for others, in a few words."""
+    adapter = folder / "adapter_model.safetensors"
+    kinds = [f"adapter ({adapter.stat().st_size / 1000:.0f} kB)"] if adapter.is_file() else ["weights", "processor"]
+    others = ("statistics.safetensors", "adaptation.json", "README.md", "report.json", "accuracy.png", "recipe.yaml")
+    return [*kinds, *(name for name in others if (folder / name).is_file())]
+
+
+def loading_code(recipe: Recipe, source: str) -> str:
+    """How what was trained is loaded from a folder or repository."""
+    if recipe.adaptations:
+        without = "PeftModel.from_pretrained(clip, ...)"
+        return f'TAPT.from_pretrained("{source}"), or without the defence {without}; see README.md'
+    if recipe.prompts is not None:
+        return f'PeftModel.from_pretrained(clip, "{source}")  # after import hf_robust_clip; see README.md'
+    return f'CLIPForZeroShotClassification.from_pretrained("{source}")  # or transformers.CLIPModel'
 
 
 def add_statistics(recipe: Recipe, trainer: RobustClipTrainer, data: ImageDataset) -> dict[str, TAPT]:
@@ -867,20 +1014,24 @@ def save_trained(trained: Any, folder: Path) -> None:
     """Write a classifier, an adapter or a defended classifier."""
     from peft import PeftModel
 
-    trained.save_pretrained(folder, **({"save_embedding_layers": False} if isinstance(trained, PeftModel) else {}))
+    from .hub import without_draft
+
+    with without_draft(folder):
+        trained.save_pretrained(folder, **({"save_embedding_layers": False} if isinstance(trained, PeftModel) else {}))
 
 
 def defence_table(reports: Sequence[RobustnessReport], title: str) -> Table:
     """`report.defence_cells` as a `rich` table, a row for each model and task."""
     from rich.table import Table
 
-    from .report import defence_cells
+    from .report import defence_cells, templates_told
 
     heads, cells = defence_cells(by_model(reports))
+    about = "blind: made on the classifier alone (without a defence: white box); controls: clean/blind; ms: each"
     table = Table(
         title=title,
         title_justify="left",
-        caption="blind: made on the classifier alone (without a defence: white box); controls: clean/blind; ms: each",
+        caption="; ".join(filter(None, [about, templates_told(reports)])),
     )
     table.add_column("", no_wrap=True)
     for head in heads[1:]:
@@ -938,8 +1089,11 @@ def make_trainer(
     trainer = trainer_class(recipe.method)(model, training, recipe.objective, data, peft_config=peft_config)
     if isinstance(trainer, TAPTTrainer):
         trainer.adaptation = next(iter(recipe.adaptations.values()))
+    start = recipe.model.name
+    if start != EMBEDDED_MODEL and Path(start).is_dir():
+        start = str(Path(start).resolve())  # from another folder a relative one might be taken for the Hub's
     for config in getattr(trainer.model, "peft_config", {}).values():
-        config.base_model_name_or_path, config.revision = recipe.model.name, recipe.model.revision
+        config.base_model_name_or_path, config.revision = start, recipe.model.revision
     return trainer
 
 
@@ -956,7 +1110,7 @@ def plain_model(trainer: RobustClipTrainer, folder: Path) -> tuple[CLIPForZeroSh
     if trainer.accelerator.distributed_type == DistributedType.FSDP:
         from .modeling import CLIPForZeroShotClassification
 
-        trainer.save_model(str(folder))
+        trainer.save_model(str(folder), _internal_call=True)  # which pushes nothing
         trainer.accelerator.wait_for_everyone()
         whole = CLIPForZeroShotClassification.from_pretrained(folder).eval()
         return whole, whole
@@ -975,8 +1129,20 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
     """
     from rich.console import Console
 
+    from .checkpoint_notes import known_templates, other_prompt, quoted, trained_templates
     from .evaluation import adversarial_examples, evaluate_robustness
-    from .report import percent, plot_accuracy, plot_examples, plot_tradeoff, save_csv, save_reports, to_table
+    from .hub import dump_recipe
+    from .names import task_titles, titles
+    from .report import (
+        blind_warning,
+        percent,
+        plot_accuracy,
+        plot_examples,
+        plot_tradeoff,
+        save_csv,
+        save_reports,
+        to_table,
+    )
 
     folder = Path(recipe.run.output_dir)
     processes = join_processes(use_cpu(recipe.run.device))
@@ -984,32 +1150,38 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
         shutil.rmtree(folder / "state", ignore_errors=True)
     processes.wait_for_everyone()
     names = list(dict.fromkeys([*recipe.checkpoints, *([recipe.reference] if recipe.reference else [])]))
-    titles = {
-        name: Path(name).name if [Path(n).name for n in names].count(Path(name).name) == 1 else name for name in names
-    }
+    called = titles(names)
+    tasks = dict(zip(task_titles([(task.name, task.dataset) for task in recipe.tasks]), recipe.tasks, strict=True))
+    templates: Sequence[str] = () if recipe.prompt.template is None else (recipe.prompt.template,)
+    remarks: list[str | None] = []
     reports: list[RobustnessReport] = []
     under_first: list[RobustnessReport] = []  # by the first of the attacks
     strip = None
     for name in names:
         own = recipe.model if name == recipe.model.name else ModelSettings(name)
         model = load_model(own).to(processes.device)
-        defence = with_statistics(recipe.defence, own)
-        for task in recipe.tasks:
+        defence = with_statistics(recipe, own)
+        if name == recipe.model.name and not templates:
+            templates = trained_templates(name, own.revision)
+        trained = known_templates(name, own.revision)
+        for title, task in tasks.items():
             data = load_data(task, model)
-            model.set_classes(data.class_names, recipe.prompt.template or data.templates)
+            model.set_classes(data.class_names, templates or data.templates)
+            remarks.append(other_prompt(called[name], trained, model.templates))
             for settings in recipe.evaluations:
                 attack = settings.attack.name(len(data.class_names))
                 through = "" if settings.target == "static" else f" {settings.target}"
-                processes.print(f"{titles[name]} on {task.name or task.dataset}: {len(data)} images, {attack}")
+                about = f"{len(data)} images, {attack}, prompt {quoted(model.templates)}"
+                processes.print(f"{called[name]} on {title}: {about}")
                 report = evaluate_robustness(
                     model,
                     data,
                     settings,
-                    name=titles[name],
-                    task=task.name or task.dataset,
+                    name=called[name],
+                    task=title,
                     model_id=name,
                     processes=processes,
-                    state_dir=folder / "state" / slug(f"{name} {task.name or task.dataset} {attack}{through}"),
+                    state_dir=folder / "state" / slug(f"{name} {title} {attack}{through}"),
                     progress=True,
                     defence=defence,
                 )
@@ -1023,7 +1195,7 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
     if processes.is_main_process and strip is not None:
         save_reports(folder / "report.json", own_reports, others)
         save_csv(folder / "report.csv", reports)
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.source, sort_keys=False, allow_unicode=True))
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe.source), encoding="utf-8")
         panels: dict[str, dict[str, RobustnessReport]] = {}
         for report in reports:
             panel = report.task if len(recipe.evaluations) == 1 else f"{report.task}, {report.full_attack}"
@@ -1034,9 +1206,11 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
         if len(names) > 1:
             plot_tradeoff(folder / "tradeoff.png", under_first, min(reports[0].robust_accuracy))
             written.append("tradeoff.png")
-        Console(width=max(110, shutil.get_terminal_size().columns)).print(to_table(reports, titles[recipe.model.name]))
+        Console(width=max(110, shutil.get_terminal_size().columns)).print(to_table(reports, called[recipe.model.name]))
         share = percent(max(r.zero_gradient_share for r in reports))
         processes.print(f"exactly-zero input gradients in the attacks: at most {share}")
+        for line in filter(None, dict.fromkeys([*remarks, blind_warning(reports)])):
+            processes.print(f"\n{line}\n")
         for report in reports:
             if report.model == recipe.reference:
                 processes.print(self_check(report))
@@ -1045,8 +1219,11 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
     return own_reports
 
 
-def with_statistics(defence: TestTimeAdapter | None, model: ModelSettings) -> TestTimeAdapter | None:
-    """The defence, with the statistics that lie beside the model if it needs some. Raises OSError if none do."""
+def with_statistics(recipe: EvaluationRecipe, model: ModelSettings) -> TestTimeAdapter | None:
+    """The defence, with the statistics that lie beside the model if it needs some, and where the same method was saved
+    there, with the settings of that one: what the recipe asks for goes before them. Raises OSError without statistics.
+    """
+    defence = recipe.defence
     if defence is None or not hasattr(defence, "targets"):
         return defence
     from .adaptation.defended import DefendedClassifier
@@ -1057,6 +1234,8 @@ def with_statistics(defence: TestTimeAdapter | None, model: ModelSettings) -> Te
         raise OSError(
             f"{model.name!r} holds no statistics, which {defence.name} needs; train it with recipes/tapt.py."
         )
+    if type(saved) is type(defence) and recipe.defence_settings.get("preset") is None:
+        return replace(saved, **{name: getattr(defence, name) for name in recipe.defence_settings if name != "preset"})
     return replace(defence, targets=targets)  # type: ignore[call-arg]  # not every defence has them
 
 
@@ -1086,27 +1265,13 @@ def limits_of(model_name: str) -> str:
     """One sentence for the card."""
     if model_name == EMBEDDED_MODEL:
         return "A demonstration of 0.35 M parameters that knows nothing but pictures of handwritten digits."
-    return f"It inherits what `{model_name}` can't do, and its biases."
-
-
-def push_folder(folder: Path, repo_id: str) -> str:
-    """Upload a finished output directory, checkpoints left out; returns its address."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    api.create_repo(repo_id, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        commit_message="Upload robust CLIP",
-        ignore_patterns=["checkpoint-*", "compared/*", "state/*", "training_args.bin"],
-    )
-    return str(commit.repo_url)
+    start = f"`{model_name}`" if model_name else "the checkpoint it started from"
+    return f"It inherits what {start} can't do, and its biases."
 
 
 def run_recipe(method: str, default_config: Path, description: str, argv: Sequence[str] | None = None) -> None:
     """The main function of a training script. A wrong setting ends it with one line and status 2."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = arguments_of(argv)
     if "-h" in argv or "--help" in argv:
         print(help_text(description, default_config, TRAINING_OPTIONS))
         return
@@ -1118,7 +1283,7 @@ def run_recipe(method: str, default_config: Path, description: str, argv: Sequen
 
 def run_evaluation(default_config: Path, description: str, argv: Sequence[str] | None = None) -> None:
     """The main function of an evaluation script. A wrong setting ends it with one line and status 2."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = arguments_of(argv)
     if "-h" in argv or "--help" in argv:
         print(help_text(description, default_config, EVALUATION_OPTIONS))
         return
@@ -1126,6 +1291,13 @@ def run_evaluation(default_config: Path, description: str, argv: Sequence[str] |
         recipe = read_evaluation(parse_arguments(argv, default_config, EVALUATION_SECTIONS))
         quiet_loading()
         evaluate(recipe)
+
+
+def arguments_of(argv: Sequence[str] | None) -> list[str]:
+    """The words of a command line, by default this process's own, which forgets the tokens among them."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    hide_arguments()
+    return words
 
 
 def quiet_loading() -> None:
@@ -1145,10 +1317,18 @@ def one_line_errors() -> Iterator[None]:
 
 
 def fail(error: Exception) -> NoReturn:
-    """Print an error in one line and exit with status 2; HF_ROBUST_CLIP_TRACEBACK=1 shows where it came from."""
+    """Print an error in one line and exit with status 2; HF_ROBUST_CLIP_TRACEBACK=1 shows where it came from.
+
+    Neither holds an access token.
+    """
     if os.environ.get("HF_ROBUST_CLIP_TRACEBACK") == "1":
-        raise error
-    print(f"\nerror: {error}" if isinstance(error, FloatingPointError) else f"error: {error}", file=sys.stderr)
+        whole = "".join(traceback.format_exception(error))
+        if without_tokens(whole) == whole:
+            raise error
+        print(without_tokens(whole), file=sys.stderr)
+        raise SystemExit(2)
+    line = " ".join(part.strip() for part in without_tokens(str(error)).splitlines()) or type(error).__name__
+    print(f"\nerror: {line}" if isinstance(error, FloatingPointError) else f"error: {line}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -1156,7 +1336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`hf-robust-clip {train METHOD, evaluate, card}`: see `USAGE`."""
     words = [
         part
-        for word in (sys.argv[1:] if argv is None else argv)
+        for word in arguments_of(argv)
         for part in (word.split("=", 1) if word.startswith("--config=") else [word])
     ]
     config = None

@@ -27,7 +27,15 @@ from .attacks.pgd import LogitsFn, misclassified
 from .attacks.suites import PGD, Member, Suite, Victim, find_adversarial, is_optimising, is_randomised, run_member
 from .checks import check_logits, checked_labels
 from .modeling import CLIPForZeroShotClassification, without_gradients
-from .report import CONTROLS, AttackTarget, RobustnessReport, hardware, library_versions, prompt_hash
+from .report import (
+    CONTROLS,
+    AttackTarget,
+    RobustnessReport,
+    blind_warning,
+    hardware,
+    library_versions,
+    prompt_hash,
+)
 from .threat_model import ThreatModel
 from .zero_shot_data.fingerprint import dataset_digest
 from .zero_shot_data.loading import ImageDataset, collate_images
@@ -40,7 +48,6 @@ Precision = Literal["fp32", "fast"]
 Judge = Callable[[Tensor, Tensor], Tensor]  # images and labels to whether each image stands, (B, judges)
 Target = Literal[AttackTarget, "query"]  # what one attack of a suite sees; "query": logits without gradients
 THROUGH: tuple[AttackTarget, ...] = ("adaptive", "bpda", "adaptive_worst")  # where gradients go through the defence
-BLIND = 0.05  # share of zero gradients from which an attack counts as partly blind
 ATTACKERS_SEED = 7919  # added to the evaluation's seed: an attack knows a defence, not its draws
 
 
@@ -287,15 +294,6 @@ def evaluate_robustness(
         evaluation.run()
         resolution = model.input_size
     found = evaluation.gathered()
-    blind = found.zeros / found.total if found.total else 0.0
-    if blind > BLIND and evaluation.rank == 0:
-        logger.warning(
-            "%s, %s: %.1f %% of the input gradients are exactly zero or not finite: the attack was blind there, and "
-            "the robust accuracy may mean nothing.",
-            name,
-            task,
-            100 * blind,
-        )
     share = [found.accuracy(0, k) for k in range(len(stages) + 1)]
     after_each: dict[float, dict[str, float]] = {}
     for stage, value in zip(stages, share[1:], strict=True):
@@ -306,7 +304,7 @@ def evaluate_robustness(
         own = [level for label, level in levels if label == index]
         per_class[class_name] = (len(own), sum(k > 0 for k in own), sum(k > len(stages) for k in own))
     precision = str(model.dtype).removeprefix("torch.")
-    return RobustnessReport(
+    report = RobustnessReport(
         name=name,
         task=task,
         model=model_id,
@@ -327,13 +325,18 @@ def evaluate_robustness(
         after_each=after_each,
         model_flags=found.flags,
         per_class=per_class,
-        zero_gradient_share=blind,
+        zero_gradient_share=found.zeros / found.total if found.total else 0.0,
         seed=settings.seed,
         precision=precision if settings.precision == "fp32" else f"{precision}, gradients in bfloat16",
         library_versions=library_versions(),
         hardware=hardware(),
         defence=evaluation.about_defence(found),
+        templates=tuple(model.templates),
     )
+    warning = blind_warning([report])
+    if warning is not None and evaluation.rank == 0:
+        logger.warning("%s", warning)
+    return report
 
 
 def adversarial_examples(

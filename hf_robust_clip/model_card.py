@@ -8,16 +8,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .digits_clip import EMBEDDED_MODEL
+from .names import is_repo_id
 from .paper import Paper
-from .report import RobustnessReport, load_reports, percent, read_report_file
+from .report import RobustnessReport, blind_warning, load_reports, percent, read_report_file, save_reports
+from .secrets import refuse_tokens
 from .threat_model import ThreatModel
 
 LIBRARY = "hf_robust_clip"
+NOTHING_MEASURED = "**Nothing was measured of this repository.**"
+TRAINERS_DRAFT = "generated automatically according to the information the Trainer had access to"
+GAP, MANY_GAPS = "[More Information Needed]", 20  # of PEFT's draft, which has more as long as nobody fills it in
+CardState = Literal["none", "draft", "unmeasured", "measured", "theirs"]
+Holds = Literal["model", "adapter", "defence"]  # of a repository: whole weights, PEFT's, or a defence alone
 TARGETS = {
     "static": "white box on the plain classifier",
     "defence_blind": "made on the classifier without its defence, then shown to the defence",
@@ -35,7 +42,7 @@ class CardInfo:
 
     Args:
         repo_id: Hub id, or the folder where there is none yet.
-        base_model: what the training started from.
+        base_model: Hub id of what the training started from; empty where others can't get it.
         training_data: one line: dataset, split, classes, number of images.
         paper: of the method.
         settings: `RobustClipTrainer.settings()`, or other plain values under the same keys.
@@ -45,8 +52,9 @@ class CardInfo:
         datasets: Hub ids of the training data, for the metadata.
         plot: file name of the plot beside the card, or None.
         license: SPDX id of the weights; None where it follows from the base model.
+        ancestor: Hub id of what a start without a `base_model` was made from itself; None if nobody knows.
 
-    Raises TypeError for settings that JSON can't hold.
+    Raises TypeError for settings that JSON can't hold, ValueError for an access token among them.
     """
 
     repo_id: str
@@ -60,11 +68,13 @@ class CardInfo:
     datasets: Sequence[str] = ()
     plot: str | None = None
     license: str | None = None
+    ancestor: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("class_names", "datasets"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "settings", json.loads(json.dumps(self.settings)))  # as a file gives them back
+        refuse_tokens(vars(self), "card")
 
 
 def load_card_info(path: str | Path) -> CardInfo:
@@ -78,8 +88,9 @@ def load_card_info(path: str | Path) -> CardInfo:
     paper = card.get("paper") or {}
     for row, cls in ((card, CardInfo), (paper, Paper)):
         known = {field.name for field in fields(cls)}
-        if set(row) != known:
-            raise ValueError(f"the card entry of {path} lacks or adds: {', '.join(sorted(set(row) ^ known))}.")
+        needed = known - {"ancestor"}
+        if wrong := (needed - set(row)) | (set(row) - known):
+            raise ValueError(f"the card entry of {path} lacks or adds: {', '.join(sorted(wrong))}.")
     return CardInfo(**{**card, "paper": Paper(**paper)})
 
 
@@ -99,6 +110,57 @@ def regenerate_card(folder: str | Path) -> ModelCard:
     return make_card(reports, compared, load_card_info(path))
 
 
+def name_repository(folder: str | Path, repo_id: str) -> None:
+    """Let the card of a folder, and the rows of its model in report.json, name the repository that it is pushed to.
+
+    Nothing changes where report.json has no card entry, or that one names it already.
+    """
+    path = Path(folder) / "report.json"
+    if not path.is_file() or (read_report_file(path).get("card") or {}).get("repo_id") in (None, repo_id):
+        return
+    (reports, compared), info = load_reports(path), load_card_info(path)
+    reports = [replace(report, model=repo_id) for report in reports]
+    info = replace(info, repo_id=repo_id)
+    save_reports(path, reports, compared, card=info)
+    make_card(reports, compared, info).save(Path(folder) / "README.md")
+
+
+def card_state(file: str | Path) -> CardState:
+    """What a README.md is: `none`, a `draft` that PEFT or the Trainer wrote, an `unmeasured` or `measured` card of
+    ours, or `theirs`, somebody's own words.
+    """
+    if not Path(file).is_file():
+        return "none"
+    text = Path(file).read_text(encoding="utf-8")
+    if TRAINERS_DRAFT in text or text.count(GAP) > MANY_GAPS:
+        return "draft"
+    if LIBRARY not in text.split("\n---", 1)[0]:
+        return "theirs"
+    if NOTHING_MEASURED in text:
+        return "unmeasured"
+    return "measured" if "model-index:" in text.split("\n---", 1)[0] else "theirs"
+
+
+def contradiction(text: str, settings: dict[str, Any]) -> str | None:
+    """Where a card's table on the training says something else than these settings: the first such row, or None."""
+    for name, value in _rows(settings).items():
+        told = re.search(rf"^\| {re.escape(name)} \| (.*) \|$", text, re.MULTILINE)
+        if told and told[1] != value:
+            return f"{name} {told[1]}, not {value}"
+    return None
+
+
+def changed_card(file: str | Path, given: dict[str, Any]) -> ModelCard:
+    """A card with other metadata: tags and datasets are added, the rest is replaced."""
+    card = ModelCard.load(file)
+    for name, value in given.items():
+        if name in ("tags", "datasets"):
+            value = [value] if isinstance(value, str) else value
+            value = list(dict.fromkeys([*(getattr(card.data, name) or []), *value]))
+        setattr(card.data, name, value)
+    return card
+
+
 def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessReport], info: CardInfo) -> ModelCard:
     """The card of a fine-tuned model.
 
@@ -113,64 +175,117 @@ def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessRe
     if not reports:
         raise ValueError("reports is empty; a card needs at least one evaluation of its model.")
     defences = [_defence_table(own) for own in _by_defence([*before, *reports])]
-    model_name = info.repo_id.rstrip("/").split("/")[-1]
     prompts = info.settings.get("prompts")
-    of_adapter = {"base_model_relation": "adapter"} if prompts and _is_repo_id(info.base_model) else {}
-    data = ModelCardData(
-        library_name="peft" if prompts else "transformers",
-        pipeline_tag="zero-shot-image-classification",
-        license=info.license,
-        base_model=info.base_model if _is_repo_id(info.base_model) else None,
-        datasets=[name for name in info.datasets if _is_repo_id(name)] or None,
-        tags=[LIBRARY, "clip", "adversarial-robustness", info.paper.method.lower(), *(["adapter"] if prompts else [])],
-        model_name=model_name,
-        eval_results=_eval_results(reports),
-        metrics=["accuracy"],
-        **of_adapter,
-    )
-    text_tokens = re.search(r"(\d+) text token", prompts or "")
-    settings = {**info.settings, **{f"objective.{k}": v for k, v in info.settings["objective"].items()}}
-    training = {
-        key.replace("_", " "): "none" if value is None else _cell(value)
-        for key, value in settings.items()
-        if key not in ("objective", "attack", "threat_model")
-    }
+    data = _metadata(info, "adapter" if prompts else "model", "peft" if prompts else "transformers")
+    data.eval_results, data.metrics = _eval_results(reports), ["accuracy"]
+    defended = any(report.defence for report in reports)
     return ModelCard.from_template(
         data,
-        template_str=(files(__package__) / "templates" / "card.md.jinja").read_text(encoding="utf-8"),
-        title=model_name,
-        repo_id=info.repo_id,
-        base_model=info.base_model,
-        method=info.paper.method,
-        venue=info.paper.venue,
-        attacked=info.settings["attack"] is not None,
-        attack=info.settings["attack"],
-        threat_model=info.settings["threat_model"],
-        training_data=_cell(info.training_data),
-        training=training,
-        template=json.dumps(info.template, ensure_ascii=False),  # JSON text is Python text too
-        example_names=json.dumps(list(info.class_names[:3]), ensure_ascii=False),
+        **_about(info, "adapter" if prompts else "model", loads_defence=bool(prompts) and defended),
+        measured=list(
+            dict.fromkeys(f"{r.precision} at {r.attack_resolution} px on {r.hardware}" for r in (*before, *reports))
+        ),
+        templates=[
+            json.dumps(text, ensure_ascii=False)
+            for text in dict.fromkeys(text for r in (*before, *reports) for text in r.templates or ())
+        ],
         attacks=[_attack_table(own) for own in _by_attack([*before, *reports])],
         defences=defences,
-        defended=any(report.defence for report in reports),
+        defended=defended,
         flags=[
             (name.replace("_", " "), any(report.model_flags.get(name) for report in reports))
             for name in dict.fromkeys(name for report in reports for name in report.model_flags)
         ],
         auto_attack=any("autoattack" in report.attack.lower().replace("-", "") for report in reports),
-        measured=list(
-            dict.fromkeys(f"{r.precision} at {r.attack_resolution} px on {r.hardware}" for r in (*before, *reports))
-        ),
         limits=[line.strip() for line in info.limits.splitlines() if line.strip()],
-        bibtex=info.paper.bibtex,
         plot=info.plot,
-        prompts=prompts,
-        parameters=f"{info.settings.get('trainable_parameters', 0):,}",
-        base_code="hf_robust_clip.digits_clip_path()"
-        if info.base_model == EMBEDDED_MODEL
-        else json.dumps(info.base_model),
-        text_tokens=text_tokens and int(text_tokens[1]),
     )
+
+
+def make_unmeasured_card(info: CardInfo, holds: Holds, *, loads_defence: bool = False) -> ModelCard:
+    """The card of a repository of which nothing was measured, and which says so: how to load it, settings, paper.
+
+    Args:
+        info: `settings` are those of the training, or of a defence that stands alone.
+        holds: what lies in the repository.
+        loads_defence: of adapters, whether a test-time defence lies beside.
+    """
+    library = {"model": "transformers", "adapter": "peft", "defence": LIBRARY}[holds]
+    defended = loads_defence or holds == "defence"
+    data = _metadata(info, holds, library, *(["test-time-defence"] if defended else []))
+    return ModelCard.from_template(data, **_about(info, holds, defended), measured=[])
+
+
+def _metadata(info: CardInfo, holds: Holds, library: str, *tags: str) -> ModelCardData:
+    """The metadata of a card, without figures."""
+    published = info.base_model if is_repo_id(info.base_model) else None
+    of_adapter = {"base_model_relation": "adapter"} if holds == "adapter" and published else {}
+    own = ["adapter"] if holds == "adapter" else []
+    return ModelCardData(
+        library_name=library,
+        pipeline_tag="zero-shot-image-classification",
+        license=info.license,
+        base_model=published or (info.ancestor if holds == "model" else None),
+        datasets=[name for name in info.datasets if is_repo_id(name)] or None,
+        tags=[LIBRARY, "clip", "adversarial-robustness", info.paper.method.lower(), *own, *tags],
+        model_name=_title(info.repo_id),
+        eval_results=None,
+        **of_adapter,
+    )
+
+
+def _title(repo_id: str) -> str:
+    return repo_id.rstrip("/").split("/")[-1]
+
+
+def _about(info: CardInfo, holds: Holds, loads_defence: bool) -> dict[str, Any]:
+    """What the template says of a repository whether or not anything was measured."""
+    prompts = info.settings.get("prompts")
+    text_tokens = re.search(r"(\d+) text token", prompts or "")
+    base = f"`{info.base_model}`" if info.base_model else "a checkpoint that isn't published"
+    start = (
+        f"a checkpoint made from `{info.ancestor}`"
+        if info.ancestor and not info.base_model
+        else f"`{info.base_model}`"
+    )
+    plain = "loads as a plain `CLIPModel`: weights, tokenizer and image processor are all here."
+    return {
+        "template_str": (files(__package__) / "templates" / "card.md.jinja").read_text(encoding="utf-8"),
+        "title": _title(info.repo_id),
+        "repo_id": info.repo_id,
+        "holds": holds,
+        "loads_defence": loads_defence,
+        "base_text": base,
+        "started": f"It started from {start} and {plain}" if info.base_model or info.ancestor else f"It {plain}",
+        "base_code": "hf_robust_clip.digits_clip_path()"
+        if info.base_model == EMBEDDED_MODEL
+        else json.dumps(info.base_model or "path/to/the/base/model"),
+        "method": info.paper.method,
+        "paper_title": info.paper.title,
+        "venue": info.paper.venue,
+        "bibtex": info.paper.bibtex,
+        "attacked": info.settings.get("attack") is not None,
+        "attack": info.settings.get("attack"),
+        "threat_model": info.settings.get("threat_model"),
+        "training_data": _cell(info.training_data),
+        "training": _rows(info.settings),
+        "template": json.dumps(info.template, ensure_ascii=False),  # JSON text is Python text too
+        "example_names": json.dumps(list(info.class_names[:3]), ensure_ascii=False),
+        "prompts": prompts,
+        "parameters": f"{info.settings.get('trainable_parameters', 0):,}",
+        "text_tokens": text_tokens and int(text_tokens[1]),
+    }
+
+
+def _rows(settings: dict[str, Any]) -> dict[str, str]:
+    """What the table on the training says, row by row."""
+    settings = json.loads(json.dumps(settings))
+    settings |= {f"objective.{name}": value for name, value in (settings.pop("objective", None) or {}).items()}
+    return {
+        name.replace("_", " "): "none" if value is None else _cell(value)
+        for name, value in settings.items()
+        if name not in ("attack", "threat_model")
+    }
 
 
 def _eval_results(reports: Sequence[RobustnessReport]) -> list[EvalResult]:
@@ -229,6 +344,7 @@ def _attack_table(reports: Sequence[RobustnessReport]) -> dict[str, Any]:
             if len(left := report.after_each.get(radius, {})) > 1
         ],
         "zero_gradients": percent(max(report.zero_gradient_share for report in reports)),
+        "blind": blind_warning(reports),
     }
 
 
@@ -316,9 +432,3 @@ def _accuracy(report: RobustnessReport, value: float | None) -> str:
 def _cell(value: Any) -> str:
     """A value in one cell of a Markdown table."""
     return " ".join(str(value).split()).replace("|", "\\|")
-
-
-def _is_repo_id(name: str) -> bool:
-    """Whether a name could be a repository of the Hub (`owner/name`) and not a path."""
-    parts = name.split("/")
-    return len(parts) == 2 and all(parts) and not name.startswith((".", "~"))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from huggingface_hub import EvalResult
 
+from .secrets import refuse_tokens
 from .threat_model import ThreatModel, parse_radius
 
 if TYPE_CHECKING:
@@ -30,13 +31,14 @@ if TYPE_CHECKING:
 AttackTarget = Literal["static", "defence_blind", "adaptive", "bpda", "transfer_from_adapted", "adaptive_worst"]
 CONTROLS = ("static prompts", "random prompts", "ensemble-64")
 REPORT_FORMAT = 2
+BLIND_ABOVE = 0.05  # share of exactly-zero input gradients from which on a figure may mean nothing
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", "#7A4FBF")
 _MARKERS, _DASHES = "osD^vP>X", ("-", "--", "-.", ":")
 
 
 @dataclass(frozen=True)
 class RobustnessReport:
-    """Clean and robust accuracy of one model on one set of images. Every field but the last is mandatory.
+    """Clean and robust accuracy of one model on one set of images. Every field but the last two is mandatory.
 
     Args:
         name: what tables call the model, e.g. `"PMG-AFT"`.
@@ -67,10 +69,11 @@ class RobustnessReport:
             image), `"fallbacks"` (predictions, of clean and attacked images, whose tuning was not finite and didn't
             count), `"ms_per_image"` (on the clean images), and `"controls"`: for each of `CONTROLS` its `"clean"`
             accuracy and its `"robust"` accuracy by radius, on the very images that the defence was shown.
+        templates: the texts, with `{}` for the class name, that class names were put in; None where nobody noted them.
 
-    Raises ValueError for a field that is empty, unknown, out of range or at odds with another, TypeError for attack
-    parameters that JSON can't hold. So too for a randomised or optimising defence under a static attack or without
-    its controls, and for an attack on a defence where there is none.
+    Raises ValueError for a field that is empty, unknown, out of range, at odds with another, or holds an access token,
+    TypeError for attack parameters that JSON can't hold. So too for a randomised or optimising defence under a static
+    attack or without its controls, and for an attack on a defence where there is none.
     """
 
     name: str
@@ -99,6 +102,7 @@ class RobustnessReport:
     library_versions: dict[str, str]
     hardware: str
     defence: dict[str, Any] | None = None
+    templates: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -117,6 +121,11 @@ class RobustnessReport:
             raise ValueError(f"after_each has the radii {list(self.after_each)}, not those of robust_accuracy.")
         object.__setattr__(self, "attack_parameters", json.loads(json.dumps(self.attack_parameters)))
         object.__setattr__(self, "per_class", {name: tuple(row) for name, row in self.per_class.items()})
+        if self.templates is not None:
+            object.__setattr__(self, "templates", tuple(self.templates))
+            if prompt_hash(list(self.per_class), self.templates) != self.prompt_hash:
+                raise ValueError(f"templates={self.templates!r} are not those of prompt_hash={self.prompt_hash!r}.")
+        refuse_tokens({name: value for name, value in vars(self).items() if isinstance(value, str)}, "report")
         self._check_defence()
         self._check_figures()
 
@@ -317,8 +326,8 @@ def load_reports(path: str | Path) -> tuple[list[RobustnessReport], list[Robustn
 
 
 def save_csv(path: str | Path, reports: Sequence[RobustnessReport]) -> None:
-    """Write a line for each report and radius: every field that is one number or text, and the 95 % intervals; with
-    defences among them, the name of the defence.
+    """Write a line for each report and radius: every field that is one number or text, the 95 % intervals and the
+    templates; with defences among them, the name of the defence.
 
     Raises ValueError if there are no reports.
     """
@@ -326,10 +335,14 @@ def save_csv(path: str | Path, reports: Sequence[RobustnessReport]) -> None:
         raise ValueError("reports is empty; there is nothing to write.")
     lines = []
     defended = any(report.defence for report in reports)
+    told = any(report.templates for report in reports)
     for report in reports:
-        scalars = {name: v for name, v in vars(report).items() if name != "defence" and not isinstance(v, dict)}
+        optional = ("defence", "templates")
+        scalars = {name: v for name, v in vars(report).items() if name not in optional and not isinstance(v, dict)}
         if defended:
             scalars["defence"] = report.defence["name"] if report.defence else ""
+        if told:
+            scalars["templates"] = " | ".join(report.templates or ())
         clean_low, clean_high = report.interval(report.clean_accuracy)
         for radius, accuracy in report.robust_accuracy.items():
             low, high = report.interval(accuracy)
@@ -339,6 +352,40 @@ def save_csv(path: str | Path, reports: Sequence[RobustnessReport]) -> None:
         writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
+
+
+def blind_warning(reports: Iterable[RobustnessReport]) -> str | None:
+    """One sentence for attacks of which more than 5 % of the input gradients were exactly zero, or not finite, which
+    the share counts alike; None without any.
+    """
+    blind = sorted(
+        {
+            f"{report.full_attack} on {report.name}, {report.task}: {percent(report.zero_gradient_share)}"
+            for report in reports
+            if report.zero_gradient_share > BLIND_ABOVE
+        }
+    )
+    if not blind:
+        return None
+    return (
+        "WARNING: an attack was (partly) blind, and its robust accuracy may mean nothing. Share of its input "
+        f"gradients that were exactly zero: {'; '.join(blind)}."
+    )
+
+
+def templates_told(reports: Iterable[RobustnessReport]) -> str | None:
+    """Which prompts the figures are of: one template, or those of each task; None where no report says it."""
+    by_task: dict[tuple[str, ...], list[str]] = {}
+    for report in reports:
+        if report.templates:
+            tasks = by_task.setdefault(report.templates, [])
+            tasks += [] if report.task in tasks else [report.task]
+    if not by_task:
+        return None
+    texts = {own: f'"{own[0]}"' if len(own) == 1 else f'"{own[0]}" and {len(own) - 1} more' for own in by_task}
+    if len(texts) == 1:
+        return f"prompt {next(iter(texts.values()))}"
+    return "prompts " + "; ".join(f"{texts[own]} on {', '.join(tasks)}" for own, tasks in by_task.items())
 
 
 def percent(value: float) -> str:
@@ -358,7 +405,7 @@ def to_table(reports: Sequence[RobustnessReport], title: str) -> Table:
     radii = sorted({radius for report in reports for radius in report.robust_accuracy})
     attacks = sorted({report.full_attack for report in reports})
     caption = f"accuracy in percent, clean and under {' or '.join(attacks)} at radii in {norm}"
-    table = Table(title=title, caption=caption)
+    table = Table(title=title, caption=", ".join(filter(None, [caption, templates_told(reports)])))
     table.add_column("")
     if len(attacks) > 1:
         table.add_column("attack")

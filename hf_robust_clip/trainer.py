@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
-from peft import PeftModel, get_peft_model
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, enable_full_determinism, set_seed
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments, enable_full_determinism, set_seed
 from transformers.trainer_utils import HPSearchBackend
 
 from .adaptation.defended import DefendedClassifier
@@ -22,8 +23,12 @@ from .adaptation.statistics import AlignmentTargets, collect_statistics
 from .adaptation.tapt import TAPT
 from .attacks.losses import cross_entropy
 from .attacks.pgd import PGDSettings, pgd
+from .checkpoint_notes import named_base
 from .checks import check_logits, checked_labels
-from .modeling import CLIPForZeroShotClassification, without_gradients
+from .hub import without_draft
+from .model_card import CardInfo, make_unmeasured_card
+from .modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, without_gradients
+from .names import hub_name, is_path, shown_name
 from .objectives.apt import APT
 from .objectives.base import Batch, Objective
 from .objectives.clean import Clean
@@ -34,6 +39,7 @@ from .objectives.pmg_aft import PMGAFT
 from .objectives.tecoa import TeCoA
 from .objectives.trades import TRADES
 from .prompts import ClipPromptConfig, check_prompts
+from .pushing import PushingTrainer
 from .run_identity import check_same_run, data_identity, model_identity, training_identity, write_run
 from .threat_model import ThreatModel
 from .training_arguments import (
@@ -79,7 +85,7 @@ def defended_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     }
 
 
-class RobustClipTrainer(Trainer):
+class RobustClipTrainer(PushingTrainer):
     """Trains a `CLIPForZeroShotClassification`, or prompts in it, on adversarial examples, by any `Objective`.
 
     In each step: random crops, if the dataset gives whole pictures; adversarial images by PGD on
@@ -622,27 +628,40 @@ class RobustClipTrainer(Trainer):
             core = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             folder = output_dir or self.args.output_dir
             if isinstance(core, PeftModel):  # embedding layers are frozen: no need to look for them on the Hub
-                core.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+                with without_draft(folder):
+                    core.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
             else:
                 core.save_pretrained(folder, state_dict=state_dict)
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """Keep the README.md that `make_card` wrote into output_dir; without one, write the Trainer's own draft."""
-        if not (Path(self.args.output_dir) / "README.md").is_file():
-            super().create_model_card(
-                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
-            )
+    def adapter_base(self) -> str | None:
+        """The name of the model that the trained adapter stands on; None where whole weights are trained."""
+        core = self.accelerator.unwrap_model(self.model)
+        return (core.active_peft_config.base_model_name_or_path or "") if isinstance(core, PeftModel) else None
+
+    def unmeasured_card(self, repo_id: str) -> ModelCard:
+        """The card of the model as it is now, of which nothing was measured."""
+        base, core = self.adapter_base(), self.classifier()
+        start = str(core.name_or_path) if base is None else base
+        published = hub_name(start) or ""
+        data = self.train_dataset
+        dataset = str(getattr(data, "dataset_id", ""))
+        info = CardInfo(
+            repo_id=repo_id,
+            base_model=published,
+            ancestor=None if published else named_base(start),
+            training_data=f"{shown_name(dataset)}, split {data.split}, {len(data)} images" if dataset else "",
+            datasets=[dataset] if dataset and not is_path(dataset) else [],
+            paper=self.training_objective.paper,
+            settings=self.settings(),
+            template=core.templates[0] if core.templates else PAPER_TEMPLATE,
+            class_names=core.class_names,
+            limits="",
+        )
+        return make_unmeasured_card(info, "model" if base is None else "adapter", loads_defence=self._saves_defence())
+
+    def _saves_defence(self) -> bool:
+        """Whether `_save` writes a test-time defence beside the adapter."""
+        return False
 
     def settings(self) -> dict[str, Any]:
         """Method, objective, attack and optimisation, as plain values, for cards and reports."""
@@ -673,9 +692,12 @@ class RobustClipTrainer(Trainer):
 
     @staticmethod
     def _adapter_settings(core: nn.Module) -> dict[str, Any]:
-        """Of prompts what was chosen, as one entry."""
+        """Of prompts, or another adapter, what was chosen, as one entry."""
         config = core.active_peft_config if isinstance(core, PeftModel) else None
-        return {"prompts": config.summary()} if isinstance(config, ClipPromptConfig) else {}
+        if config is None or isinstance(config, ClipPromptConfig):
+            return {} if config is None else {"prompts": config.summary()}
+        rank = f" of rank {config.r}, alpha {config.lora_alpha}" if isinstance(config, LoraConfig) else ""
+        return {"adapter": f"{config.peft_type.value}{rank}"}
 
 
 class CleanTrainer(RobustClipTrainer):
@@ -886,9 +908,12 @@ class TAPTTrainer(APTTrainer):
         with self.accelerator.autocast():
             return *(defended.predict(pixels).float() for pixels in (images_BCHW, adv_BCHW)), *static
 
+    def _saves_defence(self) -> bool:
+        return self.adaptation.targets is not None
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save and self.adaptation.targets is not None:
+        if self.args.should_save and self._saves_defence():
             self.defended().save_pretrained(output_dir or self.args.output_dir)
 
     def settings(self) -> dict[str, Any]:
@@ -896,7 +921,8 @@ class TAPTTrainer(APTTrainer):
         own = {f"adaptation.{name}": value for name, value in self.adaptation.parameters().items()}
         if self.adaptation.targets is not None:
             record = self.adaptation.targets.adversarial.record
-            own["adaptation.statistics"] = f"{record['num_images']} images of {record['dataset']}, {record['split']}"
+            source = f"{shown_name(record['dataset'])}, {record['split']}"
+            own["adaptation.statistics"] = f"{record['num_images']} images of {source}"
         return {**super().settings(), **own}
 
 

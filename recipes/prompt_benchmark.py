@@ -32,11 +32,10 @@ def train_run(model: str, run: str, folder: Path, pretrained: str) -> None:
         return
     method, _, design = RUNS[run]
     words = ["--model.name", pretrained, "--output_dir", str(folder), "--overwrite"]
+    words += [] if design is None else ["--prompts.design", design]
     settings = parse_arguments(words, CONFIGS / model / "apt.yaml")
     if method == "coop":  # clean images, and the words that CoOp learns
         settings = {key: value for key, value in settings.items() if key not in ("objective", "prompts")}
-    else:
-        settings["prompts"]["design"] = design
     train(read_recipe(method, settings))
 
 

@@ -77,7 +77,7 @@ def test_whole_sections_that_are_lists():
     assert settings["compare"] == ["tecoa", "fare"]
     assert settings["tasks"] == [{"dataset": "digits"}]
     assert recipe("--compare", "tecoa").compare == ("tecoa",)
-    assert recipe("--compare", "[pmg_aft, fare]").compare == ("fare",)
+    assert recipe("--compare", "[trades, fare]").compare == ("trades", "fare")
 
 
 @pytest.mark.parametrize(
@@ -103,11 +103,21 @@ def test_words_that_are_no_options(words, message):
         ("trainng: {}", "'trainng'; did you mean 'training'"),
         ("- a", "must hold sections"),
         ("1: {}", "unknown section"),
+        ("evaluation: 5", "the section evaluation in own.yaml must hold keys"),
+        ("training: [eps]", "the section training in own.yaml must hold keys"),
+        ("training: {eps: 1/255, eps: 2/255}", r"own\.yaml is not YAML: 'eps' stands twice \(line 1"),
+        ("training: {}\ntraining: {}", "'training' stands twice"),
     ],
 )
 def test_config_with_other_sections(content, message, tmp_path):
     (tmp_path / "own.yaml").write_text(content)
     with pytest.raises(ValueError, match=message):
+        parse_arguments(["--config", "own.yaml"], DEFAULT)
+
+
+def test_a_config_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "own.yaml").write_bytes("classes: [Käse]".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"own\.yaml is not UTF-8"):
         parse_arguments(["--config", "own.yaml"], DEFAULT)
 
 

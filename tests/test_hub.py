@@ -22,7 +22,7 @@ def client(folder: Path, work: Path) -> dict:
     from huggingface_hub import HfApi, ModelCard
     from transformers import CLIPModel, CLIPProcessor
 
-    from hf_robust_clip.cli import push_folder
+    from hf_robust_clip.hub import push_folder
     from hf_robust_clip.modeling import CLIPForZeroShotClassification
     from hf_robust_clip.trainer import RobustClipConfig, TeCoATrainer
 
@@ -36,6 +36,7 @@ def client(folder: Path, work: Path) -> dict:
     _, local = logits_of(folder)
     found = {"address": push_folder(folder, REPO)}
     model, remote = logits_of(REPO)
+    found["revision"] = [model.config._commit_hash, HfApi().model_info(REPO).sha]
     clip, processor = CLIPModel.from_pretrained(REPO).eval(), CLIPProcessor.from_pretrained(REPO)
     texts = processor.tokenizer([f"This is a photo of a {name}" for name in NAMES], padding=True, return_tensors="pt")
     mean, std = (torch.tensor(getattr(processor.image_processor, key)).view(-1, 1, 1)
@@ -48,7 +49,8 @@ def client(folder: Path, work: Path) -> dict:
     found["model_name"] = card.data.model_name
     found["pushed_again"] = push_folder(folder, REPO)
 
-    for repo, card_text in ((TRAINER_REPO, (folder / "README.md").read_text()), (DRAFT_REPO, None)):
+    text = (folder / "README.md").read_text().replace(REPO, TRAINER_REPO)
+    for repo, card_text in ((TRAINER_REPO, text), (DRAFT_REPO, None)):
         output_dir = work / repo
         output_dir.mkdir(parents=True)
         if card_text:
@@ -105,6 +107,12 @@ def test_pushed_model_gives_the_same_logits_here_and_as_plain_clip(hub):
     assert len({round(value, 3) for row in logits["local"] for value in row}) > 3
 
 
+def test_a_model_knows_the_commit_that_it_was_loaded_from(hub):
+    """Reports name it: `main` moves on."""
+    _, found, _ = hub
+    assert len(found["revision"][0]) == 40 and found["revision"][0] == found["revision"][1]
+
+
 def test_push_says_where_and_may_be_repeated(hub):
     server, found, _ = hub
     assert found["address"] == found["pushed_again"] == f"{server.url}/{REPO}"
@@ -134,7 +142,8 @@ def test_metadata_was_accepted_and_gives_back_its_results(hub):
 def test_trainer_pushes_a_loadable_model_and_keeps_our_card(hub):
     server, found, folder = hub
     assert found[TRAINER_REPO + " loads"]
-    assert server.repos[TRAINER_REPO]["README.md"] == (folder / "README.md").read_bytes()
+    kept = (folder / "README.md").read_bytes().replace(REPO.encode(), TRAINER_REPO.encode())
+    assert server.repos[TRAINER_REPO]["README.md"] == kept
     assert "training_args.bin" not in found[TRAINER_REPO]
 
 

@@ -7,9 +7,19 @@ import pytest
 from huggingface_hub import ModelCard
 from test_report import make_defence, make_report
 
-from hf_robust_clip.model_card import TARGETS, CardInfo, load_card_info, make_card, regenerate_card
+from hf_robust_clip.model_card import (
+    TARGETS,
+    CardInfo,
+    card_state,
+    contradiction,
+    load_card_info,
+    make_card,
+    make_unmeasured_card,
+    name_repository,
+    regenerate_card,
+)
 from hf_robust_clip.objectives.pmg_aft import PMGAFT
-from hf_robust_clip.report import load_reports, save_reports
+from hf_robust_clip.report import blind_warning, load_reports, save_reports
 
 EXPECTED = Path(__file__).parent / "data" / "expected_card.md"
 SETTINGS = {
@@ -364,3 +374,90 @@ def test_no_card_from_half_a_report(change, message, tmp_path):
 def test_settings_that_json_cannot_hold_are_refused():
     with pytest.raises(TypeError, match="JSON"):
         replace(INFO, settings={**SETTINGS, "optimizer": object()})
+
+
+# ---- what is not said, and what nobody measured
+
+
+def test_a_blind_attack_is_told_in_the_card_and_only_then():
+    blind = replace(OWN[0], zero_gradient_share=0.3)
+    assert f"\n\n**{blind_warning([blind])}**\n\n| | n |" in make_card([blind], [], INFO).text
+    assert "WARNING" not in make_card(OWN, [], INFO).text
+
+
+def test_prompts_are_told_where_the_reports_say_them():
+    told = [replace(report, templates=("a {}",)) for report in OWN]
+    assert 'on CPU, with the prompt "a {}"; every setting' in make_card(told, [], INFO).text
+    assert "with the prompt" not in make_card(OWN, [], INFO).text
+
+
+def test_a_start_that_others_can_not_have_is_not_named():
+    card = make_card(OWN, [], replace(INFO, base_model="", ancestor="org/clip"))
+    assert "It started from a checkpoint made from `org/clip` and loads as" in card.text
+    assert card.data.base_model == "org/clip"
+    card = make_card(OWN, [], replace(INFO, base_model=""))
+    assert "started from" not in card.text
+    assert "It loads as a plain `CLIPModel`" in card.text
+    assert card.data.base_model is None
+    adapter = replace(INFO, base_model="", ancestor="org/clip", settings={**SETTINGS, "prompts": "design V"})
+    assert make_card(OWN, [], adapter).data.base_model is None, "an adapter fits no other weights"
+
+
+def test_cards_of_before_have_no_ancestor(tmp_path):
+    write_folder(tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text())
+    del content["card"]["ancestor"]
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    assert load_card_info(tmp_path / "report.json") == INFO
+
+
+@pytest.mark.parametrize("holds", ["model", "adapter", "defence"])
+def test_an_unmeasured_card_says_so_and_how_to_load(holds, tmp_path):
+    settings = {"num_views": 64} if holds == "defence" else SETTINGS
+    card = make_unmeasured_card(replace(INFO, settings=settings), holds)
+    card.save(tmp_path / "README.md")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert card.text.count("**Nothing was measured of this repository.**") == 1
+    assert "## Results" not in card.text
+    assert "## Limits" not in card.text
+    assert (data.eval_results, data.base_model) == (None, "user/clip")
+    assert ("num views", "64") in [tuple(row) for row in tables(card.text + "\n")[0]] or holds != "defence"
+    assert 'from_pretrained("user/robust-clip")' in card.text or '(clip, "user/robust-clip")' in card.text
+    assert ("import hf_robust_clip" in card.text) == (holds == "adapter")
+    assert INFO.paper.bibtex in card.text
+    assert card_state(tmp_path / "README.md") == "unmeasured"
+    for block in code_blocks(card.text):
+        compile(block, "card", "exec")
+
+
+def test_the_states_of_a_readme(tmp_path):
+    file = tmp_path / "README.md"
+    assert card_state(file) == "none"
+    make_card(OWN, [], INFO).save(file)
+    assert card_state(file) == "measured"
+    file.write_text("# mine, made with hf_robust_clip\n")
+    assert card_state(file) == "theirs"
+    file.write_text("---\nlibrary_name: peft\n---\n" + "[More Information Needed]\n" * 25)
+    assert card_state(file) == "draft"
+    file.write_text(file.read_text().replace("[More Information Needed]\n", "words\n", 10))
+    assert card_state(file) == "theirs", "somebody filled it in"
+
+
+def test_a_card_contradicts_other_settings_only():
+    text = make_card(OWN, [], INFO).text
+    assert contradiction(text, SETTINGS) is None
+    assert contradiction(text, {**SETTINGS, "seed": 3}) is None, "the card is silent there"
+    assert contradiction(text, {**SETTINGS, "learning_rate": 1e-3}) == "learning rate 5e-05, not 0.001"
+    assert contradiction(text, {**SETTINGS, "objective": {"alpha": 2.0}}) == "objective.alpha 1.0, not 2.0"
+
+
+def test_another_repository_renames_card_and_rows(tmp_path):
+    before = write_folder(tmp_path)
+    name_repository(tmp_path, INFO.repo_id)
+    assert (tmp_path / "README.md").read_text() == before
+    name_repository(tmp_path, "me/other")
+    assert 'model="me/other"' in (tmp_path / "README.md").read_text()
+    own, compared = load_reports(tmp_path / "report.json")
+    assert {report.model for report in own} == {"me/other"}
+    assert {report.model for report in compared} == {BEFORE[0].model}
+    assert str(regenerate_card(tmp_path)) == (tmp_path / "README.md").read_text()

@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from hf_robust_clip.cli import run_recipe
+from hf_robust_clip import CLIPForZeroShotClassification, digits_clip_path
+from hf_robust_clip.cli import ModelSettings, load_model, run_recipe
 from hf_robust_clip.report import load_reports
 
 ROOT = Path(__file__).parent.parent
@@ -175,21 +176,47 @@ def test_resume_without_a_checkpoint_says_that_it_begins_anew(capfd):
     assert Path("out/notes.txt").read_text() == "kept"
 
 
-def test_resume_may_name_a_checkpoint(capfd):
-    words = ("--training.max_steps", "2", "--training.save_steps", "1", "--training.save_total_limit", "5")
-    run("--output_dir", "out", *words)
-    capfd.readouterr()
-    run("--output_dir", "again", *words, "--training.resume_from_checkpoint", "out/checkpoint-1", "--compare", "clean")
-    assert capfd.readouterr().out.count("'loss'") == 1 + 2, "one of two steps was done before; the rival does both"
-    assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
-
-
 def test_overwrite_begins_anew(finished):
     folder, _ = finished
     shutil.copytree(folder, "out")
     run("--output_dir", "out", "--overwrite", "--training.max_steps", "1", "--training.save_total_limit", "5")
     assert "| updates | 1 |" in Path("out/README.md").read_text()
     assert [path.name for path in Path("out").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_another_method_in_the_same_folder_leaves_nothing_of_the_one_before(finished):
+    """An adapter beside older weights would be passed over for them."""
+    folder, _ = finished
+    shutil.copytree(folder, "out")
+    Path("out/notes.txt").write_text("mine")
+    words = ["--output_dir", "out", "--overwrite", "--data.shots", "2", "--training.max_steps", "1", "--tasks",
+             "[{dataset: digits, split: test, max_images: 4}]", "--evaluation.attack", "pgd-1"]  # fmt: skip
+    run_recipe("apt", ROOT / "recipes/configs/digits-clip/apt.yaml", "", words)
+    names = {path.name for path in Path("out").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "report.json", "notes.txt"} <= names
+    assert not names & {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json"}
+    model = load_model(ModelSettings("out"))
+    assert model.num_text_prompts() == 2
+
+
+def test_cards_and_reports_of_folders_tell_no_path(finished):
+    folder, _ = finished
+    for name in ("README.md", "report.json"):
+        text = (folder / name).read_text()
+        assert str(folder.parent) not in text
+        assert str(ROOT) not in text
+
+
+def test_a_blind_attack_is_told_loudly_and_in_the_card(capsys):
+    """Logits so far apart that the gradient of a right prediction is exactly zero."""
+    model = CLIPForZeroShotClassification.from_pretrained(digits_clip_path())
+    with torch.no_grad():
+        model.logit_scale.fill_(16.0)
+    model.save_pretrained("masked")
+    run("--output_dir", "out", "--model.name", "masked", "--training.learning_rate", "1e-9")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert "undefended, trained" in line
+    assert line in Path("out/README.md").read_text()
 
 
 def test_compare_trains_and_shows_both(capsys):

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from hf_robust_clip.report import (
     RobustnessReport,
+    blind_warning,
     defence_cells,
     defence_table,
     load_reports,
@@ -20,6 +21,7 @@ from hf_robust_clip.report import (
     prompt_hash,
     save_csv,
     save_reports,
+    templates_told,
     to_table,
     wilson_interval,
 )
@@ -545,3 +547,42 @@ def test_the_plot_of_defences_shows_every_row(tmp_path, monkeypatch):
     assert drawn["points"]["worst of all attacks"] == [25, 10]
     assert drawn["points"]["ensemble-64, same images"] == [75]
     assert Image.open(tmp_path / "defences.png").size > (300, 100)
+
+
+# ---- prompts and blind attacks
+
+
+def test_templates_go_through_json_csv_and_the_table(tmp_path):
+    told = make_report(templates=["a {}"])
+    save_reports(tmp_path / "report.json", [told], [make_report(name="other")])
+    (own,), (other,) = load_reports(tmp_path / "report.json")
+    assert (own.templates, other.templates) == (("a {}",), None)
+    assert own == told
+    assert "templates" not in json.loads((tmp_path / "report.json").read_text())["compared"][0]
+    save_csv(tmp_path / "report.csv", [own, other])
+    with (tmp_path / "report.csv").open() as file:
+        assert [row["templates"] for row in csv.DictReader(file)] == ["a {}", "a {}", "", ""]
+    shown = to_table([own], "title").caption
+    assert "PGD-20" in shown
+    assert 'prompt "a {}"' in shown
+
+
+def test_several_prompts_are_told_by_their_tasks():
+    several = make_report(templates=["a {}", "one {}"], prompt_hash=prompt_hash(["cat", "dog"], ["a {}", "one {}"]))
+    reports = [make_report(templates=["a {}"]), replace(several, task="held-out"), make_report(name="other")]
+    assert templates_told(reports) == 'prompts "a {}" on trained classes; "a {}" and 1 more on held-out'
+    assert templates_told([make_report()]) is None
+
+
+def test_templates_of_another_prompt_hash_are_refused():
+    with pytest.raises(ValueError, match=r"templates=.*'one \{\}'"):
+        make_report(templates=["one {}"])
+
+
+def test_blind_attacks_are_told_above_five_percent():
+    assert blind_warning([make_report(zero_gradient_share=0.05)]) is None
+    seeing, blind = make_report(zero_gradient_share=0.04), make_report(name="masked", zero_gradient_share=0.62)
+    told = blind_warning([seeing, blind, blind])
+    assert told.count("PGD-20 on masked, trained classes: 62.0 %") == 1
+    assert "4.0 %" not in told
+    assert "blind" in told

@@ -1,6 +1,7 @@
 """`recipes/tapt.py` end to end on the model that ships with the package, and what its folder can be used for."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,17 @@ from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 
 from hf_robust_clip import TAPT
-from hf_robust_clip.cli import ModelSettings, defence_table, load_model, run_evaluation, run_recipe
+from hf_robust_clip.cli import (
+    EVALUATION_SECTIONS,
+    ModelSettings,
+    defence_table,
+    load_model,
+    parse_arguments,
+    read_evaluation,
+    run_evaluation,
+    run_recipe,
+    with_statistics,
+)
 from hf_robust_clip.report import CONTROLS, load_reports
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +45,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tapt") / "out"
     command = [sys.executable, ROOT / "recipes/tapt.py", *SMALL, "--output_dir", folder]
     environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+    environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout
@@ -108,14 +120,30 @@ def test_the_card_names_the_method(finished):
 
 def test_a_saved_defence_is_evaluated_by_the_evaluation_recipe(finished):
     words = ["--model", finished[0], "--dataset", "digits", "--max_images", "2", "--attacks", "[pgd-1, worst-1-0-0]",
-             "--radii", "[16/255]", "--template", "a photo of a {}.", "--output_dir", "again",
-             "--defence.method", "tapt", "--defence.num_views", "8", "--defence.selected", "0.25"]  # fmt: skip
+             "--radii", "[16/255]", "--output_dir", "again", "--defence.method", "tapt"]  # fmt: skip
     run_evaluation(CONFIGS / "evaluate.yaml", "", [*map(str, words)])
     own, _ = load_reports("again/report.json")
-    assert [(r.attack_target, r.defence["parameters"]["reset_to"]) for r in own] == [
-        ("defence_blind", "trained"),
-        ("adaptive_worst", "trained"),
-    ]
+    saved = json.loads((finished[0] / "adaptation.json").read_text())["parameters"]
+    assert (saved["num_views"], saved["selected"]) == (8, 0.25)
+    for report, target in zip(own, ("defence_blind", "adaptive_worst"), strict=True):
+        assert report.attack_target == target
+        assert report.templates == ("a photo of a {}.",), "that of the training"
+        assert {name: report.defence["parameters"][name] for name in saved} == saved
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--defence.num_views", "20"], {"num_views": 20, "selected": 0.25, "reset_to": "trained"}),
+        (["--defence.preset", "released", "--defence.num_views", "20"], {"num_views": 20, "selected": 0.1}),
+    ],
+)
+def test_what_is_asked_of_a_saved_defence_goes_before_what_was_saved(finished, words, expected):
+    words = ["--model", finished[0], "--defence.method", "tapt", *words, "--output_dir", "again"]
+    recipe = read_evaluation(parse_arguments([*map(str, words)], CONFIGS / "evaluate.yaml", EVALUATION_SECTIONS))
+    found = with_statistics(recipe, recipe.model).parameters()
+    assert {name: found[name] for name in expected} == expected
+    assert found["statistics"]["num_images"] == 20
 
 
 @pytest.mark.parametrize(

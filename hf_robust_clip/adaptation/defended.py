@@ -14,15 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPProcessor
 
 from ..digits_clip import EMBEDDED_MODEL, digits_clip_path
+from ..hub import Push, check_base, check_folder, prepare_repository, upload
+from ..model_card import CardInfo, make_unmeasured_card
 from ..modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, ZeroShotOutput, with_adapter
 from ..modeling.freshness import weights_digest
+from ..names import hub_name, shown_name
+from ..secrets import without_tokens
 from . import adapter_class, adapter_key
 from .base import Adaptation, TestTimeAdapter, prompts_of
 from .statistics import FILE as STATISTICS
@@ -248,54 +252,33 @@ class DefendedClassifier(nn.Module):
         """Upload what `save_pretrained` writes, with a short card; returns the address.
 
         The card holds no figures: one with figures is made by `recipes/tapt.py`, and pushed with `--run.push_to_hub`.
+        Raises ValueError for a base model that others can't load, OSError if the Hub can't be written to.
         """
+        check_base(self._base()[0], "the defence")
+        push = prepare_repository(Push(repo_id, token, private), "defence", "repo_id")
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            self.save_pretrained(folder)
-            self.card(repo_id).save(folder / "README.md")
-            api = HfApi(token=token)
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload defended CLIP")
-        return str(commit.repo_url)
+            self.save_pretrained(temporary)
+            self.card(push.repo_id).save(Path(temporary) / "README.md")
+            check_folder(temporary)
+            return without_tokens(str(upload(temporary, push, "Upload defended CLIP").repo_url))
 
     def card(self, repo_id: str) -> ModelCard:
         """A card that says what the repository holds and how to load it, and that nothing was measured."""
-        base, _ = self._base()
-        paper, own = self.adapter.paper, type(self.adapter).__name__
-        settings = "\n".join(
-            f"| {name.replace('_', ' ')} | {value} |" for name, value in self.adapter.parameters().items()
+        settings = self.adapter.parameters()
+        record = settings.get("statistics")
+        if record:
+            settings["statistics"] = f"{record['num_images']} images of {shown_name(record['dataset'])}"
+        info = CardInfo(
+            repo_id=repo_id,
+            base_model=hub_name(self._base()[0]) or "",
+            training_data="",
+            paper=self.adapter.paper,
+            settings=settings,
+            template=(self.classifier.templates or (PAPER_TEMPLATE,))[0],
+            class_names=self.classifier.class_names or ("cat", "dog"),
+            limits="",
         )
-        data = ModelCardData(
-            library_name="hf_robust_clip",
-            pipeline_tag="zero-shot-image-classification",
-            base_model=base if "/" in base and not Path(base).exists() else None,
-            tags=["hf_robust_clip", "clip", "adversarial-robustness", "test-time-defence", paper.method.lower()],
-        )
-        text = f"""# {repo_id.split("/")[-1]}
-
-`{base}` behind the test-time defence {paper.method} ({paper.title}, {paper.venue}): for every image the defence runs
-anew, before it is classified.
-
-**Nothing was measured of this repository.** What an attack through the defence leaves standing is often nothing: see
-`hf_robust_clip.evaluate_robustness(..., defence=...)`.
-
-```python
-from hf_robust_clip import DefendedClassifier
-
-model = DefendedClassifier.from_pretrained({json.dumps(repo_id)})
-model.set_classes(["cat", "dog"], {json.dumps((self.classifier.templates or (PAPER_TEMPLATE,))[0])})
-logits = model(pixel_values).logits  # pixel_values: (B, 3, H, W) in [0, 1]
-```
-
-| setting of {own} | value |
-|---|---|
-{settings}
-
-```bibtex
-{paper.bibtex}
-```
-"""
-        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+        return make_unmeasured_card(info, "defence")
 
 
 def read_settings(folder: Path, name: str) -> dict[str, Any]:

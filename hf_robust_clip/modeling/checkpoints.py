@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PretrainedConfig
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils.hub import extract_commit_hash
 
 from ..pictures import normalisation_of
 
@@ -52,6 +53,13 @@ def check_family(source: str, family: str, where: Mapping[str, Any]) -> None:
         )
     if found is not None and found != family:
         raise OSError(f"{source!r} is a model of the family {found!r}, not {family!r}, and can't be loaded as one.")
+
+
+def commit_of(source: str, where: Mapping[str, Any]) -> str | None:
+    """The commit of the Hub from which a checkpoint was read; None for a folder."""
+    if Path(source).is_dir():
+        return None
+    return extract_commit_hash(cached_file(source, "config.json", **where), None)
 
 
 def check_loaded(source: str, info: Mapping[str, Any], what: str = "the model") -> None:
@@ -128,8 +136,6 @@ def take_normalisation(classifier: Any, source: str, where: Mapping[str, Any]) -
     if Path(source).is_dir():
         present = any(Path(source, name).is_file() for name in PROCESSOR_FILES)
     else:
-        from transformers.utils import cached_file
-
         present = any(
             cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where) for name in PROCESSOR_FILES
         )

@@ -19,12 +19,14 @@ from transformers.utils import ModelOutput
 
 from ..checks import checked_images, checked_labels
 from ..digits_clip import EMBEDDED_MODEL, digits_clip_path
+from ..names import check_embedded
 from ..pictures import normalisation_of
 from ..shared_prefix import PackedTexts, can_run_packed, encode_packed, pack_texts
 from .checkpoints import (
     adapter_config,
     check_family,
     check_loaded,
+    commit_of,
     explained,
     quiet_report,
     take_normalisation,
@@ -115,7 +117,8 @@ class CLIPForZeroShotClassification(CLIPModel):
         }
         wants_info, source = kwargs.pop("output_loading_info", False), str(pretrained_model_name_or_path)
         if source == EMBEDDED_MODEL:
-            source = embedded_model()
+            check_embedded(source)
+            source = digits_clip_path()
         folder = Path(source, kwargs.get("subfolder", ""))
         if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise OSError(f"can't load {source!r}: the folder lacks a readable config.json; use save_pretrained.")
@@ -139,6 +142,7 @@ class CLIPForZeroShotClassification(CLIPModel):
         image_processor = explained(source, lambda: AutoImageProcessor.from_pretrained(source, **where))
         tokenizer = explained(source, lambda: AutoTokenizer.from_pretrained(source, **where))
         model.set_processor(CLIPProcessor(image_processor, tokenizer))
+        model.config._commit_hash = explained(source, lambda: commit_of(source, where))
         return (model, info) if wants_info else model
 
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
@@ -513,16 +517,3 @@ def without_gradients(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def embedded_model() -> str:
-    """The folder of the model that is shipped with the package.
-
-    Raises OSError if there is a folder of its name here: nobody can tell which is meant.
-    """
-    if Path(EMBEDDED_MODEL).is_dir():
-        raise OSError(
-            f"{EMBEDDED_MODEL!r} is the model that is shipped with the package, and a folder here; write "
-            f"'./{EMBEDDED_MODEL}' for the folder, or run elsewhere."
-        )
-    return digits_clip_path()

@@ -246,8 +246,8 @@ def test_a_defence_over_weights_that_no_name_stands_for_is_not_saved(folder, ima
 def test_the_embedded_model_by_its_name_and_a_folder_of_that_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load("digits-clip").config.to_dict() == load(digits_clip_path()).config.to_dict()
-    (tmp_path / "digits-clip").mkdir()
-    with pytest.raises(OSError, match=r"\./digits-clip"):
+    (tmp_path / "digits-clip/mine").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"\./digits-clip"):
         load("digits-clip")
 
 

@@ -1,0 +1,114 @@
+"""What a checkpoint's own files say of it: the prompt it was trained with, and what it was made from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .digits_clip import EMBEDDED_MODEL, digits_clip_path
+from .modeling import PAPER_TEMPLATE
+from .names import hub_name, is_path
+
+CHECKPOINT = re.compile(r"checkpoint-\d+")  # of a Trainer, inside the folder of its run
+
+
+def trained_templates(name: str, revision: str | None = None) -> tuple[str, ...]:
+    """The templates that a checkpoint was trained with, as its recipe.yaml, report.json or adaptation.json says, in a
+    folder or on the Hub; none if none of them says it.
+
+    Raises OSError if the Hub can't be asked, ValueError for a file that says it in a way that can't be read.
+    """
+    recipe = _content(name, "recipe.yaml", revision)
+    if recipe is not None:
+        prompt = recipe.get("prompt") or {}
+        if isinstance(prompt, dict) and prompt.get("template") is not None:
+            return _templates(prompt["template"], name, "recipe.yaml")
+    report = _content(name, "report.json", revision)
+    if report is not None and isinstance(report.get("card"), dict) and report["card"].get("template"):
+        return _templates(report["card"]["template"], name, "report.json")
+    if recipe is not None and "training" in recipe:  # a recipe that leaves it out trains with this one
+        return (PAPER_TEMPLATE,)
+    defence = _content(name, "adaptation.json", revision)
+    return () if defence is None else _templates(defence.get("templates") or [], name, "adaptation.json")
+
+
+def known_templates(name: str, revision: str | None = None) -> tuple[str, ...]:
+    """`trained_templates`, for a remark alone: none where nobody can be asked."""
+    try:
+        return trained_templates(name, revision)
+    except (OSError, ValueError):
+        return ()
+
+
+def quoted(templates: Sequence[str]) -> str:
+    """Templates in a line of text: the first, and how many more there are."""
+    return f'"{templates[0]}"' + (f" and {len(templates) - 1} more" if len(templates) > 1 else "")
+
+
+def other_prompt(title: str, trained: Sequence[str], used: Sequence[str]) -> str | None:
+    """A remark on a model that is evaluated with another prompt than it was trained with; None for the same."""
+    if not trained or tuple(trained) == tuple(used):
+        return None
+    return f"NOTE: {title} was trained with the prompt {quoted(trained)}, and is evaluated with {quoted(used)}."
+
+
+def named_base(folder: str | Path) -> str | None:
+    """The Hub id that a folder's own card, or its adapter's settings, name as what it was made from; else None."""
+    from huggingface_hub import ModelCard
+
+    if not str(folder):
+        return None
+    card = Path(folder, "README.md")
+    named: Any = None
+    if card.is_file():
+        try:
+            named = ModelCard.load(card).data.get("base_model")
+        except (ValueError, yaml.YAMLError):  # somebody's notes without metadata that can be read
+            named = None
+    if named is None and Path(folder, "adapter_config.json").is_file():
+        named = (_content(str(folder), "adapter_config.json", None) or {}).get("base_model_name_or_path")
+    named = named[0] if isinstance(named, list) and named else named
+    return hub_name(named) if isinstance(named, str) else None
+
+
+def _templates(value: Any, name: str, file: str) -> tuple[str, ...]:
+    templates = (value,) if isinstance(value, str) else value
+    if not isinstance(templates, list | tuple) or not all(isinstance(t, str) and "{}" in t for t in templates):
+        raise ValueError(
+            f"{file} of {name!r} names the template {value!r}, which has no '{{}}'; give prompt.template."
+        )
+    return tuple(templates)
+
+
+def _content(name: str, file: str, revision: str | None) -> dict[str, Any] | None:
+    """A file beside a checkpoint, as plain values; None if there is none."""
+    path = _found(name, file, revision)
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} of {name!r} is damaged; mend it, or give prompt.template.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _found(name: str, file: str, revision: str | None) -> Path | None:
+    if is_path(name) or name == EMBEDDED_MODEL:
+        folder = Path(digits_clip_path() if name == EMBEDDED_MODEL else name)
+        places = [folder, *([folder.resolve().parent] if CHECKPOINT.fullmatch(folder.resolve().name) else [])]
+        return next((place / file for place in places if (place / file).is_file()), None)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except (EntryNotFoundError, OSError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        raise OSError(f"can't ask the Hub which prompt {name!r} was trained with; give prompt.template.") from error
