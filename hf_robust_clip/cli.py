@@ -1015,9 +1015,13 @@ def save_trained(trained: Any, folder: Path) -> None:
     from peft import PeftModel
 
     from .hub import without_draft
+    from .trainer import save_adapter
 
+    if isinstance(trained, PeftModel):
+        save_adapter(trained, folder)
+        return
     with without_draft(folder):
-        trained.save_pretrained(folder, **({"save_embedding_layers": False} if isinstance(trained, PeftModel) else {}))
+        trained.save_pretrained(folder)
 
 
 def defence_table(reports: Sequence[RobustnessReport], title: str) -> Table:

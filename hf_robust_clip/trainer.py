@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -150,7 +150,7 @@ class RobustClipTrainer(PushingTrainer):
         if gives_whole_pictures(train_dataset) is not None:
             check_augmentation(args, bool(gives_whole_pictures(train_dataset)))
         self.training_objective = objective
-        self.teacher: nn.Module | None = None
+        self.teacher: CLIPForZeroShotClassification | None = None
         self._given_teacher, self._adapter, self._given_optimizers = teacher, peft_config, optimizers
         self._teacher_is_given, self._adapter_is_new = teacher is not None, False
         self._beginning: dict[str, Any] | None = None  # what the training starts from
@@ -368,7 +368,10 @@ class RobustClipTrainer(PushingTrainer):
             some = {name: values[rows] for name, values in inputs.items()}
             part = self.perturb(model, some, None, self.attack.num_steps, self.seed_of_step())
             adv = adv.index_copy(0, torch.arange(len(adv), device=adv.device)[rows], part)
-        with self.accelerator.autocast():
+        core = self.classifier()
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        fixed = nullcontext() if sharded or core.text_is_trainable() else core.fixed_class_embeds()
+        with self.accelerator.autocast(), fixed:
             terms = objective(self.make_batch(inputs, model, in_update), adv)
         finite = torch.stack([term.detach() for term in terms.values()]).isfinite()
         if not finite.all():
@@ -468,8 +471,15 @@ class RobustClipTrainer(PushingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ):
-        """The Trainer's own loop; the loss is the mean over all images, each once, on any number of processes."""
-        found = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        """The Trainer's own loop; the loss is the mean over all images, each once, on any number of processes.
+
+        Images of a resolution of their own are enlarged inside the model. Raises ValueError for a dataset whose
+        classes are not the model's, in their order.
+        """
+        with self.classifier().prepared_for(dataloader.dataset, training=None):
+            found = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         if found.predictions is not None and found.label_ids is not None:
             adv_logits, labels = torch.as_tensor(found.predictions[1]), torch.as_tensor(found.label_ids)
             found.metrics[f"{metric_key_prefix}_loss"] = cross_entropy(adv_logits, labels).mean().item()
@@ -581,6 +591,16 @@ class RobustClipTrainer(PushingTrainer):
         if found[0] is not None:
             raise found[0]
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:  # the Trainer's own signature
+        """Its loop, with the model prepared for the training images."""
+        core, labels = self.classifier(), self.training_objective.needs_labels
+        with ExitStack() as prepared:
+            if self.teacher is not None:
+                check_teacher(self.teacher, core)
+                prepared.enter_context(self.teacher.prepared_for(self.train_dataset, labels=labels))
+            prepared.enter_context(core.prepared_for(self.train_dataset, training=None, labels=labels))
+            return super()._inner_training_loop(*args, **kwargs)
+
     def _check_trained(self) -> None:
         """Raise unless something was trained, and its weights are finite."""
         if self.state.global_step == 0:
@@ -628,8 +648,7 @@ class RobustClipTrainer(PushingTrainer):
             core = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             folder = output_dir or self.args.output_dir
             if isinstance(core, PeftModel):  # embedding layers are frozen: no need to look for them on the Hub
-                with without_draft(folder):
-                    core.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+                save_adapter(core, folder, state_dict)
             else:
                 core.save_pretrained(folder, state_dict=state_dict)
 
@@ -698,6 +717,29 @@ class RobustClipTrainer(PushingTrainer):
             return {} if config is None else {"prompts": config.summary()}
         rank = f" of rank {config.r}, alpha {config.lora_alpha}" if isinstance(config, LoraConfig) else ""
         return {"adapter": f"{config.peft_type.value}{rank}"}
+
+
+def save_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Any] | None = None) -> None:
+    """Write an adapter, and beside it the image processor, whose normalisation it was trained with."""
+    with without_draft(folder):  # embedding layers are frozen: no need to look for them on the Hub
+        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+    classifier_in(model).require_processor().image_processor.save_pretrained(folder)
+
+
+def check_teacher(teacher: CLIPForZeroShotClassification, core: CLIPForZeroShotClassification) -> None:
+    """Raise ValueError where the teacher has other classes or another normalisation: its logits would be of other
+    things than the student's.
+    """
+    told_apart = [(teacher.class_names, core.class_names), (teacher.templates, core.templates)]
+    same_pixels = all(
+        torch.equal(a.cpu(), b.cpu())
+        for a, b in ((teacher.image_mean, core.image_mean), (teacher.image_std, core.image_std))
+    )
+    if any(a != b for a, b in told_apart) or not same_pixels:
+        raise ValueError(
+            "model got other classes, templates or another normalisation after the trainer was made, and the teacher "
+            "has the old ones; make the trainer when the model is ready."
+        )
 
 
 class CleanTrainer(RobustClipTrainer):

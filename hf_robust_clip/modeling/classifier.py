@@ -278,7 +278,12 @@ class CLIPForZeroShotClassification(CLIPModel):
 
     @contextmanager
     def prepared_for(
-        self, dataset: Any, template: str | Sequence[str] | None = None, *, training: bool | None = False
+        self,
+        dataset: Any,
+        template: str | Sequence[str] | None = None,
+        *,
+        training: bool | None = False,
+        labels: bool = True,
     ) -> Iterator[None]:
         """The model as it must be for the images of a dataset: input size, classes, mode; as found afterwards.
 
@@ -286,16 +291,19 @@ class CLIPForZeroShotClassification(CLIPModel):
             dataset: what gives its images; where it names its classes, these must be the model's, in their order.
             template: set the dataset's classes, with this template, in place of comparing them.
             training: the mode inside; None leaves it.
+            labels: whether its labels are used: else nothing is compared.
 
         Raises ValueError for a dataset of other classes, or of the same in another order.
         """
-        own = ("class_token_ids", "class_names", "templates", "context_length", "_packed", "_known", "input_size")
+        classes = ("class_token_ids", "class_names", "templates", "context_length", "_packed", "_known")
+        own = ("input_size", *(classes if template is not None else ()))
         before, mode, parts = {name: getattr(self, name) for name in own}, self.training, parts_of(dataset)
         side = resolution_of(dataset)
         try:
             if template is not None:
                 self.set_classes(parts[0].class_names, template)
-            check_same_classes(self.class_names, dataset)
+            if labels:
+                check_same_classes(self.class_names, dataset)
             self.set_input_size(side)
             if training is not None:
                 self.train(training)
