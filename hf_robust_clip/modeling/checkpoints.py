@@ -164,9 +164,9 @@ def check_whole_adapters(module: nn.Module, state_dict: dict, prefix: str, *rest
     by_adapter: dict[str, list[str]] = {}
     for name, layer in module.named_modules(prefix=prefix.removesuffix(".")):
         if isinstance(layer, BaseTunerLayer):
-            for own, _ in layer.named_parameters(prefix=name):
+            for own, parameter in layer.named_parameters(prefix=name):
                 parts = own.removeprefix(f"{name}.").split(".")
-                if parts[0] in layer.adapter_layer_names and len(parts) > 1:
+                if parts[0] in layer.adapter_layer_names and len(parts) > 1 and parameter.numel():
                     by_adapter.setdefault(parts[1], []).append(own)
     for adapter, names in by_adapter.items():
         missing = [name for name in names if name not in state_dict]
