@@ -25,7 +25,7 @@ from .adaptation.base import Adaptation, GradientPath, TestTimeAdapter, with_pro
 from .attacks.auto_attack import AutoAttack
 from .attacks.pgd import LogitsFn, misclassified
 from .attacks.suites import PGD, Member, Suite, Victim, find_adversarial, is_optimising, is_randomised, run_member
-from .checks import check_logits, checked_labels
+from .checks import Blindness, check_logits, checked_labels
 from .modeling import CLIPForZeroShotClassification, without_gradients
 from .report import (
     CONTROLS,
@@ -430,7 +430,7 @@ class _Evaluation:
         self.rank: int = processes.process_index if processes else 0
         self.world: int = processes.num_processes if processes else 1
         self.show = progress and self.rank == 0
-        self.found = _Found()
+        self.found, self.blindness = _Found(), Blindness()
         self.new_lines: list[dict[str, Any]] = []
         self.old_lines: list[dict[str, Any]] = []
         self.file = None
@@ -499,7 +499,7 @@ class _Evaluation:
         for batch in tqdm(loader, desc=title, disable=not self.show, leave=False):
             images, labels = batch["pixel_values"].to(self.model.device), batch["labels"].to(self.model.device)
             labels = checked_labels(labels, len(images), len(self.model.class_names))
-            self.zeros = self.total = 0
+            self.blindness.reset()
             try:
                 stands = judge(images, labels).int().tolist()
             except FloatingPointError as error:
@@ -507,7 +507,8 @@ class _Evaluation:
             index = todo[place : place + len(labels)]
             place += len(labels)
             noted = [(i, label, *each) for i, label, each in zip(index, labels.tolist(), stands, strict=True)]
-            self.note({"stage": number, "rows": noted, "zeros": self.zeros, "total": self.total, **self.more()})
+            blind = {"zeros": self.blindness.zeros, "total": self.blindness.total}
+            self.note({"stage": number, "rows": noted, **blind, **self.more()})
 
     def more(self) -> dict[str, Any]:
         """What else is noted of the batch just judged."""
@@ -526,17 +527,12 @@ class _Evaluation:
     def attack(self, stage: _Stage) -> Judge:
         fast: LogitsFn | None = self.fast_logits if self.settings.precision == "fast" else None
         deterministic = not self.found.flags["randomised"]
-        victim = Victim(self.logits, fast, deterministic, self.settings.seed, self.count_zeros)
+        victim = Victim(self.logits, fast, deterministic, self.settings.seed, self.blindness)
         return lambda images, labels: run_member(stage.member, victim, images, labels, stage.threat_model)[1][:, None]
 
     def about_defence(self, found: _Found) -> dict[str, Any] | None:
         """What the report says of the defence."""
         return None
-
-    def count_zeros(self, grad_BCHW: Tensor) -> None:
-        """Gradients that say nothing of where to go: exactly zero, or not a number."""
-        self.zeros += int(((grad_BCHW == 0) | ~grad_BCHW.isfinite()).sum())
-        self.total += grad_BCHW.numel()
 
     def gathered(self) -> _Found:
         """What all processes found together."""
@@ -628,7 +624,7 @@ class _DefendedEvaluation(_Evaluation):
 
     def victim(self, target: Target, images_BCHW: Tensor) -> Victim:
         """What an attack on these images sees."""
-        queried = Victim(self.defended, seed=self.settings.seed, on_gradient=self.count_zeros)
+        queried = Victim(self.defended, seed=self.settings.seed, on_gradient=self.blindness)
         if target == "query":
             return queried
         if target in ("adaptive", "bpda"):
@@ -807,7 +803,7 @@ def _fingerprint(
         "model": f"{_digest(tensors)} {hashlib.sha256(text.encode()).hexdigest()[:16]}",
         "classes": prompt_hash(model.class_names, model.templates),
         "dataset": f"{dataset.dataset_id} {dataset.revision} {dataset.split}, {len(dataset)} images like "
-        f"{dataset_digest(dataset)}",
+        f"{dataset_digest(dataset, every=True)}",
         "attack": f"{attack} {settings.norm} {[t.eps for t in threats]} seed {settings.seed} {settings.precision}",
     }
 

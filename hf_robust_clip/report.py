@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from huggingface_hub import EvalResult
 
+from .checks import BLIND_ABOVE
 from .secrets import refuse_tokens
 from .threat_model import ThreatModel, parse_radius
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 AttackTarget = Literal["static", "defence_blind", "adaptive", "bpda", "transfer_from_adapted", "adaptive_worst"]
 CONTROLS = ("static prompts", "random prompts", "ensemble-64")
 REPORT_FORMAT = 2
-BLIND_ABOVE = 0.05  # share of exactly-zero input gradients from which on a figure may mean nothing
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", "#7A4FBF")
 _MARKERS, _DASHES = "osD^vP>X", ("-", "--", "-.", ":")
 

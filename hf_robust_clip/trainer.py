@@ -24,11 +24,11 @@ from .adaptation.tapt import TAPT
 from .attacks.losses import cross_entropy
 from .attacks.pgd import PGDSettings, pgd
 from .checkpoint_notes import named_base
-from .checks import check_logits, checked_labels
+from .checks import Blindness, check_logits, checked_labels
 from .hub import without_draft
 from .model_card import CardInfo, make_unmeasured_card
 from .modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, without_gradients
-from .modeling.normalisation import carry_normalisation
+from .modeling.normalisation import carry_normalisation, has_adapter
 from .modeling.untrusted import ADAPTER
 from .names import hub_name, is_path, shown_name
 from .objectives.apt import APT
@@ -162,6 +162,9 @@ class RobustClipTrainer(PushingTrainer):
         self._args_before_trials: dict[str, Any] | None = None
         self._terms: dict[str, Tensor] = {}
         self._updates = 0
+        self._blindness = Blindness()
+        settled = ("bf16", "fp16", *(("trainable_layers",) if model_init is None else ()))
+        self._settled = {name: getattr(args, name) for name in settled}
         super().__init__(
             model=None if model is None else self._prepared(model, args),
             args=args,
@@ -198,6 +201,7 @@ class RobustClipTrainer(PushingTrainer):
             core.set_classes(["image"])  # such objectives never look at the logits
         if objective.normalisation is not None:
             core.set_normalisation(*objective.normalisation)
+        check_adapters(student, core)
         if student is not core:
             for name, value in (("peft_config", peft_config), ("trainable_layers", args.trainable_layers)):
                 if value is not None:
@@ -322,6 +326,7 @@ class RobustClipTrainer(PushingTrainer):
         loss_fn: Callable[[Tensor], Tensor] | None,
         num_steps: int,
         seed: int,
+        on_gradient: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Adversarial images for a batch; `loss_fn` None attacks the objective's own loss."""
         core = self.attackable(model)
@@ -340,6 +345,7 @@ class RobustClipTrainer(PushingTrainer):
                 step_size=self.attack.step_size,
                 random_start=self.attack.random_start,
                 seed=seed,
+                on_gradient=on_gradient,
             )
 
     def seed_of_step(self) -> int:
@@ -435,7 +441,8 @@ class RobustClipTrainer(PushingTrainer):
         def attack_loss(adv_BCHW: Tensor) -> Tensor:
             return cross_entropy(core(pixel_values=adv_BCHW).logits, labels)
 
-        adv = self.perturb(model, inputs, attack_loss, self.args.eval_attack_steps, self.args.seed << 32)
+        steps, seed = self.args.eval_attack_steps, self.args.seed << 32
+        adv = self.perturb(model, inputs, attack_loss, steps, seed, self._blindness)
         logits = self.classify(core, images, adv)
         for part in logits:
             check_logits(part, "the model")
@@ -478,10 +485,12 @@ class RobustClipTrainer(PushingTrainer):
         Images of a resolution of their own are enlarged inside the model. Raises ValueError for a dataset whose
         classes are not the model's, in their order.
         """
+        self._blindness = Blindness()
         with self.classifier().prepared_for(dataloader.dataset, training=None):
             found = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
+        self._blindness.warn(f"the attack of {description.lower()}")
         if found.predictions is not None and found.label_ids is not None:
             adv_logits, labels = torch.as_tensor(found.predictions[1]), torch.as_tensor(found.label_ids)
             found.metrics[f"{metric_key_prefix}_loss"] = cross_entropy(adv_logits, labels).mean().item()
@@ -558,6 +567,14 @@ class RobustClipTrainer(PushingTrainer):
         """Called by `train` when settings and model are there and no checkpoint is loaded yet."""
         super()._hp_search_setup(trial)
         check_arguments(self.args)
+        for name, value in self._settled.items():
+            if getattr(self.args, name) != value:
+                raise ValueError(
+                    f"{name}={getattr(self.args, name)!r} was set after the trainer was made with {value!r}, when it "
+                    "no longer acts; make another trainer."
+                )
+        self._train_batch_size = self.args.train_batch_size
+        self.accelerator.dataloader_config.data_seed = self.args.data_seed
         if self.training_objective.couples_images and images_per_update(self.args) > self.args.train_batch_size:
             logger.info(
                 "%s looks at forward batches, of %d images here: divided otherwise, the training is another one",
@@ -730,6 +747,23 @@ def save_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Any
     for name, config in model.peft_config.items():
         if not isinstance(config, ClipPromptConfig):
             carry_normalisation(classifier, Path(folder, "" if name == "default" else name, ADAPTER))
+
+
+def check_adapters(student: nn.Module, core: CLIPForZeroShotClassification) -> None:
+    """Raise ValueError for adapters that a training would not train, or not save as they are."""
+    if student is core:
+        if has_adapter(core):
+            raise ValueError(
+                "the model has an adapter inside; give its PeftModel (PeftModel.from_pretrained(base, adapter, "
+                "is_trainable=True)), or merge it into the weights first (merge_and_unload)."
+            )
+        return
+    if list(student.peft_config) != ["default"]:  # type: ignore[arg-type]
+        raise ValueError(
+            f"the model has the adapters {list(student.peft_config)}; one is trained and saved, named 'default'."  # type: ignore[arg-type]
+        )
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError("the adapter is not trainable; load it with is_trainable=True.")
 
 
 def check_teacher(teacher: CLIPForZeroShotClassification, core: CLIPForZeroShotClassification) -> None:

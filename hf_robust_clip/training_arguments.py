@@ -90,7 +90,7 @@ _NO_SCHEDULE_SETTINGS = ("constant", "constant_with_warmup")
 _OF_OPTIMIZERS = ("momentum", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules")
 
 
-@dataclass
+@dataclass(repr=False)  # the parent's own, which hides tokens
 class RobustClipConfig(TrainingArguments):
     """`TrainingArguments` with a threat model, an attack and a choice of what is trained.
 
@@ -248,7 +248,7 @@ def _plain(value: Any) -> Any:
 
 def _check_numbers(args: RobustClipConfig) -> None:
     for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"):
-        _check_number(name, getattr(args, name))
+        _check_number(name, getattr(args, name), below=1e30)  # float32 ends at 3e38
     _check_number("momentum", args.momentum, below=1)
     if args.warmup_steps >= 1:
         _check_number("warmup_steps", args.warmup_steps, whole=True)
