@@ -92,6 +92,18 @@ def test_a_tiff_whose_white_is_zero():
     np.testing.assert_array_equal(np.asarray(to_rgb(picture))[..., 0], 255 - ROUNDED)
 
 
+def test_12_bits_of_a_tiff_are_scaled_by_their_own_range():
+    """Written by hand: Pillow writes none. Two levels in three bytes."""
+    levels = np.linspace(0, 4095, 64).round().astype(int)
+    data = b"".join(struct.pack(">I", (a << 12 | b) << 8)[:3] for a, b in levels.reshape(-1, 2).tolist())
+    tags = {256: 8, 257: 8, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 8, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    picture = loaded(b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + b"\0" * 4 + data)
+    assert picture.mode == "I;16"
+    expected = np.rint(levels * 255 / 4095).reshape(8, 8)
+    np.testing.assert_array_equal(np.asarray(to_rgb(picture))[..., 0], expected)
+
+
 def test_floats_between_0_and_1_are_grey_levels():
     floats = (RAMP / 65535).astype(np.float32)
     for picture in (Image.fromarray(floats), stored(Image.fromarray(floats), "TIFF")):

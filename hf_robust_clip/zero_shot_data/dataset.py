@@ -18,6 +18,7 @@ from ..checks import checked_images, checked_labels
 from ..modeling import check_classes
 from ..pictures import check_resize, checked_colour, model_side, to_pixels, to_rgb
 from .errors import DatasetError, one_line
+from .rows import open_stored
 
 
 @dataclass
@@ -63,6 +64,9 @@ class ImageDataset(Dataset):
 
     def __post_init__(self) -> None:
         self.background = checked_colour(self.background)
+        as_stored = datasets.Image(decode=False)
+        if self.rows.features.get(self.image_column, as_stored) != as_stored:
+            self.rows = self.rows.cast_column(self.image_column, as_stored)
         if self.resize is not None and not self.augment:
             check_resize(self.resize, self.attack_resolution, model_side(self.processor))
 
@@ -92,7 +96,8 @@ class ImageDataset(Dataset):
         key = "picture" if self.augment else "pixel_values"
         return [{key: x, "labels": label} for x, label in zip(pixels, labels, strict=True)]
 
-    def _prepared(self, pictures: Sequence[Any]) -> Sequence[Tensor] | Tensor:
+    def _prepared(self, stored: Sequence[Any]) -> Sequence[Tensor] | Tensor:
+        pictures = [open_stored(picture) for picture in stored]
         if self.augment:
             whole = [np.array(to_rgb(picture, self.background)) for picture in pictures]
             return [torch.from_numpy(array_HWC).permute(2, 0, 1).contiguous() for array_HWC in whole]

@@ -19,6 +19,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import DatasetCard
 
 from .errors import DatasetError
+from .specs import words_of
 
 TABLES = (".parquet", ".arrow", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".tar", ".zip", ".gz", ".tgz", ".h5")
 READ = tuple(ImageFolder.EXTENSIONS)
@@ -301,14 +302,9 @@ def _check_named_alike(
 
 def _says(file: PurePath, part: str) -> bool:
     """Whether the name of a file, or where it tells no split those of its folders, says that it is of a split."""
-    own, above = _words_of(file.stem), {word for folder in file.parts[:-1] for word in _words_of(folder)}
+    own, above = words_of(file.stem), {word for folder in file.parts[:-1] for word in words_of(folder)}
     known = {word for words in ALIASES.values() for word in words}
-    return _words_of(part) <= (own if own & known else own | above)
-
-
-def _words_of(text: str) -> set[str]:
-    """The words of a name in small letters: `test` and `old` of `test-old2`, `testOld` and `Old_Test`."""
-    return {word.casefold() for word in re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", text) if word}
+    return words_of(part) <= (own if own & known else own | above)
 
 
 def _check_all_named(

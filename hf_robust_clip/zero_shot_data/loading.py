@@ -1,7 +1,7 @@
 """From a dataset's name, or rows in memory, to pixels with labels.
 
 1. Rows: a known dataset (`specs.py`), a folder, or the Hub. Files must be whole, and of one configuration.
-2. Columns: one of pictures and one of labels, the only one or one with the usual name; no other column is decoded.
+2. Columns: one of pictures and one of labels, one with the usual name or the only one; no other column is decoded.
 3. Picture to pixels (`pictures.py`): every mode of Pillow, upright, in RGB, transparency on a background, prepared as
    the checkpoint's processor does it, in [0, 1], not normalised; what can't be scaled to that is refused.
 4. Labels to names (`labels.py`): names given over named labels are matched by name, or stand for labels in their
@@ -28,7 +28,6 @@ from .labels import ClassNames, class_names_of, names_of_spec, read_class_names,
 from .rows import (
     DATA_ROOT_VARIABLE,
     check_files_of,
-    decoding,
     every,
     find_rows,
     image_column_of,
@@ -85,9 +84,9 @@ def load_image_dataset(
         class_names: a list: in label order where labels are whole numbers, in any order where they are names that are
             in it. A mapping {own label: name}. A key of `class_names.json`. None takes the dataset's own.
         image_column: where it is neither that of the known dataset nor the only one, or the only one called `image`,
-            `img`, `picture`, `photo`, `jpg`, `png` or `webp`.
+            `img`, `picture`, `photo`, `jpg`, `png` or `webp`. It may hold the bytes of encoded pictures too.
         label_column: where it is neither that of the known dataset nor `label`, `labels`, `cls` or the only column
-            of class labels.
+            of class labels, or another is called class, category or target.
         resize: shorter side before the centre crop.
         background: what shows where a picture is transparent: name of a colour, or (red, green, blue).
         templates: key in `templates.json`; None takes the known dataset's, or PMG-AFT's.
@@ -185,8 +184,6 @@ def image_dataset(
     label_column = label_column_of(rows.features, label_column, name)
     rows = rows.with_format(None).select_columns([image_column, label_column])
     check_files_of(rows, image_column, name, None)
-    if rows.features[image_column] != decoding(rows.features[image_column]):
-        rows = rows.cast_column(image_column, decoding(rows.features[image_column]))
     names, label_map = read_labels(rows, label_column, class_names, name)
     return ImageDataset(
         rows,
