@@ -248,9 +248,7 @@ def test_the_bytes_of_encoded_pictures_may_stand_alone(tmp_path, processor):
         assert sorted(reds(data)) == [7, 8]
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("image", "a.png"), ("Image", [1, 2]), ("images", "a.png"), ("photo", 1)]
-)
+@pytest.mark.parametrize(("name", "value"), [("image", "a.png"), ("Image", [1, 2]), ("images", "a.png"), ("photo", 1)])
 def test_a_column_called_image_that_holds_none_is_not_passed_over(name, value, processor):
     table = rows().rename_column("image", "mask").add_column(name, [value] * 6)
     with pytest.raises(ValueError, match=rf"'{name}'.*image_column"):
