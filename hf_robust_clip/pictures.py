@@ -177,7 +177,8 @@ def normalisation_of(image_processor: Any) -> tuple[tuple[float, ...], tuple[flo
 def _per_channel(image_processor: Any, name: str) -> tuple[float, ...]:
     value = getattr(image_processor, name, None)
     values = (value,) * 3 if isinstance(value, int | float) else tuple(value or ())
-    if len(values) != 3 or not all(math.isfinite(v) and (v > 0 or name == "image_mean") for v in values):
+    numbers = [v for v in values if isinstance(v, int | float | np.floating)]
+    if len(values) != 3 or [v for v in numbers if math.isfinite(v) and (v > 0 or name == "image_mean")] != [*values]:
         raise ValueError(f"{name}={value!r} of the image processor must be three numbers; correct its file.")
     return tuple(float(v) for v in values)
 

@@ -397,7 +397,12 @@ def test_normalisation():
     assert normalisation_of(processor_with(do_normalize=False).image_processor) == ((0.0,) * 3, (1.0,) * 3)
     both = {"image_mean": 0.5, "image_std": 0.25}
     assert normalisation_of(processor_with(**both).image_processor) == ((0.5,) * 3, (0.25,) * 3)
-    for name, value in (("image_mean", None), ("image_mean", [0.5]), ("image_std", [0.5, 0.5, 0.0])):
+    for name, value in (
+        ("image_mean", None),
+        ("image_mean", [0.5]),
+        ("image_mean", ["0.5"] * 3),
+        ("image_std", [0.5, 0.5, 0.0]),
+    ):
         with pytest.raises(ValueError, match=name):
             normalisation_of(processor_with(**{name: value}).image_processor)
 

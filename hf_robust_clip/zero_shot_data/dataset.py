@@ -170,12 +170,16 @@ class ImageDataset(Dataset):
     def _fault(self, indices: Sequence[int], error: Exception) -> str:
         """Which of some rows can't be read, and why."""
         for index in indices:
+            what, mend = "read", "replace the file or leave the row out"
             try:
-                self._prepared([self.rows[int(index)][self.image_column]])
+                stored = self.rows[int(index)][self.image_column]
+                to_rgb(open_stored(stored), self.background)
+                what, mend = "prepared", "correct the settings of the image processor, or leave the row out"
+                self._prepared([stored])
             except Exception as of_row:
                 return (
-                    f"{self._place(index)}: the picture in column {self.image_column!r} can't be read "
-                    f"({one_line(of_row)}); replace the file or leave the row out."
+                    f"{self._place(index)}: the picture in column {self.image_column!r} can't be {what} "
+                    f"({one_line(of_row)}); {mend}."
                 )
             label = self.rows.select_columns([self.label_column])[int(index)][self.label_column]
             try:
@@ -195,11 +199,11 @@ class ImageDataset(Dataset):
 
 
 def collate_images(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Collect examples into a batch: `{"pixel_values": (B, 3, H, W), "labels": (B,)}`, labels if all have them.
+    """Collect examples into a batch: `{"pixel_values": (B, 3, H, W), "labels": (B,)}`, without labels if none has any.
 
     Whole pictures (`ImageDataset.augment`) stay a list of B tensors (3, H, W), `"pictures"`, in place of pixel_values.
     Raises DatasetError, a ValueError, for pixels outside [0, 1], for images of unequal size, whole pictures among
-    prepared ones, and examples without pixels.
+    prepared ones, examples with labels among others, and those without pixels.
     """
     try:
         return _collated(examples)
@@ -215,6 +219,16 @@ def _collated(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 f"an example has no pixel_values but {held}; image_dataset(rows, model.processor) or "
                 "load_image_dataset makes a dataset that has."
             )
+        key, kind = ("picture", "uint8") if "picture" in example else ("pixel_values", "float")
+        if not isinstance(example[key], Tensor) or example[key].dim() != 3:
+            shape = getattr(example[key], "shape", None)
+            of = "" if shape is None else f" of shape {tuple(shape)}"
+            raise ValueError(
+                f"{key} of an example is a {type(example[key]).__name__}{of}; give a {kind} tensor (3, H, W)."
+            )
+    labelled = sum("labels" in example for example in examples)
+    if 0 < labelled < len(examples):
+        raise ValueError(f"{labelled} of {len(examples)} examples of a batch have labels; give all of them, or none.")
     whole = sum("picture" in example for example in examples)
     if 0 < whole < len(examples):
         raise ValueError(
@@ -232,6 +246,6 @@ def _collated(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
             )
         pixels_BCHW = torch.stack([example["pixel_values"] for example in examples])
         batch = {"pixel_values": checked_images(pixels_BCHW, "pixel_values")}
-    if all("labels" in example for example in examples):
+    if labelled:
         batch["labels"] = checked_labels([np.asarray(example["labels"]) for example in examples])
     return batch

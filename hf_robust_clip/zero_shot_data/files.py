@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -189,19 +190,27 @@ def _kind(file: PurePath) -> tuple[str, str]:
     return file.stem, ""
 
 
-def _splits_of_pictures(folder: Path) -> dict[str, str]:
+def _splits_of_pictures(folder: Path) -> dict[str, list[str]]:
     """Patterns of the splits of a folder of <split>/<class>/<picture>; none if it holds anything else.
 
-    `datasets` would take class folders such as train_station for a split of that name.
+    `datasets` would take class folders such as train_station for a split of that name, and leave out what links to
+    another folder of the dataset.
     """
+    links: list[PurePath] = []
     depths: dict[str, set[int]] = {}
     for root, _, files in _walk(folder):
         place = Path(root).relative_to(folder).parts
+        if os.path.islink(root) and Path(root).resolve().is_relative_to(folder.resolve()):
+            links.append(PurePath(*place))
         if any(file.startswith("metadata.") or (place and file.lower().endswith(TABLES)) for file in files):
             return {}
         if place and any(file.lower().endswith(PICTURES) for file in files):
             depths.setdefault(place[0], set()).add(len(place))
-    return {top: f"{top}/**" for top, levels in depths.items() if min(levels) > 1 and re.fullmatch(r"\w+", top)}
+    return {
+        top: [f"{top}/**", *(f"{glob.escape(str(link))}/**" for link in links if link.parts[0] == top != str(link))]
+        for top, levels in depths.items()
+        if min(levels) > 1 and re.fullmatch(r"\w+", top)
+    }
 
 
 def _walk(folder: Path, hidden: bool = False) -> Iterable[tuple[str, list[str], list[str]]]:
@@ -337,10 +346,9 @@ def _check_other_splits(files: Iterable[PurePath], part: str, pictures: bool, na
         if not pictures:
             words |= set(re.split(r"[\W\d_]+", file.name.partition(".")[0].casefold()))
         if words & others:
-            raise DatasetError(
-                f"file {str(file)!r} of dataset {name!r} would be read as a part of split {part!r}; write "
-                f"{sorted(words & others)[0]!r} in small letters, or name it otherwise."
-            )
+            word = sorted(words & others)[0]
+            mend = "name it after one split" if word in str(file) else f"write {word!r} in small letters"
+            raise DatasetError(f"file {str(file)!r} of dataset {name!r} would be read as split {part!r}; {mend}.")
 
 
 def _owner(folders: Sequence[str], part: str, pictures: bool) -> str:

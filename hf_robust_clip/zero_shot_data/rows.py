@@ -14,6 +14,7 @@ from datasets.utils.file_utils import xopen
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
+from ..names import is_absolute
 from .digits import digits_split
 from .errors import DatasetError, one_line
 from .files import folder_rows
@@ -52,6 +53,8 @@ def find_rows(
     folder = next((place for place in places if _holds_files(place)), None)
     if folder is not None:
         _check_unused(f"the folder {str(folder)!r}", revision=revision)
+    if folder is None and (is_absolute(key) or key.startswith(".") or key.count("/") > 1):
+        raise OSError(f"dataset {key!r} is no folder that holds files, nor the name of a dataset; check the path.")
     revision = revision or (spec.revision if spec else None)
     unseen = " (this row of specs.py was not checked against the Hub)" if spec and not spec.checked else ""
     try:

@@ -168,7 +168,15 @@ def test_a_label_without_a_class_names_its_row(num_workers, processor):
         ([{"pixel_values": torch.zeros(3, 8, 8).byte(), "labels": 0}] * 2, "pixel_values"),
         ([{"pixel_values": torch.zeros(3, 8, 8), "labels": 0.5}] * 2, "labels"),
         ([{"pixel_values": torch.zeros(3, 8, 8), "labels": "ant"}] * 2, "labels"),
-        ([{"pixel_values": [[0.0]], "labels": 0}] * 2, "shape"),
+        ([{"pixel_values": [[0.0]], "labels": 0}] * 2, r"pixel_values.*list.*\(3, H, W\)"),
+        ([{"pixel_values": np.zeros((3, 8, 8)), "labels": 0}] * 2, r"pixel_values.*ndarray of shape \(3, 8, 8\)"),
+        ([{"pixel_values": Image.new("RGB", (8, 8)), "labels": 0}] * 2, r"pixel_values.* Image; .*\(3, H, W\)"),
+        ([{"pixel_values": torch.zeros(1, 3, 8, 8), "labels": 0}] * 2, r"pixel_values.*\(1, 3, 8, 8\)"),
+        ([{"picture": Image.new("RGB", (8, 8)), "labels": 0}] * 2, r"picture.* Image; .*\(3, H, W\)"),
+        (
+            [{"pixel_values": torch.zeros(3, 8, 8)}, {"pixel_values": torch.zeros(3, 8, 8), "labels": 0}],
+            "1 of 2 .*labels",
+        ),
         ([{"pixel_values": torch.zeros(3, 8, i + 1)} for i in range(2)], "pixel_values"),
     ],
 )
@@ -177,6 +185,18 @@ def test_a_batch_that_is_none_is_one_line(examples, message, num_workers):
     with pytest.raises(DatasetError, match=message) as caught:
         list(DataLoader(examples, batch_size=2, collate_fn=collate_images, num_workers=num_workers))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("crop_size", {"height": 8, "width": 6}), ("resample", None), ("do_rescale", False)]
+)
+def test_a_fault_of_the_processor_is_no_fault_of_a_file(name, value):
+    own = make_processor()
+    data = image_dataset(rows(), own)
+    setattr(own.image_processor, name, value)
+    with pytest.raises(DatasetError, match=r"^row 0 .*image processor") as caught:
+        data[0]
+    assert "replace the file" not in str(caught.value)
 
 
 def test_an_error_of_a_picture_does_not_end_a_loop(processor, monkeypatch):

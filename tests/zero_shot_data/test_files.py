@@ -441,10 +441,30 @@ def test_links_that_would_be_left_out_are_refused(tmp_path, processor):
         reds(folder, processor)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_links_within_the_dataset_are_followed(streaming, tmp_path, processor):
+    folder = write(tmp_path, "train/ant/1.png", "store/w/1.png", "test/ant/1.png")
+    (tmp_path / "set" / "train" / "bee").symlink_to(tmp_path / "set" / "store" / "w")
+    data = load_image_dataset(folder, "train", processor, streaming=streaming, max_images=9)
+    assert sorted(
+        (data.class_names[row["labels"]], round(255 * row["pixel_values"][0, 0, 0].item())) for row in data
+    ) == ([("ant", 0), ("bee", 1)])
+    assert reds(folder, processor, "test", streaming=streaming, max_images=9) == [2]
+    (tmp_path / "set" / "train" / "bee").rename(tmp_path / "set" / "train" / "bee[1]")
+    with pytest.raises(
+        DatasetError, match=r"train/bee\[1\]/1\.png.*links"
+    ):  # whose name `datasets` takes for a pattern
+        reds(folder, processor, streaming=streaming, max_images=9)
+
+
 def test_tables_whose_names_say_another_split_are_refused(tmp_path, processor):
     folder = write(tmp_path, "Train.parquet", "Test.parquet")
-    with pytest.raises(DatasetError, match=r"Test\.parquet.*'train'"):
+    with pytest.raises(DatasetError, match=r"Test\.parquet.*'train'.*small letters"):
         reds(folder, processor)
+    folder = write(tmp_path / "other", "train_test.parquet")
+    for split in ("train", "test"):
+        with pytest.raises(DatasetError, match=rf"train_test\.parquet.*'{split}'(?!.*small letters)"):
+            reds(folder, processor, split)
 
 
 # ---- what a name stands for

@@ -55,7 +55,7 @@ class RobustAccuracy(evaluate.Metric):
         super().add_batch(predictions=predictions, references=references)
 
     def add(self, *, prediction=None, reference=None, predictions=None, references=None):
-        """Add one image, by either pair of names (`evaluate.combine` uses the second); raises ValueError as `add_batch`
+        """Add one image, by either pair of names: `evaluate.combine` uses the second. Raises ValueError as `add_batch`
         does, and for one that is given twice.
         """
         if (prediction is not None and predictions is not None) or (reference is not None and references is not None):
