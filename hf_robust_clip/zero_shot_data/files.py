@@ -311,6 +311,8 @@ def _check_named_alike(
 
 def _says(file: PurePath, part: str) -> bool:
     """Whether the name of a file, or where it tells no split those of its folders, says that it is of a split."""
+    if re.search(r"\d", part):  # fold1 and fold2 are two
+        return part.casefold() in file.stem.casefold()
     own, above = words_of(file.stem), {word for folder in file.parts[:-1] for word in words_of(folder)}
     known = {word for words in ALIASES.values() for word in words}
     return words_of(part) <= (own if own & known else own | above)
@@ -371,7 +373,8 @@ def _check_pictures(folder: Path, files: Mapping[str, Iterable[PurePath]], name:
         )
     tops = {path.parts[0] for path in places if len(path.parts) > 1} if _is_split_in_folders(folder, files) else None
     read = {path for paths in files.values() for path in paths if path.name.lower().endswith((*READ, *TABLES))}
-    for root, _, names in _walk(folder, hidden=True):
+    classes = {path.parent.name for path in read}
+    for root, folders, names in _walk(folder, hidden=True):
         place = PurePath(Path(root).relative_to(folder))
         if not place.parts or (tops is not None and place.parts[0] not in tops):
             continue
@@ -383,6 +386,11 @@ def _check_pictures(folder: Path, files: Mapping[str, Iterable[PurePath]], name:
             and not DOCUMENTS.fullmatch(n)
             and (n.lower().endswith(PICTURES) or not (hidden or n.startswith(".")))
         ]
+        if not folders and not names and place.name not in classes and not hidden:
+            raise DatasetError(
+                f"folder {str(place)!r} of dataset {name!r} is empty and would be no class; add its pictures, or "
+                "remove it."
+            )
         if left:
             raise DatasetError(
                 f"file {str(place / left[0])!r} of dataset {name!r} is in none of its splits {sorted(files)}; put "

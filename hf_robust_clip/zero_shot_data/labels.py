@@ -124,6 +124,7 @@ def _upright(mapping: Mapping[str, Any]) -> dict[str, Any] | list[str]:
         raise ValueError(
             f"class_names has the id {value!r} as the name of {label!r}; turn it round to {{label: name}}."
         )
+    logger.warning("class_names is taken as {name: number}: 0 is %r, ...", numbers[0])
     return [numbers[i].strip() for i in range(len(numbers))]
 
 

@@ -216,12 +216,16 @@ def label_column_of(features: datasets.Features, asked: str | None, name: str) -
     )
 
 
-def open_stored(stored: Mapping[str, Any]) -> Image.Image:
+def open_stored(stored: Mapping[str, Any] | None) -> Image.Image:
     """A picture as its bytes are, since `to_rgb` converts with more care than `datasets`, which keeps no tags.
 
     Args:
         stored: `{"bytes": bytes or None, "path": str or None}`, as `datasets` stores a picture.
+
+    Raises ValueError for a missing picture, OSError for what is none.
     """
+    if stored is None or (stored["bytes"] is None and stored["path"] is None):
+        raise ValueError("there is none")
     content = stored["bytes"]
     if content is None:
         with xopen(stored["path"], "rb") as file:

@@ -169,6 +169,12 @@ def test_files_that_would_be_joined_are_refused(files, tmp_path, processor):
         reds(write(tmp_path, *files), processor)
 
 
+def test_splits_told_apart_by_numbers(tmp_path, processor):
+    folder = write(tmp_path, "fold1-00000-of-00001.parquet", "fold2-00000-of-00001.parquet")
+    assert (reds(folder, processor, "fold1"), reds(folder, processor, "fold2")) == ([0], [1])
+    assert reds(folder, processor, "fold1+fold2") == [0, 1]
+
+
 def test_a_split_whose_name_begins_as_another(tmp_path, processor):
     """As the Hub names them: README.md tells that they are two."""
     folder = write(tmp_path, "data/test-00000-of-00001.parquet", "data/test_hard-00000-of-00001.parquet")
@@ -406,6 +412,17 @@ def test_pictures_that_would_be_left_out_or_mixed_are_refused(files, split, what
     folder = write(tmp_path, *files)
     with pytest.raises(DatasetError, match=what):
         load_image_dataset(folder, split, processor)
+
+
+def test_an_empty_class_folder_is_no_class_that_is_missing(tmp_path, processor):
+    folder = write(
+        tmp_path, *(f"{split}/{name}/1.png" for split in ("train", "test") for name in ("ant", "bee", "cow"))
+    )
+    (tmp_path / "set" / "test" / "bee" / "1.png").unlink()
+    assert load_image_dataset(folder, "test", processor).class_names == ("ant", "bee", "cow")
+    (tmp_path / "set" / "train" / "cat").mkdir()
+    with pytest.raises(DatasetError, match="'train/cat'"):
+        reds(folder, processor)
 
 
 def test_what_systems_and_people_put_beside_pictures_is_passed_over(tmp_path, processor):
