@@ -200,7 +200,7 @@ def _splits_of_pictures(folder: Path) -> dict[str, list[str]]:
     depths: dict[str, set[int]] = {}
     for root, _, files in _walk(folder):
         place = Path(root).relative_to(folder).parts
-        if os.path.islink(root) and Path(root).resolve().is_relative_to(folder.resolve()):
+        if place and os.path.islink(root) and Path(root).resolve().is_relative_to(folder.resolve()):
             links.append(PurePath(*place))
         if any(file.startswith("metadata.") or (place and file.lower().endswith(TABLES)) for file in files):
             return {}

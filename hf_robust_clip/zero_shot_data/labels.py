@@ -137,7 +137,7 @@ def _warn_of_ids(given: Sequence[str] | Mapping[str, str]) -> None:
 
 def names_of_spec(spec: DatasetSpec, feature: Any, class_names: ClassNames) -> ClassNames:
     """The names of a known dataset for its labels as they are stored, where none are given; as a mapping from labels
-    wherever these have names or are not 0, 1, ...; names given are taken in the order of its own labels.
+    wherever these have names or are not 0, 1, ...; names given over plain labels are taken in the order of our own.
     """
     own, keys = getattr(feature, "names", None), spec.label_keys()
     if class_names is None and own is not None:

@@ -460,13 +460,17 @@ def test_links_that_would_be_left_out_are_refused(tmp_path, processor):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_links_within_the_dataset_are_followed(streaming, tmp_path, processor):
-    folder = write(tmp_path, "train/ant/1.png", "store/w/1.png", "test/ant/1.png")
+    write(tmp_path, "train/ant/1.png", "store/w/1.png", "test/ant/1.png", "test/bee/1.png")
     (tmp_path / "set" / "train" / "bee").symlink_to(tmp_path / "set" / "store" / "w")
+    (tmp_path / "set" / "dev").symlink_to(tmp_path / "set" / "test")
+    folder = str(tmp_path / "linked")
+    (tmp_path / "linked").symlink_to(tmp_path / "set")
     data = load_image_dataset(folder, "train", processor, streaming=streaming, max_images=9)
     assert sorted(
         (data.class_names[row["labels"]], round(255 * row["pixel_values"][0, 0, 0].item())) for row in data
     ) == ([("ant", 0), ("bee", 1)])
-    assert reds(folder, processor, "test", streaming=streaming, max_images=9) == [2]
+    for split in ("test", "dev"):
+        assert reds(folder, processor, split, streaming=streaming, max_images=9) == [2, 3]
     (tmp_path / "set" / "train" / "bee").rename(tmp_path / "set" / "train" / "bee[1]")
     with pytest.raises(
         DatasetError, match=r"train/bee\[1\]/1\.png.*links"
