@@ -69,7 +69,7 @@ def to_rgb(picture: Image.Image, background: str | Sequence[int] = "white") -> I
     Args:
         background: name of a colour, or (red, green, blue) in 0 .. 255.
 
-    Raises TypeError for what is no picture; ValueError for 32-bit integers whose range no file format tells, floats
+    Raises TypeError for what is no picture; ValueError for integers whose range no file format tells, floats
     outside [0, 1], an unknown mode, and a background that is no colour.
     """
     if not isinstance(picture, Image.Image):
@@ -117,8 +117,10 @@ def _grey_levels(picture: Image.Image, file_format: str | None, bits: int) -> np
                 f"a picture of floats (mode F) has values in [{low:.4g}, {high:.4g}]; scale it to [0, 1]."
             )
         return np.rint(values_HW * 255.0).astype(np.uint8)
-    if picture.mode == "I" and file_format not in ("PNG", "PPM"):  # these two scale to 16 bits
-        raise ValueError("a picture of 32-bit integers (mode I) doesn't tell its range; save it with 8 or 16 bits.")
+    if file_format not in (("PNG", "PPM") if picture.mode == "I" else (None, "PNG", "PPM", "TIFF", "JPEG2000")):
+        raise ValueError(
+            f"a picture of mode {picture.mode}, format {file_format}, doesn't tell its range; save it with 8 or 16 bits."
+        )  # as PNG and PPM do, where mode I has 16 bits
     return np.rint(values_HW * (255.0 / (2**bits - 1))).astype(np.uint8)
 
 

@@ -104,6 +104,15 @@ def test_12_bits_of_a_tiff_are_scaled_by_their_own_range():
     np.testing.assert_array_equal(np.asarray(to_rgb(picture))[..., 0], expected)
 
 
+def test_16_bits_of_a_format_that_tells_no_range_are_refused():
+    """FITS: signed, with a scale of its own."""
+    lines = {"SIMPLE": "T", "BITPIX": 16, "NAXIS": 2, "NAXIS1": 8, "NAXIS2": 8}
+    header = "".join(f"{key:8}= {value!s:>20}".ljust(80) for key, value in lines.items()) + "END"
+    picture = loaded(header.ljust(2880).encode() + (RAMP // 2).astype(">i2").tobytes().ljust(2880, b"\0"))
+    with pytest.raises(ValueError, match="FITS"):
+        to_rgb(picture)
+
+
 def test_floats_between_0_and_1_are_grey_levels():
     floats = (RAMP / 65535).astype(np.float32)
     for picture in (Image.fromarray(floats), stored(Image.fromarray(floats), "TIFF")):

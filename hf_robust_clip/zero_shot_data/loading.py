@@ -1,6 +1,7 @@
 """From a dataset's name, or rows in memory, to pixels with labels.
 
-1. Rows: a known dataset (`specs.py`), a folder, or the Hub. Files must be whole, and of one configuration.
+1. Rows: a known dataset (`specs.py`), a folder, or the Hub. Files must be whole, called alike and of one
+   configuration, and among pictures nothing may lie that isn't read but documents.
 2. Columns: one of pictures and one of labels, one with the usual name or the only one; no other column is decoded.
 3. Picture to pixels (`pictures.py`): every mode of Pillow, upright, in RGB, transparency on a background, prepared as
    the checkpoint's processor does it, in [0, 1], not normalised; what can't be scaled to that is refused.
@@ -131,12 +132,8 @@ def load_image_dataset(
         check_files_of(rows, image_column, dataset_id, places)
     if spec and len(rows):
         class_names = names_of_spec(spec, features[label_column], class_names)
-    if (
-        "[" in split
-        and not streaming
-        and isinstance(features[label_column], datasets.Value)
-        and class_names is not None
-    ):
+    label = features[label_column]
+    if "[" in split and not streaming and isinstance(label, datasets.Value) and "int" in label.dtype and class_names:
         whole = "+".join(dict.fromkeys(re.sub(r"\[.*?\]", "", split).split("+")))
         all_rows, _, _ = find_rows(name, spec, whole, data_root, config, revision)
         read_labels(all_rows, label_column, class_names, dataset_id)  # of a part, labels from 1 may look right
