@@ -132,8 +132,8 @@ def load_image_dataset(
         check_files_of(rows, image_column, dataset_id, places)
     if spec and len(rows):
         class_names = names_of_spec(spec, features[label_column], class_names)
-    label = features[label_column]
-    if "[" in split and not streaming and isinstance(label, datasets.Value) and "int" in label.dtype and class_names:
+    integers = isinstance(features[label_column], datasets.Value) and "int" in features[label_column].dtype
+    if "[" in split and not streaming and integers and class_names is not None:
         whole = "+".join(dict.fromkeys(re.sub(r"\[.*?\]", "", split).split("+")))
         all_rows, _, _ = find_rows(name, spec, whole, data_root, config, revision)
         read_labels(all_rows, label_column, class_names, dataset_id)  # of a part, labels from 1 may look right
