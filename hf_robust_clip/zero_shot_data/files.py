@@ -295,7 +295,7 @@ def _check_named_alike(
     """
     tables = (file for file in files if file.name.lower().endswith(TABLES))
     read = [file for file in tables if file.name not in ImageFolder.METADATA_FILENAMES]
-    if declared and all(_prefix(file) != part for file in read):
+    if not read or (declared and all(_prefix(file) != part for file in read)):
         return
     endings, others = {file.suffix for file in read}, {split for rows in card.rows.values() for split in rows} - {part}
     beside = (PurePath(root, file).relative_to(folder) for root, _, names in _walk(folder) for file in names)

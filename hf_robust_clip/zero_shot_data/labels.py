@@ -406,7 +406,7 @@ def _check_lines(lines: Sequence[str]) -> None:
     if comment is not None:
         raise ValueError(f"their line {comment!r} is a comment and no name; leave the names alone, one per line")
     mend = "leave the names alone, one per line, or write a JSON list or dict"
-    counts = [{line.count(sign) for line in lines} for sign in "\t,;"]
+    counts = [{line.count(sign) for line in lines} for sign in "\t,;|="]
     if any(len(count) == 1 and 0 not in count for count in counts):
         raise ValueError(f"their lines are columns, such as {first!r}; {mend}")
     if len(lines) < 2:

@@ -24,6 +24,7 @@ DATA_ROOT_VARIABLE = "HF_ROBUST_CLIP_DATA_ROOT"
 STREAM_BUFFER = 1000  # rows among which a streamed set is shuffled; its shards are shuffled too
 PICTURE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "images", "pictures", "photos")
 LABEL_COLUMNS = ("label", "labels", "cls")
+TEXTS, BYTES = ("string", "large_string"), ("binary", "large_binary")
 LABEL_WORDS = {*LABEL_COLUMNS, "class", "classes", "category", "categories", "target", "targets"}
 
 
@@ -130,15 +131,15 @@ def image_column_of(features: datasets.Features, asked: str | None, name: str) -
     found = [column for column in features if plain(column) in PICTURE_COLUMNS] or [
         column
         for column, feature in features.items()
-        if isinstance(feature, datasets.Image)
-        or (words_of(column) & set(PICTURE_COLUMNS) and not _is_label(feature, texts=False))
+        if _holds_pictures(feature)
+        or (words_of(column) & set(PICTURE_COLUMNS) and getattr(feature, "dtype", "") in ("", *TEXTS, *BYTES))
     ]
     if asked is None and len(found) > 1:
         raise ValueError(f"dataset {name!r} has several columns of pictures, {found}; choose by image_column.")
     column = asked or next(iter(found), "image")
     if column not in features:
         raise ValueError(f"dataset {name!r} has no column {column!r}; its columns: {list(features)}.")
-    if not _holds_pictures(features[column]):
+    if not _holds_pictures(features[column]) and getattr(features[column], "dtype", "") not in BYTES:
         raise ValueError(
             f"column {column!r} of dataset {name!r} holds no pictures but {features[column]}; choose by image_column."
         )
@@ -176,20 +177,7 @@ def _is_own(path: str, places: Sequence[str] | None) -> bool:
 
 
 def _holds_pictures(feature: Any) -> bool:
-    """Also bytes on their own may be those of a picture."""
-    return (
-        isinstance(feature, datasets.Image)
-        or (isinstance(feature, dict) and "bytes" in feature)
-        or getattr(feature, "dtype", None) in ("binary", "large_binary")
-    )
-
-
-def _is_label(feature: Any, texts: bool = True) -> bool:
-    """Whether a column holds whole numbers, true and false, class labels, or `texts`."""
-    dtype = getattr(feature, "dtype", "")
-    return isinstance(feature, datasets.Value | datasets.ClassLabel) and (
-        dtype.startswith(("int", "uint", "bool")) or (texts and dtype in ("string", "large_string"))
-    )
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
 
 
 def label_column_of(features: datasets.Features, asked: str | None, name: str) -> str:
@@ -203,7 +191,10 @@ def label_column_of(features: datasets.Features, asked: str | None, name: str) -
     if not found and not asked:
         classes = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         named = [
-            column for column, feature in features.items() if words_of(column) & LABEL_WORDS and _is_label(feature)
+            column
+            for column, feature in features.items()
+            if words_of(column) & LABEL_WORDS
+            and getattr(feature, "dtype", "").startswith(("int", "uint", "bool", *TEXTS))
         ]
         found = list(dict.fromkeys([*classes, *named])) if classes else []
     if len(found) == 1:

@@ -287,6 +287,14 @@ def test_a_text_that_speaks_of_pictures_is_not_passed_over(name, processor):
     )
 
 
+@pytest.mark.parametrize("kind", ["Image", "struct"])
+def test_numbers_that_speak_of_pictures_are_none(kind, processor):
+    """`scan` holds the pictures, whether as `Image` or as bytes and path."""
+    table = with_mask(["scan"], kind).add_column("image_quality", [0.5, 1.0]).add_column("image_id", [1, 2])
+    data = image_dataset(table.add_column("photo_ok", [True, False]), processor)
+    assert (data.image_column, reds(data)) == ("scan", [7, 7])
+
+
 @pytest.mark.parametrize("name", ["Label", "LABELS"])
 def test_the_column_called_label_in_any_case_decides(name, processor):
     table = rows().rename_column("label", name).add_column("source", [0] * 6)
