@@ -151,6 +151,7 @@ def _builder(
         return folder, datasets.load_dataset_builder("arrow", data_files=saved), True
     parquet = {part: _parquet_files(folder, part) for part in parts}
     if all(parquet.values()):
+        _check_no_pictures(folder, parquet, name)
         return folder, datasets.load_dataset_builder("parquet", data_files=parquet), False
     splits = {} if card.configs else _splits_of_pictures(folder)
     if set(parts) <= splits.keys():
@@ -172,6 +173,16 @@ def _saved_files(folder: Path) -> dict[str, list[str]]:
 def _parquet_files(folder: Path, part: str) -> list[str]:
     every = (Path(root, file) for root, _, files in _walk(folder) for file in files if file.endswith(".parquet"))
     return sorted(str(path) for path in every if _prefix(path) == part)
+
+
+def _check_no_pictures(folder: Path, parquet: Mapping[str, Sequence[str]], name: str) -> None:
+    """Raise DatasetError where parquet files and a folder of pictures both are called as a split."""
+    for part, files in parquet.items():
+        if any(file.lower().endswith(READ) for _, _, names in _walk(folder / part) for file in names):
+            raise DatasetError(
+                f"file {str(_relative(files[0], folder))!r} and the pictures in folder {part!r} of dataset {name!r} "
+                f"could both be split {part!r}; move one elsewhere."
+            )
 
 
 def _prefix(file: PurePath) -> str:
@@ -290,14 +301,15 @@ def _check_named_alike(
     files: Iterable[PurePath], part: str, folder: Path, declared: bool, card: _Card, name: str
 ) -> None:
     """Raise DatasetError unless the tables of a split lie in one folder, called alike but for their numbers, and no
-    other of this ending says that it is of the split. What README.md declares may be called anything, but where one is
-    called as the split all are.
+    other of this ending, parquet or arrow says that it is of the split. What README.md declares may be called anything,
+    but where one is called as the split all are.
     """
     tables = (file for file in files if file.name.lower().endswith(TABLES))
     read = [file for file in tables if file.name not in ImageFolder.METADATA_FILENAMES]
     if not read or (declared and all(_prefix(file) != part for file in read)):
         return
-    endings, others = {file.suffix for file in read}, {split for rows in card.rows.values() for split in rows} - {part}
+    endings = {".parquet", ".arrow", *(file.suffix for file in read)}
+    others = {split for rows in card.rows.values() for split in rows} - {part}
     beside = (PurePath(root, file).relative_to(folder) for root, _, names in _walk(folder) for file in names)
     left = [] if declared else [file for file in beside if file.suffix in endings and file not in read]
     kinds = {(file.parent, _kind(file)): file for file in read}
@@ -321,16 +333,19 @@ def _says(file: PurePath, part: str) -> bool:
 def _check_all_named(
     rows: datasets.Dataset | datasets.IterableDataset, files: Iterable[PurePath], folder: Path, name: str
 ) -> None:
-    """Raise DatasetError for pictures that the metadata file beside them doesn't name: `datasets` leaves them out."""
+    """Raise DatasetError for pictures that the metadata file beside them doesn't name, which `datasets` leaves out, or
+    names twice.
+    """
     columns = [column for column, feature in (rows.features or {}).items() if isinstance(feature, datasets.Image)]
     for column in columns:
         rows = rows.cast_column(column, datasets.Image(decode=False))
-    named = {
-        _relative(row[column]["path"], folder)
-        for row in rows.select_columns(columns)
-        for column in columns
-        if row[column] and row[column]["path"]
-    }
+    paths = [[row[column] and row[column]["path"] for column in columns] for row in rows.select_columns(columns)]
+    twice = next((row for row, count in Counter(map(tuple, paths)).items() if count > 1), None)
+    if twice:
+        raise DatasetError(
+            f"picture {twice[0]!r} of dataset {name!r} is named twice in its metadata file; keep one row."
+        )
+    named = {_relative(path, folder) for row in paths for path in row if path}
     left = sorted({file for file in files if file.name.lower().endswith(READ)} - named)
     if left:
         raise DatasetError(
@@ -393,7 +408,7 @@ def _check_pictures(folder: Path, files: Mapping[str, Iterable[PurePath]], name:
             )
         if left:
             raise DatasetError(
-                f"file {str(place / left[0])!r} of dataset {name!r} is in none of its splits {sorted(files)}; put "
+                f"file {str(place / left[0])!r} of dataset {name!r} is in none of its splits {[*map(str, files)]}; put "
                 "the pictures into <split>/<class>/, in a kind that 'datasets' reads, without links and hidden names, "
                 "and other files elsewhere."
             )

@@ -175,6 +175,14 @@ def test_splits_told_apart_by_numbers(tmp_path, processor):
     assert reds(folder, processor, "fold1+fold2") == [0, 1]
 
 
+@pytest.mark.parametrize("other", ["train/ant/1.png", "train.arrow", "train/data-00000-of-00001.arrow"])
+def test_two_kinds_of_files_that_could_be_one_split_are_refused(other, tmp_path, processor):
+    folder = write(tmp_path, "train.parquet", other, "test.parquet")
+    with pytest.raises(DatasetError, match=r"'train\.parquet' and .*train"):
+        reds(folder, processor)
+    assert reds(folder, processor, "test") == [2]
+
+
 def test_a_split_whose_name_begins_as_another(tmp_path, processor):
     """As the Hub names them: README.md tells that they are two."""
     folder = write(tmp_path, "data/test-00000-of-00001.parquet", "data/test_hard-00000-of-00001.parquet")
@@ -446,6 +454,9 @@ def test_pictures_that_the_metadata_does_not_name_are_refused(streaming, tmp_pat
     assert reds(folder, processor, "test", **settings) == [3]
     metadata.write_text("".join(lines))
     assert reds(folder, processor, **settings) == [0, 1, 2]
+    metadata.write_text("".join([*lines, lines[1]]))
+    with pytest.raises(DatasetError, match=r"train/more/3\.png.*twice"):
+        reds(folder, processor, **settings)
 
 
 def test_links_that_would_be_left_out_are_refused(tmp_path, processor):
