@@ -301,7 +301,7 @@ def _check_named_alike(
     files: Iterable[PurePath], part: str, folder: Path, declared: bool, card: _Card, name: str
 ) -> None:
     """Raise DatasetError unless the tables of a split lie in one folder, called alike but for their numbers, and no
-    other of this ending, parquet or arrow says that it is of the split. What README.md declares may be called anything,
+    other of this ending, parquet or arrow says that it is of the split. What README.md declares may have any name,
     but where one is called as the split all are.
     """
     tables = (file for file in files if file.name.lower().endswith(TABLES))
@@ -408,8 +408,8 @@ def _check_pictures(folder: Path, files: Mapping[str, Iterable[PurePath]], name:
             )
         if left:
             raise DatasetError(
-                f"file {str(place / left[0])!r} of dataset {name!r} is in none of its splits {[*map(str, files)]}; put "
-                "the pictures into <split>/<class>/, in a kind that 'datasets' reads, without links and hidden names, "
+                f"file {str(place / left[0])!r} of dataset {name!r} is in none of its splits {[*map(str, files)]}; "
+                "put the pictures into <split>/<class>/, in a kind that 'datasets' reads, without links and hidden names, "
                 "and other files elsewhere."
             )
 
