@@ -409,8 +409,8 @@ def _check_pictures(folder: Path, files: Mapping[str, Iterable[PurePath]], name:
         if left:
             raise DatasetError(
                 f"file {str(place / left[0])!r} of dataset {name!r} is in none of its splits {[*map(str, files)]}; "
-                "put the pictures into <split>/<class>/, in a kind that 'datasets' reads, without links and hidden names, "
-                "and other files elsewhere."
+                "put pictures into <split>/<class>/, in a kind that 'datasets' reads, without links and hidden names; "
+                "move other files elsewhere."
             )
 
 

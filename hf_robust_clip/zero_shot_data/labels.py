@@ -33,8 +33,10 @@ HASH = r"(?=.*\d)[0-9a-f]{8,}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 ID = re.compile(
     rf"{WORDNET_ID}|[+-]?\d+(\.\d+)?|({GENERIC})([\W_]*\d+|[\W_]+[a-z])|{HASH}", re.IGNORECASE
 )  # on its own
-ID_BEFORE_NAME = re.compile(rf"({WORDNET_ID}|({GENERIC})[\W_]*\d+|\d+)([\s,;:.)\]]+\S|[\W_]+[^\W\d_])", re.IGNORECASE)
-COMMENT = re.compile(r"#|//|--|;|%|<!|/\*")
+ID_BEFORE_NAME = re.compile(
+    rf"({WORDNET_ID}|({GENERIC})[\W_]*\d+|\d+|[a-z](?=\)))([\s,;:.)\]]+\S|[\W_]+[^\W\d_])", re.IGNORECASE
+)
+COMMENT = re.compile(r"#|//|--|;|%|<|/\*")
 SHOWN = 3  # of labels or names, in messages
 
 
@@ -400,14 +402,15 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 def _check_lines(lines: Sequence[str]) -> None:
     """Raise ValueError for lines that hold more than one name each."""
     first = lines[0] if lines else ""
-    if plain(first) in HEADINGS or re.match(r"\w+\s*=\s*[\[{(]", first):
+    odd = (first.isdecimal() or first.endswith(":")) and not any(x.isdecimal() or x[-1:] == ":" for x in lines[1:])
+    if plain(first) in HEADINGS or re.match(r"\w+\s*=\s*[\[{(]", first) or (odd and len(lines) > 1):
         raise ValueError(f"their first line {first!r} is no name; leave the names alone, one per line")
     comment = next((line for line in lines if COMMENT.match(line)), None)
     if comment is not None:
         raise ValueError(f"their line {comment!r} is a comment and no name; leave the names alone, one per line")
     mend = "leave the names alone, one per line, or write a JSON list or dict"
-    counts = [{line.count(sign) for line in lines} for sign in "\t,;|="]
-    if any(len(count) == 1 and 0 not in count for count in counts):
+    counts = [{line.count(sign) for line in lines} for sign in "\t,;|=:#"]
+    if any(len(count) == 1 and 0 not in count for count in counts) or any("\t" in line for line in lines):
         raise ValueError(f"their lines are columns, such as {first!r}; {mend}")
     if len(lines) < 2:
         return
@@ -417,7 +420,7 @@ def _check_lines(lines: Sequence[str]) -> None:
         raise ValueError(f"their lines begin with ids, such as {first!r}; {mend}")
     last = [re.search(r"[\W_](\d+)$", line) for line in lines]
     numbers = [int(match[1]) for match in last if match]
-    if numbers in ([*range(len(lines))], [*range(1, len(lines) + 1)]):
+    if sorted(numbers) in ([*range(len(lines))], [*range(1, len(lines) + 1)]):
         raise ValueError(f"their lines end with their numbers, such as {first!r}; {mend}")
     for end in (0, -1):
         signs = {line[end : end + 1 or None] for line in lines}
