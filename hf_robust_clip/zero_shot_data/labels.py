@@ -266,9 +266,10 @@ def _check_in_order(own: Sequence[str], names: Sequence[str], name: str) -> None
             "order of class_names is not theirs; give a mapping {label: name}."
         )
     if not all(ID.fullmatch(label.strip()) for label in own) and len({_without_numbers(label) for label in own}) > 1:
+        lines = ", ".join(f"{label!r}: '...'" for label in own[:2])
         raise ValueError(
-            f"none of the labels of dataset {name!r} is among class_names, whose order can't be known to be theirs; "
-            f"give a mapping {{label: name}}: {{{own[0]!r}: ..., {own[-1]!r}: ...}}."
+            f"none of the labels of dataset {name!r} is among class_names, whose order can't be known to be theirs; give "
+            f"a mapping {{label: name}}: {{{lines}, ...}}."
         )
     pairs = ", ".join(f"{label!r} is {given!r}" for label, given in zip(own[:SHOWN], names, strict=False))
     logger.warning("class_names are taken in the order of the labels of dataset %r: %s, ...", name, pairs)
