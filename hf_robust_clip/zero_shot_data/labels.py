@@ -268,7 +268,7 @@ def _check_in_order(own: Sequence[str], names: Sequence[str], name: str) -> None
     if not all(ID.fullmatch(label.strip()) for label in own) and len({_without_numbers(label) for label in own}) > 1:
         lines = ", ".join(f"{label!r}: '...'" for label in own[:2])
         raise ValueError(
-            f"none of the labels of dataset {name!r} is among class_names, whose order can't be known to be theirs; give "
+            f"none of the labels of dataset {name!r} is among class_names, whose order may be another; give "
             f"a mapping {{label: name}}: {{{lines}, ...}}."
         )
     pairs = ", ".join(f"{label!r} is {given!r}" for label, given in zip(own[:SHOWN], names, strict=False))
