@@ -30,7 +30,7 @@ class ImageDataset(Dataset):
     naming its row.
 
     Args:
-        rows: a `datasets.Dataset` with an image and a label column.
+        rows: a `datasets.Dataset` with an image and a label column; they are kept with their pictures undecoded.
         processor: prepares the pictures (without normalising them: that is inside the model).
         class_names: in label order.
         dataset_id, revision, split: for reports.
