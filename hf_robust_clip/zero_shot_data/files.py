@@ -301,19 +301,26 @@ def _check_named_alike(
     files: Iterable[PurePath], part: str, folder: Path, declared: bool, card: _Card, name: str
 ) -> None:
     """Raise DatasetError unless the tables of a split lie in one folder, called alike but for their numbers, and no
-    other of this ending, parquet or arrow says that it is of the split. What README.md declares may have any name,
-    but where one is called as the split all are.
+    other of this ending says that it is of the split, nor any parquet or arrow beside them. What README.md declares
+    may have any name, but where one is called as the split all are.
     """
     tables = (file for file in files if file.name.lower().endswith(TABLES))
     read = [file for file in tables if file.name not in ImageFolder.METADATA_FILENAMES]
     if not read or (declared and all(_prefix(file) != part for file in read)):
         return
-    endings = {".parquet", ".arrow", *(file.suffix for file in read)}
+    found = list({(file.parent, _kind(file)): file for file in read}.values())
+    endings, folders = {file.suffix for file in read}, {file.parent for file in read}
     others = {split for rows in card.rows.values() for split in rows} - {part}
-    beside = (PurePath(root, file).relative_to(folder) for root, _, names in _walk(folder) for file in names)
-    left = [] if declared else [file for file in beside if file.suffix in endings and file not in read]
-    kinds = {(file.parent, _kind(file)): file for file in read}
-    found = [*kinds.values(), *(file for file in left if _says(file, part) and _prefix(file) not in others)]
+    for root, _, names in _walk(folder) if not declared else ():
+        left = (PurePath(root, file).relative_to(folder) for file in names)
+        found += [
+            file
+            for file in left
+            if (file.suffix in endings or (file.parent in folders and file.suffix in (".parquet", ".arrow")))
+            and file not in read
+            and _says(file, part)
+            and _prefix(file) not in others
+        ]
     if len(found) > 1:
         raise DatasetError(
             f"files {str(found[0])!r} and {str(found[1])!r} of dataset {name!r} could both be split {part!r}; move "

@@ -175,7 +175,7 @@ def test_splits_told_apart_by_numbers(tmp_path, processor):
     assert reds(folder, processor, "fold1+fold2") == [0, 1]
 
 
-@pytest.mark.parametrize("other", ["train/ant/1.png", "train.arrow", "train/data-00000-of-00001.arrow"])
+@pytest.mark.parametrize("other", ["train/ant/1.png", "train.arrow"])
 def test_two_kinds_of_files_that_could_be_one_split_are_refused(other, tmp_path, processor):
     folder = write(tmp_path, "train.parquet", other, "test.parquet")
     with pytest.raises(DatasetError, match=r"'train\.parquet' and .*train"):
