@@ -39,7 +39,7 @@ def checked_images(images_BCHW: Any, name: str = "images", bounds: tuple[float, 
         return images_BCHW
     if low < bounds[0] - ROUNDING or high > bounds[1] + ROUNDING:
         raise ValueError(
-            f"{name} have values in [{low:.4g}, {high:.4g}], outside {list(bounds)}. "
+            f"{name} have values in [{low:.7g}, {high:.7g}], outside {list(bounds)}. "
             "Did you normalise them or leave them in 0..255? Normalisation is inside the model."
         )
     return images_BCHW.clamp(*bounds)
