@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from numbers import Real
@@ -15,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .attacks.pgd import PGDSettings
+from .processes import check_sharding, join_processes
 from .threat_model import ThreatModel
 from .zero_shot_data.augment import RandomResizedCrop
 
@@ -132,6 +134,8 @@ class RobustClipConfig(TrainingArguments):
         _check_numbers(self)
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            join_processes(self.use_cpu, self.ddp_timeout, self.ddp_backend)
         super().__post_init__()
         check_arguments(self)
 
@@ -280,6 +284,7 @@ def _check_number(name: str, value: Any, least: float = 0, below: float = math.i
 
 
 def _check_accelerator(args: RobustClipConfig) -> None:
+    check_sharding(args.distributed_state, fsdp=bool(args.fsdp))
     default = {**AcceleratorConfig().to_dict(), "non_blocking": args.accelerator_config.non_blocking}
     for name, value in vars(args.accelerator_config).items():
         if value != default[name]:

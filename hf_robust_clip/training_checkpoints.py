@@ -1,45 +1,101 @@
-"""Checkpoints of a training: whether one is whole, and whether weights are finite."""
+"""Checkpoints of a training: whether one is whole, which one is gone on from, and whether weights are finite."""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .digests import damaged_file, digest, digests
+from .processes import Processes, everyone, together
 
-def check_checkpoint(folder: str | Path) -> None:
-    """Raise OSError unless a training can go on from a checkpoint: state readable, safetensors files of their full
-    length with finite weights, optimizer and schedule there.
+logger = logging.getLogger(__name__)
+RUN_FILE = "training_run.json"
+
+
+class NothingToResume(ValueError):
+    """There is no checkpoint to go on from."""
+
+
+def note_checkpoint(folder: str | Path, run: Mapping[str, Any], processes: int) -> None:
+    """Write, as the last file of a checkpoint, which training it is of, in how many processes, and the digests of all
+    other files: with it a checkpoint is whole.
+
+    Args:
+        run: in JSON types.
     """
-    folder = Path(folder)
+    files = [f for f in Path(folder).rglob("*") if f.is_file() and f.name[0] != "." and f.suffix != ".md"]
+    note = {"run": run, "processes": processes, "files": digests(folder, (f for f in files if f.name != RUN_FILE))}
+    note["digest"] = digest(json.dumps(note).encode())
+    Path(folder, RUN_FILE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+
+
+def read_note(folder: str | Path) -> dict[str, Any]:
+    """What `note_checkpoint` wrote. Raises ValueError if it is missing, damaged, or something else."""
     try:
-        json.loads((folder / "trainer_state.json").read_text())  # the Trainer writes it last
-        weights = sorted(folder.glob("*.safetensors"))
-        if not weights:
-            raise FileNotFoundError("no *.safetensors")
-        for file in weights:
-            _check_finite(file)
-        if not (any(folder.glob("optimizer*")) and (folder / "scheduler.pt").is_file()):
-            raise FileNotFoundError("no optimizer and schedule, as save_only_model=True leaves it")
-    except (OSError, ValueError, SafetensorError) as error:
+        note = json.loads(Path(folder, RUN_FILE).read_text(encoding="utf-8"))
+        if note.pop("digest") == digest(json.dumps(note).encode()):
+            return note
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise ValueError(f"{RUN_FILE} is missing or damaged")
+
+
+def check_files(folder: str | Path) -> dict[str, Any]:
+    """What is noted of a checkpoint. Raises OSError unless all its files are there as they were written."""
+    try:
+        note = read_note(folder)
+        if fault := damaged_file(folder, note["files"]):
+            raise ValueError(fault)
+    except ValueError as error:
         raise OSError(
             f"checkpoint {str(folder)!r} is missing or cut short ({error}); resume from an earlier one."
         ) from error
+    return note
 
 
-def newest_whole_checkpoint(output_dir: str | Path) -> Path | None:
-    """The `checkpoint-<step>` folder of the highest step from which a training can go on, or None."""
-    folders = [f for f in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", f.name)]
-    for folder in sorted(folders, key=step_of, reverse=True):
-        try:
-            check_checkpoint(folder)
-        except OSError:
-            continue
-        return folder
+def check_checkpoint(folder: str | Path, processes: Processes = None) -> dict[str, Any]:
+    """`check_files`. Raises OSError, too, without the optimizer, schedule, and state of the training, or the random
+    state of this process, where there were as many as now.
+    """
+    note = check_files(folder)
+    rank, count = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
+    random_state = "rng_state.pth" if count == 1 else f"rng_state_{rank}.pth"
+    files = [*note["files"], *(file.name for file in Path(folder).glob("rng_state*"))]  # others' lie on their machines
+    for name in ("trainer_state.json", "scheduler.pt", "optimizer", *([random_state] * (note["processes"] == count))):
+        if not any(file.startswith(name) for file in files):
+            raise OSError(f"checkpoint {str(folder)!r} has no {name}; save_only_model=True leaves out what is needed.")
+    return note
+
+
+def newest_whole_checkpoint(output_dir: str | Path, processes: Processes = None) -> Path | None:
+    """The `checkpoint-<step>` folder of the highest step from which a training can go on in every process, each of
+    which looks into an output folder that may be its machine's own; None where no process has any whole one. A line
+    for each that is passed over says why.
+
+    Raises OSError, on every process, where all that some have are missing or damaged on others.
+    """
+    there = [f.name for f in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", f.name)]
+    names = {name for own in everyone(there, processes) for name in own}
+    missed = None
+    for name in sorted(names, key=step_of, reverse=True):
+        faults = everyone(_fault(Path(output_dir, name), processes), processes)
+        if not any(faults):
+            return Path(output_dir, name)
+        rank, fault = next((rank, text) for rank, text in enumerate(faults) if text)
+        where = f" by process {rank}" if len(faults) > 1 else ""
+        if processes is None or processes.is_main_process:
+            logger.warning("%s is passed over%s: %s", name, where, fault)
+        if not all(faults):
+            missed = missed or f"others can go on from {name}, process {rank} can't: {fault}"
+    if missed is not None:
+        raise OSError(f"{missed} Copy it there, share the folder, or train with save_on_each_node=True.")
     return None
 
 
@@ -50,32 +106,39 @@ def step_of(folder: str | Path) -> int:
 
 def best_beside(checkpoint: str | Path) -> Path | None:
     """Beside a checkpoint the one with the best weights until then, wherever both lay when they were written; None if
-    there is none yet. Raises OSError if it is gone.
+    there is none yet. Raises OSError unless it is whole.
     """
     best = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["best_model_checkpoint"]
     if best is None:
         return None
     folder = Path(checkpoint).with_name(Path(best).name)
-    if not folder.is_dir():
-        raise OSError(
-            f"{str(folder)!r} with the best weights until {Path(checkpoint).name} is missing; start without resume."
-        )
+    try:
+        check_files(folder)
+    except OSError as error:
+        raise OSError(f"of the best weights until {Path(checkpoint).name}: {error}") from error
     return folder
 
 
-def checkpoint_to_resume(wanted: str | Path | bool | None, output_dir: str | Path) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` means: True the newest whole one, a path that one, else None.
+def checkpoint_to_resume(
+    wanted: str | Path | bool | None, output_dir: str | Path, processes: Processes = None
+) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` means, the same step in every process: True the newest whole one, a
+    path that one, else None.
 
-    Raises OSError if a named one is cut short or missing, ValueError if there is none to go on from.
+    Raises, on every process, OSError if a named one is cut short or missing, `NothingToResume` if there is none to go
+    on from, ValueError if the processes don't want the same.
     """
+    wishes = everyone(Path(wanted).name if isinstance(wanted, str | Path) and wanted else bool(wanted), processes)
+    if len(set(wishes)) > 1:
+        raise ValueError(f"resume_from_checkpoint is {wishes} in the order of processes; start all with the same.")
     if not wanted:
         return None
     if wanted is not True:
-        check_checkpoint(wanted)
+        together(lambda: check_checkpoint(wanted, processes), processes)
         return Path(wanted)
-    newest = newest_whole_checkpoint(output_dir)
+    newest = newest_whole_checkpoint(output_dir, processes)
     if newest is None:
-        raise ValueError(f"no whole checkpoint in {str(output_dir)!r} to resume from; start without resume.")
+        raise NothingToResume(f"no whole checkpoint in {str(output_dir)!r} to resume from; start without resume.")
     return newest
 
 
@@ -95,9 +158,10 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _check_finite(file: Path) -> None:
-    with safe_open(file, "pt") as weights:
-        for name in weights.keys():  # noqa: SIM118  # it is no dict
-            tensor = weights.get_tensor(name)
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise ValueError(f"{name} in {file.name} is not finite")
+def _fault(folder: Path, processes: Processes) -> str | None:
+    """Why a training can't go on from a checkpoint, or None."""
+    try:
+        check_checkpoint(folder, processes)
+    except OSError as error:
+        return str(error)
+    return None

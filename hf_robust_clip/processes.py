@@ -1,0 +1,118 @@
+"""Processes that were launched together: how they join, what runs, and how they agree."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
+
+Processes: TypeAlias = "Accelerator | PartialState | None"  # None: this one alone
+Found = TypeVar("Found")
+TIMEOUT = 1800  # seconds, as the Trainer's `ddp_timeout`
+USE_FSDP = "ACCELERATE_USE_FSDP"
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+}
+
+
+def join_processes(cpu: bool, timeout: int = TIMEOUT, backend: str | None = None) -> PartialState:
+    """The processes that were launched together.
+
+    Where they are on several machines, a line says what is waited for, and for how long.
+
+    Args:
+        timeout: seconds until a process that doesn't come, or doesn't answer later, is an error.
+        backend: of torch.distributed; None takes that of the device.
+
+    Raises ValueError if fewer joined than were launched, and for a launch file that asks for what isn't supported;
+    OSError if not all joined in time.
+    """
+    import torch
+    from accelerate import PartialState
+
+    for variable, name in UNSUPPORTED.items():
+        if _is_set(variable):
+            raise ValueError(f"the launch file asks for {name}, which is not supported; use DDP or FSDP.")
+    launched, here = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if launched > here and not joined and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"waiting for all {launched} processes to join at {place}, at most {timeout} s", flush=True)
+    try:
+        cpu = cpu or _is_set("ACCELERATE_USE_CPU")
+        processes = PartialState(cpu=cpu, timeout=timedelta(seconds=timeout), backend=backend)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise OSError(
+            f"not all of {launched} processes joined at {place} within {timeout} s ({reason[0]}); start every "
+            "machine, and let it reach this address."
+        ) from error
+    if processes.num_processes != launched:
+        raise ValueError(
+            f"{launched} processes were launched, but {processes.num_processes} joined: each would train alone. "
+            "Use one of the accelerate configs in recipes/accelerate."
+        )
+    return processes
+
+
+def check_sharding(processes: PartialState, *, fsdp: bool = False, evaluation: bool = False) -> None:
+    """Raise ValueError where FSDP is asked for, by the launch file or `fsdp`, and something else would run."""
+    if (fsdp or _is_set(USE_FSDP)) and (evaluation or not _can_shard(processes)):
+        where = "in an evaluation" if evaluation else f"by {what_runs(processes)}"
+        raise ValueError(
+            f"FSDP is asked for, and nothing is sharded {where}; take a launch file without it, such as "
+            "recipes/accelerate/multi_gpu_ddp.yaml or two_cpu_processes.yaml."
+        )
+
+
+def what_runs(processes: PartialState, *, fsdp: bool = False) -> str:
+    """How many processes run on which device, and how they work together."""
+    if processes.num_processes == 1:
+        return f"one process on {processes.device.type}"
+    from torch.distributed import get_backend
+
+    kind = "FSDP" if (fsdp or _is_set(USE_FSDP)) and _can_shard(processes) else "DDP"
+    return f"{processes.num_processes} processes on {processes.device.type} ({kind}, {get_backend()})"
+
+
+def everyone(value: Found, processes: Processes) -> list[Found]:
+    """What each process holds, in their order, on every one of them."""
+    if processes is None or processes.num_processes == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    return gather_object([value])
+
+
+def together(check: Callable[[], Found], processes: Processes) -> Found:
+    """What a check gives here. Raises on every process what it raises on the first that fails, so that none waits for
+    another that is gone.
+    """
+    found: Found | None = None
+    error: Exception | None = None
+    try:
+        found = check()
+    except (OSError, ValueError, TypeError) as raised:
+        error = raised
+    errors = everyone(error, processes)
+    for rank, other in enumerate(errors):
+        if other is not None:
+            if len(errors) == 1:
+                raise other
+            kind = next(kind for kind in (OSError, TypeError, ValueError) if isinstance(other, kind))
+            raise kind(f"process {rank}: {other}") from error
+    return found  # type: ignore[return-value]  # it was found, since nothing was raised
+
+
+def _can_shard(processes: PartialState) -> bool:
+    return processes.distributed_type.value not in ("NO", "MULTI_CPU")
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1")
