@@ -71,14 +71,15 @@ def check_sharding(processes: PartialState, *, fsdp: bool = False, evaluation: b
         )
 
 
-def what_runs(processes: PartialState, *, fsdp: bool = False) -> str:
-    """How many processes run on which device, and how they work together."""
+def what_runs(processes: PartialState, *, fsdp: bool | None = None) -> str:
+    """How many processes run on which device, and how they share a training (`fsdp`: whether it asks for that)."""
     if processes.num_processes == 1:
         return f"one process on {processes.device.type}"
     from torch.distributed import get_backend
 
     kind = "FSDP" if (fsdp or _is_set(USE_FSDP)) and _can_shard(processes) else "DDP"
-    return f"{processes.num_processes} processes on {processes.device.type} ({kind}, {get_backend()})"
+    shared = "" if fsdp is None else f"{kind}, "
+    return f"{processes.num_processes} processes on {processes.device.type} ({shared}{get_backend()})"
 
 
 def everyone(value: Found, processes: Processes) -> list[Found]:

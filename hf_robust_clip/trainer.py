@@ -709,6 +709,8 @@ class RobustClipTrainer(PushingTrainer):
             if isinstance(core, PeftModel):  # embedding layers are frozen: no need to look for them on the Hub
                 save_adapter(core, folder, state_dict)
             else:
+                if self.args.save_on_each_node:  # transformers would write weights on the first machine alone
+                    core.should_save_on_this_rank = bool
                 core.save_pretrained(folder, state_dict=state_dict)
 
     def adapter_base(self) -> str | None:

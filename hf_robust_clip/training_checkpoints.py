@@ -61,16 +61,20 @@ def check_files(folder: str | Path) -> dict[str, Any]:
 
 
 def check_checkpoint(folder: str | Path, processes: Processes = None) -> dict[str, Any]:
-    """`check_files`. Raises OSError, too, without the optimizer, schedule, and state of the training, or the random
+    """`check_files`. Raises OSError, too, without weights, optimizer, schedule, state of the training, or the random
     state of this process, where there were as many as now.
     """
     note = check_files(folder)
     rank, count = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
     random_state = "rng_state.pth" if count == 1 else f"rng_state_{rank}.pth"
     files = [*note["files"], *(file.name for file in Path(folder).glob("rng_state*"))]  # others' lie on their machines
-    for name in ("trainer_state.json", "scheduler.pt", "optimizer", *([random_state] * (note["processes"] == count))):
-        if not any(file.startswith(name) for file in files):
-            raise OSError(f"checkpoint {str(folder)!r} has no {name}; save_only_model=True leaves out what is needed.")
+    needed = {"weights": r".*model.*\.(safetensors|bin|distcp)", "optimizer": "optimizer",
+              "schedule": r"scheduler\.pt", "state": r"trainer_state\.json"}  # fmt: skip
+    if note["processes"] == count:
+        needed["random state of this process"] = re.escape(random_state)
+    for what, name in needed.items():
+        if not any(re.match(name, file) for file in files):
+            raise OSError(f"checkpoint {str(folder)!r} has no {what}; save_only_model=True leaves most of it out.")
     return note
 
 

@@ -326,8 +326,8 @@ def test_a_batch_that_is_known_counts_once():
 
 
 def test_what_other_ranks_read_of_their_own_folders_is_gathered(tmp_path, monkeypatch):
-    """Machines without a shared disk: each rank has its own lines only, and the report counts all images, of which none
-    is evaluated again.
+    """Machines without a shared disk: each rank has its own lines only; the report counts all images, and none is
+    evaluated again.
     """
     model, data = digits(9)
     expected = asdict(evaluate_robustness(model, data, SETTINGS, **NAMES))
