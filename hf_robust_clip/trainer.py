@@ -939,7 +939,7 @@ class TAPTTrainer(APTTrainer):
         self.adaptation = replace(self.adaptation, targets=targets)
         return targets
 
-    def _train_clean(self, folder: Path | None) -> CLIPForZeroShotClassification:
+    def _train_clean(self, folder: Path | None = None) -> CLIPForZeroShotClassification:
         """Prompts of the same kind in the same frozen model, trained by the same settings without an attack; where it
         was killed, it goes on from its checkpoint in `folder`.
         """

@@ -1,3 +1,5 @@
+import math
+import os
 import shutil
 from dataclasses import dataclass
 
@@ -5,9 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from training_script import arguments, state, tiny_data, tiny_model
+from transformers import TrainerCallback
 
 from hf_robust_clip import TeCoA, TeCoATrainer
-from hf_robust_clip.training_checkpoints import check_checkpoint, first_not_finite, newest_whole_checkpoint
+from hf_robust_clip.training_checkpoints import (
+    RUN_FILE,
+    NothingToResume,
+    check_checkpoint,
+    first_not_finite,
+    newest_whole_checkpoint,
+    note_checkpoint,
+)
 
 
 @dataclass(frozen=True)
@@ -56,34 +66,122 @@ def finished(tmp_path_factory):
     return folder, state(trainer.model)
 
 
+def run_again(folder, **changes):
+    args = arguments(folder, **{"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **changes})
+    return TeCoATrainer(tiny_model(), args, None, tiny_data())
+
+
 def poison(folder):
     weights = load_file(folder / "model.safetensors")
     weights["visual_projection.weight"][0, 0] = torch.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def without_optimizer(folder):
-    (folder / "optimizer.pt").unlink()
+def missing(name):
+    return lambda folder: (folder / name).unlink()
 
 
-def without_schedule(folder):
-    (folder / "scheduler.pt").unlink()
+def cut(name):
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size - 5)
 
 
-@pytest.mark.parametrize("damage", [poison, without_optimizer, without_schedule])
-def test_a_damaged_newest_checkpoint_is_passed_over(damage, finished, tmp_path):
-    """And training goes on from the one before to the same end."""
+def flipped(name):
+    def flip(folder):
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 4
+        (folder / name).write_bytes(content)
+
+    return flip
+
+
+def emptied(name):
+    return lambda folder: (folder / name).write_text("{}")
+
+
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", RUN_FILE)
+DAMAGES = {"poison": poison, "state of {}": emptied("trainer_state.json"), "note of {}": emptied(RUN_FILE)} | {
+    f"{damage.__name__} {name}": damage(name) for damage in (missing, cut, flipped) for name in FILES
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_passed_over(damage, finished, tmp_path, caplog):
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
-    damage(folder / "checkpoint-4")
+    DAMAGES[damage](folder / "checkpoint-4")
     with pytest.raises(OSError, match="checkpoint-4"):
         check_checkpoint(folder / "checkpoint-4")
     assert newest_whole_checkpoint(folder) == folder / "checkpoint-2"
-    args = arguments(folder, max_steps=4, save_strategy="steps", save_steps=2)
-    trainer = TeCoATrainer(tiny_model(), args, None, tiny_data())
+    (line,) = caplog.messages
+    name = damage.split()[-1] if "." in damage else "cut short"
+    assert line.startswith("checkpoint-4 is passed over: ") and name in line
+
+
+def test_training_goes_on_from_the_one_before_to_the_same_end(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    (folder / "checkpoint-4" / "optimizer.pt").unlink()
+    trainer = run_again(folder)
     trainer.train(resume_from_checkpoint=True)
     assert all(torch.equal(tensor, finished[1][name]) for name, tensor in state(trainer.model).items())
     assert newest_whole_checkpoint(folder) == folder / "checkpoint-4"
+
+
+def test_weights_alone_are_nothing_to_go_on_from(tmp_path, caplog):
+    run_again(tmp_path, save_only_model=True).train()
+    with pytest.raises(NothingToResume):
+        run_again(tmp_path).train(resume_from_checkpoint=True)
+    assert "save_only_model=True" in caplog.messages[0]
+
+
+def test_an_older_checkpoint_stays_until_the_next_is_whole(tmp_path, monkeypatch):
+    """A kill before the last file is written leaves one to go on from, also where one is kept."""
+
+    def kill(folder, *more):
+        if folder.name == "checkpoint-4":
+            raise KeyboardInterrupt
+        note_checkpoint(folder, *more)
+
+    monkeypatch.setattr("hf_robust_clip.trainer.note_checkpoint", kill)
+    with pytest.raises(KeyboardInterrupt):
+        run_again(tmp_path, save_total_limit=1).train()
+    assert newest_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+@pytest.mark.parametrize("schedule", [{}, {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20}])
+def test_from_the_last_checkpoint_nothing_is_trained(schedule, tmp_path):
+    """Of steps that are no whole number of epochs (three updates each), also in an unfinished warm-up."""
+    trainer = run_again(tmp_path, **schedule)
+    trainer.train()
+    expected, told = state(trainer.model), trainer.settings()
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for _ in range(2):
+        again = run_again(tmp_path, **schedule)
+        random_state = torch.get_rng_state()
+        result = again.train(resume_from_checkpoint=True)
+        assert not torch.equal(torch.get_rng_state(), random_state)
+        assert again.state.global_step == result.global_step == 4
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state(again.model).items())
+        assert again.settings() == told
+        assert math.isnan(result.training_loss) and "train_loss" not in result.metrics
+        assert [log["loss"] for log in again.state.log_history if "loss" in log] == [
+            log["loss"] for log in trainer.state.log_history if "loss" in log
+        ]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
+
+
+def test_a_damaged_best_checkpoint_is_not_loaded_in_the_end(tmp_path):
+    class Damage(TrainerCallback):
+        def on_step_end(self, args, state, control, **more):
+            if state.global_step == 4:
+                flipped("model.safetensors")(tmp_path / "checkpoint-2")
+
+    best = dict(load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False, learning_rate=0.1,
+                eval_strategy="steps", eval_steps=2)  # fmt: skip
+    args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, **best)
+    trainer = TeCoATrainer(tiny_model(), args, None, tiny_data(), tiny_data(7), callbacks=[Damage()])
+    with pytest.raises(OSError, match=r"checkpoint-2.* \(model.safetensors is cut short or changed"):
+        trainer.train()
 
 
 def test_a_training_that_never_steps_is_an_error(tmp_path):
