@@ -16,6 +16,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 from transformers.utils.hub import extract_commit_hash
 
 from ..pictures import normalisation_of
+from .untrusted import NO_CODE, check_adapter_file, present
 
 T = TypeVar("T")
 ADAPTER_CONFIG, PROCESSOR_FILES = "adapter_config.json", ("processor_config.json", "preprocessor_config.json")
@@ -43,9 +44,13 @@ def adapter_config(
     return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
-def check_family(source: str, family: str, where: Mapping[str, Any]) -> None:
+def read_config(source: str, where: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json of a checkpoint says. Raises OSError with the mend if there is none, or it can't be read."""
+    return explained(source, lambda: PretrainedConfig.get_config_dict(source, **where))[0]
+
+
+def check_family(source: str, family: str, config: Mapping[str, Any]) -> None:
     """Raise OSError unless a checkpoint is of the family (a `model_type`)."""
-    config, _ = explained(source, lambda: PretrainedConfig.get_config_dict(source, **where))
     found = config.get("model_type")
     if found in TOWERS:
         raise OSError(
@@ -115,6 +120,7 @@ def with_adapter(base: nn.Module, folder: str | Path, **where: Any) -> nn.Module
     from peft.utils import load_peft_weights
 
     source, options = str(folder), {name: value for name, value in where.items() if value is not None}
+    check_adapter_file(source, options)
 
     def load() -> tuple[Any, set[str]]:
         with warnings.catch_warnings():
@@ -133,14 +139,8 @@ def take_normalisation(classifier: Any, source: str, where: Mapping[str, Any]) -
     """Give a classifier the normalisation of the processor that lies beside its adapter, if one does."""
     from transformers import AutoImageProcessor
 
-    if Path(source).is_dir():
-        present = any(Path(source, name).is_file() for name in PROCESSOR_FILES)
-    else:
-        present = any(
-            cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where) for name in PROCESSOR_FILES
-        )
-    if present:
-        processor = explained(source, lambda: AutoImageProcessor.from_pretrained(source, **where))
+    if any(present(source, name, where) for name in PROCESSOR_FILES):
+        processor = explained(source, lambda: AutoImageProcessor.from_pretrained(source, **where, **NO_CODE))
         classifier.set_normalisation(*normalisation_of(processor))
 
 
