@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import cached_file, find_adapter_config_file
@@ -21,6 +22,10 @@ from .untrusted import NO_CODE, check_adapter_file, present
 T = TypeVar("T")
 ADAPTER_CONFIG, PROCESSOR_FILES = "adapter_config.json", ("processor_config.json", "preprocessor_config.json")
 TOWERS = {"clip_vision_model": "image", "clip_text_model": "text"}
+
+
+class UnfitWeights(OSError):
+    """Weights that are damaged, or don't fit the model that they are loaded into."""
 
 
 def adapter_config(
@@ -68,8 +73,8 @@ def commit_of(source: str, where: Mapping[str, Any]) -> str | None:
 
 
 def check_loaded(source: str, info: Mapping[str, Any], what: str = "the model") -> None:
-    """Raise OSError for weights that are missing, unknown, or of another shape: the model would have random ones in
-    their place, or lack layers.
+    """Raise UnfitWeights for weights that are missing, unknown, or of another shape: the model would have random ones
+    in their place, or lack layers.
     """
     mismatched = [f"{key} {tuple(there)} for {tuple(here)}" for key, there, here in info.get("mismatched_keys", ())]
     unexpected = [key for key in info.get("unexpected_keys", ()) if not key.endswith("position_ids")]
@@ -82,7 +87,7 @@ def check_loaded(source: str, info: Mapping[str, Any], what: str = "the model") 
     if found:
         prefixed = [key for key in unexpected if key.startswith("module.")]
         mend = "take the prefix 'module.' off" if prefixed else "load them as the kind of model that wrote them"
-        raise OSError(f"the weights in {source!r} don't fit {what}: they {', and '.join(found)}; {mend}.")
+        raise UnfitWeights(f"the weights in {source!r} don't fit {what}: they {', and '.join(found)}; {mend}.")
 
 
 def _first(keys: Sequence[str]) -> str:
@@ -127,7 +132,7 @@ def with_adapter(base: nn.Module, folder: str | Path, **where: Any) -> nn.Module
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
             return PeftModel.from_pretrained(base, source, **options), set(load_peft_weights(source, **options))
 
-    model, given = explained(source, load)
+    model, given = readable(source, load)
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     check_loaded(source, {"missing_keys": expected - given, "unexpected_keys": given - expected}, "the adapter")
     core = model.get_base_model()
@@ -144,23 +149,50 @@ def take_normalisation(classifier: Any, source: str, where: Mapping[str, Any]) -
         classifier.set_normalisation(*normalisation_of(processor))
 
 
-def explained(source: str, load: Callable[[], T]) -> T:
-    """Run a loader; turn what it raises about a missing or damaged checkpoint into one OSError that names the mend."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
+def check_whole_adapters(module: nn.Module, state_dict: dict, prefix: str, *rest: Any) -> None:
+    """Let `load_state_dict` fail for an adapter of which some tensors are there and some are not: the others would
+    keep their random values, whichever library loads it.
+    """
+    error_msgs: list[str] = rest[-1]
+    by_adapter: dict[str, list[str]] = {}
+    for name, layer in module.named_modules(prefix=prefix.removesuffix(".")):
+        if isinstance(layer, BaseTunerLayer):
+            for own, _ in layer.named_parameters(prefix=name):
+                parts = own.removeprefix(f"{name}.").split(".")
+                if parts[0] in layer.adapter_layer_names and len(parts) > 1:
+                    by_adapter.setdefault(parts[1], []).append(own)
+    for adapter, names in by_adapter.items():
+        missing = [name for name in names if name not in state_dict]
+        if missing and len(missing) < len(names):
+            error_msgs.append(f"the weights of adapter {adapter!r} lack {_first(sorted(missing))}.")
+
+
+def readable(source: str, load: Callable[[], T]) -> T:
+    """Run a loader; turn what it raises about damaged weights, or those of another model, into one UnfitWeights."""
     from safetensors import SafetensorError
 
-    folder = Path(source).is_dir()
     try:
         return load()
     except SafetensorError as error:
-        raise OSError(
+        raise UnfitWeights(
             f"the weights in {source!r} are cut short or damaged ({error}); copy or download them again."
         ) from error
     except RuntimeError as error:
         if "Error(s) in loading state_dict" not in str(error):
             raise
         reason = str(error).splitlines()[1].strip()
-        raise OSError(f"the weights in {source!r} don't fit the model: {reason}") from error
+        raise UnfitWeights(f"the weights in {source!r} don't fit the model: {reason}") from error
+
+
+def explained(source: str, load: Callable[[], T]) -> T:
+    """`readable`, where what else is raised about a missing or damaged checkpoint names the mend."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    folder = Path(source).is_dir()
+    try:
+        return readable(source, load)
+    except UnfitWeights:
+        raise
     except (OSError, ValueError) as error:
         if folder:
             mend = "the folder lacks a readable config, weights or processor; save it with save_pretrained."
