@@ -67,6 +67,7 @@ from .training_checkpoints import (
     NothingToResume,
     best_beside,
     check_files,
+    check_fit,
     checkpoint_to_resume,
     first_not_finite,
     note_checkpoint,
@@ -604,9 +605,14 @@ class RobustClipTrainer(PushingTrainer):
         return {**self._run, **self._data}
 
     def _check_same_run(self, folder: Path) -> None:
-        """Raise on every process unless a checkpoint is of this training, with its data, as the main one sees it."""
+        """Raise on every process unless a checkpoint is of this training, with its data, as the main one sees it, and
+        its weights fit the model.
+        """
         main = self.accelerator.is_main_process
         together(lambda: check_same_run(folder, self._whole_run()) if main else None, self.accelerator)
+        if not self.is_fsdp_enabled:  # which loads all or nothing
+            core = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            together(lambda: check_fit(folder, core), self.accelerator)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:  # the Trainer's own signature
         """Its loop, with the model prepared for the training images."""

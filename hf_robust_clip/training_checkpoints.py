@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from .digests import damaged_file, digest, digests
@@ -17,6 +19,8 @@ from .processes import Processes, everyone, together
 
 logger = logging.getLogger(__name__)
 RUN_FILE = "training_run.json"
+WEIGHTS = r"(adapter_)?model(-\d+-of-\d+)?\.safetensors"
+SHARDED_WEIGHTS = "pytorch_model_fsdp"  # a file or a folder
 
 
 class NothingToResume(ValueError):
@@ -47,35 +51,34 @@ def read_note(folder: str | Path) -> dict[str, Any]:
     raise ValueError(f"{RUN_FILE} is missing or damaged")
 
 
-def check_files(folder: str | Path) -> dict[str, Any]:
-    """What is noted of a checkpoint. Raises OSError unless all its files are there as they were written."""
-    try:
-        note = read_note(folder)
-        if fault := damaged_file(folder, note["files"]):
-            raise ValueError(fault)
-    except ValueError as error:
-        raise OSError(
-            f"checkpoint {str(folder)!r} is missing or cut short ({error}); resume from an earlier one."
-        ) from error
-    return note
+def check_files(folder: str | Path) -> None:
+    """Raise OSError unless all files of a checkpoint are there as they were written."""
+    _refuse(folder, _damage(folder))
 
 
-def check_checkpoint(folder: str | Path, processes: Processes = None) -> dict[str, Any]:
+def check_checkpoint(folder: str | Path, processes: Processes = None) -> None:
     """`check_files`. Raises OSError, too, without weights, optimizer, schedule, state of the training, or the random
     state of this process, where there were as many as now.
     """
-    note = check_files(folder)
-    rank, count = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
-    random_state = "rng_state.pth" if count == 1 else f"rng_state_{rank}.pth"
-    files = [*note["files"], *(file.name for file in Path(folder).glob("rng_state*"))]  # others' lie on their machines
-    needed = {"weights": r".*model.*\.(safetensors|bin|distcp)", "optimizer": "optimizer",
-              "schedule": r"scheduler\.pt", "state": r"trainer_state\.json"}  # fmt: skip
-    if note["processes"] == count:
-        needed["random state of this process"] = re.escape(random_state)
-    for what, name in needed.items():
-        if not any(re.match(name, file) for file in files):
-            raise OSError(f"checkpoint {str(folder)!r} has no {what}; save_only_model=True leaves most of it out.")
-    return note
+    _refuse(folder, _damage(folder) or _lack(folder, processes))
+
+
+def check_fit(folder: str | Path, model: nn.Module) -> None:
+    """Raise OSError unless the weights in a checkpoint, of an adapter its own, are the model's by name and shape:
+    transformers would load those that are, and leave the others as they begin.
+    """
+    adapted = isinstance(model, PeftModel)
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False) if adapted else model.state_dict()
+    expected = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    found: dict[str, list[int]] = {}
+    for file in Path(folder).iterdir():
+        if re.fullmatch(WEIGHTS, file.name):
+            with safe_open(file, "pt") as weights:
+                found |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            there, here = (f"of shape {own[name]}" if name in own else "missing" for own in (found, expected))
+            _refuse(folder, f"{name} in its weights is {there}, in the model {here}")
 
 
 def newest_whole_checkpoint(output_dir: str | Path, processes: Processes = None) -> Path | None:
@@ -89,15 +92,16 @@ def newest_whole_checkpoint(output_dir: str | Path, processes: Processes = None)
     names = {name for own in everyone(there, processes) for name in own}
     missed = None
     for name in sorted(names, key=step_of, reverse=True):
-        faults = everyone(_fault(Path(output_dir, name), processes), processes)
+        folder = Path(output_dir, name)
+        faults = everyone(_damage(folder) or _lack(folder, processes), processes)
         if not any(faults):
-            return Path(output_dir, name)
+            return folder
         rank, fault = next((rank, text) for rank, text in enumerate(faults) if text)
         where = f" by process {rank}" if len(faults) > 1 else ""
         if processes is None or processes.is_main_process:
-            logger.warning("%s is passed over%s: %s", name, where, fault)
+            logger.warning("%s is passed over%s: %s.", name, where, fault)
         if not all(faults):
-            missed = missed or f"others can go on from {name}, process {rank} can't: {fault}"
+            missed = missed or f"others can go on from {name}, process {rank} can't: {fault}."
     if missed is not None:
         raise OSError(f"{missed} Copy it there, share the folder, or train with save_on_each_node=True.")
     return None
@@ -110,16 +114,13 @@ def step_of(folder: str | Path) -> int:
 
 def best_beside(checkpoint: str | Path) -> Path | None:
     """Beside a checkpoint the one with the best weights until then, wherever both lay when they were written; None if
-    there is none yet. Raises OSError unless it is whole.
+    there is none yet. Raises OSError as `check_files`.
     """
     best = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["best_model_checkpoint"]
     if best is None:
         return None
     folder = Path(checkpoint).with_name(Path(best).name)
-    try:
-        check_files(folder)
-    except OSError as error:
-        raise OSError(f"of the best weights until {Path(checkpoint).name}: {error}") from error
+    check_files(folder)
     return folder
 
 
@@ -162,10 +163,28 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _fault(folder: Path, processes: Processes) -> str | None:
-    """Why a training can't go on from a checkpoint, or None."""
+def _refuse(folder: str | Path, fault: str | None) -> None:
+    if fault:
+        raise OSError(f"checkpoint {str(folder)!r} is not whole: {fault}; resume from another one, or delete it.")
+
+
+def _damage(folder: str | Path) -> str | None:
+    """What of a checkpoint is not as it was written."""
     try:
-        check_checkpoint(folder, processes)
-    except OSError as error:
+        return damaged_file(folder, read_note(folder)["files"])
+    except (OSError, ValueError) as error:
         return str(error)
-    return None
+
+
+def _lack(folder: str | Path, processes: Processes) -> str | None:
+    """What an undamaged checkpoint lacks to go on from it in this process."""
+    note = read_note(folder)
+    rank, count = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
+    random_state = "rng_state.pth" if count == 1 else f"rng_state_{rank}.pth"
+    needed = {"weights": f"{WEIGHTS}|{SHARDED_WEIGHTS}", "optimizer": "optimizer", "schedule": r"scheduler\.pt",
+              "state": r"trainer_state\.json"}  # fmt: skip
+    if note["processes"] == count:
+        needed["random state of this process"] = re.escape(random_state)
+    files = [*note["files"], *(file.name for file in Path(folder).glob("rng_state*"))]  # others' lie on their machines
+    lacking = [what for what, name in needed.items() if not any(re.match(name, file) for file in files)]
+    return f"it has no {lacking[0]}, as save_only_model=True leaves it" if lacking else None

@@ -65,7 +65,7 @@ def test_machines_that_cannot_go_on_together_say_so_on_each(case, error, machine
 def test_machines_go_on_from_the_newest_that_each_has_whole(machines):
     for found in machines[0]:
         assert (found["each"], found["equal"]) == ("checkpoint-2", True)
-    assert re.search("checkpoint-4 is passed over by process 1: .*optimizer.pt is cut short", machines[1])
+    assert re.search("checkpoint-4 is passed over by process 1: optimizer.pt is cut short", machines[1])
 
 
 def test_states_of_machines_are_put_together(machines):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_script import arguments, state, tiny_data, tiny_model
+from training_script import arguments, state, tiny_data, tiny_model, tiny_prompts
 from transformers import TrainerCallback
 
 from hf_robust_clip import TeCoA, TeCoATrainer
@@ -17,6 +17,7 @@ from hf_robust_clip.training_checkpoints import (
     first_not_finite,
     newest_whole_checkpoint,
     note_checkpoint,
+    read_note,
 )
 
 
@@ -99,22 +100,60 @@ def emptied(name):
 
 
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", RUN_FILE)
-DAMAGES = {"poison": poison, "state of {}": emptied("trainer_state.json"), "note of {}": emptied(RUN_FILE)} | {
-    f"{damage.__name__} {name}": damage(name) for damage in (missing, cut, flipped) for name in FILES
-}
+DAMAGES = [(damage(name), name) for damage in (missing, cut, flipped, emptied) for name in FILES]
+DAMAGES.append((poison, "model.safetensors"))
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_checkpoint_is_passed_over(damage, finished, tmp_path, caplog):
+@pytest.mark.parametrize(("damage", "named"), DAMAGES)
+def test_a_damaged_newest_checkpoint_is_passed_over(damage, named, finished, tmp_path, caplog):
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
-    DAMAGES[damage](folder / "checkpoint-4")
-    with pytest.raises(OSError, match="checkpoint-4"):
+    damage(folder / "checkpoint-4")
+    with pytest.raises(OSError, match=f"checkpoint-4' is not whole: {named}"):
         check_checkpoint(folder / "checkpoint-4")
     assert newest_whole_checkpoint(folder) == folder / "checkpoint-2"
     (line,) = caplog.messages
-    name = damage.split()[-1] if "." in damage else "cut short"
-    assert line.startswith("checkpoint-4 is passed over: ") and name in line
+    assert line.startswith(f"checkpoint-4 is passed over: {named} is ")
+
+
+def prefixed(weights):
+    return {f"module.{name}": tensor for name, tensor in weights.items()}
+
+
+def without_one(weights):
+    return dict(list(weights.items())[1:])
+
+
+def with_one_more(weights):
+    return weights | {"more": torch.zeros(1)}
+
+
+def of_another_shape(weights):
+    return {name: tensor.flatten()[:-1] if tensor.ndim == 2 else tensor for name, tensor in weights.items()}
+
+
+def rewrite(folder, file, change):
+    """Change weights, and note the checkpoint as if they had been saved so."""
+    run = read_note(folder)["run"]
+    save_file(change(load_file(folder / file)), folder / file, {"format": "pt"})
+    note_checkpoint(folder, run, 1)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("change", [prefixed, without_one, with_one_more, of_another_shape])
+def test_whole_files_of_another_model_are_not_loaded_in_part(change, adapter, tmp_path):
+    """The Trainer would take what fits, and go on with the rest as it is."""
+
+    def make():
+        args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+        return TeCoATrainer(tiny_model(), args, None, tiny_data(), peft_config=tiny_prompts() if adapter else None)
+
+    make().train()
+    rewrite(tmp_path / "checkpoint-2", "adapter_model.safetensors" if adapter else "model.safetensors", change)
+    check_checkpoint(tmp_path / "checkpoint-2")
+    for resume in (True, str(tmp_path / "checkpoint-2")):
+        with pytest.raises(OSError, match=r"checkpoint-2' is not whole: \S+ in its weights is .*delete it"):
+            make().train(resume_from_checkpoint=resume)
 
 
 def test_training_goes_on_from_the_one_before_to_the_same_end(finished, tmp_path):
@@ -180,7 +219,7 @@ def test_a_damaged_best_checkpoint_is_not_loaded_in_the_end(tmp_path):
                 eval_strategy="steps", eval_steps=2)  # fmt: skip
     args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, **best)
     trainer = TeCoATrainer(tiny_model(), args, None, tiny_data(), tiny_data(7), callbacks=[Damage()])
-    with pytest.raises(OSError, match=r"checkpoint-2.* \(model.safetensors is cut short or changed"):
+    with pytest.raises(OSError, match=r"checkpoint-2.* model\.safetensors is cut short or changed"):
         trainer.train()
 
 
