@@ -14,6 +14,7 @@ Processes: TypeAlias = "Accelerator | PartialState | None"  # None: this one alo
 Found = TypeVar("Found")
 TIMEOUT = 1800  # seconds, as the Trainer's `ddp_timeout`
 USE_FSDP = "ACCELERATE_USE_FSDP"
+ALONE = "ACCELERATE_USE_CPU"  # what `accelerate launch` sets where it starts one process, however many are asked for
 UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -30,19 +31,20 @@ def join_processes(cpu: bool, timeout: int = TIMEOUT, backend: str | None = None
         timeout: seconds until a process that doesn't come, or doesn't answer later, is an error.
         backend: of torch.distributed; None takes that of the device.
 
-    Raises ValueError if fewer joined than were launched, and for a launch file that asks for what isn't supported;
-    OSError if not all joined in time.
+    Raises ValueError if fewer joined than were launched, as accelerate does it on the CPU, and for a launch file that
+    asks for what isn't supported; OSError if not all joined in time.
     """
     import torch
     from accelerate import PartialState
+    from accelerate.utils.environment import get_cpu_distributed_information
 
     for variable, name in UNSUPPORTED.items():
         if _is_set(variable):
             raise ValueError(f"the launch file asks for {name}, which is not supported; use DDP or FSDP.")
-    launched, here = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    about = get_cpu_distributed_information()  # by the variables of torchrun and of MPI
+    launched, joined = about.world_size, torch.distributed.is_available() and torch.distributed.is_initialized()
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    if launched > here and not joined and os.environ.get("LOCAL_RANK", "0") == "0":
+    if launched > about.local_world_size and not joined and about.local_rank == 0:
         print(f"waiting for all {launched} processes to join at {place}, at most {timeout} s", flush=True)
     try:
         cpu = cpu or _is_set("ACCELERATE_USE_CPU")
@@ -53,10 +55,11 @@ def join_processes(cpu: bool, timeout: int = TIMEOUT, backend: str | None = None
             f"not all of {launched} processes joined at {place} within {timeout} s ({reason[0]}); start every "
             "machine, and let it reach this address."
         ) from error
-    if processes.num_processes != launched:
+    asked_for_several = ALONE in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
+    if processes.num_processes != launched or (asked_for_several and launched == 1):
         raise ValueError(
-            f"{launched} processes were launched, but {processes.num_processes} joined: each would train alone. "
-            "Use one of the accelerate configs in recipes/accelerate."
+            f"{'several' if asked_for_several else launched} processes were launched, but {processes.num_processes} "
+            "joined: each would work alone. Use one of the accelerate configs in recipes/accelerate, which say how."
         )
     return processes
 
@@ -95,19 +98,19 @@ def together(check: Callable[[], Found], processes: Processes) -> Found:
     """What a check gives here. Raises on every process what it raises on the first that fails, so that none waits for
     another that is gone.
     """
+    if processes is None or processes.num_processes == 1:
+        return check()
     found: Found | None = None
     error: Exception | None = None
     try:
         found = check()
     except (OSError, ValueError, TypeError) as raised:
         error = raised
-    errors = everyone(error, processes)
-    for rank, other in enumerate(errors):
+    kinds = (OSError, TypeError, ValueError)
+    told = None if error is None else ([isinstance(error, kind) for kind in kinds].index(True), str(error))
+    for rank, other in enumerate(everyone(told, processes)):
         if other is not None:
-            if len(errors) == 1:
-                raise other
-            kind = next(kind for kind in (OSError, TypeError, ValueError) if isinstance(other, kind))
-            raise kind(f"process {rank}: {other}") from error
+            raise kinds[other[0]](f"process {rank}: {other[1]}") from error
     return found  # type: ignore[return-value]  # it was found, since nothing was raised
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from numbers import Real
@@ -134,8 +133,7 @@ class RobustClipConfig(TrainingArguments):
         _check_numbers(self)
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            join_processes(self.use_cpu, self.ddp_timeout, self.ddp_backend)
+        join_processes(self.use_cpu, self.ddp_timeout, self.ddp_backend)
         super().__post_init__()
         check_arguments(self)
 

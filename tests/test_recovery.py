@@ -103,6 +103,17 @@ def test_an_evaluation_is_not_sharded(monkeypatch):
         check_sharding(processes, evaluation=True)
 
 
+def test_a_process_that_accelerate_started_alone_in_place_of_several_is_refused(tmp_path, monkeypatch):
+    """As it does for --cpu and MULTI_CPU, on every machine."""
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    RobustClipConfig(output_dir=str(tmp_path), use_cpu=True)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(ValueError, match="several processes were launched, but 1 joined"):
+        RobustClipConfig(output_dir=str(tmp_path), use_cpu=True)
+
+
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"])
 def test_a_launch_file_of_what_is_not_supported_is_refused(variable, monkeypatch):
     monkeypatch.setenv(variable, "true")
