@@ -1,10 +1,11 @@
 """Trainings and evaluations that are killed at many points, and must end as if they had not been.
 
-python tests/kill_trials.py FOLDER --trainings 30 --evaluations 20
+python tests/kill_trials.py FOLDER --trainings 30 --evaluations 20 --recipes 20 --overwrites 20
 
 Each trial is a process that SIGKILL ends: after a share of the time that a whole run takes, or where it opens its n-th
 file to write, most of them in a checkpoint, and of some the newest file loses its second half, as when the power goes.
-Another process goes on from what is left. Prints how many ended bit-equal.
+Another process goes on from what is left. Prints how many ended bit-equal, and of recipes that were killed over a
+finished folder, how often weights and figures in it were both the old, both the new, or one of them missing.
 """
 
 import argparse
@@ -17,9 +18,22 @@ import time
 import traceback
 from pathlib import Path
 
+import test_recipes
+import test_tapt_recipe
 from training_script import digits_report, long_run, state
 
+from hf_robust_clip.cli import run_recipe
+from hf_robust_clip.digests import digests
+from hf_robust_clip.report import read_report_file
 from hf_robust_clip.training_checkpoints import RUN_FILE, NothingToResume
+
+RECIPES = {
+    "pmg_aft": (test_recipes.DEFAULT, [*test_recipes.SMALL, "--training.save_steps", "1"]),
+    "tapt": (
+        test_tapt_recipe.CONFIGS / "digits-clip/tapt.yaml",
+        [*test_tapt_recipe.SMALL, "--training.save_steps", "1"],
+    ),
+}
 
 
 def child(work, kill_after=None):
@@ -79,6 +93,56 @@ def evaluate(folder, at=None, result=None):
         result.write_text(json.dumps(found))
 
 
+def recipe(folder, at=None, result=None, method="pmg_aft", words=("--resume",)):
+    """A training script; what is kept of it are all weights and figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)  # from where a card names the output folder
+    watch_files(folder, at)
+    default, small = RECIPES[method]
+    run_recipe(method, default, "", [*small, "--output_dir", str(folder / "out"), *words])
+    if result is not None:
+        result.write_text(json.dumps(weights_and_figures(folder / "out")))
+
+
+def tapt_recipe(folder, at=None, result=None):
+    recipe(folder, at, result, "tapt")
+
+
+def weights_and_figures(folder):
+    """Digests of all weights in a folder, and what report.json tells; None for what isn't there, or isn't read."""
+    weights = digests(folder, folder.glob("*.safetensors"))
+    try:
+        told = read_report_file(folder / "report.json")
+    except (OSError, ValueError):
+        return weights or None, None
+    for row in told["reports"] + told["compared"]:
+        if row.get("defence"):
+            row["defence"].pop("ms_per_image", None)
+    return weights or None, [told["reports"], told["compared"]]
+
+
+def overwrites(folder, count):
+    """Kill a script at `count` points while it trains over a finished folder, and look what lies there."""
+    folder.mkdir(parents=True)
+    more = ("--training.max_steps", "3", "--overwrite")
+    child(lambda: recipe(folder / "old"))
+    shutil.copytree(folder / "old", folder / "new")
+    child(lambda: recipe(folder / "new", words=more))
+    old, new = (weights_and_figures(folder / name / "out") for name in ("old", "new"))
+    opened = int(Path(f"{folder / 'new'}.opened").read_text())
+    found = {"tried": count, "old": 0, "new": 0, "one is missing": 0, "of others": 0}
+    for i in range(count):
+        place = folder / f"{i}"
+        shutil.copytree(folder / "old", place)
+        child(lambda place=place, at=1 + i * opened // count: recipe(place, at, words=more))
+        left = weights_and_figures(place / "out")
+        kind = "old" if left == old else "new" if left == new else "one is missing" if None in left else "of others"
+        found[kind] += 1
+        assert (place / "out/README.md").is_file() <= (None not in left), f"a card without weights or figures: {place}"
+        shutil.rmtree(place)
+    return found
+
+
 def trials(run, folder, count):
     """Kill `run` at `count` points, by turns in time and at files: how many were killed, how many of them in writing
     a checkpoint, and how many ended bit-equal.
@@ -110,9 +174,17 @@ def trials(run, folder, count):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=lambda name: Path(name).absolute())
     parser.add_argument("--trainings", type=int, default=30)
     parser.add_argument("--evaluations", type=int, default=20)
+    parser.add_argument("--recipes", type=int, default=20)
+    parser.add_argument("--overwrites", type=int, default=20)
     words = parser.parse_args()
-    print(json.dumps({"trainings": trials(train, words.folder / "trainings", words.trainings),
-                      "evaluations": trials(evaluate, words.folder / "evaluations", words.evaluations)}))  # fmt: skip
+    for name, run, count in (
+        ("trainings", train, words.trainings),
+        ("evaluations", evaluate, words.evaluations),
+        ("recipes", recipe, words.recipes),
+        ("recipes of TAPT", tapt_recipe, words.recipes),
+    ):
+        print("FOUND", name, json.dumps(trials(run, words.folder / name, count)), flush=True)
+    print("FOUND overwrites", json.dumps(overwrites(words.folder / "overwrites", words.overwrites)))

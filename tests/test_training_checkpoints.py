@@ -209,6 +209,24 @@ def test_from_the_last_checkpoint_nothing_is_trained(schedule, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
 
 
+def test_from_the_last_checkpoint_the_best_weights_come_back(tmp_path):
+    best = dict(load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False, learning_rate=0.1,
+                eval_strategy="steps", eval_steps=2)  # fmt: skip
+
+    def make():
+        args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, **best)
+        return TeCoATrainer(tiny_model(), args, None, tiny_data(), tiny_data(7))
+
+    trainer = make()
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    again = make()
+    again.train(resume_from_checkpoint=True)
+    assert all(torch.equal(tensor, state(trainer.model)[name]) for name, tensor in state(again.model).items())
+    assert again.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert again.settings() == trainer.settings()
+
+
 def test_a_damaged_best_checkpoint_is_not_loaded_in_the_end(tmp_path):
     class Damage(TrainerCallback):
         def on_step_end(self, args, state, control, **more):
