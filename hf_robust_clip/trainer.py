@@ -39,7 +39,7 @@ from .objectives.fare import FARE
 from .objectives.pmg_aft import PMGAFT
 from .objectives.tecoa import TeCoA
 from .objectives.trades import TRADES
-from .processes import everyone, together
+from .processes import together
 from .prompts import ClipPromptConfig, check_prompts
 from .pushing import PushingTrainer
 from .run_identity import (
@@ -63,11 +63,11 @@ from .training_arguments import (
 )
 from .training_batches import OWN_IMAGES, count_images, own_images_of_last_batch, share_of_update, without_fill
 from .training_checkpoints import (
-    RUN_FILE,
     NothingToResume,
     best_beside,
     check_files,
     check_fit,
+    check_seen,
     checkpoint_to_resume,
     first_not_finite,
     note_checkpoint,
@@ -175,7 +175,7 @@ class RobustClipTrainer(PushingTrainer):
         self._beginning: dict[str, Any] | None = None  # what the training starts from
         self._run: dict[str, Any] = {}
         self._resumed_from: Path | None = None
-        self._told_blind = False  # that some processes don't see the checkpoints
+        self._checkpoints_seen = False  # whether it is known which processes see them
         self._data: dict[str, Any] | None = None  # which images it has, found out when first asked for
         self._args_before_trials: dict[str, Any] | None = None
         self._terms: dict[str, Tensor] = {}
@@ -676,24 +676,9 @@ class RobustClipTrainer(PushingTrainer):
         if self.args.should_save:
             note_checkpoint(checkpoint, plain(self._whole_run()), self.accelerator.num_processes)
             rotate_checkpoints(checkpoint.parent, limit, self.state.best_model_checkpoint, use_mtime=True)
-        if self.accelerator.num_processes > 1:
-            self._check_seen(checkpoint)
-
-    def _check_seen(self, checkpoint: Path) -> None:
-        """Say once that some processes don't see a checkpoint, which can't go on from it, therefore. Raises OSError on
-        every process where the best one is to be loaded in the end.
-        """
-        self.accelerator.wait_for_everyone()
-        blind = [i for i, seen in enumerate(everyone((checkpoint / RUN_FILE).is_file(), self.accelerator)) if not seen]
-        text = (
-            f"output_dir={str(checkpoint.parent)!r} is another folder for process {', '.join(map(str, blind))}: a "
-            "training can't go on from checkpoints there; share the folder, or set save_on_each_node=True."
-        )
-        if blind and self.args.load_best_model_at_end:
-            raise OSError(text)
-        if blind and not self._told_blind and self.accelerator.is_main_process:
-            logger.warning("%s", text)
-        self._told_blind = True
+        if not self._checkpoints_seen:
+            check_seen(checkpoint, needed=self.args.load_best_model_at_end, processes=self.accelerator)
+            self._checkpoints_seen = True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

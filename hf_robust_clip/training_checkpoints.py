@@ -81,6 +81,26 @@ def check_fit(folder: str | Path, model: nn.Module) -> None:
             _refuse(folder, f"{name} in its weights is {there}, in the model {here}")
 
 
+def check_seen(folder: str | Path, *, needed: bool, processes: Processes) -> None:
+    """Say that some processes don't see a new checkpoint, so that a training can't go on from it there. Raises OSError
+    in place of that, on every process, where checkpoints are needed in the training itself.
+    """
+    if processes is not None:
+        processes.wait_for_everyone()
+    seen = everyone(Path(folder, RUN_FILE).is_file(), processes)
+    if all(seen):
+        return
+    blind = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+    text = (
+        f"output_dir={str(Path(folder).parent)!r} is another folder for process {blind}: a training can't go on from "
+        "checkpoints there; share the folder, or set save_on_each_node=True."
+    )
+    if needed:
+        raise OSError(text)
+    if processes is None or processes.is_main_process:
+        logger.warning("%s", text)
+
+
 def newest_whole_checkpoint(output_dir: str | Path, processes: Processes = None) -> Path | None:
     """The `checkpoint-<step>` folder of the highest step from which a training can go on in every process, each of
     which looks into an output folder that may be its machine's own; None where no process has any whole one. A line
