@@ -46,7 +46,7 @@ def read_note(folder: str | Path) -> dict[str, Any]:
         note = json.loads(Path(folder, RUN_FILE).read_text(encoding="utf-8"))
         if note.pop("digest") == digest(json.dumps(note).encode()):
             return note
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise ValueError(f"{RUN_FILE} is missing or damaged")
 
