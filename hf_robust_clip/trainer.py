@@ -29,6 +29,8 @@ from .checks import check_logits, checked_labels
 from .hub import without_draft
 from .model_card import CardInfo, make_unmeasured_card
 from .modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, without_gradients
+from .modeling.normalisation import carry_normalisation
+from .modeling.untrusted import ADAPTER
 from .names import hub_name, is_path, shown_name
 from .objectives.apt import APT
 from .objectives.base import Batch, Objective
@@ -775,7 +777,11 @@ def save_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Any
     """Write an adapter, and beside it the image processor, whose normalisation it was trained with."""
     with without_draft(folder):  # embedding layers are frozen: no need to look for them on the Hub
         model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-    classifier_in(model).require_processor().image_processor.save_pretrained(folder)
+    classifier = classifier_in(model)
+    classifier.require_processor().image_processor.save_pretrained(folder)
+    for name, config in model.peft_config.items():
+        if not isinstance(config, ClipPromptConfig):
+            carry_normalisation(classifier, Path(folder, "" if name == "default" else name, ADAPTER))
 
 
 def check_teacher(teacher: CLIPForZeroShotClassification, core: CLIPForZeroShotClassification) -> None:
