@@ -166,7 +166,7 @@ def trials(run, folder, count):
         else:
             ended, _ = child(lambda place=place: run(place), kill_after=part * seconds)
         killed += not ended
-        inside += any(not (checkpoint / RUN_FILE).is_file() for checkpoint in place.glob("checkpoint-*"))
+        inside += any(not (checkpoint / RUN_FILE).is_file() for checkpoint in place.rglob("checkpoint-*"))
         child(lambda place=place, result=result: run(place, result=result))
         equal += result.read_bytes() == expected.read_bytes()
         shutil.rmtree(place)
