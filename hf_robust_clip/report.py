@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from huggingface_hub import EvalResult
 
 from .checks import BLIND_ABOVE
+from .digests import digests
 from .secrets import refuse_tokens
 from .threat_model import ThreatModel, parse_radius
 
@@ -272,14 +273,17 @@ def save_reports(
 ) -> None:
     """Write reports of a model, and of those it was compared with, as JSON, whole or not at all.
 
-    `card` goes with them, so that `model_card.regenerate_card` can make the card again from the file alone.
+    `card` goes with them, so that `model_card.regenerate_card` can make the card again from the file alone. Where
+    weights lie beside it, the file says which: it is not read beside others.
 
     Raises ValueError if there are no reports.
     """
     if not reports:
         raise ValueError("reports is empty; evaluate before saving.")
+    weights = _weights_beside(path)
     content = {
         "format": REPORT_FORMAT,
+        **({"weights": weights} if weights else {}),
         "reports": [_row(report) for report in reports],
         "compared": [_row(report) for report in compared],
         **({} if card is None else {"card": asdict(card)}),
@@ -298,7 +302,9 @@ def _row(report: RobustnessReport) -> dict[str, Any]:
 
 
 def read_report_file(path: str | Path) -> dict[str, Any]:
-    """What `save_reports` wrote, as plain values. Raises ValueError for anything else."""
+    """What `save_reports` wrote, as plain values. Raises ValueError for anything else, and where the weights beside it
+    are not those of the figures.
+    """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -307,7 +313,16 @@ def read_report_file(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a report of format {REPORT_FORMAT}.")
     if not {"reports", "compared"} <= set(content):
         raise ValueError(f"{path} lacks 'reports' or 'compared'.")
+    if known := content.get("weights"):
+        for name, own in _weights_beside(path).items():
+            if known.get(name) != own:
+                raise ValueError(f"{path} tells the figures of other weights than {name} beside it; evaluate these.")
     return content
+
+
+def _weights_beside(path: str | Path) -> dict[str, str]:
+    """The digests of all weights in the folder of a report."""
+    return digests(Path(path).parent, Path(path).parent.glob("*.safetensors"))
 
 
 def load_reports(path: str | Path) -> tuple[list[RobustnessReport], list[RobustnessReport]]:

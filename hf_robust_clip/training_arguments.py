@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .attacks.pgd import PGDSettings
+from .processes import check_sharding, join_processes
 from .threat_model import ThreatModel
 from .zero_shot_data.augment import RandomResizedCrop
 
@@ -132,6 +133,7 @@ class RobustClipConfig(TrainingArguments):
         _check_numbers(self)
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
+        join_processes(self.use_cpu, self.ddp_timeout, self.ddp_backend)
         super().__post_init__()
         check_arguments(self)
 
@@ -282,6 +284,7 @@ def _check_number(name: str, value: Any, least: float = 0, below: float = math.i
 
 
 def _check_accelerator(args: RobustClipConfig) -> None:
+    check_sharding(args.distributed_state, fsdp=bool(args.fsdp))
     default = {**AcceleratorConfig().to_dict(), "non_blocking": args.accelerator_config.non_blocking}
     for name, value in vars(args.accelerator_config).items():
         if value != default[name]:
