@@ -250,7 +250,7 @@ def _plain(value: Any) -> Any:
 
 def _check_numbers(args: RobustClipConfig) -> None:
     for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"):
-        _check_number(name, getattr(args, name), below=1e30)  # float32 ends at 3e38
+        _check_number(name, getattr(args, name), below=3e38)  # where float32 ends
     _check_number("momentum", args.momentum, below=1)
     if args.warmup_steps >= 1:
         _check_number("warmup_steps", args.warmup_steps, whole=True)

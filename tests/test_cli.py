@@ -477,14 +477,14 @@ def test_the_first_adaptation_is_saved_and_keys_change_every_preset():
         "--adaptation.crop",
         "{scale: [0.5, 1]}",
         "--defence_evaluation.radius",
-        "2/255",
+        "8/255",
     ]
     found = recipe(*words, config=config)
     assert [(a.gamma, a.crop.scale, a.num_views) for a in found.adaptations.values()] == [(1.0, (0.5, 1.0), 32)] * 2
     blind, worst = cli.defence_settings(found.evaluation, found.defence_evaluation)
     assert [how.target for how in (blind, worst)] == ["defence_blind", "adaptive_worst"]
     assert (blind.attack, worst.attack.pgd_steps, worst.attack.num_queries) == (found.evaluation.attack, 10, 40)
-    assert [threat.eps for threat in worst.threat_models()] == [2 / 255]
+    assert [threat.eps for threat in worst.threat_models()] == [8 / 255]
     assert list(recipe("--adaptation.preset", "null", config=config).adaptations) == ["TAPT-VLI", "TAPT-VLI released"]
 
 

@@ -55,7 +55,7 @@ def test_the_prompt_of_the_training_is_taken_and_named(capsys):
     assert report.prompt_hash == prompt_hash(names, [TRAINED]) != prompt_hash(names, [PAPER])
     assert report.name == "robust"
     printed = " ".join(capsys.readouterr().out.split())
-    assert f'robust on digits: 6 images, PGD-1, prompt "{TRAINED}"' in printed
+    assert f'robust on digits: 6 images, PGD-1, float32, prompt "{TRAINED}"' in printed
     assert f'clean and under PGD-1 at radii in linf, prompt "{TRAINED}"' in printed
     assert "NOTE" not in printed
     with open("out/report.csv") as file:

@@ -160,7 +160,8 @@ def test_help_shows_a_config_without_its_tokens(capsys):
 def test_no_settings_show_it(tmp_path):
     from training_script import arguments
 
-    recipe = read_recipe("pmgaft", parse_arguments(["--config", str(CONFIG), "--training.hub_token", TOKEN]))
+    words = ["--training.hub_token", TOKEN, "--training.push_to_hub", "false"]
+    recipe = read_recipe("pmg_aft", parse_arguments(words, CONFIG))
     settings = arguments(tmp_path, hub_token=TOKEN)
     assert settings.hub_token == recipe.training.hub_token == TOKEN
     assert not any(TOKEN in text for shown in (settings, recipe) for text in (repr(shown), str(shown)))
