@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -27,6 +28,7 @@ from .attacks.pgd import LogitsFn, misclassified
 from .attacks.suites import PGD, Member, Suite, Victim, find_adversarial, is_optimising, is_randomised, run_member
 from .checks import check_logits, checked_labels
 from .modeling import CLIPForZeroShotClassification, without_gradients
+from .names import check_shown
 from .report import (
     CONTROLS,
     AttackTarget,
@@ -36,6 +38,8 @@ from .report import (
     library_versions,
     prompt_hash,
 )
+from .secrets import refuse_tokens
+from .storage import disk_errors
 from .threat_model import ThreatModel
 from .zero_shot_data.fingerprint import dataset_digest
 from .zero_shot_data.loading import ImageDataset, collate_images
@@ -264,6 +268,11 @@ def evaluate_robustness(
     needs, and `precision="fast"` for a model in half precision; FloatingPointError for logits that are not finite,
     naming the stage.
     """
+    told = {"name": name, "task": task, "model_id": model_id, "dataset.dataset_id": dataset.dataset_id,
+            "dataset.revision": dataset.revision, "dataset.split": dataset.split}  # fmt: skip
+    for what, text in told.items():
+        check_shown(text, what)
+    refuse_tokens(told, "report")
     if defence is not None and not isinstance(model, CLIPForZeroShotClassification):
         model = model.get_base_model()  # of a PeftModel
     _check_target(settings, defence)
@@ -437,7 +446,8 @@ class _Evaluation:
                 self.found.add(line)
             if processes is not None:
                 processes.wait_for_everyone()  # all have read before any writes
-            self.file = _open_state(Path(state_dir), self.rank, fingerprint)
+            with disk_errors(state_dir, "state_dir"):
+                self.file = _open_state(Path(state_dir), self.rank, fingerprint)
 
     def logits(self, images_BCHW: Tensor) -> Tensor:
         return self.model(pixel_values=images_BCHW).logits
@@ -457,7 +467,8 @@ class _Evaluation:
                 self.run_stage(number, str(stage), left, self.attack(stage))
         finally:
             if self.file is not None:
-                self.file.close()
+                with suppress(OSError):  # each line was flushed
+                    self.file.close()
 
     def check_model(self, own: range) -> None:
         """Look for random numbers and for optimisation inside the classifier, on a few images."""
@@ -511,8 +522,9 @@ class _Evaluation:
         self.found.add(line)
         self.new_lines.append(line)
         if self.file is not None:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+            with disk_errors(self.file.name, "state"):
+                self.file.write(json.dumps(line) + "\n")
+                self.file.flush()
 
     def clean(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
         return ~misclassified(self.logits, images_BCHW, labels_B)[:, None]

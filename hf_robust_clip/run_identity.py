@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
+from .storage import read_json, write_text
 from .threat_model import parse_radius
 from .training_arguments import chooses_by_evaluation, compared_arguments, images_per_update
 from .training_checkpoints import own_part
@@ -103,14 +104,13 @@ def weights_digest(model: nn.Module, without_trained: bool = False) -> str:
 
 def write_run(folder: str | Path, run: Mapping[str, Any]) -> None:
     """Say in a checkpoint which training it is of."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, RUN_FILE).write_text(json.dumps(plain(run), indent=1) + "\n", encoding="utf-8")
+    write_text(Path(folder, RUN_FILE), json.dumps(plain(run), indent=1) + "\n")
 
 
 def check_same_run(folder: str | Path, run: Mapping[str, Any]) -> None:
     """Raise ValueError, with the differences, unless a checkpoint is of this training; OSError if it doesn't say."""
     try:
-        was = json.loads(Path(folder, RUN_FILE).read_text(encoding="utf-8"))
+        was = read_json(Path(folder, RUN_FILE))
     except (OSError, ValueError) as error:
         raise OSError(
             f"checkpoint {str(folder)!r} doesn't say of which training it is ({RUN_FILE} can't be read); start "

@@ -25,7 +25,6 @@ from .attacks.losses import cross_entropy
 from .attacks.pgd import PGDSettings, pgd
 from .checkpoint_notes import named_base
 from .checks import check_logits, checked_labels
-from .hub import without_draft
 from .model_card import CardInfo, make_unmeasured_card
 from .modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, without_gradients
 from .names import hub_name, is_path, shown_name
@@ -41,6 +40,7 @@ from .objectives.trades import TRADES
 from .prompts import ClipPromptConfig, check_prompts
 from .pushing import PushingTrainer
 from .run_identity import check_same_run, data_identity, model_identity, training_identity, write_run
+from .storage import check_writable, written_whole
 from .threat_model import ThreatModel
 from .training_arguments import (
     RobustClipConfig,
@@ -510,6 +510,8 @@ class RobustClipTrainer(PushingTrainer):
             resume_from_checkpoint = self.args.resume_from_checkpoint
         self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         self._terms, self._updates = {}, 0
+        if self.args.should_save:
+            check_writable(self.args.output_dir)
         try:
             if trial is not None:
                 self._begin_trial(trial)
@@ -721,9 +723,11 @@ class RobustClipTrainer(PushingTrainer):
 
 def save_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Any] | None = None) -> None:
     """Write an adapter, and beside it the image processor, whose normalisation it was trained with."""
-    with without_draft(folder):  # embedding layers are frozen: no need to look for them on the Hub
-        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-    classifier_in(model).require_processor().image_processor.save_pretrained(folder)
+    with written_whole(folder) as draft:
+        classifier_in(model).require_processor().image_processor.save_pretrained(draft)
+        # embedding layers are frozen: no need to look for them on the Hub
+        model.save_pretrained(str(draft), state_dict=state_dict, save_embedding_layers=False)
+        (draft / "README.md").unlink(missing_ok=True)  # a draft of a card, by PEFT
 
 
 def check_teacher(teacher: CLIPForZeroShotClassification, core: CLIPForZeroShotClassification) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset, Subset
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .attacks.pgd import PGDSettings
@@ -130,6 +131,7 @@ class RobustClipConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         _check_numbers(self)
+        _check_refused(self, ("deepspeed",))  # before transformers looks for its package
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
         super().__post_init__()
@@ -156,10 +158,9 @@ def check_arguments(args: RobustClipConfig) -> None:
     args.threat_model()
     args.attack()
     args.augmentation()
-    for name, (accepted, reason) in REFUSED.items():
-        if name != "accelerator_config" and hasattr(args, name) and getattr(args, name) not in accepted:
-            raise ValueError(f"{name}={getattr(args, name)!r} can't be used: {reason}.")
+    _check_refused(args, [name for name in REFUSED if name != "accelerator_config"])
     _check_accelerator(args)
+    _check_trackers(args)
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise ValueError(f"train_sampling_strategy={args.train_sampling_strategy!r} must be random or sequential.")
     if "inputs" in args.include_for_metrics:
@@ -279,6 +280,20 @@ def _check_number(name: str, value: Any, least: float = 0, below: float = math.i
         raise ValueError(f"{name}={value!r} must be {range_}.")
 
 
+def _check_refused(args: RobustClipConfig, names: Iterable[str]) -> None:
+    for name in names:
+        accepted, reason = REFUSED[name]
+        if hasattr(args, name) and getattr(args, name) not in accepted:
+            raise ValueError(f"{name}={getattr(args, name)!r} can't be used: {reason}.")
+
+
+def _check_trackers(args: RobustClipConfig) -> None:
+    there = [*get_available_reporting_integrations(), "flyte"]
+    for name in args.report_to:
+        if name not in there:
+            raise ValueError(f"report_to={name!r} is not installed here; install it, or take none.")
+
+
 def _check_accelerator(args: RobustClipConfig) -> None:
     default = {**AcceleratorConfig().to_dict(), "non_blocking": args.accelerator_config.non_blocking}
     for name, value in vars(args.accelerator_config).items():
@@ -314,10 +329,10 @@ def _check_optimizer(args: RobustClipConfig) -> None:
             raise ValueError(f"optim_args={args.optim_args!r} must be written 'name=value,name=value'.")
     try:
         optimizer_and_arguments(args)
-    except ImportError as error:
-        raise ValueError(f"optim={name!r} needs a package: {error}") from error
-    except ValueError:  # some look at the model first
-        return
+    except (ImportError, ValueError) as error:
+        if isinstance(error, ImportError) or "install" in str(error) or "import" in str(error):
+            raise ValueError(f"optim={name!r} needs a package: {error}") from error
+        return  # some look at the model first
     for idle in _idle_arguments(args):
         raise ValueError(f"{idle} does nothing with optim={name!r}.")
 

@@ -123,7 +123,7 @@ def test_a_config_that_is_no_text_is_named(tmp_path):
 
 def test_yaml_that_is_none_is_one_clear_error(tmp_path, capsys):
     (tmp_path / "own.yaml").write_text("training: {eps: [}")
-    for words, what in ((["--training.eps", "["], "--training.eps"), (["--config", "own.yaml"], "own.yaml")):
+    for words, what in ((["--training.seed", "["], "--training.seed"), (["--config", "own.yaml"], "own.yaml")):
         with pytest.raises(SystemExit):
             cli.run_recipe("pmg_aft", DEFAULT, "", words)
         error = capsys.readouterr().err
@@ -229,7 +229,8 @@ def test_unknown_keys_are_errors_in_tasks():
         (["--tasks", "5"], "tasks=5 must be a list"),
         (["--tasks", "[digits]"], "tasks[0]='digits' must hold keys"),
         (["--tasks", "[{split: test}]"], "tasks[0].dataset is missing"),
-        (["--compare", "5"], "compare=5"),
+        (["--compare", "{a: b}"], "compare={'a': 'b'}"),
+        (["--compare", "5"], "'5'"),
         (["--compare", "tekoa"], "did you mean 'tecoa'"),
         (["--device", "gpu"], "run.device='gpu' must be 'auto'/'cpu'/'cuda'"),
         (["--objective.alpha", "-1"], "alpha=-1"),
@@ -625,7 +626,7 @@ def test_step_size_reaches_pgd():
         (["--radii", "[8]"], "8/255"),
         (["--radii", "[]"], "at least one radius"),
         (["--training.seed", "1"], "unknown option --training.seed"),
-        (["--compare", "[1]"], "1 must be a Hub id"),
+        (["--compare", "[[a]]"], "must be a Hub id"),
         (["--tasks", "[]"], "must be a list of datasets"),
         (["--evaluation.precision", "fp16"], "precision"),
         (["--run.push_to_hub", "a/b"], "goes with training"),

@@ -24,8 +24,11 @@ from ..pictures import normalisation_of
 from ..shared_prefix import PackedTexts, can_run_packed, encode_packed, pack_texts
 from .checkpoints import (
     adapter_config,
+    base_of,
     check_family,
     check_loaded,
+    check_sizes,
+    check_stored,
     commit_of,
     explained,
     quiet_report,
@@ -125,14 +128,15 @@ class CLIPForZeroShotClassification(CLIPModel):
         adapter = adapter_config(source, kwargs.get("revision"), where)
         if adapter is not None:
             own = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-            base = adapter.get("base_model_name_or_path")
-            if not base:
-                raise OSError(f"the adapter {source!r} doesn't name its base model; load that and PeftModel on it.")
-            model = cls.from_pretrained(base, *args, **own, revision=adapter.get("revision") or "main")
+            base, revision = base_of(source, adapter, where)
+            model = cls.from_pretrained(base, *args, **own, revision=revision)
+            check_stored(source, where)
             info = explained(source, lambda: model.load_adapter(source, adapter_kwargs=where)).to_dict()
             take_normalisation(model, source, where)
             return (model, info) if wants_info else model
         check_family(source, cls.config_class.model_type, where)
+        check_stored(source, where)
+        check_sizes(source, explained(source, lambda: cls.config_class.from_pretrained(source, **where)), where)
         kwargs.update(output_loading_info=True, ignore_mismatched_sizes=True)  # `check_loaded` refuses them by name
         with quiet_report():
             model, info = explained(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..names import check_shown
+
 PAPER_TEMPLATE = "This is a photo of a {}"
 
 
@@ -30,6 +32,8 @@ def check_classes(
         if name in seen:
             raise ValueError(f"class_names[{i}]={name!r} repeats class_names[{seen[name]}]; names must differ.")
         seen[name] = i
+    for text in (*names, *templates):
+        check_shown(text, "a class name or template")
     wrong = [text for text in templates if "{}" not in text]
     if wrong or not templates:
         raise ValueError(f"template={wrong[0] if wrong else template!r} has no '{{}}' where the class name goes.")
