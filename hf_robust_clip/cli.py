@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 import shutil
+import signal
 import sys
 import traceback
 import types
@@ -19,6 +20,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from .digits_clip import EMBEDDED_MODEL
@@ -1369,16 +1371,30 @@ def one_line_errors(left: Callable[[], str] = lambda: "nothing was begun.") -> I
     Args:
         left: what can be gone on from, for an interruption and a disk that is full.
     """
+    asked = False
+
+    def interrupt(*about: Any) -> None:
+        nonlocal asked
+        asked = True
+        raise KeyboardInterrupt
+
+    in_main_thread = current_thread() is main_thread()
+    before = signal.signal(signal.SIGINT, interrupt) if in_main_thread else None
     try:
         yield
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"\ninterrupted: {left()}", file=sys.stderr)
-        raise SystemExit(130) from None
-    except NotWritten as error:
-        fail(NotWritten(f"{error} {left()}"))
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        fail(error)
+    except BaseException as error:
+        if asked or isinstance(error, KeyboardInterrupt):  # workers that were interrupted too bring up other errors
+            if os.environ.get("RANK", "0") == "0":
+                print(f"\ninterrupted: {left()}", file=sys.stderr)
+            raise SystemExit(130) from None
+        if isinstance(error, NotWritten):
+            fail(NotWritten(f"{error} {left()}"))
+        if isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)):
+            fail(error)
+        raise
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, before)
 
 
 def fail(error: Exception) -> NoReturn:

@@ -111,11 +111,10 @@ def disk_errors(folder: str | Path, name: str = "folder") -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, OSError):
-            reason = error.strerror if error.errno is not None else None  # without a number it is one of ours
+            reason = error.strerror
         else:
-            ours = isinstance(error, SafetensorError) or "inline_container" in str(error)  # of torch.save
-            reason = str(error).splitlines()[0] if ours else None
-        if reason is None:
+            reason = str(error) if isinstance(error, SafetensorError) else "the disk is full, or fails"
+        if not reason or (type(error) is RuntimeError and "inline_container" not in str(error)):  # of torch.save
             raise
         raise NotWritten(
             f"can't write into {name}={str(folder)!r}: {reason}; free space, mend its permissions, or name another."

@@ -257,7 +257,7 @@ def test_the_embedded_model_by_its_name_and_a_folder_of_that_name(tmp_path, monk
         ("cat", "cat "),
         ("cardigan", "Cardigan"),
         ("hot dog", "hot  dog"),
-        ("a b", "a\nb"),
+        ("a b", "a\u2003b"),
         ("caf\u00e9", "cafe\u0301"),
     ],
 )
