@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment
 
 from .digits_clip import EMBEDDED_MODEL
 from .names import is_repo_id
@@ -180,15 +181,14 @@ def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessRe
     data = _metadata(info, "adapter" if prompts else "model", "peft" if prompts else "transformers")
     data.eval_results, data.metrics = _eval_results(reports), ["accuracy"]
     defended = any(report.defence for report in reports)
-    return ModelCard.from_template(
+    return _rendered(
         data,
         **_about(info, "adapter" if prompts else "model", loads_defence=bool(prompts) and defended),
         measured=list(
             dict.fromkeys(f"{r.precision} at {r.attack_resolution} px on {r.hardware}" for r in (*before, *reports))
         ),
         templates=[
-            json.dumps(text, ensure_ascii=False)
-            for text in dict.fromkeys(text for r in (*before, *reports) for text in r.templates or ())
+            _code(text) for text in dict.fromkeys(text for r in (*before, *reports) for text in r.templates or ())
         ],
         attacks=[_attack_table(own) for own in _by_attack([*before, *reports])],
         defences=defences,
@@ -214,7 +214,41 @@ def make_unmeasured_card(info: CardInfo, holds: Holds, *, loads_defence: bool = 
     library = {"model": "transformers", "adapter": "peft", "defence": LIBRARY}[holds]
     defended = loads_defence or holds == "defence"
     data = _metadata(info, holds, library, *(["test-time-defence"] if defended else []))
-    return ModelCard.from_template(data, **_about(info, holds, defended), measured=[])
+    return _rendered(data, **_about(info, holds, defended), measured=[])
+
+
+class _Written(str):
+    """Text that is Markdown or code already, and goes into a card as it is."""
+
+
+def _rendered(data: ModelCardData, **values: Any) -> ModelCard:
+    """The template with its values, each of them one line of plain text to whoever reads the card, save what is
+    `_Written`.
+    """
+    text = (files(__package__) / "templates" / "card.md.jinja").read_text(encoding="utf-8")
+    template = Environment(finalize=_as_text).from_string(text)
+    return ModelCard(template.render(card_data=_Written(data.to_yaml()), **values))
+
+
+def _as_text(value: Any) -> Any:
+    """A text as one line in which no link, heading or HTML begins; anything else as it is."""
+    if not isinstance(value, str) or isinstance(value, _Written):
+        return value
+    line = re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]+", " ", value)
+    line = re.sub(r"<(?=[\w/!?])", "&lt;", line)
+    line = re.sub(r"(?<!\\)\[(?=[^\]]*\][(\[:])", r"\\[", line)
+    line = line.replace("```", "'''")
+    return f"\\{line}" if re.match(r"[#>=]|[-+](?=[\s-])|\*(?=\s)", line) else line
+
+
+def _code(value: Any) -> _Written:
+    """A value in Python code: JSON's texts are Python's too."""
+    return _Written(json.dumps(value, ensure_ascii=False))
+
+
+def _span(name: str) -> str:
+    """A name between backticks."""
+    return f"`{name.replace('`', '')}`"
 
 
 def _metadata(info: CardInfo, holds: Holds, library: str, *tags: str) -> ModelCardData:
@@ -243,35 +277,30 @@ def _about(info: CardInfo, holds: Holds, loads_defence: bool) -> dict[str, Any]:
     """What the template says of a repository whether or not anything was measured."""
     prompts = info.settings.get("prompts")
     text_tokens = re.search(r"(\d+) text token", prompts or "")
-    base = f"`{info.base_model}`" if info.base_model else "a checkpoint that isn't published"
-    start = (
-        f"a checkpoint made from `{info.ancestor}`"
-        if info.ancestor and not info.base_model
-        else f"`{info.base_model}`"
-    )
+    base = _span(info.base_model) if info.base_model else "a checkpoint that isn't published"
+    start = f"a checkpoint made from {_span(info.ancestor)}" if info.ancestor and not info.base_model else base
     plain = "loads as a plain `CLIPModel`: weights, tokenizer and image processor are all here."
     return {
-        "template_str": (files(__package__) / "templates" / "card.md.jinja").read_text(encoding="utf-8"),
         "title": _title(info.repo_id),
-        "repo_id": info.repo_id,
+        "repo_code": _code(info.repo_id),
         "holds": holds,
         "loads_defence": loads_defence,
         "base_text": base,
         "started": f"It started from {start} and {plain}" if info.base_model or info.ancestor else f"It {plain}",
-        "base_code": "hf_robust_clip.digits_clip_path()"
+        "base_code": _Written("hf_robust_clip.digits_clip_path()")
         if info.base_model == EMBEDDED_MODEL
-        else json.dumps(info.base_model or "path/to/the/base/model"),
+        else _code(info.base_model or "path/to/the/base/model"),
         "method": info.paper.method,
         "paper_title": info.paper.title,
         "venue": info.paper.venue,
-        "bibtex": info.paper.bibtex,
+        "bibtex": _Written(info.paper.bibtex.replace("```", "'''")),
         "attacked": info.settings.get("attack") is not None,
         "attack": info.settings.get("attack"),
         "threat_model": info.settings.get("threat_model"),
         "training_data": _cell(info.training_data),
         "training": _rows(info.settings),
-        "template": json.dumps(info.template, ensure_ascii=False),  # JSON text is Python text too
-        "example_names": json.dumps(list(info.class_names[:3]), ensure_ascii=False),
+        "template": _code(info.template),
+        "example_names": _code(list(info.class_names[:3])),
         "prompts": prompts,
         "parameters": f"{info.settings.get('trainable_parameters', 0):,}",
         "text_tokens": text_tokens and int(text_tokens[1]),
@@ -283,7 +312,7 @@ def _rows(settings: dict[str, Any]) -> dict[str, str]:
     settings = json.loads(json.dumps(settings))
     settings |= {f"objective.{name}": value for name, value in (settings.pop("objective", None) or {}).items()}
     return {
-        name.replace("_", " "): "none" if value is None else _cell(value)
+        _cell(name.replace("_", " ")): "none" if value is None else _cell(value)
         for name, value in settings.items()
         if name not in ("attack", "threat_model")
     }

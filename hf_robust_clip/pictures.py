@@ -241,6 +241,8 @@ def to_pixels(
     _check_switches(image_processor)
     changed = _squares(processor, resize, resolution)
     rgb = [to_rgb(picture, background) for picture in pictures]
+    for picture in rgb:
+        _check_area(picture, image_processor, changed)
     prepared = image_processor(rgb, do_normalize=False, **changed).pixel_values
     side = changed["crop_size"]["height"] if changed else _side(image_processor)
     for picture, pixels in zip(rgb, prepared, strict=True):
@@ -271,6 +273,23 @@ def _squares(processor: CLIPProcessor, resize: int | None, resolution: int | Non
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
     }
+
+
+def _check_area(picture: Image.Image, image_processor: Any, changed: dict[str, Any]) -> None:
+    """Raise ValueError for a picture so long and narrow that it would fill the memory when its shorter side is
+    enlarged, before it is cropped.
+    """
+    if not (changed or getattr(image_processor, "do_resize", None)):
+        return
+    given = changed.get("size") or getattr(image_processor, "size", None) or {}
+    short = get_size_dict(given, default_to_square=image_processor.default_to_square).get("shortest_edge") or 0
+    area = short * short * max(picture.size) / max(1, min(picture.size))
+    limit = Image.MAX_IMAGE_PIXELS or math.inf
+    if area > limit:
+        raise ValueError(
+            f"a picture of {picture.height} x {picture.width} pixels becomes one of {area:.2g} when its shorter side "
+            f"is {short}; crop it, or leave it out."
+        )
 
 
 def check_resize(resize: int | None, resolution: int | None, side: int) -> None:

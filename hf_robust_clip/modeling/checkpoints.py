@@ -16,13 +16,13 @@ from transformers.utils.hub import extract_commit_hash
 
 from ..pictures import normalisation_of
 from ..storage import read_json
+from .untrusted import ADAPTER, NO_CODE, WHOLE, check_adapter_file, present
 
 T = TypeVar("T")
 ADAPTER_CONFIG, PROCESSOR_FILES = "adapter_config.json", ("processor_config.json", "preprocessor_config.json")
 TOWERS = {"clip_vision_model": "image", "clip_text_model": "text"}
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
          "num_channels", "vocab_size", "max_position_embeddings", "projection_dim")  # fmt: skip
-WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 
 
 def adapter_config(
@@ -66,11 +66,16 @@ def base_of(name: str | Path, adapter: Mapping[str, Any], where: Mapping[str, An
     return base, revision
 
 
-def check_family(source: str, family: str, where: Mapping[str, Any]) -> None:
-    """Raise OSError unless a checkpoint is of the family (a `model_type`)."""
-    config, _ = explained(source, lambda: PretrainedConfig.get_config_dict(source, **where))
+def read_config(source: str, where: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json of a checkpoint says. Raises OSError with the mend if there is none, or it can't be read."""
+    config = explained(source, lambda: PretrainedConfig.get_config_dict(source, **where))[0]
     if not isinstance(config, dict):
         raise OSError(f"config.json of {source!r} holds no settings; save it with save_pretrained.")
+    return config
+
+
+def check_family(source: str, family: str, config: Mapping[str, Any]) -> None:
+    """Raise OSError unless a checkpoint is of the family (a `model_type`)."""
     found = config.get("model_type")
     if found in TOWERS:
         raise OSError(
@@ -87,7 +92,7 @@ def commit_of(source: str, where: Mapping[str, Any]) -> str | None:
     return extract_commit_hash(cached_file(source, "config.json", **where), None)
 
 
-def check_sizes(source: str, config: Any, where: Mapping[str, Any]) -> None:
+def check_tower_sizes(source: str, config: Any, where: Mapping[str, Any]) -> None:
     """Raise OSError for sizes in a CLIP's configuration that are no whole numbers above 0, and where the matrices that
     it asks for have more values than its files have bytes: to build them would take minutes, or all memory.
     """
@@ -130,11 +135,9 @@ def check_stored(source: str, where: Mapping[str, Any]) -> None:
 
 def weight_files(source: str, where: Mapping[str, Any]) -> list[Path]:
     """The safetensors files of a folder; of a repository the one that holds all weights, if one does."""
-    folder = Path(source, where.get("subfolder") or "")
-    if folder.is_dir():
-        return sorted(folder.glob("*.safetensors"))
-    found = (cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where) for name in WEIGHTS)
-    return [Path(file) for file in found if file]
+    if Path(source).is_dir():
+        return sorted(Path(source, where.get("subfolder") or "").glob("*.safetensors"))
+    return [file for file in (present(source, name, where) for name in (WHOLE, ADAPTER)) if file]
 
 
 def check_loaded(source: str, info: Mapping[str, Any], what: str = "the model") -> None:
@@ -190,6 +193,7 @@ def with_adapter(base: nn.Module, folder: str | Path, **where: Any) -> nn.Module
     from peft.utils import load_peft_weights
 
     source, options = str(folder), {name: value for name, value in where.items() if value is not None}
+    check_adapter_file(source, options)
 
     def load() -> tuple[Any, set[str]]:
         with warnings.catch_warnings():
@@ -209,14 +213,8 @@ def take_normalisation(classifier: Any, source: str, where: Mapping[str, Any]) -
     """Give a classifier the normalisation of the processor that lies beside its adapter, if one does."""
     from transformers import AutoImageProcessor
 
-    if Path(source).is_dir():
-        present = any(Path(source, name).is_file() for name in PROCESSOR_FILES)
-    else:
-        present = any(
-            cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where) for name in PROCESSOR_FILES
-        )
-    if present:
-        processor = explained(source, lambda: AutoImageProcessor.from_pretrained(source, **where))
+    if any(present(source, name, where) for name in PROCESSOR_FILES):
+        processor = explained(source, lambda: AutoImageProcessor.from_pretrained(source, **where, **NO_CODE))
         classifier.set_normalisation(*normalisation_of(processor))
 
 

@@ -27,11 +27,12 @@ from .checkpoints import (
     base_of,
     check_family,
     check_loaded,
-    check_sizes,
     check_stored,
+    check_tower_sizes,
     commit_of,
     explained,
     quiet_report,
+    read_config,
     take_normalisation,
 )
 from .freshness import module_key
@@ -44,6 +45,7 @@ from .texts import (
     resolution_of,
     tokenize_prompts,
 )
+from .untrusted import NO_CODE, check_adapter_file, check_config, check_sizes, check_weight_files
 
 TEXT_MEMORY = 2**30  # bytes that the activations of class prompts may take where no gradient is taken of them
 
@@ -134,23 +136,30 @@ class CLIPForZeroShotClassification(CLIPModel):
             info = explained(source, lambda: model.load_adapter(source, adapter_kwargs=where)).to_dict()
             take_normalisation(model, source, where)
             return (model, info) if wants_info else model
-        check_family(source, cls.config_class.model_type, where)
+        config = read_config(source, where)
+        check_family(source, cls.config_class.model_type, config)
+        check_config(source, config, kwargs)
+        check_weight_files(source, where)
         check_stored(source, where)
-        check_sizes(source, explained(source, lambda: cls.config_class.from_pretrained(source, **where)), where)
+        check_tower_sizes(source, explained(source, lambda: cls.config_class.from_pretrained(source, **where)), where)
+        kwargs.setdefault("attn_implementation", "sdpa")  # a configuration may name code on the Hub
         kwargs.update(output_loading_info=True, ignore_mismatched_sizes=True)  # `check_loaded` refuses them by name
+        kwargs["use_safetensors"] = True
         with quiet_report():
             model, info = explained(
                 source, lambda: super(CLIPForZeroShotClassification, cls).from_pretrained(source, *args, **kwargs)
             )
         check_loaded(source, info)
-        image_processor = explained(source, lambda: AutoImageProcessor.from_pretrained(source, **where))
-        tokenizer = explained(source, lambda: AutoTokenizer.from_pretrained(source, **where))
+        image_processor = explained(source, lambda: AutoImageProcessor.from_pretrained(source, **where, **NO_CODE))
+        tokenizer = explained(source, lambda: AutoTokenizer.from_pretrained(source, **where, **NO_CODE))
         model.set_processor(CLIPProcessor(image_processor, tokenizer))
         model.config._commit_hash = explained(source, lambda: commit_of(source, where))
         return (model, info) if wants_info else model
 
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
         """Load an adapter into the model, as transformers does. Raises OSError if its weights don't fill it."""
+        if peft_model_id is not None:
+            check_adapter_file(str(peft_model_id), kwargs.get("adapter_kwargs") or {})
         with quiet_report():
             info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         own = adapter_name or "default"
@@ -219,6 +228,7 @@ class CLIPForZeroShotClassification(CLIPModel):
         Raises ValueError for a processor that can't be followed (see `pictures.normalisation_of`).
         """
         mean, std = normalisation_of(processor.image_processor)
+        check_sizes(processor.image_processor, self.config.vision_config.image_size)
         self.processor = processor
         self.set_normalisation(mean, std)
 

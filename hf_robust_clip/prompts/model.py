@@ -323,7 +323,7 @@ def _context_ids(model: nn.Module, config: ClipPromptConfig, text_config) -> lis
         tokenizer = processor.tokenizer
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # whatever is missing: folder, Hub, files
             raise ValueError(
                 f"context_init={config.context_init!r} needs the model's tokenizer, and there is none at {name!r}; "

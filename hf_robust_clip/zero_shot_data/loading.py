@@ -6,7 +6,9 @@
    the checkpoint's processor does it, in [0, 1], not normalised; what can't be scaled to that is refused.
 4. Labels to names (`labels.py`): names given over named labels are matched by name, or stand for labels in their
    natural order if there are equally many; a mapping translates; whole numbers are indices. Ids are no names.
-5. Every row can be read, or is an error of one line (`DatasetError`) that names it, from workers too.
+5. A row holds its picture's bytes, or a file of the dataset's own folder: no other file or address is opened. Rows in
+   memory (`image_dataset`) may name any file of this disk, so load only rows of people you trust into memory.
+6. Every row can be read, or is an error of one line (`DatasetError`) that names it, from workers too.
 
 Whatever would have to be guessed is refused, with the argument that says it.
 """
@@ -25,6 +27,7 @@ from .errors import DatasetError
 from .labels import ClassNames, class_names_of, names_of_spec, read_class_names, read_labels
 from .rows import (
     DATA_ROOT_VARIABLE,
+    check_files_of,
     decoding,
     every,
     find_rows,
@@ -106,7 +109,7 @@ def load_image_dataset(
     templates = templates or (spec.templates if spec else None)
     _check_settings(processor, resize, attack_resolution, background, templates)
     asked, split = split, spec.splits.get(split, split) if spec else split
-    rows, found = find_rows(name, spec, split, data_root, config, revision, streaming)
+    rows, found, places = find_rows(name, spec, split, data_root, config, revision, streaming)
     if spec and spec.test_every and asked in ("train", "test"):
         rows = every(rows, spec.test_every, asked == "test")
         split = f"{asked}, where every {spec.test_every}th row of {split} is test"
@@ -123,6 +126,8 @@ def load_image_dataset(
         )
     if isinstance(rows, datasets.IterableDataset):
         rows = read_stream(rows.select_columns([image_column, label_column]), image_column, max_images, seed)
+    if len(rows):
+        check_files_of(rows, image_column, dataset_id, places)
     if spec and len(rows):
         class_names = names_of_spec(spec, features[label_column], class_names)
     data = image_dataset(
@@ -179,6 +184,7 @@ def image_dataset(
     image_column = image_column_of(rows.features, image_column, name)
     label_column = label_column_of(rows.features, label_column, name)
     rows = rows.with_format(None).select_columns([image_column, label_column])
+    check_files_of(rows, image_column, name, None)
     if rows.features[image_column] != decoding(rows.features[image_column]):
         rows = rows.cast_column(image_column, decoding(rows.features[image_column]))
     names, label_map = read_labels(rows, label_column, class_names, name)

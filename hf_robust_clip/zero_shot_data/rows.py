@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from .digits import digits_split
 from .errors import DatasetError, one_line
@@ -27,8 +30,9 @@ def find_rows(
     config: str | None = None,
     revision: str | None = None,
     streaming: bool = False,
-) -> tuple[datasets.Dataset | datasets.IterableDataset, str]:
-    """The rows of a dataset's own split, and the revision for reports.
+) -> tuple[datasets.Dataset | datasets.IterableDataset, str, list[str]]:
+    """The rows of a dataset's own split, the revision for reports, and where their pictures may lie that are files
+    (see `check_files_of`).
 
     Raises OSError if it can't be found, saying what to put where; ValueError for a missing split, a configuration that
     is missing or unknown, a `revision` or `config` of rows that have none, and a folder of a known dataset's name.
@@ -39,7 +43,7 @@ def find_rows(
     key = spec.hub_id if spec else name
     if key == "digits":
         _check_unused("scikit-learn", revision=revision, config=config)
-        return digits_split(split), "scikit-learn"
+        return digits_split(split), "scikit-learn", []
     places = [*([Path(root, key)] if root else []), Path(key)]
     folder = next((place for place in places if _holds_files(place)), None)
     if folder is not None:
@@ -48,10 +52,11 @@ def find_rows(
     unseen = " (this row of specs.py was not checked against the Hub)" if spec and not spec.checked else ""
     try:
         if folder is not None:
-            return folder_rows(folder, key, split, config, streaming), "local"
+            return folder_rows(folder, key, split, config, streaming), "local", [f"{folder.resolve()}/"]
         named = [key] if config is None else [key, config]
         rows = datasets.load_dataset(*named, split=split, revision=revision, streaming=streaming)
-        return rows, revision or "main"
+        cache = datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE
+        return rows, revision or "main", [*(f"{Path(place).resolve()}/" for place in cache), f"hf://datasets/{key}@"]
     except DatasetError:
         raise
     except ValueError as error:
@@ -126,6 +131,36 @@ def image_column_of(features: datasets.Features, asked: str | None, name: str) -
     if column not in pictures:
         raise ValueError(f"column {column!r} of dataset {name!r} holds no pictures but {features[column]}.")
     return column
+
+
+def check_files_of(rows: datasets.Dataset, column: str, name: str, places: Sequence[str] | None) -> None:
+    """Raise DatasetError for a row whose picture is no bytes but the path of a file elsewhere, or an address: reading
+    it would open whatever a dataset of somebody else names.
+
+    Args:
+        places: beginnings of the paths that are the dataset's own; None takes every file on this disk.
+    """
+    seen = 0
+    stored = rows.cast_column(column, datasets.Image(decode=False)).select_columns([column])
+    for batch in stored.with_format("arrow").iter(10_000):
+        pictures = batch[column].combine_chunks()
+        empty = pc.is_null(pc.struct_field(pictures, "bytes"))
+        for i in pc.indices_nonzero(empty).to_pylist():
+            path = pictures[i].as_py()["path"] if pictures[i].is_valid else None
+            if path is not None and not _is_own(path, places):
+                raise DatasetError(
+                    f"row {seen + i} of dataset {name!r} holds no picture but the path {path!r}, which is not the "
+                    "dataset's own; store the pictures' bytes."
+                )
+        seen += len(pictures)
+
+
+def _is_own(path: str, places: Sequence[str] | None) -> bool:
+    """Whether a path, its links and dots followed, or an address begins as one of the places."""
+    if places is None:
+        return "://" not in path
+    inner = path.rpartition("::")[2]  # zip://cat.png::hf://datasets/...
+    return (inner if "://" in inner else str(Path(inner).resolve())).startswith(tuple(places))
 
 
 def _holds_pictures(feature: Any) -> bool:

@@ -1,12 +1,15 @@
 """Which files make a split. Every picture has a colour of its own, so that a missing or a foreign row shows."""
 
+from io import BytesIO
+
 import datasets
+import pyarrow.parquet
 import pytest
 from conftest import make_processor
 from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 
-from hf_robust_clip import load_image_dataset
+from hf_robust_clip import image_dataset, load_image_dataset
 from hf_robust_clip.zero_shot_data.errors import DatasetError
 from hf_robust_clip.zero_shot_data.files import _walk
 from hf_robust_clip.zero_shot_data.rows import DATA_ROOT_VARIABLE
@@ -346,3 +349,51 @@ def test_a_revision_or_configuration_of_rows_that_have_none(tmp_path, processor)
     for argument in ("revision", "config"):
         with pytest.raises(ValueError, match=f"{argument}='v1'"):
             load_image_dataset("digits", "test", processor, **{argument: "v1"})
+
+
+# ---- rows that name files elsewhere
+
+
+def hostile_rows(path):
+    """Two pictures, and a row that holds no bytes but a path."""
+    buffer = BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    whole = {"bytes": buffer.getvalue(), "path": "/etc/a.png"}  # beside bytes a path is only a name
+    features = Features({"image": datasets.Image(), "label": ClassLabel(names=["cat", "dog"])})
+    pictures = [whole, whole, {"bytes": None, "path": str(path)}]
+    return Dataset.from_dict({"image": pictures, "label": [0, 1, 1]}, features=features)
+
+
+@pytest.fixture
+def secret(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "elsewhere/secret.png")
+    return tmp_path / "elsewhere/secret.png"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "how", ["absolute", "by dots", "https://127.0.0.1:9/a.png", "file:///etc/a.png", "s3://b/c.png"]
+)
+def test_a_row_that_names_a_file_elsewhere_is_refused(how, streaming, tmp_path, processor, secret):
+    own = tmp_path / "own"
+    own.mkdir()
+    path = {"absolute": secret, "by dots": own / ".." / "elsewhere" / "secret.png"}.get(how, how)
+    pyarrow.parquet.write_table(hostile_rows(path).data.table, own / "train-00000-of-00001.parquet")
+    limit = {"streaming": True, "max_images": 3} if streaming else {}
+    with pytest.raises(DatasetError, match="row"):
+        load_image_dataset(str(own), "train", processor, **limit)
+
+
+def test_rows_in_memory_may_name_files_of_this_disk_and_no_addresses(processor, secret):
+    data = image_dataset(hostile_rows(secret), processor)
+    assert (data[2]["pixel_values"][0] == 1).all()
+    with pytest.raises(DatasetError, match="https"):
+        image_dataset(hostile_rows("https://127.0.0.1:9/a.png"), processor)
+
+
+def test_pictures_in_class_folders_are_the_datasets_own(tmp_path, processor):
+    for name in ("cat", "dog"):
+        (tmp_path / "own/train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "own/train" / name / "a.png")
+    assert len(load_image_dataset(str(tmp_path / "own"), "train", processor)) == 2

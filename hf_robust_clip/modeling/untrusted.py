@@ -1,0 +1,90 @@
+"""What a checkpoint of somebody else may do here: give numbers and texts, and nothing else.
+
+No code that lies beside it is run or asked about (`NO_CODE`), no pickle is opened, no file elsewhere is read, and no
+kernel is fetched or library called because a configuration says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from transformers.utils import cached_file
+
+NO_CODE = {"trust_remote_code": False}
+LARGEST = 4  # times the model's side, to which a processor may enlarge pictures before it crops them
+WHOLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+
+
+def check_weight_files(source: str, where: Mapping[str, Any]) -> None:
+    """Raise OSError unless the weights of a model are safetensors files that lie beside their index."""
+    index = present(source, INDEX, where)
+    if present(source, WHOLE, where) is not None:
+        return
+    if index is None:
+        raise OSError(
+            f"{source!r} has no {WHOLE}: weights in pickles (*.bin, *.pt, *.pth) can run code and are not opened; "
+            "save them as safetensors where you trust them."
+        )
+    shards = set(_weight_map(index, source).values())
+    for shard in shards:
+        if not isinstance(shard, str) or not _is_plain(shard) or not shard.endswith(".safetensors"):
+            raise OSError(f"{INDEX} of {source!r} names {shard!r}, which is no safetensors file in the same folder.")
+
+
+def _weight_map(index: Path, source: str) -> dict[str, Any]:
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(found, dict):
+            raise TypeError("weight_map is no mapping")
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{INDEX} of {source!r} is damaged ({error}); copy or download it again.") from error
+    return found
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of a file in the same folder, on any system."""
+    return all(path(name).name == name for path in (PurePosixPath, PureWindowsPath)) and name not in ("", ".", "..")
+
+
+def check_adapter_file(source: str, where: Mapping[str, Any]) -> None:
+    """Raise OSError unless the weights of an adapter are a safetensors file."""
+    if present(source, ADAPTER, where) is None:
+        raise OSError(
+            f"{source!r} has no {ADAPTER}: adapter_model.bin is a pickle, which can run code, and is not opened; save "
+            "the adapter with safetensors."
+        )
+
+
+def present(source: str, name: str, where: Mapping[str, Any]) -> Path | None:
+    """A file of a folder, or of a Hub repository (fetched, if it is there); None if there is none."""
+    if Path(source).is_dir():
+        path = Path(source, where.get("subfolder") or "", name)
+        return path if path.is_file() else None
+    options = {key: value for key, value in where.items() if key != "force_download"}
+    found = cached_file(
+        source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        **options,
+    )  # fmt: skip
+    return None if found is None else Path(found)
+
+
+def check_config(source: str, config: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raise OSError for a configuration that calls other libraries (quantised weights), unless they were asked for."""
+    if config.get("quantization_config") and not asked.get("quantization_config"):
+        raise OSError(
+            f"config.json of {source!r} asks for quantised weights, which can't be attacked; load weights in floating "
+            "point."
+        )
+
+
+def check_sizes(image_processor: Any, side: int) -> None:
+    """Raise ValueError for an image processor that enlarges pictures far beyond what a model of this side takes."""
+    for name in ("size", "crop_size"):
+        given = getattr(image_processor, name, None)
+        edges = [given] if isinstance(given, int | float) else list(dict(given or {}).values())
+        largest = max((edge for edge in edges if isinstance(edge, int | float)), default=0)
+        if largest > LARGEST * side:
+            raise ValueError(f"{name} of the image processor is {largest} pixels, for a model that takes {side}.")
