@@ -924,9 +924,10 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     repo_id = push.repo_id if push is not None else shown_folder(recipe.run.output_dir)
     adaptations = add_statistics(recipe, trainer, train_data)
     settings = trainer.settings()
+    if processes.is_main_process:
+        clear_model(folder)  # old figures go before new weights come
     tuned, to_save = plain_model(trainer, folder)
     if processes.is_main_process:
-        clear_model(folder)
         saving.save("the weights", lambda: save_trained(to_save, folder))
         source = recipe.source if push is None else without_paths(recipe.source)
         saving.save("recipe.yaml", lambda: write_text(folder / "recipe.yaml", dump_recipe(source)))
@@ -1371,16 +1372,17 @@ def one_line_errors(left: Callable[[], str] = lambda: "nothing was begun.") -> I
     Args:
         left: what can be gone on from, for an interruption and a disk that is full.
     """
-    asked = False
+    asked: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    heard = before not in (signal.SIG_IGN, None) and current_thread() is main_thread()
 
-    def interrupt(*about: Any) -> None:
-        nonlocal asked
-        asked = True
+    def interrupt(*signals: Any) -> None:
+        asked.append(signal.SIGINT)
         raise KeyboardInterrupt
 
-    in_main_thread = current_thread() is main_thread()
-    before = signal.signal(signal.SIGINT, interrupt) if in_main_thread else None
     try:
+        if heard:
+            signal.signal(signal.SIGINT, interrupt)
         yield
     except BaseException as error:
         if asked or isinstance(error, KeyboardInterrupt):  # workers that were interrupted too bring up other errors
@@ -1393,7 +1395,7 @@ def one_line_errors(left: Callable[[], str] = lambda: "nothing was begun.") -> I
             fail(error)
         raise
     finally:
-        if in_main_thread:
+        if heard:
             signal.signal(signal.SIGINT, before)
 
 

@@ -32,11 +32,12 @@ def check_classes(
         if name in seen:
             raise ValueError(f"class_names[{i}]={name!r} repeats class_names[{seen[name]}]; names must differ.")
         seen[name] = i
-    for text in (*names, *templates):
-        check_shown(text, "a class name or template")
+        check_shown(name, f"class_names[{i}]")
     wrong = [text for text in templates if "{}" not in text]
     if wrong or not templates:
         raise ValueError(f"template={wrong[0] if wrong else template!r} has no '{{}}' where the class name goes.")
+    for text in templates:
+        check_shown(text, "template")
     return names, templates
 
 
