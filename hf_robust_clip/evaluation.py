@@ -276,6 +276,12 @@ def evaluate_robustness(
     if defence is not None and not isinstance(model, CLIPForZeroShotClassification):
         model = model.get_base_model()  # of a PeftModel
     _check_target(settings, defence)
+    lacking = [name for name in ("dataset_id", "revision", "split", "class_names") if not hasattr(dataset, name)]
+    if lacking:
+        raise TypeError(
+            f"dataset is a {type(dataset).__name__} without {lacking[0]}, which a report must name; give an "
+            "ImageDataset (load_image_dataset, image_dataset), whose first, only and shots choose images."
+        )
     if len(dataset) == 0:
         raise ValueError("dataset is empty; nothing to evaluate.")
     if getattr(dataset, "augment", False):

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.data import Subset
 from training_script import digits
 
 from hf_robust_clip import (
@@ -127,6 +128,8 @@ def test_data_that_cannot_be_evaluated_are_refused(undefended):
     empty = replace(undefended[1], rows=undefended[1].rows.select([]))
     with pytest.raises(ValueError, match="dataset is empty"):
         evaluate_robustness(model, empty, settings, **NAMES)
+    with pytest.raises(TypeError, match="dataset_id"):
+        evaluate_robustness(model, Subset(data, range(3)), settings, **NAMES)
     model.train()
     model.set_classes(["zero", "one"])
     with pytest.raises(ValueError, match="classes"):

@@ -255,7 +255,7 @@ def collect_statistics(
         check_writable(state_dir, "state_dir")
     before = classifier.training, classifier.input_size
     try:
-        classifier.eval().set_input_size(resolution_of(dataset))
+        classifier.eval().set_input_size(resolution_of(dataset, before[1]))
         record = _record(classifier, dataset, data_id)
         rank, world = (processes.process_index, processes.num_processes) if processes else (0, 1)
         state = None if state_dir is None else _State(Path(state_dir), rank, _state_key(classifier, dataset, world))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import cached_file, find_adapter_config_file
@@ -23,6 +24,10 @@ ADAPTER_CONFIG, PROCESSOR_FILES = "adapter_config.json", ("processor_config.json
 TOWERS = {"clip_vision_model": "image", "clip_text_model": "text"}
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
          "num_channels", "vocab_size", "max_position_embeddings", "projection_dim")  # fmt: skip
+
+
+class UnfitWeights(OSError):
+    """Weights that are damaged, or don't fit the model that they are loaded into."""
 
 
 def adapter_config(
@@ -77,6 +82,8 @@ def read_config(source: str, where: Mapping[str, Any]) -> dict[str, Any]:
 def check_family(source: str, family: str, config: Mapping[str, Any]) -> None:
     """Raise OSError unless a checkpoint is of the family (a `model_type`)."""
     found = config.get("model_type")
+    if not isinstance(found, str | None):
+        raise OSError(f"model_type={found!r} in config.json of {source!r} is no text; save it with save_pretrained.")
     if found in TOWERS:
         raise OSError(
             f"{source!r} is the {TOWERS[found]} tower of a CLIP alone; give a whole CLIPModel, with both towers."
@@ -141,8 +148,8 @@ def weight_files(source: str, where: Mapping[str, Any]) -> list[Path]:
 
 
 def check_loaded(source: str, info: Mapping[str, Any], what: str = "the model") -> None:
-    """Raise OSError for weights that are missing, unknown, or of another shape: the model would have random ones in
-    their place, or lack layers.
+    """Raise UnfitWeights for weights that are missing, unknown, or of another shape: the model would have random ones
+    in their place, or lack layers.
     """
     mismatched = [f"{key} {tuple(there)} for {tuple(here)}" for key, there, here in info.get("mismatched_keys", ())]
     unexpected = [key for key in info.get("unexpected_keys", ()) if not key.endswith("position_ids")]
@@ -155,7 +162,7 @@ def check_loaded(source: str, info: Mapping[str, Any], what: str = "the model") 
     if found:
         prefixed = [key for key in unexpected if key.startswith("module.")]
         mend = "take the prefix 'module.' off" if prefixed else "load them as the kind of model that wrote them"
-        raise OSError(f"the weights in {source!r} don't fit {what}: they {', and '.join(found)}; {mend}.")
+        raise UnfitWeights(f"the weights in {source!r} don't fit {what}: they {', and '.join(found)}; {mend}.")
 
 
 def _first(keys: Sequence[str]) -> str:
@@ -218,19 +225,56 @@ def take_normalisation(classifier: Any, source: str, where: Mapping[str, Any]) -
         classifier.set_normalisation(*normalisation_of(processor))
 
 
-def explained(source: str, load: Callable[[], T]) -> T:
-    """Run a loader; turn what it raises about a missing or damaged checkpoint into one OSError that names the mend."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
+def check_whole_adapters(module: nn.Module, state_dict: dict, prefix: str, *rest: Any) -> None:
+    """Let `load_state_dict` fail for an adapter of which some tensors are there and some are not: the others would
+    keep their random values, whichever library loads it.
+    """
+    error_msgs: list[str] = rest[-1]
+    by_adapter: dict[str, list[str]] = {}
+    for name, layer in module.named_modules(prefix=prefix.removesuffix(".")):
+        if isinstance(layer, BaseTunerLayer):
+            for own, _ in layer.named_parameters(prefix=name):
+                parts = own.removeprefix(f"{name}.").split(".")
+                if parts[0] in layer.adapter_layer_names and len(parts) > 1:
+                    by_adapter.setdefault(parts[1], []).append(own)
+    for adapter, names in by_adapter.items():
+        missing = [name for name in names if name not in state_dict]
+        if missing and len(missing) < len(names):
+            error_msgs.append(f"the weights of adapter {adapter!r} lack {_first(sorted(missing))}.")
+
+
+def readable(source: str, load: Callable[[], T]) -> T:
+    """Run a loader; turn what it raises about damaged weights, or those of another model, into one UnfitWeights."""
     from safetensors import SafetensorError
 
-    folder = Path(source).is_dir()
     try:
         return load()
     except SafetensorError as error:
-        raise OSError(
+        raise UnfitWeights(
             f"the weights in {source!r} are cut short or damaged ({error}); copy or download them again."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError):
+        raise
+    except Exception as error:  # whatever a file that is damaged, or of another kind, brings up
+        lines = [line.strip() for line in str(error).splitlines()] or [""]
+        if "Error(s) in loading state_dict" in lines[0]:
+            raise UnfitWeights(f"the weights in {source!r} don't fit the model: {lines[1]}") from error
+        raise UnfitWeights(
+            f"can't load {source!r}: its files are damaged, of another kind, or too large for the memory "
+            f"({type(error).__name__}: {lines[0]:.200})"
+        ) from error
+
+
+def explained(source: str, load: Callable[[], T]) -> T:
+    """`readable`, where what else is raised about a missing or damaged checkpoint names the mend."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    folder = Path(source).is_dir()
+    try:
+        return readable(source, load)
+    except UnfitWeights:
+        raise
+    except (OSError, ValueError, TypeError) as error:
         if folder:
             mend = "the folder lacks a readable config, weights or processor; save it with save_pretrained."
         elif HF_HUB_OFFLINE:
@@ -239,14 +283,5 @@ def explained(source: str, load: Callable[[], T]) -> T:
             )
         else:
             mend = "no such folder, and the Hub could not give it: check the name, the connection and your token."
-        raise OSError(
-            f"can't load {source!r}: {mend} ({(str(error) or type(error).__name__).splitlines()[0]})"
-        ) from error
-    except Exception as error:  # whatever a file that is damaged, or of another kind, brings up
-        lines = [line.strip() for line in str(error).splitlines()] or [""]
-        if "Error(s) in loading state_dict" in lines[0]:
-            raise OSError(f"the weights in {source!r} don't fit the model: {lines[1]}") from error
-        raise OSError(
-            f"can't load {source!r}: its files are damaged, of another kind, or too large for the memory "
-            f"({type(error).__name__}: {lines[0]})"
-        ) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f"can't load {source!r}: {mend} ({reason:.200})") from error

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from operator import is_
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,12 @@ from .checkpoints import (
     check_loaded,
     check_stored,
     check_tower_sizes,
+    check_whole_adapters,
     commit_of,
     explained,
     quiet_report,
     read_config,
+    readable,
     take_normalisation,
 )
 from .freshness import module_key
@@ -99,6 +102,8 @@ class CLIPForZeroShotClassification(CLIPModel):
         channels = config.vision_config.num_channels
         self.register_buffer("image_mean", torch.full((channels, 1, 1), torch.nan), persistent=False)
         self.register_buffer("image_std", torch.full((channels, 1, 1), torch.nan), persistent=False)
+        self._normalisation: tuple[list[float], list[float]] | None = None  # the same, as it was given
+        self.register_load_state_dict_pre_hook(check_whole_adapters)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no part in the `fixed_class_embeds` of what it is a copy of."""
@@ -132,7 +137,6 @@ class CLIPForZeroShotClassification(CLIPModel):
             own = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
             base, revision = base_of(source, adapter, where)
             model = cls.from_pretrained(base, *args, **own, revision=revision)
-            check_stored(source, where)
             info = explained(source, lambda: model.load_adapter(source, adapter_kwargs=where)).to_dict()
             take_normalisation(model, source, where)
             return (model, info) if wants_info else model
@@ -159,9 +163,13 @@ class CLIPForZeroShotClassification(CLIPModel):
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
         """Load an adapter into the model, as transformers does. Raises OSError if its weights don't fill it."""
         if peft_model_id is not None:
-            check_adapter_file(str(peft_model_id), kwargs.get("adapter_kwargs") or {})
+            where = kwargs.get("adapter_kwargs") or {}
+            check_adapter_file(str(peft_model_id), where)
+            check_stored(str(peft_model_id), where)
+        kwargs["ignore_mismatched_sizes"] = True  # `check_loaded` refuses them by name
+        load = partial(super().load_adapter, peft_model_id, adapter_name, *args, **kwargs)
         with quiet_report():
-            info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+            info = readable(str(peft_model_id), load)
         own = adapter_name or "default"
         info.missing_keys = {key for key in info.missing_keys if own in key.split(".")}  # not of the base model
         check_loaded(str(peft_model_id), info.to_dict(), "the adapter")
@@ -192,6 +200,8 @@ class CLIPForZeroShotClassification(CLIPModel):
             )
         processor = self.require_processor()
         self._check_adapters()
+        if self._normalisation is not None:  # the processor's file may have been changed since
+            self.set_normalisation(*self._normalisation)
         self.config.architectures = [CLIPModel.__name__]
         super().save_pretrained(save_directory, *args, **kwargs)
         config_file = Path(save_directory) / "config.json"
@@ -240,6 +250,7 @@ class CLIPForZeroShotClassification(CLIPModel):
             raise ValueError(f"mean={mean!r} and std={std!r} must have {channels} finite values each, std positive.")
         self.image_mean = torch.tensor(mean, dtype=self.dtype, device=self.device).view(-1, 1, 1)
         self.image_std = torch.tensor(std, dtype=self.dtype, device=self.device).view(-1, 1, 1)
+        self._normalisation = list(mean), list(std)
         if self.processor is not None and self._normalisation_differs(mean, std):
             image_processor = self.processor.image_processor
             image_processor.image_mean, image_processor.image_std = list(mean), list(std)
@@ -312,7 +323,7 @@ class CLIPForZeroShotClassification(CLIPModel):
         classes = ("class_token_ids", "class_names", "templates", "context_length", "_packed", "_known")
         own = ("input_size", *(classes if template is not None else ()))
         before, mode, parts = {name: getattr(self, name) for name in own}, self.training, parts_of(dataset)
-        side = resolution_of(dataset)
+        side = resolution_of(dataset, self.input_size)
         try:
             if template is not None:
                 self.set_classes(parts[0].class_names, template)
@@ -443,7 +454,7 @@ class CLIPForZeroShotClassification(CLIPModel):
             interpolate_pos_encoding: accept another image size than the checkpoint's.
 
         Raises ValueError if no classes are set, the shape is wrong, a label is out of range, or (in eval mode) values
-        lie outside [0, 1].
+        lie outside [0, 1]. Compiled code doesn't look at values.
         """
         if not self.class_names:
             raise ValueError("the model has no classes; call set_classes(class_names) first.")

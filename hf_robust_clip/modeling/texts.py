@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,23 +107,37 @@ def parts_of(dataset: Any) -> list[Any]:
     return [part for one in inside for part in parts_of(one)]
 
 
-def resolution_of(dataset: Any) -> int | None:
-    """The side in pixels of a dataset's images where that is one of its own; None is the model's input size.
+def resolution_of(dataset: Any, otherwise: int | None) -> int | None:
+    """The side in pixels of a dataset's images where that is one of its own; None is the size of the model's encoder.
+
+    Args:
+        otherwise: what it is for datasets that say nothing of it.
 
     Raises ValueError for parts of different resolutions.
     """
-    own = (part for part in parts_of(dataset) if not getattr(part, "augment", False))
-    sizes = {None if getattr(part, "attack_resolution", None) is None else part.resolution for part in own} or {None}
+    sizes = {_own_side(part, otherwise) for part in parts_of(dataset)} or {otherwise}
     if len(sizes) > 1:
         raise ValueError(f"the parts of the dataset are of different resolutions ({sizes}); use them one by one.")
     return sizes.pop()
 
 
+def _own_side(part: Any, otherwise: int | None) -> int | None:
+    if not hasattr(part, "attack_resolution"):
+        return otherwise
+    return None if part.attack_resolution is None or getattr(part, "augment", False) else part.resolution
+
+
 def check_same_classes(model_names: Sequence[str], dataset: Any) -> None:
-    """Raise ValueError unless a dataset that names its classes has the model's, in their order: label i is name i."""
+    """Raise ValueError unless a dataset that names its classes has the model's, in their order: label i is name i.
+
+    Of a dataset that isn't ours (`datasets.Dataset` with a transform, torchvision's) the labels may be called
+    otherwise than the classes, but no name may stand at another place.
+    """
     for part in parts_of(dataset):
-        names = getattr(part, "class_names", None)
+        names = getattr(part, "class_names", None) or _label_names(part)
         if names is None or tuple(names) == tuple(model_names):
+            continue
+        if not hasattr(part, "class_names") and not _crossed(names, model_names):
             continue
         what = f"dataset {getattr(part, 'dataset_id', type(part).__name__)!r}"
         mend = "call model.set_classes(dataset.class_names, template), or take dataset.only(model.class_names)."
@@ -137,6 +151,22 @@ def check_same_classes(model_names: Sequence[str], dataset: Any) -> None:
             f"{what} has {len(names)} classes ({_some(names, model_names)}), the model has {len(model_names)} "
             f"({_some(model_names, names)}); {mend}"
         )
+
+
+def _label_names(dataset: Any) -> Sequence[str] | None:
+    """What a dataset of another library calls its labels."""
+    features = getattr(dataset, "features", None) or {}
+    for column in ("labels", "label"):
+        if isinstance(features, Mapping) and getattr(features.get(column), "names", None):
+            return features[column].names
+    classes = getattr(dataset, "classes", None)
+    return classes if isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes) else None
+
+
+def _crossed(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether a name stands at different places of two lists."""
+    place = {name: i for i, name in enumerate(others)}
+    return any(place.get(name, i) != i for i, name in enumerate(names))
 
 
 def _some(names: Sequence[str], others: Sequence[str]) -> str:

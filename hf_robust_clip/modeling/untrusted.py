@@ -14,7 +14,7 @@ from typing import Any
 from transformers.utils import cached_file
 
 NO_CODE = {"trust_remote_code": False}
-LARGEST = 4  # times the model's side, to which a processor may enlarge pictures before it crops them
+LARGEST, MODEST = 4, 1024  # a processor may enlarge to 4 times the model's side, or to 1024 pixels
 WHOLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 
 
@@ -86,5 +86,5 @@ def check_sizes(image_processor: Any, side: int) -> None:
         given = getattr(image_processor, name, None)
         edges = [given] if isinstance(given, int | float) else list(dict(given or {}).values())
         largest = max((edge for edge in edges if isinstance(edge, int | float)), default=0)
-        if largest > LARGEST * side:
+        if largest > max(LARGEST * side, MODEST):
             raise ValueError(f"{name} of the image processor is {largest} pixels, for a model that takes {side}.")

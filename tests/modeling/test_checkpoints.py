@@ -2,8 +2,10 @@
 
 import json
 import logging
+from contextlib import nullcontext
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from conftest import CLASS_NAMES
@@ -13,6 +15,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from hf_robust_clip import RTPT, ClipPromptConfig, DefendedClassifier, cli, digits_clip_path
 from hf_robust_clip.modeling import CLIPForZeroShotClassification, with_adapter
+from hf_robust_clip.modeling.checkpoints import UnfitWeights
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 LORA = LoraConfig(r=2, target_modules=r".*vision_model.*q_proj", init_lora_weights=False)
@@ -81,6 +84,14 @@ def test_a_position_table_of_old_checkpoints_is_no_weight(folder, images):
     wanted = logits(load(folder), images)
     rewrite(folder, lambda weights: {**weights, "text_model.embeddings.position_ids": torch.arange(32)[None]})
     assert torch.equal(logits(load(folder), images), wanted)
+
+
+def test_a_processor_that_is_changed_after_it_was_given_is_saved_as_the_model_reads_images(folder, images):
+    model = load(folder)
+    wanted = logits(model, images)
+    model.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    model.save_pretrained(folder.parent / "again")
+    assert torch.equal(logits(load(folder.parent / "again"), images), wanted)
 
 
 @pytest.mark.parametrize("family", ["siglip", "chinese_clip", "clip_vision_model", "clip_text_model", "bert"])
@@ -172,6 +183,41 @@ def test_pefts_own_door_refuses_prompts_that_lack_a_tensor_or_have_one_too_many(
         save_file(weights, folder.parent / "p" / file)
         with pytest.raises(ValueError, match="default"):
             PeftModel.from_pretrained(load(folder), folder.parent / "p")
+
+
+def test_pefts_own_door_refuses_a_lora_that_lacks_a_tensor_and_takes_a_whole_one(folder, images):
+    model = get_peft_model(load(folder), LORA)
+    model.save_pretrained(folder.parent / "lora")
+    wanted = logits(model, images)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(folder), folder.parent / "lora"), images), wanted)
+    second = PeftModel.from_pretrained(load(folder), folder.parent / "lora", adapter_name="another")
+    second.load_adapter(folder.parent / "lora", "one more")
+    second.set_adapter("one more")
+    assert torch.equal(logits(second, images), wanted)
+    file = "adapter_model.safetensors"
+    lacking = sorted(load_file(folder.parent / "lora" / file))[-1]
+    rewrite(folder.parent / "lora", without(lacking), file)
+    with pytest.raises(RuntimeError, match=lacking.split(".")[-2]):
+        PeftModel.from_pretrained(load(folder), folder.parent / "lora")
+    with pytest.raises(RuntimeError, match="'third'"):
+        second.load_adapter(folder.parent / "lora", "third")
+
+
+@pytest.mark.parametrize("damage", ["shape", "bytes"])
+def test_damaged_adapters_are_told_as_such_by_every_door(damage, adapter, folder):
+    place, _ = adapter
+    file = place / "adapter_model.safetensors"
+    if damage == "shape":
+        rewrite(
+            place, lambda weights: {name: value.repeat_interleave(2, 0) for name, value in weights.items()}, file.name
+        )
+    else:
+        file.write_bytes(file.read_bytes()[:-5])
+    for door in DOORS.values():
+        with pytest.raises(UnfitWeights) as caught:
+            door(place, folder)
+        text = str(caught.value)
+        assert "\n" not in text and "ignore_mismatched" not in text and "processor" not in text
 
 
 def test_prompts_are_no_numbers_until_they_are_loaded(folder):
@@ -306,6 +352,30 @@ def test_classes_of_a_dataset_are_compared_with_the_models(tiny_clip):
                 pass
     with model.prepared_for(names_of(*CLASS_NAMES)), model.prepared_for([1, 2]):
         pass
+
+
+def test_labels_of_other_libraries_datasets_may_have_other_names_but_not_cross_the_models(tiny_clip):
+    model = tiny_clip()
+    crossed, renamed = (CLASS_NAMES[1], CLASS_NAMES[0], *CLASS_NAMES[2:]), [f"class_{i}" for i in range(7)]
+    for names, fits in ((CLASS_NAMES, True), (renamed, True), (CLASS_NAMES[:3], True), (crossed, False)):
+        pairs = {"labels": datasets.ClassLabel(names=list(names)), "pixel_values": datasets.Value("float32")}
+        rows = datasets.Dataset.from_dict({"labels": [0], "pixel_values": [0.0]}, features=datasets.Features(pairs))
+        for dataset in (rows, SimpleNamespace(classes=list(names)), Subset(rows, [0])):
+            with nullcontext() if fits else pytest.raises(ValueError, match="class"), model.prepared_for(dataset):
+                pass
+
+
+def test_a_dataset_that_says_nothing_of_its_size_leaves_the_users_own(tiny_clip, images):
+    model = tiny_clip(dtype=torch.float32)
+    model.set_input_size(4)
+    for dataset, side in (
+        ([1, 2], 4),
+        (names_of(*CLASS_NAMES), 4),
+        (names_of(*CLASS_NAMES, attack_resolution=None), 8),
+    ):
+        with model.prepared_for(dataset):
+            assert model.input_size == side
+    assert model.input_size == 4
 
 
 def test_a_model_is_prepared_for_a_dataset_and_comes_back(tiny_clip, images):
