@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset, Subset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import trainer_log_levels
 
 from .attacks.pgd import PGDSettings
 from .threat_model import ThreatModel
@@ -132,6 +133,9 @@ class RobustClipConfig(TrainingArguments):
     def __post_init__(self) -> None:
         _check_numbers(self)
         _check_refused(self, ("deepspeed",))  # before transformers looks for its package
+        for name in ("log_level", "log_level_replica"):
+            if getattr(self, name) not in trainer_log_levels:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(trainer_log_levels)}.")
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
         super().__post_init__()
@@ -259,6 +263,9 @@ def _check_numbers(args: RobustClipConfig) -> None:
         "attack_steps",
     ):
         _check_number(name, getattr(args, name), least=1, whole=True)
+    for name, below in (("seed", 2**32), ("data_seed", 2**32), ("dataloader_num_workers", math.inf)):
+        if getattr(args, name) is not None:
+            _check_number(name, getattr(args, name), below=below, whole=True)
     if args.trainable_layers is not None:
         _check_number("trainable_layers", args.trainable_layers, least=-math.inf, whole=True)
     _check_number("max_steps", args.max_steps, least=-1, whole=True)
@@ -316,6 +323,11 @@ def _check_schedule(args: RobustClipConfig) -> None:
         if getattr(args, name) and schedule in without:
             hint = "; take constant_with_warmup" if (name, schedule) == ("warmup_steps", "constant") else ""
             raise ValueError(f"{name}={getattr(args, name)!r} does nothing with lr_scheduler_type={schedule!r}{hint}.")
+    own = dict(args.lr_scheduler_kwargs or {})
+    try:
+        get_scheduler(schedule, torch.optim.SGD([torch.zeros(1)]), 1, 10, own)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lr_scheduler_kwargs={own!r} don't suit lr_scheduler_type={schedule!r}: {error}") from error
 
 
 def _check_optimizer(args: RobustClipConfig) -> None:

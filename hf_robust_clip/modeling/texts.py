@@ -61,7 +61,7 @@ def tokenize_prompts(
     for prompt, row in zip(prompts, rows, strict=True):
         if len(row) > context_length:
             raise ValueError(
-                f"the prompt {prompt!r} has {len(row)} tokens, the text tower takes {context_length}; shorten it."
+                f"the prompt {prompt[:99]!r} has {len(row)} tokens, the text tower takes {context_length}; shorten it."
             )
         if row.count(tokenizer.eos_token_id) != 1:  # CLIP's unknown token is its end token
             raise ValueError(f"the tokenizer doesn't know part of {prompt!r}; is its vocabulary file missing?")
