@@ -993,10 +993,10 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
         publish(info)
         if saving.attempt("accuracy.png", plot) is None:
             publish(replace(info, plot=None))
-        load = f"\nload it: {loading_code(recipe, recipe.run.output_dir)}" if push is None else ""
-        saving.attempt("a line", lambda: print(f"saved to {folder}: {', '.join(saved_files(folder))}{load}"))
     processes.wait_for_everyone()
     saving.finish()
+    load = f"\nload it: {loading_code(recipe, recipe.run.output_dir)}" if push is None else ""
+    saving.attempt("a line", lambda: say(f"saved to {folder}: {', '.join(saved_files(folder))}{load}"))
     if push is not None and processes.is_main_process:
         address = push_folder(folder, push.repo_id, token=push.token, private=push.private, revision=push.revision)
         say(f"pushed: {address}\nload it: {loading_code(recipe, push.repo_id)}")
@@ -1253,10 +1253,11 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
             plots["tradeoff.png"] = partial(plot_tradeoff, folder / "tradeoff.png", under_first, radius)
         for name, plot in plots.items():
             saving.attempt(name, plot)
-        written = [name for name in (*saving.saved, *plots) if (folder / name).is_file()]
-        saving.attempt("a line", lambda: print(f"saved to {folder}: {', '.join(written)}"))
     processes.wait_for_everyone()
     saving.finish()
+    files = ("report.json", "report.csv", "recipe.yaml", "accuracy.png", "examples.png", "tradeoff.png")
+    written = [name for name in files if (folder / name).is_file()]
+    saving.attempt("a line", lambda: processes.print(f"saved to {folder}: {', '.join(written)}"))
     return own_reports
 
 
@@ -1411,7 +1412,8 @@ def fail(error: Exception) -> NoReturn:
         print(without_tokens(whole), file=sys.stderr)
         raise SystemExit(2)
     line = " ".join(part.strip() for part in without_tokens(str(error)).splitlines()) or type(error).__name__
-    print(f"\nerror: {line}" if isinstance(error, FloatingPointError) else f"error: {line}", file=sys.stderr)
+    after_bar = isinstance(error, FloatingPointError | NotWritten)
+    print(f"\nerror: {line}" if after_bar else f"error: {line}", file=sys.stderr)
     raise SystemExit(2)
 
 

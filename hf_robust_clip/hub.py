@@ -297,14 +297,15 @@ def clear_model(folder: str | Path) -> None:
 
 def clear_checkpoints(folder: str | Path) -> None:
     """Delete what a Trainer saves of a training, by its files' names: whatever else lies there stays."""
-    for place in (*Path(folder).glob("checkpoint-*"), *Path(folder).glob("state/statistics/*/checkpoint-*")):
-        if CHECKPOINT.fullmatch(place.name):
-            delete(place, lambda name: _fits(PurePath(name).name, (*MODEL_FILES, *TRAINERS, *RESUMED)))
+    for pattern in ("checkpoint-*", "state/statistics/*/checkpoint-*"):
+        for place in Path(folder).resolve().glob(pattern):
+            if CHECKPOINT.fullmatch(place.name):
+                delete(place, lambda name: _fits(PurePath(name).name, (*MODEL_FILES, *TRAINERS, *RESUMED)))
 
 
 def clear_states(folder: str | Path) -> None:
     """Delete the states of evaluations and of statistics, by their files' names."""
-    delete(Path(folder, "state"), STATE.fullmatch)
+    delete(Path(folder).resolve() / "state", STATE.fullmatch)
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:

@@ -25,12 +25,15 @@ class Saving:
 
     folder: Path
     say: Callable[[str], object]
-    saved: list[str] = field(default_factory=list)
+    saved: dict[str, Callable[[], object]] = field(default_factory=dict)
     failed: dict[str, Callable[[], object]] = field(default_factory=dict)
     reason: str = ""
 
     def save(self, name: str, write: Callable[[], object]) -> None:
         """Write something, now or in `finish`."""
+        if self.saved and not self.folder.is_dir():  # deleted meanwhile: all that was in it comes again
+            self.failed |= self.saved
+            self.saved = {}
         try:
             write()
         except (OSError, ValueError) as error:
@@ -38,7 +41,7 @@ class Saving:
             self.warn(f"{name} can't be saved now", error)
         else:
             self.failed.pop(name, None)
-            self.saved += [] if name in self.saved else [name]
+            self.saved[name] = write
 
     def attempt(self, name: str, make: Callable[[], T]) -> T | None:
         """What is nice to have, such as a plot: None, and a warning of one line, if it can't be made."""

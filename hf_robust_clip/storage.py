@@ -121,10 +121,11 @@ def disk_errors(folder: str | Path, name: str = "folder") -> Iterator[None]:
         ) from error
 
 
-def delete(folder: str | Path, ours: Callable[[str], object]) -> None:
-    """Delete the files of a folder whose path in it is `ours`, and what this leaves empty; nothing behind links."""
-    folder = Path(folder)
-    if folder.is_symlink():
+def delete(folder: Path, ours: Callable[[str], object]) -> None:
+    """Delete the files of a folder whose path in it is `ours`, and what this leaves empty; nothing behind links. A
+    folder that is not named by its real path is left alone.
+    """
+    if folder != folder.resolve():
         return
     for place, _, files in os.walk(folder, topdown=False):
         found = [name for name in files if ours(Path(place, name).relative_to(folder).as_posix())]
