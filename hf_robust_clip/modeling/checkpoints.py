@@ -261,7 +261,7 @@ def readable(source: str, load: Callable[[], T]) -> T:
             raise UnfitWeights(f"the weights in {source!r} don't fit the model: {lines[1]}") from error
         raise UnfitWeights(
             f"can't load {source!r}: its files are damaged, of another kind, or too large for the memory "
-            f"({type(error).__name__}: {lines[0]:.200})"
+            f"({type(error).__name__}: {' '.join(lines):.200})"
         ) from error
 
 
