@@ -7,8 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+NO_GRADIENT = (
+    "the model's logits carry no gradient by the pixels, so nothing can be attacked by it: is the model quantised, or "
+    "its forward under no_grad? Attack the model in floating point, or by queries (Square)."
+)
+QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 ROUNDING = 1e-6  # by how much the arithmetic of somebody's own pipeline may leave the range of pixels
 
 
@@ -96,3 +101,11 @@ def check_logits(logits_BC: Tensor, who: str = "the classifier") -> None:
             f"{who} gives logits that are not finite for {int((~finite).sum())} of {len(finite)} images; look for NaN "
             "in weights, adapters and normalisation, for a logit scale that overflows, or compute in float32."
         )
+
+
+def check_differentiable(model: nn.Module) -> None:
+    """Raise ValueError for a model with quantised layers: what passes beside them (a residual, a projection) has a
+    gradient still, by which an attack would be weak.
+    """
+    if any(type(module).__module__.startswith(QUANTISED) for module in model.modules()):
+        raise ValueError(NO_GRADIENT)

@@ -604,6 +604,11 @@ def defence_settings(evaluation: EvaluationSettings, defence: DefenceEvaluation)
     """How a defence is attacked: blind, and through it."""
     radius = evaluation.radii[0] if defence.radius is None else defence.radius
     shared = replace(evaluation, radii=[radius], batch_size=defence.batch_size, target="defence_blind")
+    if shared.threat_models()[0] not in evaluation.threat_models():
+        raise ValueError(
+            f"defence_evaluation.radius={radius!r} must be one of evaluation.radii={list(evaluation.radii)!r}, at "
+            "which the model is attacked without the defence."
+        )
     check_max_images(defence, "defence_evaluation")
     if not defence.worst.startswith("worst"):
         raise ValueError(f"defence_evaluation.worst={defence.worst!r} must be worst or worst-PGD-APGD-SQUARE.")

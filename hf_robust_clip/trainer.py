@@ -27,6 +27,8 @@ from .checkpoint_notes import named_base
 from .checks import check_logits, checked_labels
 from .model_card import CardInfo, make_unmeasured_card
 from .modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, without_gradients
+from .modeling.normalisation import carry_normalisation
+from .modeling.untrusted import ADAPTER
 from .names import hub_name, is_path, shown_name
 from .objectives.apt import APT
 from .objectives.base import Batch, Objective
@@ -723,11 +725,15 @@ class RobustClipTrainer(PushingTrainer):
 
 def save_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Any] | None = None) -> None:
     """Write an adapter, and beside it the image processor, whose normalisation it was trained with."""
+    classifier = classifier_in(model)
     with written_whole(folder) as draft:
-        classifier_in(model).require_processor().image_processor.save_pretrained(draft)
+        classifier.require_processor().image_processor.save_pretrained(draft)
         # embedding layers are frozen: no need to look for them on the Hub
         model.save_pretrained(str(draft), state_dict=state_dict, save_embedding_layers=False)
         (draft / "README.md").unlink(missing_ok=True)  # a draft of a card, by PEFT
+        for name, config in model.peft_config.items():
+            if not isinstance(config, ClipPromptConfig):
+                carry_normalisation(classifier, draft / ("" if name == "default" else name) / ADAPTER)
 
 
 def check_teacher(teacher: CLIPForZeroShotClassification, core: CLIPForZeroShotClassification) -> None:

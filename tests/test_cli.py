@@ -574,6 +574,7 @@ def test_the_first_adaptation_is_saved_and_keys_change_every_preset():
         (["--defence_evaluation.presets", "paper"], "presets='paper' must be"),
         (["--defence_evaluation.max_images", "0"], "defence_evaluation.max_images=0 must be at least 1"),
         (["--defence_evaluation.eot", "0"], "eot=0"),
+        (["--defence_evaluation.radius", "3/255"], "defence_evaluation.radius='3/255'"),
         (["--compare", "[tapt]"], "unknown method in compare: 'tapt'"),
     ],
 )

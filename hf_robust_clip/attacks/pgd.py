@@ -8,17 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_logits, checked_labels
+from ..checks import NO_GRADIENT, check_logits, checked_labels
 from ..threat_model import ThreatModel, parse_radius
 
 LossFn = Callable[[Tensor], Tensor]
 LogitsFn = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [0, 1] to logits (B, classes)
 ClassificationLoss = Callable[[Tensor, Tensor], Tensor]  # logits and labels to one value per image, to be maximised
 OnGradient = Callable[[Tensor], None]
-NO_GRADIENT = (
-    "the model's logits carry no gradient by the pixels, so nothing can be attacked by it: is the model quantised, or "
-    "its forward under no_grad? Attack the model in floating point, or by queries (Square)."
-)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from ..pictures import normalisation_of
 from ..storage import read_json
+from .normalisation import agree_on_normalisation, has_adapter, without_normalisation
 from .untrusted import ADAPTER, NO_CODE, WHOLE, check_adapter_file, present
 
 T = TypeVar("T")
@@ -201,6 +202,7 @@ def with_adapter(base: nn.Module, folder: str | Path, **where: Any) -> nn.Module
 
     source, options = str(folder), {name: value for name, value in where.items() if value is not None}
     check_adapter_file(source, options)
+    alone = not has_adapter(base)
 
     def load() -> tuple[Any, set[str]]:
         with warnings.catch_warnings():
@@ -210,19 +212,24 @@ def with_adapter(base: nn.Module, folder: str | Path, **where: Any) -> nn.Module
     check_stored(source, options)
     model, given = explained(source, load)
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    check_loaded(source, {"missing_keys": expected - given, "unexpected_keys": given - expected}, "the adapter")
+    unknown = without_normalisation(given - expected)
+    check_loaded(source, {"missing_keys": expected - given, "unexpected_keys": unknown}, "the adapter")
     core = model.get_base_model()
-    take_normalisation(core, source, options)
+    take_normalisation(core, source, options, alone)
     return core
 
 
-def take_normalisation(classifier: Any, source: str, where: Mapping[str, Any]) -> None:
-    """Give a classifier the normalisation of the processor that lies beside its adapter, if one does."""
+def take_normalisation(classifier: Any, source: str, where: Mapping[str, Any], alone: bool) -> None:
+    """Give a classifier the normalisation of the processor that lies beside its adapter, if one does.
+
+    Args:
+        alone: whether the model has no other adapter; else ValueError is raised for another normalisation.
+    """
     from transformers import AutoImageProcessor
 
     if any(present(source, name, where) for name in PROCESSOR_FILES):
         processor = explained(source, lambda: AutoImageProcessor.from_pretrained(source, **where, **NO_CODE))
-        classifier.set_normalisation(*normalisation_of(processor))
+        agree_on_normalisation(classifier, *normalisation_of(processor), alone)
 
 
 def check_whole_adapters(module: nn.Module, state_dict: dict, prefix: str, *rest: Any) -> None:
@@ -233,9 +240,9 @@ def check_whole_adapters(module: nn.Module, state_dict: dict, prefix: str, *rest
     by_adapter: dict[str, list[str]] = {}
     for name, layer in module.named_modules(prefix=prefix.removesuffix(".")):
         if isinstance(layer, BaseTunerLayer):
-            for own, _ in layer.named_parameters(prefix=name):
+            for own, parameter in layer.named_parameters(prefix=name):
                 parts = own.removeprefix(f"{name}.").split(".")
-                if parts[0] in layer.adapter_layer_names and len(parts) > 1:
+                if parts[0] in layer.adapter_layer_names and len(parts) > 1 and parameter.numel():
                     by_adapter.setdefault(parts[1], []).append(own)
     for adapter, names in by_adapter.items():
         missing = [name for name in names if name not in state_dict]

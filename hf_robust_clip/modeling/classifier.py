@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor
 from transformers.utils import ModelOutput
 
-from ..checks import checked_images, checked_labels
+from ..checks import check_differentiable, checked_images, checked_labels
 from ..digits_clip import EMBEDDED_MODEL, digits_clip_path
 from ..names import check_embedded
 from ..pictures import normalisation_of
@@ -39,6 +39,7 @@ from .checkpoints import (
     take_normalisation,
 )
 from .freshness import module_key
+from .normalisation import adopt_normalisation, carry_normalisation, has_adapter, without_normalisation
 from .texts import (
     PAPER_TEMPLATE,
     check_classes,
@@ -48,7 +49,7 @@ from .texts import (
     resolution_of,
     tokenize_prompts,
 )
-from .untrusted import NO_CODE, check_adapter_file, check_config, check_sizes, check_weight_files
+from .untrusted import ADAPTER, NO_CODE, check_adapter_file, check_config, check_sizes, check_weight_files
 
 TEXT_MEMORY = 2**30  # bytes that the activations of class prompts may take where no gradient is taken of them
 
@@ -102,7 +103,9 @@ class CLIPForZeroShotClassification(CLIPModel):
         channels = config.vision_config.num_channels
         self.register_buffer("image_mean", torch.full((channels, 1, 1), torch.nan), persistent=False)
         self.register_buffer("image_std", torch.full((channels, 1, 1), torch.nan), persistent=False)
-        self._normalisation: tuple[list[float], list[float]] | None = None  # the same, as it was given
+        self.normalisation: tuple[list[float], list[float]] | None = None  # the same, as it was given
+        self._base_normalisation: tuple[list[float], list[float]] | None = None  # that of the first processor
+        self.register_load_state_dict_pre_hook(adopt_normalisation)
         self.register_load_state_dict_pre_hook(check_whole_adapters)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,7 +141,6 @@ class CLIPForZeroShotClassification(CLIPModel):
             base, revision = base_of(source, adapter, where)
             model = cls.from_pretrained(base, *args, **own, revision=revision)
             info = explained(source, lambda: model.load_adapter(source, adapter_kwargs=where)).to_dict()
-            take_normalisation(model, source, where)
             return (model, info) if wants_info else model
         config = read_config(source, where)
         check_family(source, cls.config_class.model_type, config)
@@ -166,11 +168,14 @@ class CLIPForZeroShotClassification(CLIPModel):
             where = kwargs.get("adapter_kwargs") or {}
             check_adapter_file(str(peft_model_id), where)
             check_stored(str(peft_model_id), where)
+            swapped = kwargs.get("hotswap") is True
+            take_normalisation(self, str(peft_model_id), where, alone=not (swapped or has_adapter(self)))
         kwargs["ignore_mismatched_sizes"] = True  # `check_loaded` refuses them by name
         load = partial(super().load_adapter, peft_model_id, adapter_name, *args, **kwargs)
         with quiet_report():
             info = readable(str(peft_model_id), load)
         own = adapter_name or "default"
+        info.unexpected_keys = without_normalisation(info.unexpected_keys)
         info.missing_keys = {key for key in info.missing_keys if own in key.split(".")}  # not of the base model
         check_loaded(str(peft_model_id), info.to_dict(), "the adapter")
         return info
@@ -200,8 +205,8 @@ class CLIPForZeroShotClassification(CLIPModel):
             )
         processor = self.require_processor()
         self._check_adapters()
-        if self._normalisation is not None:  # the processor's file may have been changed since
-            self.set_normalisation(*self._normalisation)
+        if self.normalisation is not None:  # the processor's file may have been changed since
+            self.set_normalisation(*self.normalisation)
         self.config.architectures = [CLIPModel.__name__]
         super().save_pretrained(save_directory, *args, **kwargs)
         config_file = Path(save_directory) / "config.json"
@@ -209,6 +214,7 @@ class CLIPForZeroShotClassification(CLIPModel):
             config_file.write_text(config_file.read_text().replace(type(self).__name__, CLIPModel.__name__))
         if kwargs.get("is_main_process", True):
             processor.save_pretrained(save_directory)
+            carry_normalisation(self, Path(save_directory) / ADAPTER)
 
     def _check_adapters(self) -> None:
         """Raise ValueError for adapters that a checkpoint of this model would lose or mix up."""
@@ -241,6 +247,11 @@ class CLIPForZeroShotClassification(CLIPModel):
         check_sizes(processor.image_processor, self.config.vision_config.image_size)
         self.processor = processor
         self.set_normalisation(mean, std)
+        self._base_normalisation = self._base_normalisation or self.normalisation
+
+    def has_own_normalisation(self) -> bool:
+        """Whether mean and std are others than those that the model came with."""
+        return self.normalisation != self._base_normalisation
 
     def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Normalise by `mean` and `std` (one value per channel, in units of [0, 1]), in the saved processor too."""
@@ -248,9 +259,10 @@ class CLIPForZeroShotClassification(CLIPModel):
         finite = all(math.isfinite(value) for value in (*mean, *std))
         if len(mean) != channels or len(std) != channels or not finite or not all(value > 0 for value in std):
             raise ValueError(f"mean={mean!r} and std={std!r} must have {channels} finite values each, std positive.")
-        self.image_mean = torch.tensor(mean, dtype=self.dtype, device=self.device).view(-1, 1, 1)
-        self.image_std = torch.tensor(std, dtype=self.dtype, device=self.device).view(-1, 1, 1)
-        self._normalisation = list(mean), list(std)
+        with torch.inference_mode(False):
+            self.image_mean = torch.tensor(mean, dtype=self.dtype, device=self.device).view(-1, 1, 1)
+            self.image_std = torch.tensor(std, dtype=self.dtype, device=self.device).view(-1, 1, 1)
+        self.normalisation = list(mean), list(std)
         if self.processor is not None and self._normalisation_differs(mean, std):
             image_processor = self.processor.image_processor
             image_processor.image_mean, image_processor.image_std = list(mean), list(std)
@@ -296,7 +308,8 @@ class CLIPForZeroShotClassification(CLIPModel):
         self.check_context(self.num_text_prompts(), context_length, templates)
         ids_CTL = ids.view(len(names), len(templates), -1)
         check_told_apart(ids_CTL, names)
-        self.class_token_ids, self._packed, self._known = ids_CTL, {}, None
+        with torch.inference_mode(False):
+            self.class_token_ids, self._packed, self._known = ids_CTL.clone(), {}, None
         self.class_names, self.templates, self.context_length = names, templates, context_length
         if not self.text_is_trainable():
             self._fresh_class_embeds()
@@ -439,8 +452,9 @@ class CLIPForZeroShotClassification(CLIPModel):
     def _pack(self, classes: slice, replaced: int) -> PackedTexts:
         key = classes.start, classes.stop, self.device, replaced
         if key not in self._packed:
-            ids_RL = self.class_token_ids[classes].flatten(0, 1).to(self.device)
-            self._packed[key] = pack_texts(ids_RL, self.text_model.eos_token_id, replaced)
+            with torch.inference_mode(False):  # kept, for forwards of another mode too
+                ids_RL = self.class_token_ids[classes].flatten(0, 1).to(self.device)
+                self._packed[key] = pack_texts(ids_RL, self.text_model.eos_token_id, replaced)
         return self._packed[key]
 
     def forward(  # pixels to logits, where CLIPModel pairs pixels with texts
@@ -469,8 +483,10 @@ class CLIPForZeroShotClassification(CLIPModel):
 
     def encode_images(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """f(x), (B, D): projected, not normalised. Images (B, C, H, W) in [0, 1] of `input_size`, or of the size that
-        the encoder takes; nothing is checked.
+        the encoder takes; nothing of them is checked. Raises ValueError where quantised layers hide a gradient.
         """
+        if pixel_values.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            check_differentiable(self.vision_model)
         side = self.config.vision_config.image_size
         if self.input_size != side and pixel_values.shape[-1] != side:
             pixel_values = F.interpolate(pixel_values, size=(side, side), mode="bicubic", align_corners=False)

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, CLIPVisionModel
 
+from ..modeling.normalisation import agree_on_normalisation
 from ..pictures import normalisation_of
 from .config import ClipPromptConfig
 from .layer import MERGE, ClipPromptLayer, Place
@@ -206,15 +207,7 @@ def settle_normalisation(model: nn.Module, config: ClipPromptConfig, alone: bool
     if config.image_mean is None or config.image_std is None:
         config.image_mean, config.image_std = here
         return
-    there = [list(config.image_mean), list(config.image_std)]
-    if not torch.allclose(torch.tensor(there), torch.tensor(here), rtol=0, atol=1e-6):
-        if not alone:
-            raise ValueError(
-                f"the prompts were trained with mean and std {there}, the other adapters in this model with {here}; "
-                "load them on a model of their own."
-            )
-        logger.warning("mean and std of the model become those that its prompts were trained with, %s", there)
-        model.set_normalisation(*there)  # type: ignore[operator]
+    agree_on_normalisation(model, config.image_mean, config.image_std, alone)
 
 
 def _more(names: Collection[str]) -> str:

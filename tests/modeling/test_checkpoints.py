@@ -12,10 +12,12 @@ from conftest import CLASS_NAMES
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.utils.data import ConcatDataset, Subset
+from transformers import CLIPModel
 
 from hf_robust_clip import RTPT, ClipPromptConfig, DefendedClassifier, cli, digits_clip_path
 from hf_robust_clip.modeling import CLIPForZeroShotClassification, with_adapter
 from hf_robust_clip.modeling.checkpoints import UnfitWeights
+from hf_robust_clip.trainer import save_adapter
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 LORA = LoraConfig(r=2, target_modules=r".*vision_model.*q_proj", init_lora_weights=False)
@@ -222,6 +224,49 @@ def test_prompts_bring_it_by_pefts_own_door_too(folder, images, caplog):
     second = get_peft_model(other, ClipPromptConfig(**V))
     with pytest.raises(ValueError, match="mean"):
         second.load_adapter(folder.parent / "prompts", adapter_name="b")
+
+
+@pytest.fixture
+def lora(folder, images):
+    """A LoRA that a trainer saved, trained under a normalisation of its own; and the logits that it gives."""
+    base = load(folder)
+    base.set_normalisation(MEAN, STD)
+    model = get_peft_model(base, LORA)
+    save_adapter(model, folder.parent / "lora")
+    return folder.parent / "lora", logits(model, images)
+
+
+def test_a_lora_brings_its_normalisation_by_pefts_own_door_too(lora, folder, images, caplog):
+    place, wanted = lora
+    with caplog.at_level(logging.WARNING, "hf_robust_clip"):
+        model = PeftModel.from_pretrained(load(folder), place)
+    assert torch.equal(logits(model, images), wanted) and "mean" in caplog.text
+    again = load(place)  # and on, by transformers' door
+    again.save_pretrained(place.parent / "again")
+    assert torch.equal(logits(PeftModel.from_pretrained(load(folder), place.parent / "again"), images), wanted)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(place.parent / "merged")
+    torch.testing.assert_close(logits(load(place.parent / "merged"), images), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_second_adapter_of_another_normalisation_is_refused_by_every_door(lora, folder):
+    place, _ = lora
+    get_peft_model(load(folder), LORA).save_pretrained(place.parent / "plain")
+    ours = load(folder)
+    ours.load_adapter(place.parent / "plain")
+    for changes in ({"adapter_name": "b"}, {"adapter_name": "default", "hotswap": True}):
+        with pytest.raises(ValueError, match="mean"):
+            ours.load_adapter(place, **changes)
+    pefts = PeftModel.from_pretrained(load(folder), place.parent / "plain")
+    with pytest.raises(RuntimeError, match="mean"):
+        pefts.load_adapter(place, "b")
+
+
+def test_a_lora_under_its_bases_own_normalisation_is_pefts_file_and_no_more(folder):
+    model = get_peft_model(load(folder), LORA)
+    save_adapter(model, folder.parent / "lora")
+    assert all("lora_" in name for name in load_file(folder.parent / "lora" / "adapter_model.safetensors"))
+    assert isinstance(PeftModel.from_pretrained(CLIPModel.from_pretrained(folder), folder.parent / "lora"), PeftModel)
 
 
 @pytest.mark.parametrize("door", list(DOORS))

@@ -192,6 +192,12 @@ def test_a_look_in_inference_mode_leaves_nothing_behind(tiny_clip, images):
     torch.testing.assert_close(logits.detach(), looked.clone(), **NEAR)
     model.vision_model.post_layernorm.weight.requires_grad_(True)
     model(images, torch.zeros(2, dtype=torch.long)).loss.backward()
+    model.requires_grad_(True)
+    with torch.inference_mode():
+        model.set_classes(CLASS_NAMES, "a {}")
+        model.set_normalisation([0.5] * 3, [0.2] * 3)
+        model(images)
+    model(images, torch.zeros(2, dtype=torch.long)).loss.backward()
 
 
 def test_averaged_models_work_before_and_after_the_classes_are_chosen(tiny_clip, images):
@@ -229,6 +235,7 @@ def test_a_copy_made_inside_is_not_fixed(tiny_clip, images):
 
 def test_quantised_models_predict_and_say_that_they_cannot_be_attacked(tiny_clip, images):
     from hf_robust_clip import ThreatModel, pgd
+    from hf_robust_clip.attacks.auto_attack import AutoAttack, auto_attack
 
     model = frozen(tiny_clip).float()
     quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
@@ -237,6 +244,13 @@ def test_quantised_models_predict_and_say_that_they_cannot_be_attacked(tiny_clip
         assert (quantised(pixels).logits - model(pixels).logits).abs().max() < 5
     with pytest.raises(ValueError, match="gradient"):
         pgd(lambda x: quantised(x).logits.sum(1), pixels, ThreatModel("8/255"), num_steps=1, step_size="8/255")
+    last = model.vision_model.encoder.layers[-1]  # beside which the residual still carries a gradient
+    torch.ao.quantization.quantize_dynamic(last, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+    model.requires_grad_(False)
+    labels, threat = model(pixels).logits.argmax(1), ThreatModel("8/255")
+    for member in ("apgd-ce", "fab-t"):
+        with pytest.raises(ValueError, match="gradient"):
+            auto_attack(lambda x: model(x).logits, pixels, labels, threat, version=AutoAttack((member,), num_steps=1))
 
 
 # ---- in parts
