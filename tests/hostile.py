@@ -64,8 +64,9 @@ def row(check: Callable[..., object] | None = None, **cases: object) -> Callable
 
 
 def each(*values: object) -> dict[str, object]:
-    """Cases that are called as they are written."""
-    return {repr(value): value for value in values}
+    """Cases that are called as they are written, long ones by their beginning and length."""
+    names = [repr(value) for value in values]
+    return {n if len(n) < 99 else f"{n[:30]}... ({len(n)})": value for n, value in zip(names, values, strict=True)}
 
 
 def refused(call: Callable[[], object], *words: str) -> None:
@@ -493,6 +494,14 @@ def an_index_of_weights_that_names_other_files(name: object) -> None:
     (folder / "model.safetensors").rename("elsewhere")
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(keys, name)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuses_model(folder, "index")
+
+
+@row(**each("", "[]", "{", "null", '{"weight_map": 3}', '{"weight_map": [1]}', "[" * 100_000))
+def an_index_of_weights(text: str) -> None:
+    folder = model_in()
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(text)
     refuses_model(folder, "index")
 
 
