@@ -212,8 +212,8 @@ TASK_OPTIONS = {f"{f.name}_name" if f.name == "config" else f.name: f.name for f
 
 TRAINING_OPTIONS = f"""\
   --config FILE          a YAML file in place of the default below
-  --section.key VALUE    override any value below (VALUE is read as YAML); training.* takes every field of
-                         RobustClipConfig, a transformers.TrainingArguments
+  --section.key VALUE    override any value below (VALUE is read as YAML, a text as it is typed); training.*
+                         takes every field of RobustClipConfig, a transformers.TrainingArguments
   --compare METHOD       also train by METHOD ({", ".join(METHODS)}; a list is written '[tecoa, fare]')
   --output_dir DIR, --overwrite, --resume   short for --run.output_dir DIR, --run.overwrite true, ..."""
 EVALUATION_OPTIONS = """\
@@ -235,7 +235,7 @@ EVALUATION_OPTIONS = """\
   --compare LIST         further checkpoints, shown beside
   --reference NAME       an undefended checkpoint, which a working attack brings to about 0
   --config FILE          a YAML file in place of the default below
-  --section.key VALUE    override any value below (VALUE is read as YAML)
+  --section.key VALUE    override any value below (VALUE is read as YAML, a text as it is typed)
   --output_dir DIR, --overwrite, --resume, --device   short for --run.output_dir DIR, ..."""
 
 

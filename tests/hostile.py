@@ -30,10 +30,10 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import CLASS_NAMES, make_clip, make_processor
 from datasets import ClassLabel, Dataset, Features, Image
-from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
 from PIL import Image as Pictures
 from safetensors.torch import load_file, save_file
+from test_card_injections import BENIGN, HOSTILE, cards, outline, python_blocks
 from transformers import CLIPTokenizer
 
 from hf_robust_clip import TTC, CLIPForZeroShotClassification, DefendedClassifier, cli
@@ -540,25 +540,12 @@ def a_row_that_names_a_file_elsewhere(path: str) -> None:
 # ---- names and cards
 
 
-NASTY = '# x\n\n<script>alert(1)</script> ![p](http://evil/p.png) [c](javascript:x) "); import os #'
-
-
-@row
-def a_report_whose_texts_are_crafted() -> None:
-    assert evaluate("--output_dir", "mine")[0] == 0
-    reports = json.loads(Path("mine/report.json").read_text())
-    for name in ("name", "task", "model", "dataset", "attack", "hardware", "precision"):
-        reports["reports"][0][name] = NASTY
-    Path("mine/report.json").write_text(json.dumps(reports))
-    Path("mine/README.md").unlink(missing_ok=True)
-    status, _, error = command("card", "mine")
-    if status != 0:
-        check_line(error)
-        return
-    body = Path("mine/README.md").read_text().partition("\n---\n")[2]
-    tokens = MarkdownIt("commonmark").parse(body)
-    assert not [token for token in tokens if token.type.startswith("html")]
-    assert "http://evil" not in MarkdownIt("commonmark").render(body).replace("&", "").split('src="')[-1][:12]
+@row(**each("model", "prompts", "defence", "unmeasured", "unmeasured defence"))
+def a_card_of_crafted_names(kind: str) -> None:
+    """Headings, tables, HTML and links are those of a card of plain names."""
+    crafted, plain = (outline(cards(text)[kind]) for text in (HOSTILE, BENIGN))
+    assert {**crafted, "metadata": None} == {**plain, "metadata": None}
+    assert len(python_blocks(cards(HOSTILE)[kind])) == len(python_blocks(cards(BENIGN)[kind]))
 
 
 @row(
@@ -712,6 +699,28 @@ def a_link_in_the_output_folder(name: str) -> None:
     assert status == 0 or name == "state", error
     assert (Path("elsewhere") / "state-0.jsonl").read_text() == "mine"
     assert name == "state" or target.read_text() == "mine"
+
+
+@row(
+    garbage=lambda lines: [*lines[:-1], b"garbage\n"],
+    blank=lambda lines: [lines[0], b"\n", *lines[1:]],
+    bytes=lambda lines: [lines[0], b"\xff\xfe\n", *lines[1:]],
+    of_another=lambda lines: [lines[0].replace(b"a", b"b"), *lines[1:]],
+    cut_short=lambda lines: [*lines[:-1], lines[-1][:-9]],
+    empty=lambda lines: [],
+)
+def the_state_of_an_evaluation(damage: Callable[[list[bytes]], list[bytes]]) -> None:
+    """Either the same figures, or one line."""
+    assert evaluate("--output_dir", "mine")[0] == 0
+    figures = Path("mine/report.json").read_text()
+    (state,) = Path("mine").glob("state/*/state-0.jsonl")
+    state.write_bytes(b"".join(damage(state.read_bytes().splitlines(keepends=True))))
+    Path("mine/report.json").unlink()
+    done = evaluate("--output_dir", "mine", "--resume")
+    if done[0]:
+        ends(done)
+    else:
+        assert Path("mine/report.json").read_text() == figures
 
 
 @row(**each("a_file", "a_file/inside", "/proc/nowhere", "/dev/null/x", "x" * 300, "a\x00b", "link_to_nothing"))

@@ -352,20 +352,28 @@ def test_an_interruption_before_any_work(monkeypatch, capsys):
     assert "nothing was begun" in capsys.readouterr().err
 
 
+EVALUATE = [SCRIPT, "--dataset", "digits", "--max_images", "400", "--attacks", "pgd-200", "--radii", "[8/255]",
+            "--evaluation.batch_size", "8"]  # fmt: skip
+TRAIN = [str(CONFIGS.parent / "pmgaft.py"), "--training.max_steps", "3000", "--evaluation.attack", "pgd-1",
+         "--training.dataloader_num_workers", "2", "--training.save_strategy", "steps",
+         "--training.save_steps", "1"]  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [[], TWO], ids=["one process", "two processes"])
-def test_ctrl_c_at_the_terminal(launcher, tmp_path):
-    """The whole group of processes hears it."""
-    words = ["--dataset", "digits", "--max_images", "400", "--attacks", "pgd-200", "--radii", "[8/255]",
-             "--evaluation.batch_size", "8", "--device", "cpu", "--output_dir", "out"]  # fmt: skip
-    process = start(*launcher, SCRIPT, *words)
-    deadline = time.monotonic() + 120
-    while not any(file.read_text().count("\n") > 2 for file in tmp_path.glob("out/state/*/state-*.jsonl")):
+@pytest.mark.parametrize(("words", "begun", "left"), [(EVALUATE, "state/*/state-*.jsonl", "out/state"),
+                                                      (TRAIN, "checkpoint-2/trainer_state.json", "out/checkpoint-")],
+                         ids=["evaluate", "train with workers"])  # fmt: skip
+def test_ctrl_c_at_the_terminal(words, begun, left, launcher, tmp_path):
+    """The whole group of processes hears it. The launcher has words of its own."""
+    process = start(*launcher, *words, "--device", "cpu", "--output_dir", "out")
+    deadline = time.monotonic() + 200
+    while not any(file.stat().st_size > 500 for file in tmp_path.glob(f"out/{begun}")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
     lines = [line for line in error.replace("\r", "\n").splitlines() if line.startswith("interrupted: ")]
-    assert len(lines) == 1 and "--resume" in lines[0] and "'out/state'" in lines[0], error
+    assert len(lines) == 1 and "--resume" in lines[0] and f"'{left}" in lines[0], error
     if not launcher:
         assert process.returncode == 130 and "Traceback" not in error
