@@ -268,11 +268,6 @@ def evaluate_robustness(
     needs, and `precision="fast"` for a model in half precision; FloatingPointError for logits that are not finite,
     naming the stage.
     """
-    told = {"name": name, "task": task, "model_id": model_id, "dataset.dataset_id": dataset.dataset_id,
-            "dataset.revision": dataset.revision, "dataset.split": dataset.split}  # fmt: skip
-    for what, text in told.items():
-        check_shown(text, what)
-    refuse_tokens(told, "report")
     if defence is not None and not isinstance(model, CLIPForZeroShotClassification):
         model = model.get_base_model()  # of a PeftModel
     _check_target(settings, defence)
@@ -282,6 +277,11 @@ def evaluate_robustness(
             f"dataset is a {type(dataset).__name__} without {lacking[0]}, which a report must name; give an "
             "ImageDataset (load_image_dataset, image_dataset), whose first, only and shots choose images."
         )
+    told = {"name": name, "task": task, "model_id": model_id, "dataset.dataset_id": dataset.dataset_id,
+            "dataset.revision": dataset.revision, "dataset.split": dataset.split}  # fmt: skip
+    for what, text in told.items():
+        check_shown(text, what)
+    refuse_tokens(told, "report")
     if len(dataset) == 0:
         raise ValueError("dataset is empty; nothing to evaluate.")
     if getattr(dataset, "augment", False):

@@ -16,10 +16,12 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 LISTS_OF_NAMES = ("classes", "class_names")  # what stands there is the name of a class, whatever it looks like
 
 
-def check_shown(text: str, what: str) -> None:
+def check_shown(text: Any, what: str) -> None:
     """Raise ValueError for a text that tables can't show as it is: an empty one, or one with a line break, say."""
-    if not text.strip() or CONTROL.search(text):
-        raise ValueError(f"{what}={text!r} is empty, or holds a line break or another character that isn't printed.")
+    if not isinstance(text, str) or not text.strip() or CONTROL.search(text):
+        raise ValueError(
+            f"{what}={text!r} is no text, empty, or holds a line break or another character that isn't printed."
+        )
 
 
 def is_repo_id(name: str) -> bool:
