@@ -63,8 +63,8 @@ def model_identity(
 def training_identity(
     args: RobustClipConfig, objective: Objective, data_collator: Any, optimizers: tuple[Any, Any]
 ) -> dict[str, Any]:
-    """How a training is run: objective with its settings, compared arguments, images per update, and the optimizer and
-    schedule that were given, if any.
+    """How a training is run: objective with its settings, compared arguments, images per update (and per forward,
+    where the objective looks at those), and the optimizer and schedule that were given, if any.
     """
     optimizer, schedule = optimizers
     return {
@@ -72,6 +72,7 @@ def training_identity(
         "objective": {"class": type(objective).__qualname__, **asdict(objective)},
         "arguments": compared_arguments(args),
         "images_per_update": images_per_update(args),
+        "images_per_forward": args.train_batch_size if objective.couples_images else None,
         "optimizer": None if optimizer is None else _optimizer_settings(optimizer),
         "schedule": None if schedule is None else type(schedule).__qualname__,
         "data_collator": getattr(data_collator, "__qualname__", type(data_collator).__qualname__),

@@ -169,6 +169,8 @@ def check_arguments(args: RobustClipConfig) -> None:
         raise ValueError(f"train_sampling_strategy={args.train_sampling_strategy!r} must be random or sequential.")
     if "inputs" in args.include_for_metrics:
         raise ValueError("include_for_metrics=['inputs'] can't be used: images are not kept; take ['loss'].")
+    if args.load_best_model_at_end and str(_plain(args.eval_strategy)) == "no":
+        raise ValueError("load_best_model_at_end=True does nothing without evaluations; set eval_strategy.")
     _check_schedule(args)
     _check_optimizer(args)
 

@@ -9,7 +9,14 @@ from peft import LoraConfig
 from training_script import arguments, state, tiny_data, tiny_model, tiny_prompts
 
 from hf_robust_clip import APT, FARE, PMGAFT, TRADES, FARETrainer, RobustClipTrainer, TeCoA
-from hf_robust_clip.run_identity import RUN_FILE, data_identity, differences, plain, weights_digest
+from hf_robust_clip.run_identity import (
+    RUN_FILE,
+    data_identity,
+    differences,
+    plain,
+    training_identity,
+    weights_digest,
+)
 
 
 def make(
@@ -98,6 +105,18 @@ OTHERS = {
         lambda: dict(optimizers=(torch.optim.SGD(tiny_model().parameters(), lr=0.3), None)), "optimizer.class"
     ),
 }  # fmt: skip
+
+
+def test_the_division_is_compared_where_the_objective_looks_at_it(tmp_path):
+    for objective, others in ((APT("adv_half"), True), (APT("adv_full"), False)):
+        found = [
+            training_identity(arguments(tmp_path, **division), objective, None, (None, None))
+            for division in (
+                dict(per_device_train_batch_size=8),
+                dict(per_device_train_batch_size=2, gradient_accumulation_steps=4),
+            )
+        ]
+        assert any("images_per_forward" in text for text in differences(*found)) == others == bool(differences(*found))
 
 
 @pytest.mark.parametrize("what", OTHERS)

@@ -106,6 +106,7 @@ def test_settings_that_do_nothing_or_harm_are_refused(name, tmp_path):
         ({"optim": "galore_adamw_layerwise"}, "optim='galore_adamw_layerwise'"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "warmup_steps=3 .*constant_with_warmup"),
         ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"num_cycles": 1}}, "lr_scheduler_kwargs"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end=True .*eval_strategy"),
     ],
 )
 def test_settings_that_do_nothing_beside_others_are_refused(settings, named, tmp_path):
