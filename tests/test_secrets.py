@@ -207,7 +207,8 @@ def test_a_whole_run_writes_and_prints_none(tmp_path):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
     words = ["--config", tmp_path / "own.yaml", "--training.hub_token", TOKEN, "--data.max_images", "16",
              "--training.max_steps", "2", "--training.save_steps", "1", "--training.logging_steps", "1",
-             "--training.per_device_train_batch_size", "8", "--training.report_to", json.dumps(trackers) if trackers else "none",
+             "--training.per_device_train_batch_size", "8",
+             "--training.report_to", json.dumps(trackers) if trackers else "none",
              "--evaluation.attack", "pgd-1", "--tasks", "[{dataset: digits, split: test, max_images: 4}]",
              "--output_dir", tmp_path / "out"]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_TOKEN": TOKENS["jwt"],
