@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -13,6 +14,8 @@ NO_GRADIENT = (
     "the model's logits carry no gradient by the pixels, so nothing can be attacked by it: is the model quantised, or "
     "its forward under no_grad? Attack the model in floating point, or by queries (Square)."
 )
+logger = logging.getLogger(__name__)
+BLIND_ABOVE = 0.05  # share of input gradients that are exactly zero, from which on a robust accuracy may mean nothing
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 ROUNDING = 1e-6  # by how much the arithmetic of somebody's own pipeline may leave the range of pixels
 
@@ -36,7 +39,7 @@ def checked_images(images_BCHW: Any, name: str = "images", bounds: tuple[float, 
         return images_BCHW
     if low < bounds[0] - ROUNDING or high > bounds[1] + ROUNDING:
         raise ValueError(
-            f"{name} have values in [{low:.4g}, {high:.4g}], outside {list(bounds)}. "
+            f"{name} have values in [{low:.7g}, {high:.7g}], outside {list(bounds)}. "
             "Did you normalise them or leave them in 0..255? Normalisation is inside the model."
         )
     return images_BCHW.clamp(*bounds)
@@ -109,3 +112,31 @@ def check_differentiable(model: nn.Module) -> None:
     """
     if any(type(module).__module__.startswith(QUANTISED) for module in model.modules()):
         raise ValueError(NO_GRADIENT)
+
+
+class Blindness:
+    """Counts the entries of gradients (any shape) that are exactly zero or not finite, as an `on_gradient`."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.zeros = self.total = 0
+
+    def __call__(self, grad: Tensor) -> None:
+        self.zeros += int(((grad == 0) | ~grad.isfinite()).sum())
+        self.total += grad.numel()
+
+    @property
+    def share(self) -> float:
+        """In [0, 1]; 0 where nothing was counted."""
+        return self.zeros / max(self.total, 1)
+
+    def warn(self, attack: str) -> None:
+        """Log it where more than a few percent say nothing."""
+        if self.share > BLIND_ABOVE:
+            logger.warning(
+                "%s was (partly) blind, and its robust accuracy may mean nothing: %.1f %% of its input gradients were "
+                "exactly zero", attack, 100 * self.share,
+            )  # fmt: skip

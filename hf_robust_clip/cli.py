@@ -36,7 +36,6 @@ from .storage import NotWritten, check_text, check_writable, write_text, written
 from .typed_settings import parse_yaml, read_text, typed_value
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
     from peft import PeftConfig
     from rich.table import Table
 
@@ -513,7 +512,7 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
     defaults = {f.name: f.default for f in fields(RobustClipConfig)}
     unused.check_training(settings.get("training"), defaults, collects=method == "tapt", device=run.device)
     unused.check_push_settings(settings.get("training"), run.push_to_hub, defaults)
-    training = {"output_dir": run.output_dir, **(settings.get("training") or {}), "use_cpu": use_cpu(run.device)}
+    training = {**(settings.get("training") or {}), "output_dir": run.output_dir, "use_cpu": use_cpu(run.device)}
     training = build(RobustClipConfig, training, "training")
     adaptations: dict[str, Any] = {}
     statistics, defence = (
@@ -841,9 +840,10 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     from .hub import clear_checkpoints, clear_model, clear_states, dump_recipe, prepare_repository, push_folder
     from .model_card import CardInfo, make_card
     from .names import hub_name, is_path, shown_folder, shown_name, task_titles, without_paths
+    from .processes import join_processes, what_runs
     from .report import blind_warning, percent, plot_accuracy, plot_defences, save_reports, to_table
     from .saving import Saving
-    from .training_checkpoints import newest_whole_checkpoint
+    from .training_checkpoints import NothingToResume
 
     folder = Path(recipe.run.output_dir)
     check_writable(folder)
@@ -868,8 +868,10 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     push = recipe.push
     if push is not None and processes.is_main_process:
         push = prepare_repository(push, "model" if recipe.prompts is None else "adapter", "run.push_to_hub")
+    mixed = recipe.training.mixed_precision
     say(f"{recipe.method}: {len(train_data)} images, {len(train_data.class_names)} classes, "
-        f"{processes.num_processes} process(es) on {processes.device.type}")  # fmt: skip
+        f"{what_runs(processes, fsdp=bool(recipe.training.fsdp))}, "
+        f"{mixed if mixed != 'no' else str(model.dtype).removeprefix('torch.')}")  # fmt: skip
 
     def evaluate(
         subject: CLIPForZeroShotClassification,
@@ -900,16 +902,17 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
         subject.set_classes(train_data.class_names, recipe.prompt.template)
         return found
 
-    if processes.is_main_process and recipe.run.overwrite:
+    if processes.is_local_main_process and recipe.run.overwrite:
         clear_checkpoints(folder)
         clear_states(folder)
     processes.wait_for_everyone()
     by_method = {"undefended": evaluate(model, "undefended", start)}
     trainer = make_trainer(recipe, model, train_data, save=True)
-    resume = recipe.run.resume and newest_whole_checkpoint(folder) is not None
-    if recipe.run.resume and not resume:
+    try:
+        trainer.train(resume_from_checkpoint=recipe.run.resume)
+    except NothingToResume:
         say(f"no whole checkpoint in {folder}: the training begins anew")
-    trainer.train(resume_from_checkpoint=True if resume else None)
+        trainer.train()
     for other in recipe.compare:
         rival = load_model(recipe.model)
         rival.set_classes(train_data.class_names, recipe.prompt.template)
@@ -1086,20 +1089,6 @@ def by_model(reports: Sequence[RobustnessReport]) -> dict[str, list[RobustnessRe
     return rows
 
 
-def join_processes(cpu: bool) -> PartialState:
-    """The processes that were launched together. Raises ValueError if fewer joined than were launched."""
-    from accelerate import PartialState
-
-    processes = PartialState(cpu=cpu)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes.num_processes != launched:
-        raise ValueError(
-            f"{launched} processes were launched, but {processes.num_processes} joined: each would train alone. "
-            "Use one of the accelerate configs in recipes/accelerate."
-        )
-    return processes
-
-
 def rival_prompts(recipe: Recipe, method: str) -> ClipPromptConfig | None:
     """The prompts of a method that is compared: its own, but in no more layers than the recipe's."""
     own = build_prompts(method, None)
@@ -1119,9 +1108,9 @@ def make_trainer(
 
         targets = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj)"
         peft_config = LoraConfig(r=recipe.model.lora_rank, lora_alpha=recipe.model.lora_alpha, target_modules=targets)
-    from .trainer import TAPTTrainer, without_checkpoints
+    from .trainer import TAPTTrainer, on_its_own
 
-    training = recipe.training if save else without_checkpoints(recipe.training)
+    training = recipe.training if save else on_its_own(recipe.training)
     trainer = trainer_class(recipe.method)(model, training, recipe.objective, data, peft_config=peft_config)
     if isinstance(trainer, TAPTTrainer):
         trainer.adaptation = next(iter(recipe.adaptations.values()))
@@ -1167,6 +1156,7 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
     from .evaluation import adversarial_examples, evaluate_robustness
     from .hub import clear_states, dump_recipe
     from .names import task_titles, titles
+    from .processes import check_sharding, join_processes, what_runs
     from .report import (
         blind_warning,
         percent,
@@ -1183,7 +1173,9 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
     check_writable(folder)
     processes = join_processes(use_cpu(recipe.run.device))
     saving = Saving(folder, processes.print)
-    if processes.is_main_process and recipe.run.overwrite:
+    check_sharding(processes, evaluation=True)
+    processes.print(f"evaluation: {what_runs(processes)}")
+    if processes.is_local_main_process and recipe.run.overwrite:
         clear_states(folder)
     processes.wait_for_everyone()
     names = list(dict.fromkeys([*recipe.checkpoints, *([recipe.reference] if recipe.reference else [])]))
@@ -1208,7 +1200,8 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
             for settings in recipe.evaluations:
                 attack = settings.attack.name(len(data.class_names))
                 through = "" if settings.target == "static" else f" {settings.target}"
-                about = f"{len(data)} images, {attack}, prompt {quoted(model.templates)}"
+                prompt = f"prompt {quoted(model.templates)}"
+                about = f"{len(data)} images, {attack}, {settings.precision_with(model)}, {prompt}"
                 processes.print(f"{called[name]} on {title}: {about}")
                 report = evaluate_robustness(
                     model,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -26,9 +26,11 @@ from .adaptation.base import Adaptation, GradientPath, TestTimeAdapter, with_pro
 from .attacks.auto_attack import AutoAttack
 from .attacks.pgd import LogitsFn, misclassified
 from .attacks.suites import PGD, Member, Suite, Victim, find_adversarial, is_optimising, is_randomised, run_member
-from .checks import check_logits, checked_labels
+from .checks import Blindness, check_logits, checked_labels
+from .digests import signed, unsigned
 from .modeling import CLIPForZeroShotClassification, without_gradients
 from .names import check_shown
+from .processes import Processes, everyone, together
 from .report import (
     CONTROLS,
     AttackTarget,
@@ -43,9 +45,6 @@ from .storage import disk_errors
 from .threat_model import ThreatModel
 from .zero_shot_data.fingerprint import dataset_digest
 from .zero_shot_data.loading import ImageDataset, collate_images
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator, PartialState
 
 logger = logging.getLogger(__name__)
 Precision = Literal["fp32", "fast"]
@@ -193,6 +192,11 @@ class EvaluationSettings:
             raise ValueError(f"eot={self.eot!r} must be an integer of at least 1.")
         self.threat_models()
 
+    def precision_with(self, model: CLIPForZeroShotClassification) -> str:
+        """The arithmetic of an evaluation of a model."""
+        own = str(model.dtype).removeprefix("torch.")
+        return own if self.precision == "fp32" else f"{own}, gradients in bfloat16"
+
     def threat_models(self) -> list[ThreatModel]:
         """One for each radius, ascending. Raises ValueError if there is none, or a radius is 0."""
         if isinstance(self.radii, str) or not self.radii:
@@ -224,7 +228,7 @@ def evaluate_robustness(
     name: str,
     task: str,
     model_id: str,
-    processes: Accelerator | PartialState | None = None,
+    processes: Processes = None,
     state_dir: str | Path | None = None,
     progress: bool = False,
     defence: TestTimeAdapter | None = None,
@@ -318,7 +322,6 @@ def evaluate_robustness(
     for index, class_name in enumerate(model.class_names):
         own = [level for label, level in levels if label == index]
         per_class[class_name] = (len(own), sum(k > 0 for k in own), sum(k > len(stages) for k in own))
-    precision = str(model.dtype).removeprefix("torch.")
     report = RobustnessReport(
         name=name,
         task=task,
@@ -342,7 +345,7 @@ def evaluate_robustness(
         per_class=per_class,
         zero_gradient_share=found.zeros / found.total if found.total else 0.0,
         seed=settings.seed,
-        precision=precision if settings.precision == "fp32" else f"{precision}, gradients in bfloat16",
+        precision=settings.precision_with(model),
         library_versions=library_versions(),
         hardware=hardware(),
         defence=evaluation.about_defence(found),
@@ -405,17 +408,17 @@ class _Found:
         """One finished batch: `stage`, `rows` of (index, label, whether it stands for each judge), `zeros`, `total`,
         and of a defence `fallbacks` and `seconds`.
         """
-        new = [row for row in line["rows"] if self.done.get(row[0], 0) == line["stage"]]
-        for index, label, *stands in new:  # a batch that is known already counts once
+        if any(self.done.get(row[0], 0) != line["stage"] for row in line["rows"]):
+            return  # it is known already, or what came before it is lost
+        for index, label, *stands in line["rows"]:
             before = self.levels.get(index, (label, *[0] * len(stands)))[1:]
             after = (n + (right and n == line["stage"]) for n, right in zip(before, stands, strict=True))
             self.levels[index] = (label, *after)
             self.done[index] = line["stage"] + 1
-        if new:
-            self.zeros += line["zeros"]
-            self.total += line["total"]
-            self.fallbacks += line.get("fallbacks", 0)
-            self.seconds += line.get("seconds", 0.0) if line["stage"] == 0 else 0.0
+        self.zeros += line["zeros"]
+        self.total += line["total"]
+        self.fallbacks += line.get("fallbacks", 0)
+        self.seconds += line.get("seconds", 0.0) if line["stage"] == 0 else 0.0
 
 
 class _Evaluation:
@@ -430,7 +433,7 @@ class _Evaluation:
         dataset: ImageDataset,
         settings: EvaluationSettings,
         stages: Sequence[_Stage],
-        processes: Accelerator | PartialState | None,
+        processes: Processes,
         state_dir: str | Path | None,
         progress: bool,
     ):
@@ -439,7 +442,7 @@ class _Evaluation:
         self.rank: int = processes.process_index if processes else 0
         self.world: int = processes.num_processes if processes else 1
         self.show = progress and self.rank == 0
-        self.found = _Found()
+        self.found, self.blindness = _Found(), Blindness()
         self.new_lines: list[dict[str, Any]] = []
         self.old_lines: list[dict[str, Any]] = []
         self.file = None
@@ -447,11 +450,12 @@ class _Evaluation:
             fingerprint = _fingerprint(model, dataset, settings)
             if self.defence is not None:
                 fingerprint["defence"] = _defence_fingerprint(self.defence, settings, self.world)
-            self.old_lines = _read_state(Path(state_dir), fingerprint)
+            _check_same_everywhere(fingerprint, processes)
+            own = together(lambda: _read_state(Path(state_dir), fingerprint), processes)
+            read = [line for lines in everyone(own, processes) for line in lines]  # folders may differ by machine
+            self.old_lines = sorted(read, key=lambda line: line["stage"])
             for line in self.old_lines:
                 self.found.add(line)
-            if processes is not None:
-                processes.wait_for_everyone()  # all have read before any writes
             with disk_errors(state_dir, "state_dir"):
                 self.file = _open_state(Path(state_dir), self.rank, fingerprint)
 
@@ -510,7 +514,7 @@ class _Evaluation:
         for batch in tqdm(loader, desc=title, disable=not self.show, leave=False):
             images, labels = batch["pixel_values"].to(self.model.device), batch["labels"].to(self.model.device)
             labels = checked_labels(labels, len(images), len(self.model.class_names))
-            self.zeros = self.total = 0
+            self.blindness.reset()
             try:
                 stands = judge(images, labels).int().tolist()
             except FloatingPointError as error:
@@ -518,7 +522,8 @@ class _Evaluation:
             index = todo[place : place + len(labels)]
             place += len(labels)
             noted = [(i, label, *each) for i, label, each in zip(index, labels.tolist(), stands, strict=True)]
-            self.note({"stage": number, "rows": noted, "zeros": self.zeros, "total": self.total, **self.more()})
+            blind = {"zeros": self.blindness.zeros, "total": self.blindness.total}
+            self.note({"stage": number, "rows": noted, **blind, **self.more()})
 
     def more(self) -> dict[str, Any]:
         """What else is noted of the batch just judged."""
@@ -529,7 +534,7 @@ class _Evaluation:
         self.new_lines.append(line)
         if self.file is not None:
             with disk_errors(self.file.name, "state"):
-                self.file.write(json.dumps(line) + "\n")
+                self.file.write(signed(json.dumps(line)))
                 self.file.flush()
 
     def clean(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
@@ -538,29 +543,22 @@ class _Evaluation:
     def attack(self, stage: _Stage) -> Judge:
         fast: LogitsFn | None = self.fast_logits if self.settings.precision == "fast" else None
         deterministic = not self.found.flags["randomised"]
-        victim = Victim(self.logits, fast, deterministic, self.settings.seed, self.count_zeros)
+        victim = Victim(self.logits, fast, deterministic, self.settings.seed, self.blindness)
         return lambda images, labels: run_member(stage.member, victim, images, labels, stage.threat_model)[1][:, None]
 
     def about_defence(self, found: _Found) -> dict[str, Any] | None:
         """What the report says of the defence."""
         return None
 
-    def count_zeros(self, grad_BCHW: Tensor) -> None:
-        """Gradients that say nothing of where to go: exactly zero, or not a number."""
-        self.zeros += int(((grad_BCHW == 0) | ~grad_BCHW.isfinite()).sum())
-        self.total += grad_BCHW.numel()
-
     def gathered(self) -> _Found:
         """What all processes found together."""
         if self.world == 1:
             return self.found
-        from accelerate.utils import gather_object
-
         found = _Found(flags=self.found.flags)
-        lines = gather_object([*self.old_lines, *self.new_lines])  # old ones too: folders may differ by machine
-        for line in sorted(lines, key=lambda line: line["stage"]):
+        new = [line for lines in everyone(self.new_lines, self.processes) for line in lines]
+        for line in [*self.old_lines, *sorted(new, key=lambda line: line["stage"])]:  # as each process went on
             found.add(line)
-        for flags in gather_object([self.found.flags]):
+        for flags in everyone(self.found.flags, self.processes):
             found.flags = {name: found.flags[name] or flags[name] for name in flags}
         return found
 
@@ -640,7 +638,7 @@ class _DefendedEvaluation(_Evaluation):
 
     def victim(self, target: Target, images_BCHW: Tensor) -> Victim:
         """What an attack on these images sees."""
-        queried = Victim(self.defended, seed=self.settings.seed, on_gradient=self.count_zeros)
+        queried = Victim(self.defended, seed=self.settings.seed, on_gradient=self.blindness)
         if target == "query":
             return queried
         if target in ("adaptive", "bpda"):
@@ -819,7 +817,7 @@ def _fingerprint(
         "model": f"{_digest(tensors)} {hashlib.sha256(text.encode()).hexdigest()[:16]}",
         "classes": prompt_hash(model.class_names, model.templates),
         "dataset": f"{dataset.dataset_id} {dataset.revision} {dataset.split}, {len(dataset)} images like "
-        f"{dataset_digest(dataset)}",
+        f"{dataset_digest(dataset, every=True)}",
         "attack": f"{attack} {settings.norm} {[t.eps for t in threats]} seed {settings.seed} {settings.precision}",
     }
 
@@ -841,23 +839,38 @@ def _digest(tensors: Sequence[Tensor]) -> str:
     return whole.hexdigest()[:16]
 
 
+def _check_same_everywhere(fingerprint: dict[str, str], processes: Processes) -> None:
+    """Raise ValueError on every process unless all of them evaluate the same."""
+    first, *others = everyone(fingerprint, processes)
+    for rank, other in enumerate(others, start=1):
+        if wrong := [key for key in first if first[key] != other.get(key)]:
+            own = f"{other.get(wrong[0])!r}, not {first[wrong[0]]!r}"
+            raise ValueError(f"process {rank} was started with another {wrong[0]} than process 0: {own}.")
+
+
 def _read_state(folder: Path, fingerprint: dict[str, str]) -> list[dict[str, Any]]:
-    """The finished batches in all state files of a folder, by stage; a last line that was cut short is left out."""
+    """The finished batches in all state files of a folder; a last line that was cut short is left out. Raises
+    ValueError for a damaged line, and for the state of another evaluation.
+    """
     lines = []
     for file in sorted(folder.glob("state-*.jsonl")):
-        complete = file.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
-        for number, text in enumerate(complete):
-            line = json.loads(text)
-            if number == 0:
-                other = [key for key in fingerprint if line.get(key) != fingerprint[key]]
-                if other:
-                    raise ValueError(
-                        f"{file} is the state of another evaluation: its {other[0]} is {line.get(other[0])!r}, now it "
-                        f"is {fingerprint[other[0]]!r}. Delete the folder, or choose another."
-                    )
-            else:
+        for number, text in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                line = json.loads(unsigned(text))
+            except ValueError as error:
+                what = "the file" if number == 1 else "this line"
+                raise ValueError(
+                    f"{file}, line {number} is damaged or of another format; delete {what}, and its images are "
+                    "evaluated again."
+                ) from error
+            if number > 1:
                 lines.append(line)
-    return sorted(lines, key=lambda line: line["stage"])
+            elif other := [key for key in fingerprint if line.get(key) != fingerprint[key]]:
+                raise ValueError(
+                    f"{file} is the state of another evaluation: its {other[0]} is {line.get(other[0])!r}, now it "
+                    f"is {fingerprint[other[0]]!r}. Delete the folder, or choose another."
+                )
+    return lines
 
 
 def _open_state(folder: Path, rank: int, fingerprint: dict[str, str]):
@@ -869,6 +882,6 @@ def _open_state(folder: Path, rank: int, fingerprint: dict[str, str]):
         os.truncate(path, whole)
         return path.open("a", encoding="utf-8")
     file = path.open("w", encoding="utf-8")
-    file.write(json.dumps(fingerprint) + "\n")
+    file.write(signed(json.dumps(fingerprint)))
     file.flush()
     return file

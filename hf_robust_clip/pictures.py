@@ -25,6 +25,7 @@ from .checks import checked_images
 logger = logging.getLogger(__name__)
 
 ORIENTATION = 0x0112  # the EXIF tag: 1 is upright
+BITS_PER_SAMPLE = 258  # the TIFF tag: Pillow gives 12 bits as they are in 16
 PHOTOMETRIC = 262  # the TIFF tag: 0 says that white is 0, which Pillow inverts for 8 bits only
 COLOURS = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")  # `convert("RGB")` is right for them
 WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
@@ -62,13 +63,13 @@ def open_picture(source: Any, timeout: float | None = None) -> Image.Image:
 
 
 def to_rgb(picture: Image.Image, background: str | Sequence[int] = "white") -> Image.Image:
-    """A PIL picture of any mode, upright, in RGB with 8 bits: 16 bits are scaled by 1 / 257, floats in [0, 1] by 255,
-    and what is transparent shows the background.
+    """A PIL picture of any mode, upright, in RGB with 8 bits: 16 bits are scaled by 1 / 257 (12 bits of a TIFF by
+    255 / 4095), floats in [0, 1] by 255, and what is transparent shows the background.
 
     Args:
         background: name of a colour, or (red, green, blue) in 0 .. 255.
 
-    Raises TypeError for what is no picture; ValueError for 32-bit integers whose range no file format tells, floats
+    Raises TypeError for what is no picture; ValueError for integers whose range no file format tells, floats
     outside [0, 1], an unknown mode, and a background that is no colour.
     """
     if not isinstance(picture, Image.Image):
@@ -80,7 +81,7 @@ def to_rgb(picture: Image.Image, background: str | Sequence[int] = "white") -> I
         picture = ImageOps.exif_transpose(picture)
     mode, key = picture.mode, picture.info.get("transparency")
     if mode in ("I", "F") or mode.startswith("I;16"):
-        values_HW = _grey_levels(picture, file_format)
+        values_HW = _grey_levels(picture, file_format, np.max(tags.get(BITS_PER_SAMPLE, 16)))
         grey = Image.fromarray(255 - values_HW if tags.get(PHOTOMETRIC) == 0 else values_HW)
         if isinstance(key, int) and mode != "F":
             return _on_background(_with_hole(grey, np.asarray(picture) == key), colour)
@@ -106,7 +107,7 @@ def checked_colour(background: str | Sequence[int]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _grey_levels(picture: Image.Image, file_format: str | None) -> np.ndarray:
+def _grey_levels(picture: Image.Image, file_format: str | None, bits: int) -> np.ndarray:
     """The levels in uint8, (H, W), of a picture with one channel of more than 8 bits."""
     values_HW = np.asarray(picture)
     if picture.mode == "F":
@@ -116,9 +117,11 @@ def _grey_levels(picture: Image.Image, file_format: str | None) -> np.ndarray:
                 f"a picture of floats (mode F) has values in [{low:.4g}, {high:.4g}]; scale it to [0, 1]."
             )
         return np.rint(values_HW * 255.0).astype(np.uint8)
-    if picture.mode == "I" and file_format not in ("PNG", "PPM"):  # these two scale to 16 bits
-        raise ValueError("a picture of 32-bit integers (mode I) doesn't tell its range; save it with 8 or 16 bits.")
-    return np.rint(values_HW / 257.0).astype(np.uint8)
+    if file_format not in (("PNG", "PPM") if picture.mode == "I" else (None, "PNG", "PPM", "TIFF", "JPEG2000")):
+        raise ValueError(
+            f"a picture of mode {picture.mode}, format {file_format}, doesn't tell its range; save it with 8 bits."
+        )  # PNG and PPM do: their mode I has 16 bits
+    return np.rint(values_HW * (255.0 / (2**bits - 1))).astype(np.uint8)
 
 
 def _with_alpha(picture: Image.Image, key: Any) -> Image.Image:
@@ -176,8 +179,8 @@ def normalisation_of(image_processor: Any) -> tuple[tuple[float, ...], tuple[flo
 def _per_channel(image_processor: Any, name: str) -> tuple[float, ...]:
     value = getattr(image_processor, name, None)
     values = (value,) * 3 if isinstance(value, int | float) else tuple(value or ())
-    numbers = len(values) == 3 and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-    if not numbers or not (min(values) > 0 or name == "image_mean"):
+    numbers = [v for v in values if isinstance(v, int | float | np.floating)]
+    if len(values) != 3 or [v for v in numbers if math.isfinite(v) and (v > 0 or name == "image_mean")] != [*values]:
         raise ValueError(f"{name}={value!r} of the image processor must be three numbers; correct its file.")
     return tuple(float(v) for v in values)
 

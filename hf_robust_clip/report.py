@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from huggingface_hub import EvalResult
 
+from .checks import BLIND_ABOVE
+from .digests import digests
 from .secrets import refuse_tokens
 from .storage import read_json, whole_file, write_text
 from .threat_model import ThreatModel, parse_radius
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 AttackTarget = Literal["static", "defence_blind", "adaptive", "bpda", "transfer_from_adapted", "adaptive_worst"]
 CONTROLS = ("static prompts", "random prompts", "ensemble-64")
 REPORT_FORMAT = 2
-BLIND_ABOVE = 0.05  # share of exactly-zero input gradients from which on a figure may mean nothing
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", "#7A4FBF")
 _MARKERS, _DASHES = "osD^vP>X", ("-", "--", "-.", ":")
 
@@ -274,14 +275,17 @@ def save_reports(
 ) -> None:
     """Write reports of a model, and of those it was compared with, as JSON, whole or not at all.
 
-    `card` goes with them, so that `model_card.regenerate_card` can make the card again from the file alone.
+    `card` goes with them, so that `model_card.regenerate_card` can make the card again from the file alone. Where
+    weights lie beside it, the file says which: it is not read beside others.
 
     Raises ValueError if there are no reports.
     """
     if not reports:
         raise ValueError("reports is empty; evaluate before saving.")
+    weights = _weights_beside(path)
     content = {
         "format": REPORT_FORMAT,
+        **({"weights": weights} if weights else {}),
         "reports": [_row(report) for report in reports],
         "compared": [_row(report) for report in compared],
         **({} if card is None else {"card": asdict(card)}),
@@ -295,13 +299,24 @@ def _row(report: RobustnessReport) -> dict[str, Any]:
 
 
 def read_report_file(path: str | Path) -> dict[str, Any]:
-    """What `save_reports` wrote, as plain values. Raises ValueError for anything else."""
+    """What `save_reports` wrote, as plain values. Raises ValueError for anything else, and where the weights beside it
+    are not those of the figures.
+    """
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != REPORT_FORMAT:
         raise ValueError(f"{path} is not a report of format {REPORT_FORMAT}.")
     if not {"reports", "compared"} <= set(content):
         raise ValueError(f"{path} lacks 'reports' or 'compared'.")
+    if known := content.get("weights"):
+        for name, own in _weights_beside(path).items():
+            if known.get(name) != own:
+                raise ValueError(f"{path} tells the figures of other weights than {name} beside it; evaluate these.")
     return content
+
+
+def _weights_beside(path: str | Path) -> dict[str, str]:
+    """The digests of all weights in the folder of a report."""
+    return digests(Path(path).parent, Path(path).parent.glob("*.safetensors"))
 
 
 def load_reports(path: str | Path) -> tuple[list[RobustnessReport], list[RobustnessReport]]:

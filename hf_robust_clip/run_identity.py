@@ -1,11 +1,10 @@
-"""Which training a checkpoint is of: it says so in a small file, and no other training goes on from it."""
+"""Which training a checkpoint is of: it is noted there, and no other training goes on from it."""
 
 from __future__ import annotations
 
-import json
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
@@ -18,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from .storage import read_json, write_text
+from .processes import Processes, everyone
 from .threat_model import parse_radius
 from .training_arguments import chooses_by_evaluation, compared_arguments, images_per_update
-from .training_checkpoints import own_part
+from .training_checkpoints import own_part, read_note
 from .zero_shot_data.fingerprint import dataset_digest
 from .zero_shot_data.loading import ImageDataset
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from .objectives.base import Objective
     from .training_arguments import RobustClipConfig
 
-RUN_FILE = "training_run.json"
 SHOWN = 3  # differences that a message names
 _FRACTIONS = ("arguments.eps", "arguments.attack_step_size")
 _NOT_OF_THE_ADAPTER = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
@@ -103,27 +101,24 @@ def weights_digest(model: nn.Module, without_trained: bool = False) -> str:
     return found.hexdigest()
 
 
-def write_run(folder: str | Path, run: Mapping[str, Any]) -> None:
-    """Say in a checkpoint which training it is of."""
-    write_text(Path(folder, RUN_FILE), json.dumps(plain(run), indent=1) + "\n")
-
-
 def check_same_run(folder: str | Path, run: Mapping[str, Any]) -> None:
-    """Raise ValueError, with the differences, unless a checkpoint is of this training; OSError if it doesn't say."""
-    try:
-        was = read_json(Path(folder, RUN_FILE))
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"checkpoint {str(folder)!r} doesn't say of which training it is ({RUN_FILE} can't be read); start "
-            "without resume."
-        ) from error
-    found = differences(was, plain(run))
-    if found:
-        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    """Raise ValueError, with the differences, unless a whole checkpoint is of this training."""
+    if found := differences(read_note(folder)["run"], plain(run)):
         raise ValueError(
-            f"checkpoint {str(folder)!r} is of another training: {'; '.join(found[:SHOWN])}{more}. Resume with what "
-            "it began with, or start without resume in another folder."
+            f"checkpoint {str(folder)!r} is of another training: {_shown(found)}. Resume with what it began with, or "
+            "start without resume in another folder."
         )
+
+
+def check_same_everywhere(run: Mapping[str, Any], processes: Processes) -> None:
+    """Raise ValueError on every process unless all of them were started with one training."""
+    first, *others = everyone(plain(run), processes)
+    for rank, other in enumerate(others, start=1):
+        if found := differences(first, other):
+            raise ValueError(
+                f"process {rank} was started with another training than process 0 ({_shown(found)}, there); start all "
+                "machines with the same files and settings."
+            )
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -151,6 +146,11 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _shown(found: Sequence[str]) -> str:
+    """The first of some differences, and how many more there are."""
+    return "; ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
 
 
 def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

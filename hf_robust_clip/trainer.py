@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -11,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments, enable_full_determinism, set_seed
-from transformers.trainer_utils import HPSearchBackend
+from transformers.trainer_utils import HPSearchBackend, SaveStrategy, TrainOutput, rotate_checkpoints
 
 from .adaptation.defended import DefendedClassifier
 from .adaptation.statistics import AlignmentTargets, collect_statistics
@@ -24,10 +25,10 @@ from .adaptation.tapt import TAPT
 from .attacks.losses import cross_entropy
 from .attacks.pgd import PGDSettings, pgd
 from .checkpoint_notes import named_base
-from .checks import check_logits, checked_labels
+from .checks import Blindness, check_logits, checked_labels
 from .model_card import CardInfo, make_unmeasured_card
 from .modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, without_gradients
-from .modeling.normalisation import carry_normalisation
+from .modeling.normalisation import carry_normalisation, has_adapter
 from .modeling.untrusted import ADAPTER
 from .names import hub_name, is_path, shown_name
 from .objectives.apt import APT
@@ -39,9 +40,17 @@ from .objectives.fare import FARE
 from .objectives.pmg_aft import PMGAFT
 from .objectives.tecoa import TeCoA
 from .objectives.trades import TRADES
+from .processes import together
 from .prompts import ClipPromptConfig, check_prompts
 from .pushing import PushingTrainer
-from .run_identity import check_same_run, data_identity, model_identity, training_identity, write_run
+from .run_identity import (
+    check_same_everywhere,
+    check_same_run,
+    data_identity,
+    model_identity,
+    plain,
+    training_identity,
+)
 from .storage import check_writable, written_whole
 from .threat_model import ThreatModel
 from .training_arguments import (
@@ -55,7 +64,17 @@ from .training_arguments import (
     optimizer_and_arguments,
 )
 from .training_batches import OWN_IMAGES, count_images, own_images_of_last_batch, share_of_update, without_fill
-from .training_checkpoints import best_beside, checkpoint_to_resume, first_not_finite, step_of
+from .training_checkpoints import (
+    NothingToResume,
+    best_beside,
+    check_files,
+    check_fit,
+    check_seen,
+    checkpoint_to_resume,
+    first_not_finite,
+    note_checkpoint,
+    step_of,
+)
 from .zero_shot_data.loading import collate_images
 
 if TYPE_CHECKING:
@@ -158,10 +177,14 @@ class RobustClipTrainer(PushingTrainer):
         self._beginning: dict[str, Any] | None = None  # what the training starts from
         self._run: dict[str, Any] = {}
         self._resumed_from: Path | None = None
+        self._checkpoints_seen = False  # whether it is known which processes see them
         self._data: dict[str, Any] | None = None  # which images it has, found out when first asked for
         self._args_before_trials: dict[str, Any] | None = None
         self._terms: dict[str, Tensor] = {}
         self._updates = 0
+        self._blindness = Blindness()
+        settled = ("bf16", "fp16", *(("trainable_layers",) if model_init is None else ()))
+        self._settled = {name: getattr(args, name) for name in settled}
         super().__init__(
             model=None if model is None else self._prepared(model, args),
             args=args,
@@ -198,6 +221,7 @@ class RobustClipTrainer(PushingTrainer):
             core.set_classes(["image"])  # such objectives never look at the logits
         if objective.normalisation is not None:
             core.set_normalisation(*objective.normalisation)
+        check_adapters(student, core)
         if student is not core:
             for name, value in (("peft_config", peft_config), ("trainable_layers", args.trainable_layers)):
                 if value is not None:
@@ -322,6 +346,7 @@ class RobustClipTrainer(PushingTrainer):
         loss_fn: Callable[[Tensor], Tensor] | None,
         num_steps: int,
         seed: int,
+        on_gradient: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Adversarial images for a batch; `loss_fn` None attacks the objective's own loss."""
         core = self.attackable(model)
@@ -340,6 +365,7 @@ class RobustClipTrainer(PushingTrainer):
                 step_size=self.attack.step_size,
                 random_start=self.attack.random_start,
                 seed=seed,
+                on_gradient=on_gradient,
             )
 
     def seed_of_step(self) -> int:
@@ -435,7 +461,8 @@ class RobustClipTrainer(PushingTrainer):
         def attack_loss(adv_BCHW: Tensor) -> Tensor:
             return cross_entropy(core(pixel_values=adv_BCHW).logits, labels)
 
-        adv = self.perturb(model, inputs, attack_loss, self.args.eval_attack_steps, self.args.seed << 32)
+        steps, seed = self.args.eval_attack_steps, self.args.seed << 32
+        adv = self.perturb(model, inputs, attack_loss, steps, seed, self._blindness)
         logits = self.classify(core, images, adv)
         for part in logits:
             check_logits(part, "the model")
@@ -478,10 +505,12 @@ class RobustClipTrainer(PushingTrainer):
         Images of a resolution of their own are enlarged inside the model. Raises ValueError for a dataset whose
         classes are not the model's, in their order.
         """
+        self._blindness = Blindness()
         with self.classifier().prepared_for(dataloader.dataset, training=None):
             found = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
+        self._blindness.warn(f"the attack of {description.lower()}")
         if found.predictions is not None and found.label_ids is not None:
             adv_logits, labels = torch.as_tensor(found.predictions[1]), torch.as_tensor(found.label_ids)
             found.metrics[f"{metric_key_prefix}_loss"] = cross_entropy(adv_logits, labels).mean().item()
@@ -494,7 +523,7 @@ class RobustClipTrainer(PushingTrainer):
             means = self.accelerator.reduce(means, reduction="mean")
             logs = {**logs, **dict(zip(self._terms, means.tolist(), strict=True))}
             self._terms, self._updates = {}, 0
-        super().log(logs, start_time)
+        super().log(without_loss(logs) if self.is_in_train and self._nothing_was_left() else logs, start_time)
 
     def train(
         self,
@@ -502,15 +531,15 @@ class RobustClipTrainer(PushingTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ):
-        """Train. `resume_from_checkpoint=True` goes on from the newest whole checkpoint (a kill may cut one short);
-        None takes `args.resume_from_checkpoint`.
+        """Train. `resume_from_checkpoint=True` goes on from the newest checkpoint that is whole in every process (a
+        kill may cut one short); None takes `args.resume_from_checkpoint`. From the last one nothing is trained.
 
         Raises OSError if a named checkpoint is cut short or missing, ValueError if there is none to go on from or if
         it is of another training; FloatingPointError for trained weights that are not finite.
         """
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
-        self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.accelerator)
         self._terms, self._updates = {}, 0
         if self.args.should_save:
             check_writable(self.args.output_dir)
@@ -523,7 +552,13 @@ class RobustClipTrainer(PushingTrainer):
         finally:
             self.is_in_train = False
         self._check_trained()
+        if self._nothing_was_left():
+            return TrainOutput(result.global_step, math.nan, without_loss(result.metrics))
         return result
+
+    def _nothing_was_left(self) -> bool:
+        """Whether `train` went on from the last step, so that there is no loss of its own."""
+        return self.state.global_step == self._initial_global_step > 0
 
     def hyperparameter_search(
         self,
@@ -560,6 +595,14 @@ class RobustClipTrainer(PushingTrainer):
         """Called by `train` when settings and model are there and no checkpoint is loaded yet."""
         super()._hp_search_setup(trial)
         check_arguments(self.args)
+        for name, value in self._settled.items():
+            if getattr(self.args, name) != value:
+                raise ValueError(
+                    f"{name}={getattr(self.args, name)!r} was set after the trainer was made with {value!r}, when it "
+                    "no longer acts; make another trainer."
+                )
+        self._train_batch_size = self.args.train_batch_size
+        self.accelerator.dataloader_config.data_seed = self.args.data_seed
         if self.training_objective.couples_images and images_per_update(self.args) > self.args.train_batch_size:
             logger.info(
                 "%s looks at forward batches, of %d images here: divided otherwise, the training is another one",
@@ -572,9 +615,9 @@ class RobustClipTrainer(PushingTrainer):
         self._adapter_is_new = False
         how = training_identity(self.args, self.training_objective, self.data_collator, self._given_optimizers)
         self._run, self._data = {**how, **self._beginning}, None
+        check_same_everywhere(self._run, self.accelerator)
         if self._resumed_from is not None:
-            folder = self._resumed_from
-            self._on_main_process(lambda: check_same_run(folder, self._whole_run()))
+            self._check_same_run(self._resumed_from)
 
     def _whole_run(self) -> dict[str, Any]:
         """Which training this is, with its data."""
@@ -582,18 +625,15 @@ class RobustClipTrainer(PushingTrainer):
             self._data = data_identity(self.train_dataset, self.eval_dataset, self.args)
         return {**self._run, **self._data}
 
-    def _on_main_process(self, check: Callable[[], None]) -> None:
-        """Raise on every process what a check raises on the main one."""
-        found: list[Exception | None] = [None]
-        if self.accelerator.is_main_process:
-            try:
-                check()
-            except (OSError, ValueError, TypeError) as error:
-                found = [error]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(found)
-        if found[0] is not None:
-            raise found[0]
+    def _check_same_run(self, folder: Path) -> None:
+        """Raise on every process unless a checkpoint is of this training, with its data, as the main one sees it, and
+        its weights fit the model.
+        """
+        main = self.accelerator.is_main_process
+        together(lambda: check_same_run(folder, self._whole_run()) if main else None, self.accelerator)
+        if not self.is_fsdp_enabled:  # which loads all or nothing
+            core = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            together(lambda: check_fit(folder, core), self.accelerator)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:  # the Trainer's own signature
         """Its loop, with the model prepared for the training images."""
@@ -604,6 +644,14 @@ class RobustClipTrainer(PushingTrainer):
                 prepared.enter_context(self.teacher.prepared_for(self.train_dataset, labels=labels))
             prepared.enter_context(core.prepared_for(self.train_dataset, training=None, labels=labels))
             return super()._inner_training_loop(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:  # the Trainer's own signature
+        """Its epoch, unless all steps are done."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+            return
+        self._load_rng_state(None if self._resumed_from is None else str(self._resumed_from))
+        self.control.should_training_stop = True
 
     def _check_trained(self) -> None:
         """Raise unless something was trained, and its weights are finite."""
@@ -636,16 +684,35 @@ class RobustClipTrainer(PushingTrainer):
         """Save weights or adapter. Raises FloatingPointError, before anything is written, if they are not finite."""
         self._check_weights()
         super().save_model(output_dir, _internal_call)
-        if _internal_call and output_dir is not None and self.args.should_save:  # a checkpoint
-            write_run(output_dir, self._whole_run())
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Its own; older ones are deleted when every process has written its part and the whole is noted."""
+        checkpoint = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            note_checkpoint(checkpoint, plain(self._whole_run()), self.accelerator.num_processes)
+            rotate_checkpoints(checkpoint.parent, limit, self.state.best_model_checkpoint, use_mtime=True)
+        if not self._checkpoints_seen:
+            check_seen(checkpoint, needed=self.args.load_best_model_at_end, processes=self.accelerator)
+            self._checkpoints_seen = True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.args.load_best_model_at_end:
-            best = best_beside(checkpoint)
+            best = together(lambda: best_beside(checkpoint), self.accelerator)
             if best is not None:
-                self._on_main_process(lambda: check_same_run(best, self._whole_run()))
+                self._check_same_run(best)
                 self.state.best_model_checkpoint = str(best)
+
+    def _load_best_model(self) -> None:
+        """Its own. Raises OSError on every process where one of them hasn't the whole best checkpoint."""
+        together(lambda: check_files(self.state.best_model_checkpoint), self.accelerator)
+        super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:  # no pickled arguments beside the weights
@@ -654,6 +721,8 @@ class RobustClipTrainer(PushingTrainer):
             if isinstance(core, PeftModel):  # embedding layers are frozen: no need to look for them on the Hub
                 save_adapter(core, folder, state_dict)
             else:
+                if self.args.save_on_each_node:  # transformers would write weights on the first machine alone
+                    core.should_save_on_this_rank = bool
                 core.save_pretrained(folder, state_dict=state_dict)
 
     def adapter_base(self) -> str | None:
@@ -734,6 +803,23 @@ def save_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Any
         for name, config in model.peft_config.items():
             if not isinstance(config, ClipPromptConfig):
                 carry_normalisation(classifier, draft / ("" if name == "default" else name) / ADAPTER)
+
+
+def check_adapters(student: nn.Module, core: CLIPForZeroShotClassification) -> None:
+    """Raise ValueError for adapters that a training would not train, or not save as they are."""
+    if student is core:
+        if has_adapter(core):
+            raise ValueError(
+                "the model has an adapter inside; give its PeftModel (PeftModel.from_pretrained(base, adapter, "
+                "is_trainable=True)), or merge it into the weights first (merge_and_unload)."
+            )
+        return
+    if list(student.peft_config) != ["default"]:  # type: ignore[arg-type]
+        raise ValueError(
+            f"the model has the adapters {list(student.peft_config)}; one is trained and saved, named 'default'."  # type: ignore[arg-type]
+        )
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError("the adapter is not trainable; load it with is_trainable=True.")
 
 
 def check_teacher(teacher: CLIPForZeroShotClassification, core: CLIPForZeroShotClassification) -> None:
@@ -856,7 +942,8 @@ class TAPTTrainer(APTTrainer):
             dataset: default the training images, whole pictures prepared as for an evaluation.
             clean_model: the same model with clean-trained prompts. None trains them here, on the same data with the
                 same settings but without an attack; where `adaptation.gamma` is 1 none are needed.
-            state_dir: a folder for what is done already; see `statistics.collect_statistics`.
+            state_dir: a folder for what is done already; see `statistics.collect_statistics`. The training of clean
+                prompts leaves checkpoints there, where `args` say that checkpoints are saved.
 
         Returns the statistics. Raises ValueError without any images.
         """
@@ -870,7 +957,7 @@ class TAPTTrainer(APTTrainer):
         if clean_model is not None:
             classifiers["clean"] = classifier_in(clean_model).to(self.args.device)
         elif self.adaptation.gamma < 1:
-            classifiers["clean"] = self._train_clean()
+            classifiers["clean"] = self._train_clean(None if state_dir is None else Path(state_dir) / "clean training")
         found = {
             kind: collect_statistics(
                 classifier,
@@ -887,8 +974,10 @@ class TAPTTrainer(APTTrainer):
         self.adaptation = replace(self.adaptation, targets=targets)
         return targets
 
-    def _train_clean(self) -> CLIPForZeroShotClassification:
-        """Prompts of the same kind in the same frozen model, trained by the same settings without an attack."""
+    def _train_clean(self, folder: Path | None = None) -> CLIPForZeroShotClassification:
+        """Prompts of the same kind in the same frozen model, trained by the same settings without an attack; where it
+        was killed, it goes on from its checkpoint in `folder`.
+        """
         core = self.accelerator.unwrap_model(self.model)
         if self.train_dataset is None or not isinstance(core, PeftModel):
             raise ValueError("clean_model is missing, and there is no train_dataset to train clean prompts on.")
@@ -900,13 +989,16 @@ class TAPTTrainer(APTTrainer):
         objective = self.training_objective if isinstance(self.training_objective, APT) else APT()
         trainer = APTTrainer(
             base,
-            without_checkpoints(self.args),
+            on_its_own(self.args, folder),
             replace(objective, batch_mix="clean", beta=APT.beta),
             self.train_dataset,
             peft_config=peft_config,
             data_collator=self.data_collator,
         )
-        trainer.train()
+        try:
+            trainer.train(resume_from_checkpoint=folder is not None)
+        except NothingToResume:
+            trainer.train()
         return trainer.classifier()
 
     def defended(self) -> DefendedClassifier:
@@ -1000,14 +1092,24 @@ class CoOpTrainer(RobustClipTrainer):
         return ClipPromptConfig(design="T", num_text_tokens=4, text_depth=1)
 
 
-def without_checkpoints(args: RobustClipConfig) -> RobustClipConfig:
-    """The same settings for a run that saves, evaluates and pushes nothing."""
+def on_its_own(args: RobustClipConfig, folder: Path | None = None) -> RobustClipConfig:
+    """The same settings for a run that evaluates and pushes nothing, and saves checkpoints only where it has a folder
+    of its own.
+    """
     quiet = copy.copy(args)
-    quiet.set_save("no")
+    if folder is None or args.save_strategy == SaveStrategy.BEST:  # which needs evaluations
+        quiet.set_save("no")
+    else:
+        quiet.output_dir = str(folder)
     quiet.set_evaluate("no")
     quiet.load_best_model_at_end = quiet.push_to_hub = False
     quiet.resume_from_checkpoint = None
     return quiet
+
+
+def without_loss(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics of a training without its mean loss."""
+    return {name: value for name, value in metrics.items() if name != "train_loss"}
 
 
 def optimisation_settings(args: RobustClipConfig, optimizer: Any, schedule: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import trainer_log_levels
 
 from .attacks.pgd import PGDSettings
+from .processes import check_sharding, join_processes
 from .threat_model import ThreatModel
 from .zero_shot_data.augment import RandomResizedCrop
 
@@ -92,7 +93,7 @@ _NO_SCHEDULE_SETTINGS = ("constant", "constant_with_warmup")
 _OF_OPTIMIZERS = ("momentum", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules")
 
 
-@dataclass
+@dataclass(repr=False)  # the parent's own, which hides tokens
 class RobustClipConfig(TrainingArguments):
     """`TrainingArguments` with a threat model, an attack and a choice of what is trained.
 
@@ -138,6 +139,7 @@ class RobustClipConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(trainer_log_levels)}.")
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
+        join_processes(self.use_cpu, self.ddp_timeout, self.ddp_backend)
         super().__post_init__()
         check_arguments(self)
 
@@ -253,7 +255,7 @@ def _plain(value: Any) -> Any:
 
 def _check_numbers(args: RobustClipConfig) -> None:
     for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"):
-        _check_number(name, getattr(args, name))
+        _check_number(name, getattr(args, name), below=1e30)  # float32 ends at 3e38
     _check_number("momentum", args.momentum, below=1)
     if args.warmup_steps >= 1:
         _check_number("warmup_steps", args.warmup_steps, whole=True)
@@ -304,6 +306,7 @@ def _check_trackers(args: RobustClipConfig) -> None:
 
 
 def _check_accelerator(args: RobustClipConfig) -> None:
+    check_sharding(args.distributed_state, fsdp=bool(args.fsdp))
     default = {**AcceleratorConfig().to_dict(), "non_blocking": args.accelerator_config.non_blocking}
     for name, value in vars(args.accelerator_config).items():
         if value != default[name]:

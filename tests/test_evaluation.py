@@ -21,6 +21,7 @@ from hf_robust_clip import (
 from hf_robust_clip.attacks.auto_attack import AutoAttack
 from hf_robust_clip.attacks.losses import cross_entropy, cw_margin
 from hf_robust_clip.attacks.suites import PGD, Suite, pgd_until_misclassified
+from hf_robust_clip.digests import unsigned
 from hf_robust_clip.evaluation import _Found
 
 NAMES = dict(name="name", task="task", model_id="id")
@@ -328,17 +329,56 @@ def test_a_batch_that_is_known_counts_once():
 
 
 def test_what_other_ranks_read_of_their_own_folders_is_gathered(tmp_path, monkeypatch):
-    """Machines without a shared disk: each rank has its own lines only, and the report counts all images."""
+    """Machines without a shared disk: each rank has its own lines only; the report counts all images, and none is
+    evaluated again.
+    """
     model, data = digits(9)
     expected = asdict(evaluate_robustness(model, data, SETTINGS, **NAMES))
     for rank in range(2):
         evaluate_robustness(model, data, SETTINGS, processes=Rank(rank, 2), state_dir=tmp_path / f"{rank}", **NAMES)
-    lines = [json.loads(text) for text in (tmp_path / "1" / "state-1.jsonl").read_text().splitlines()[1:]]
-    monkeypatch.setattr(
-        "accelerate.utils.gather_object", lambda own: own + lines if own and "stage" in own[0] else own
-    )
-    report = evaluate_robustness(model, data, SETTINGS, processes=Rank(0, 2), state_dir=tmp_path / "0", **NAMES)
-    assert asdict(report) == expected
+    texts = (tmp_path / "1" / "state-1.jsonl").read_bytes().splitlines()[1:]
+    lines = [json.loads(unsigned(text)) for text in texts]
+    both = lambda own: [*own, lines] if own[0] and isinstance(own[0], list) else own  # noqa: E731
+    monkeypatch.setattr("accelerate.utils.gather_object", both)
+    nothing = Watched(TINY)
+    settings, where = replace(SETTINGS, attack=nothing), dict(processes=Rank(1, 3), state_dir=tmp_path / "0")
+    assert asdict(evaluate_robustness(model, data, settings, **where, **NAMES)) == expected
+    assert nothing.seen == []
+
+
+DAMAGES = {
+    "garbage": lambda lines: [*lines[:2], b"garbage", *lines[2:]],
+    "blank line": lambda lines: [*lines[:2], b"", *lines[2:]],
+    "number": lambda lines: [*lines[:2], b"42", *lines[2:]],
+    "empty object": lambda lines: [*lines[:2], b"{}", *lines[2:]],
+    "without digest": lambda lines: [*lines[:2], lines[2].rpartition(b" ")[0], *lines[3:]],
+    "another image": lambda lines: [*lines[:2], lines[2].replace(b'"rows": [[', b'"rows": [[1'), *lines[3:]],
+    "a verdict": lambda lines: [*lines[:2], lines[2].replace(b", 1]", b", 0]", 1), *lines[3:]],
+    "binary": lambda lines: [*lines[:2], bytes(range(128, 256)), *lines[2:]],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_line_is_named_and_can_be_deleted(damage, tmp_path):
+    """File, line and mend; without that line the report is the same."""
+    model, data = digits(5)
+    settings = replace(SETTINGS, attack=PGD(1), batch_size=2)
+    expected = asdict(evaluate_robustness(model, data, settings, state_dir=tmp_path, **NAMES))
+    file = tmp_path / "state-0.jsonl"
+    lines = DAMAGES[damage](file.read_bytes().splitlines())
+    file.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(ValueError, match=r"state-0\.jsonl, line 3 .*delete this line"):
+        evaluate_robustness(model, data, settings, state_dir=tmp_path, **NAMES)
+    file.write_bytes(b"\n".join([*lines[:2], *lines[3:]]) + b"\n")
+    assert asdict(evaluate_robustness(model, data, settings, state_dir=tmp_path, **NAMES)) == expected
+
+
+@pytest.mark.parametrize("content", [b"\n", b"{}\n", b"PK\x03\x04\xff\n\n", b'{"format": 2}\n{"stage": 0}\n'])
+def test_a_state_file_of_something_else_is_named(content, tmp_path):
+    model, data = digits(2)
+    (tmp_path / "state-3.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"state-3\.jsonl, line 1 .*delete the file"):
+        evaluate_robustness(model, data, SETTINGS, state_dir=tmp_path, **NAMES)
 
 
 def other_std(model, data):

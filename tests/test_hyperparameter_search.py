@@ -28,10 +28,10 @@ def new_model():
 
 
 def test_no_attribute_is_the_trainers_own():
-    """Those that are set here and there, on purpose: after `train`, and in place of a count of labels."""
+    """Those that are set here and there, on purpose: after `train`, before it, and in place of a count of labels."""
     ours = (RobustClipTrainer, TAPTTrainer)
     theirs = assigned(Trainer) | set(dir(Trainer)) | {"objective"}  # set from outside too, for each trial
-    assert assigned(*ours) & theirs == {"is_in_train", "model_accepts_loss_kwargs"}
+    assert assigned(*ours) & theirs == {"is_in_train", "model_accepts_loss_kwargs", "_train_batch_size"}
     own = {name for cls in ours for name in vars(cls)} - set(dir(Trainer))
     assert not own & theirs
 
@@ -151,3 +151,33 @@ def test_prompts_can_be_searched_too(tmp_path):
         lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-1)}, n_trials=2, backend="optuna"
     )
     assert 1e-3 <= best.hyperparameters["learning_rate"] <= 1e-1
+
+
+def test_the_settings_of_a_trial_act_on_nothing_after_it(tmp_path):
+    pytest.importorskip("optuna")
+
+    def trainer(folder, **model):
+        args = arguments(tmp_path / folder, max_steps=2)
+        return TeCoATrainer(
+            **{"model": None, **model}, args=args, train_dataset=tiny_data(), eval_dataset=tiny_data(8)
+        )
+
+    def space(trial):
+        return {name: trial.suggest_categorical(name, [3]) for name in ("data_seed", "per_device_train_batch_size")}
+
+    given, searched = trainer("given", model=tiny_model()), trainer("searched", model_init=new_model)
+    given.train()
+    searched.hyperparameter_search(space, lambda metrics: 0.0, n_trials=1, backend="optuna")
+    searched.train()
+    assert all(torch.equal(value, state(given.model)[name]) for name, value in state(searched.model).items())
+    searched.args.per_device_train_batch_size = 3  # as the best run says
+    searched.train()
+    assert any(not torch.equal(value, state(given.model)[name]) for name, value in state(searched.model).items())
+
+
+@pytest.mark.parametrize(("name", "value"), [("bf16", True), ("trainable_layers", 1)])
+def test_settings_that_act_when_a_trainer_is_made_are_refused_later(name, value, tmp_path):
+    trainer = TeCoATrainer(tiny_model(), arguments(tmp_path), train_dataset=tiny_data())
+    setattr(trainer.args, name, value)
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        trainer.train()

@@ -288,6 +288,8 @@ def test_a_model_without_classes_says_what_to_call(tiny_clip, tiny_batch):
     [
         ([], PAPER_TEMPLATE, "class_names is empty"),
         ("cat", PAPER_TEMPLATE, "class_names='cat' is one text; give a list"),
+        ({0: "cat"}, PAPER_TEMPLATE, "class_names is a dict"),
+        ({"cat"}, PAPER_TEMPLATE, "class_names is a set"),
         (["cat", "dog", "cat"], PAPER_TEMPLATE, r"class_names\[2\]='cat' repeats class_names\[0\]"),
         (["cat", ""], PAPER_TEMPLATE, r"class_names\[1\]='' is not a name"),
         (["  ", "cat"], PAPER_TEMPLATE, r"class_names\[0\]='  ' is not a name"),

@@ -92,6 +92,27 @@ def test_a_tiff_whose_white_is_zero():
     np.testing.assert_array_equal(np.asarray(to_rgb(picture))[..., 0], 255 - ROUNDED)
 
 
+def test_12_bits_of_a_tiff_are_scaled_by_their_own_range():
+    """Written by hand: Pillow writes none. Two levels in three bytes."""
+    levels = np.linspace(0, 4095, 64).round().astype(int)
+    data = b"".join(struct.pack(">I", (a << 12 | b) << 8)[:3] for a, b in levels.reshape(-1, 2).tolist())
+    tags = {256: 8, 257: 8, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 8, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    picture = loaded(b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + b"\0" * 4 + data)
+    assert picture.mode == "I;16"
+    expected = np.rint(levels * 255 / 4095).reshape(8, 8)
+    np.testing.assert_array_equal(np.asarray(to_rgb(picture))[..., 0], expected)
+
+
+def test_16_bits_of_a_format_that_tells_no_range_are_refused():
+    """FITS: signed, with a scale of its own."""
+    lines = {"SIMPLE": "T", "BITPIX": 16, "NAXIS": 2, "NAXIS1": 8, "NAXIS2": 8}
+    header = "".join(f"{key:8}= {value!s:>20}".ljust(80) for key, value in lines.items()) + "END"
+    picture = loaded(header.ljust(2880).encode() + (RAMP // 2).astype(">i2").tobytes().ljust(2880, b"\0"))
+    with pytest.raises(ValueError, match="FITS"):
+        to_rgb(picture)
+
+
 def test_floats_between_0_and_1_are_grey_levels():
     floats = (RAMP / 65535).astype(np.float32)
     for picture in (Image.fromarray(floats), stored(Image.fromarray(floats), "TIFF")):
@@ -385,7 +406,12 @@ def test_normalisation():
     assert normalisation_of(processor_with(do_normalize=False).image_processor) == ((0.0,) * 3, (1.0,) * 3)
     both = {"image_mean": 0.5, "image_std": 0.25}
     assert normalisation_of(processor_with(**both).image_processor) == ((0.5,) * 3, (0.25,) * 3)
-    for name, value in (("image_mean", None), ("image_mean", [0.5]), ("image_std", [0.5, 0.5, 0.0])):
+    for name, value in (
+        ("image_mean", None),
+        ("image_mean", [0.5]),
+        ("image_mean", ["0.5"] * 3),
+        ("image_std", [0.5, 0.5, 0.0]),
+    ):
         with pytest.raises(ValueError, match=name):
             normalisation_of(processor_with(**{name: value}).image_processor)
 

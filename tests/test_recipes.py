@@ -1,6 +1,7 @@
 """The training scripts, end to end on the model that ships with the package, and what they say to wrong settings."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 from hf_robust_clip import CLIPForZeroShotClassification, digits_clip_path
-from hf_robust_clip.cli import ModelSettings, load_model, run_recipe
+from hf_robust_clip.cli import ModelSettings, load_model, main, run_recipe
 from hf_robust_clip.report import load_reports
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +73,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_script_writes_everything_and_says_how_to_load_it(finished):
     folder, printed = finished
     assert {path.name for path in folder.iterdir()} >= FILES
-    assert "pmg_aft: 24 images, 6 classes, 1 process(es)" in printed
+    assert "pmg_aft: 24 images, 6 classes, one process on cpu, float32\n" in printed
     assert f'CLIPForZeroShotClassification.from_pretrained("{folder}")' in printed
     for row in ("undefended, trained", "undefended, held out", "PMG-AFT, trained", "PMG-AFT, held out"):
         assert row in printed
@@ -138,6 +139,45 @@ def test_resume_goes_on_from_the_checkpoint(capfd):
     assert Path("out/checkpoint-3").is_dir()
     assert Path("out/model.safetensors").read_bytes() == before
     assert capfd.readouterr().out.count("'loss'") == 1, "two of three steps were done before"
+
+
+def test_resume_of_a_finished_run_trains_nothing(finished):
+    """Two updates of three in an epoch: weights, report and card stay as they were."""
+    folder, _ = finished
+    shutil.copytree(folder, "out")
+    run("--output_dir", "out", "--resume")
+    for name in ("model.safetensors", "README.md", "report.json"):
+        assert Path("out", name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_old_figures_are_gone_before_new_weights_come(finished, monkeypatch, capsys):
+    """A run over a finished folder that is killed where sharded weights would be written into it."""
+    folder, _ = finished
+    shutil.copytree(folder, "out")
+
+    def killed(trainer, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_robust_clip.cli.plain_model", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("--output_dir", "out", "--overwrite")
+    assert not {"README.md", "report.json", "accuracy.png", "recipe.yaml"} & {
+        path.name for path in Path("out").iterdir()
+    }
+
+
+def test_card_does_not_confirm_other_weights(finished, capsys):
+    folder, _ = finished
+    shutil.copytree(folder, "out")
+    main(["card", "out"])
+    card = Path("out/README.md").read_text()
+    shutil.copy(ROOT / "hf_robust_clip/digits_clip/model.safetensors", "out")
+    with pytest.raises(SystemExit):
+        main(["card", "out"])
+    assert re.fullmatch(
+        r"error: out/report\.json .*other weights than model\.safetensors.*\n", capsys.readouterr().err
+    )
+    assert Path("out/README.md").read_text() == card
 
 
 @pytest.mark.parametrize(
@@ -237,7 +277,7 @@ def test_two_processes_train_together_and_write_one_report(tmp_path):
     launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", port]
     done = launch(*launcher, SCRIPT, *SMALL, "--output_dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("2 process(es)") == 1
+    assert done.stdout.count("2 processes on cpu (DDP, gloo), float32\n") == 1
     assert done.stdout.count("load it: ") == 1
     own, _ = load_reports(tmp_path / "out/report.json")
     assert [(report.task, report.num_images) for report in own] == [("trained", 20), ("held out", 19)]

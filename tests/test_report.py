@@ -106,6 +106,22 @@ def test_json_round_trip(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
+def test_a_report_is_of_the_weights_beside_it(tmp_path):
+    """Of all of them; where they were left behind, of none."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    save_reports(tmp_path / "report.json", [make_report()])
+    assert len(load_reports(tmp_path / "report.json")[0]) == 1
+    for name, content in (("model.safetensors", b"weightz"), ("adapter_model.safetensors", b"")):
+        before = (tmp_path / "model.safetensors").read_bytes()
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"report.json tells the figures of other weights than {name}"):
+            load_reports(tmp_path / "report.json")
+        (tmp_path / name).unlink()
+        (tmp_path / "model.safetensors").write_bytes(before)
+    (tmp_path / "model.safetensors").unlink()
+    assert len(load_reports(tmp_path / "report.json")[0]) == 1
+
+
 def test_radii_are_sorted_however_they_come():
     assert list(make_report(robust_accuracy={"0.5": 0.1, 0.25: 0.2}).robust_accuracy) == [0.25, 0.5]
 

@@ -9,14 +9,8 @@ from peft import LoraConfig
 from training_script import arguments, state, tiny_data, tiny_model, tiny_prompts
 
 from hf_robust_clip import APT, FARE, PMGAFT, TRADES, FARETrainer, RobustClipTrainer, TeCoA
-from hf_robust_clip.run_identity import (
-    RUN_FILE,
-    data_identity,
-    differences,
-    plain,
-    training_identity,
-    weights_digest,
-)
+from hf_robust_clip.run_identity import data_identity, differences, plain, training_identity, weights_digest
+from hf_robust_clip.training_checkpoints import RUN_FILE, NothingToResume
 
 
 def make(
@@ -175,7 +169,7 @@ def test_a_trainer_goes_on_from_its_own_checkpoint(folder, begun):
 
 
 def test_checkpoints_say_it_and_nothing_else_does(begun, tmp_path):
-    run = json.loads((begun[0] / "checkpoint-2" / RUN_FILE).read_text())
+    run = json.loads((begun[0] / "checkpoint-2" / RUN_FILE).read_text())["run"]
     assert run["method"] == "PMG-AFT"
     assert run["objective"]["alpha"] == 1.0
     assert run["data"]["images"] == 16
@@ -193,6 +187,8 @@ def test_a_checkpoint_that_does_not_say_it_is_refused(text, folder):
     if text is not None:
         file.write_text(text, errors="surrogateescape")
     with pytest.raises(OSError, match=f"checkpoint-2.*{RUN_FILE}"):
+        make(folder).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    with pytest.raises(NothingToResume):
         make(folder).train(resume_from_checkpoint=True)
 
 

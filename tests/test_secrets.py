@@ -157,6 +157,15 @@ def test_help_shows_a_config_without_its_tokens(capsys):
     assert TOKEN not in shown
 
 
+def test_no_settings_show_it(tmp_path):
+    from training_script import arguments
+
+    recipe = read_recipe("pmgaft", parse_arguments(["--config", str(CONFIG), "--training.hub_token", TOKEN]))
+    settings = arguments(tmp_path, hub_token=TOKEN)
+    assert settings.hub_token == recipe.training.hub_token == TOKEN
+    assert not any(TOKEN in text for shown in (settings, recipe) for text in (repr(shown), str(shown)))
+
+
 def test_the_list_of_arguments_forgets_it(monkeypatch):
     words = [
         "x",

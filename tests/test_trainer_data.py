@@ -129,3 +129,55 @@ def test_an_adapter_is_saved_with_the_normalisation_that_it_was_trained_under(tm
         loaded = CLIPForZeroShotClassification.from_pretrained(tmp_path / folder).eval()
         loaded.set_classes(NAMES)
         torch.testing.assert_close(loaded(images).logits.detach(), wanted, rtol=0, atol=1e-4)
+
+
+def test_adapters_that_would_not_be_trained_or_saved_are_refused(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    tiny_model(torch.float32, classes=NAMES).save_pretrained(tmp_path / "base")
+
+    def base():
+        model = CLIPForZeroShotClassification.from_pretrained(tmp_path / "base")
+        model.set_classes(NAMES)
+        return model
+
+    lora, data = (
+        LoraConfig(r=2, target_modules=r".*vision_model.*q_proj", init_lora_weights=False),
+        model_and_data()[1],
+    )
+    made = get_peft_model(base(), lora)
+    made.save_pretrained(tmp_path / "adapter")
+    loaded = CLIPForZeroShotClassification.from_pretrained(tmp_path / "adapter")  # by transformers' door
+    loaded.set_classes(NAMES)
+    frozen = PeftModel.from_pretrained(base(), tmp_path / "adapter")
+    named = get_peft_model(base(), lora, adapter_name="other")
+    two = PeftModel.from_pretrained(base(), tmp_path / "adapter", is_trainable=True)
+    two.load_adapter(tmp_path / "adapter", "two", is_trainable=True)
+    for model, told in (
+        (loaded, "PeftModel"),
+        (made.get_base_model(), "PeftModel"),
+        (frozen, "is_trainable"),
+        (named, "other"),
+        (two, "two"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            TeCoATrainer(model, arguments(tmp_path), train_dataset=data)
+    with pytest.raises(ValueError, match="PeftModel"):
+        TeCoATrainer(loaded, arguments(tmp_path), train_dataset=data, peft_config=lora)
+    again = PeftModel.from_pretrained(base(), tmp_path / "adapter", is_trainable=True)
+    TeCoATrainer(again, arguments(tmp_path), train_dataset=data).train()
+
+
+def test_an_evaluation_without_gradients_warns(tmp_path, caplog):
+    import logging
+
+    model, data = model_and_data()
+    trainer = TeCoATrainer(model, arguments(tmp_path), train_dataset=data, eval_dataset=data)
+    for saturated in (False, True):
+        if saturated:
+            with torch.no_grad():
+                model.logit_scale.fill_(20.0)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "hf_robust_clip"):
+            trainer.evaluate()
+        assert any("blind" in record.message for record in caplog.records) == saturated

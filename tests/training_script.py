@@ -1,6 +1,7 @@
 """Tiny training runs: built here once for the tests, and run as a script where a test needs processes of its own.
 
 python training_script.py kill FOLDER          12 steps, ended by SIGKILL after the tenth
+python training_script.py machines FOLDER      two machines, whose folders are their own; see `machines`
 accelerate launch ... training_script.py ranks FOLDER   every case of CASES; each rank writes what it holds
 """
 
@@ -241,8 +242,60 @@ def ranks(folder):
     Path(f"{place}.json").write_text(json.dumps({"metrics": metrics}))
 
 
+def error_of(work):
+    """Kind and text of the error in which some work ends, or None."""
+    try:
+        work()
+    except (OSError, ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def machines(folder):
+    """What this process, one of two, finds where every machine has folders of its own, case by case."""
+    rank = int(os.environ["RANK"])
+    folder = folder / str(rank)
+    found = {}
+
+    def trainer(case, seed=3, **changes):
+        own = dict(max_steps=4, per_device_train_batch_size=4, save_strategy="steps", save_steps=2, seed=seed)
+        args = arguments(folder / case, **{**own, **changes})
+        return PMGAFTTrainer(tiny_model(), args, None, tiny_data(), tiny_data(7), teacher=tiny_model(seed=5))
+
+    trainer("alone").train()  # the main machine alone has checkpoints
+    found["alone"] = error_of(lambda: trainer("alone").train(resume_from_checkpoint=True))
+    found["wishes"] = error_of(lambda: trainer("alone").train(resume_from_checkpoint=rank == 0))
+    found["settings"] = error_of(lambda: trainer("settings", seed=rank).train())
+    best = dict(load_best_model_at_end=True, metric_for_best_model="loss", eval_strategy="steps", eval_steps=2)
+    found["best"] = error_of(lambda: trainer("best", **best).train())
+    whole = trainer("each", save_on_each_node=True)
+    whole.train()
+    if rank == 1:  # cut short on one machine: both go on from the one before
+        os.truncate(folder / "each" / "checkpoint-4" / "optimizer.pt", 100)
+    expected, found["each"] = state(whole.classifier()), []
+    for _ in range(2):  # the second time nothing is left to train
+        resumed = trainer("each", save_on_each_node=True)
+        resumed.train(resume_from_checkpoint=True)
+        equal = all(torch.equal(tensor, expected[name]) for name, tensor in state(resumed.classifier()).items())
+        found["each"].append([resumed._resumed_from.name, resumed.state.global_step, equal])
+
+    processes, place = resumed.accelerator, folder / "evaluation"
+    report = digits_report("PGD", processes, place)
+    file = place / f"state-{rank}.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[: 3 + rank]))
+    found["evaluation"] = digits_report("PGD", processes, place) == report
+    if rank == 1:
+        file.write_bytes(b"".join([*lines[:2], b"42\n", *lines[2:]]))
+    found["damaged"] = error_of(lambda: digits_report("PGD", processes, place))
+    found["another"] = error_of(lambda: digits_report(("PGD", "AutoAttack")[rank], processes, folder / "another"))
+    (folder / "found.json").write_text(json.dumps(found))
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "kill":
         long_run(sys.argv[2], [Kill()]).train()
+    elif sys.argv[1] == "machines":
+        machines(Path(sys.argv[2]))
     else:
         ranks(Path(sys.argv[2]))

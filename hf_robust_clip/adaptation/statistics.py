@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,16 +20,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
+from ..digests import digest
 from ..modeling import CLIPForZeroShotClassification, resolution_of
+from ..processes import Processes, together
 from ..report import library_versions
 from ..shared_prefix import plain_layer
 from ..storage import check_writable, whole_file
 from ..zero_shot_data.fingerprint import dataset_digest
 from ..zero_shot_data.loading import ImageDataset, collate_images
 from .base import prompts_of
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator, PartialState
 
 FILE = "statistics.safetensors"
 BATCHES_PER_STATE = 50  # after how many batches a resumable collection writes down what it has
@@ -221,7 +220,7 @@ def collect_statistics(
     dataset: ImageDataset | Dataset,
     *,
     batch_size: int,
-    processes: Accelerator | PartialState | None = None,
+    processes: Processes = None,
     state_dir: str | Path | None = None,
     num_workers: int = 0,
     progress: bool = False,
@@ -259,9 +258,9 @@ def collect_statistics(
         record = _record(classifier, dataset, data_id)
         rank, world = (processes.process_index, processes.num_processes) if processes else (0, 1)
         state = None if state_dir is None else _State(Path(state_dir), rank, _state_key(classifier, dataset, world))
-        moments, start = (RunningMoments(), 0) if state is None else state.read(classifier.device)
-        if processes is not None:
-            processes.wait_for_everyone()  # all have read before any writes
+        moments, start = RunningMoments(), 0
+        if state is not None:
+            moments, start = together(lambda: state.read(classifier.device), processes)  # before any writes
         own = range(rank, count, world)[start:]
         loader = DataLoader(
             Subset(dataset, own),
@@ -383,11 +382,21 @@ class _State:
         self.path = folder / f"state-{rank}.safetensors"
 
     def read(self, device: torch.device) -> tuple[RunningMoments, int]:
-        """The moments, and how many of the process's images are in them. Raises ValueError for another's state."""
+        """The moments, and how many of the process's images are in them. Raises ValueError for a damaged file, and for
+        another's state.
+        """
         found = RunningMoments(), 0
         for path in sorted(self.folder.glob("state-*.safetensors")):  # all: so every process refuses, or none
-            tensors, metadata = _read(path)
-            about = json.loads(metadata["state"])
+            try:
+                tensors, metadata = _read(path)
+                text = metadata["state"]
+                if metadata["digest"] != _digest(text, tensors):
+                    raise ValueError("the digest is another")
+            except (OSError, ValueError, KeyError) as error:
+                raise ValueError(
+                    f"{path} is damaged or of another format; delete it, and its images are looked at again."
+                ) from error
+            about = json.loads(text)
             other = [name for name in self.key if about["key"].get(name) != self.key[name]]
             if other:
                 raise ValueError(
@@ -400,9 +409,15 @@ class _State:
         return found
 
     def write(self, moments: RunningMoments, position: int) -> None:
-        about = {"key": self.key, "count": moments.count, "position": position}
+        text = json.dumps({"key": self.key, "count": moments.count, "position": position})
         tensors = {"mean": moments.mean, "squares": moments.squares}
-        _write(self.path, tensors, {"format": "pt", "state": json.dumps(about)})
+        _write(self.path, tensors, {"format": "pt", "state": text, "digest": _digest(text, tensors)})
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of a text and all bytes of some tensors."""
+    parts = [tensors[name].detach().cpu().contiguous().numpy().tobytes() for name in sorted(tensors)]
+    return digest(b"".join([text.encode(), *parts]))
 
 
 def _file(path: str | Path) -> Path:

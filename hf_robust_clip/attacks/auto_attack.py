@@ -16,7 +16,7 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor
 
-from ..checks import check_logits, checked_labels
+from ..checks import Blindness, check_logits, checked_labels
 from ..threat_model import ThreatModel
 from .apgd import APGDSettings, apgd, apgd_targeted
 from .losses import cross_entropy, cw_margin, dlr
@@ -145,7 +145,8 @@ def auto_attack(
         logits_BC = torch.cat([logits_fn(images) for images in found_BCHW.split(batch_size)])
     check_logits(logits_BC)
     labels_B = checked_labels(labels_B, *logits_BC.shape).to(images_BCHW.device)
-    victim = Victim(logits_fn, fast_logits_fn, seed=seed)
+    blindness = Blindness()
+    victim = Victim(logits_fn, fast_logits_fn, seed=seed, on_gradient=blindness)
     rows = (logits_BC.argmax(dim=1) == labels_B).nonzero().squeeze(1)
     left = {"clean": len(rows) / len(labels_B)}
     for name, member in suite.members(logits_BC.shape[1]).items():
@@ -156,6 +157,7 @@ def auto_attack(
             standing.append(batch[stands_B])
         rows = torch.cat(standing) if standing else rows
         left[name] = len(rows) / len(labels_B)
+    blindness.warn("auto_attack")
     return found_BCHW, left
 
 
@@ -230,7 +232,12 @@ def _authors_code(attack, victim: Victim, images: Tensor, labels: Tensor, tm: Th
         return images.clone()
 
     def in_float32(logits_fn: LogitsFn, some: Tensor, own: Tensor) -> Tensor:
-        adv = attack(lambda pixels: logits_fn(pixels.to(some.dtype)).float(), some.float(), own).detach()
+        def watched(pixels: Tensor) -> Tensor:
+            if pixels.requires_grad and victim.on_gradient is not None:
+                pixels.register_hook(victim.on_gradient)
+            return logits_fn(pixels.to(some.dtype)).float()
+
+        adv = attack(watched, some.float(), own).detach()
         return torch.where(adv == some.float(), some, adv.to(some.dtype))
 
     devices = [images.device] if images.device.type == "cuda" else []

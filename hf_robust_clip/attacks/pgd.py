@@ -15,13 +15,14 @@ LossFn = Callable[[Tensor], Tensor]
 LogitsFn = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [0, 1] to logits (B, classes)
 ClassificationLoss = Callable[[Tensor, Tensor], Tensor]  # logits and labels to one value per image, to be maximised
 OnGradient = Callable[[Tensor], None]
+LONGEST = 1000.0  # a step further than any two images lie apart, of which rounding would leave nothing
 
 
 @dataclass(frozen=True)
 class PGDSettings:
     """How PGD walks. `step_size` is in pixel units of [0, 1] (float or fraction such as `"1/255"`).
 
-    Raises ValueError for fewer than one step or a step size that is not positive.
+    Raises ValueError for fewer than one step or a step size that is not positive, or beyond 1000.
     """
 
     num_steps: int
@@ -35,6 +36,8 @@ class PGDSettings:
         step_size = parse_radius(self.step_size, "step_size")
         if step_size == 0:
             raise ValueError("step_size=0 never moves an image; give a positive step such as '1/255'.")
+        if step_size > LONGEST:
+            raise ValueError(f"step_size={step_size:g} leaves every image; steps are in units of [0, 1].")
         object.__setattr__(self, "step_size", step_size)
 
 

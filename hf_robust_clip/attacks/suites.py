@@ -33,7 +33,7 @@ class Victim:
         fast_logits_fn: a cheaper, less exact one for gradients and queries (bfloat16, say); None uses `logits_fn`.
         deterministic: False if the same image may get different logits.
         seed: of all that attacks draw.
-        on_gradient: called with each gradient that APGD and PGD take.
+        on_gradient: called with each gradient that PGD, APGD and FAB take.
         to_the_end: PGD takes all its steps and gives the iterate of highest loss, whatever the classifier says of it:
             for images that are then shown to another classifier.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ def check_classes(
     """The names and templates as tuples; raises ValueError if they can't label anything."""
     if isinstance(class_names, str):
         raise ValueError(f"class_names={class_names!r} is one text; give a list of names.")
+    if isinstance(class_names, Mapping | Set):
+        raise ValueError(f"class_names is a {type(class_names).__name__}; give a list of names, in label order.")
     names = tuple(class_names)
     templates = (template,) if isinstance(template, str) else tuple(template)
     if not names:

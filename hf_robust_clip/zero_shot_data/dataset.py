@@ -18,6 +18,7 @@ from ..checks import checked_images, checked_labels
 from ..modeling import check_classes
 from ..pictures import check_resize, checked_colour, model_side, to_pixels, to_rgb
 from .errors import DatasetError, one_line
+from .rows import open_stored
 
 
 @dataclass
@@ -29,7 +30,7 @@ class ImageDataset(Dataset):
     naming its row.
 
     Args:
-        rows: a `datasets.Dataset` with an image and a label column.
+        rows: a `datasets.Dataset` with an image and a label column; they are kept with their pictures undecoded.
         processor: prepares the pictures (without normalising them: that is inside the model).
         class_names: in label order.
         dataset_id, revision, split: for reports.
@@ -63,6 +64,9 @@ class ImageDataset(Dataset):
 
     def __post_init__(self) -> None:
         self.background = checked_colour(self.background)
+        as_stored = datasets.Image(decode=False)
+        if self.rows.features.get(self.image_column, as_stored) != as_stored:
+            self.rows = self.rows.cast_column(self.image_column, as_stored)
         if self.resize is not None and not self.augment:
             check_resize(self.resize, self.attack_resolution, model_side(self.processor))
 
@@ -92,7 +96,8 @@ class ImageDataset(Dataset):
         key = "picture" if self.augment else "pixel_values"
         return [{key: x, "labels": label} for x, label in zip(pixels, labels, strict=True)]
 
-    def _prepared(self, pictures: Sequence[Any]) -> Sequence[Tensor] | Tensor:
+    def _prepared(self, stored: Sequence[Any]) -> Sequence[Tensor] | Tensor:
+        pictures = [open_stored(picture) for picture in stored]
         if self.augment:
             whole = [np.array(to_rgb(picture, self.background)) for picture in pictures]
             return [torch.from_numpy(array_HWC).permute(2, 0, 1).contiguous() for array_HWC in whole]
@@ -165,12 +170,16 @@ class ImageDataset(Dataset):
     def _fault(self, indices: Sequence[int], error: Exception) -> str:
         """Which of some rows can't be read, and why."""
         for index in indices:
+            what, mend = "read", "replace the file or leave the row out"
             try:
-                self._prepared([self.rows[int(index)][self.image_column]])
+                stored = self.rows[int(index)][self.image_column]
+                to_rgb(open_stored(stored), self.background)
+                what, mend = "prepared", "correct the settings of the image processor, or leave the row out"
+                self._prepared([stored])
             except Exception as of_row:
                 return (
-                    f"{self._place(index)}: the picture in column {self.image_column!r} can't be read "
-                    f"({one_line(of_row)}); replace the file or leave the row out."
+                    f"{self._place(index)}: the picture in column {self.image_column!r} can't be {what} "
+                    f"({one_line(of_row)}); {mend}."
                 )
             label = self.rows.select_columns([self.label_column])[int(index)][self.label_column]
             try:
@@ -190,11 +199,11 @@ class ImageDataset(Dataset):
 
 
 def collate_images(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Collect examples into a batch: `{"pixel_values": (B, 3, H, W), "labels": (B,)}`, labels if all have them.
+    """Collect examples into a batch: `{"pixel_values": (B, 3, H, W), "labels": (B,)}`, without labels if none has any.
 
     Whole pictures (`ImageDataset.augment`) stay a list of B tensors (3, H, W), `"pictures"`, in place of pixel_values.
     Raises DatasetError, a ValueError, for pixels outside [0, 1], for images of unequal size, whole pictures among
-    prepared ones, and examples without pixels.
+    prepared ones, examples with labels among others, and those without pixels.
     """
     try:
         return _collated(examples)
@@ -210,6 +219,16 @@ def _collated(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 f"an example has no pixel_values but {held}; image_dataset(rows, model.processor) or "
                 "load_image_dataset makes a dataset that has."
             )
+        key, kind = ("picture", "uint8") if "picture" in example else ("pixel_values", "float")
+        if not isinstance(example[key], Tensor) or example[key].dim() != 3:
+            shape = getattr(example[key], "shape", None)
+            of = "" if shape is None else f" of shape {tuple(shape)}"
+            raise ValueError(
+                f"{key} of an example is a {type(example[key]).__name__}{of}; give a {kind} tensor (3, H, W)."
+            )
+    labelled = sum("labels" in example for example in examples)
+    if 0 < labelled < len(examples):
+        raise ValueError(f"{labelled} of {len(examples)} examples of a batch have labels; give all of them, or none.")
     whole = sum("picture" in example for example in examples)
     if 0 < whole < len(examples):
         raise ValueError(
@@ -227,6 +246,6 @@ def _collated(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
             )
         pixels_BCHW = torch.stack([example["pixel_values"] for example in examples])
         batch = {"pixel_values": checked_images(pixels_BCHW, "pixel_values")}
-    if all("labels" in example for example in examples):
+    if labelled:
         batch["labels"] = checked_labels([np.asarray(example["labels"]) for example in examples])
     return batch

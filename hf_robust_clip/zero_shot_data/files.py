@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -17,17 +21,26 @@ from huggingface_hub import DatasetCard
 from pyarrow.parquet import read_metadata
 
 from .errors import DatasetError, one_line
+from .specs import words_of
 
 TABLES = (".parquet", ".arrow", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".tar", ".zip", ".gz", ".tgz", ".h5")
 READ = tuple(ImageFolder.EXTENSIONS)
 PICTURES = (*READ, ".avif", ".heic", ".heif", ".jxl")
+DOCUMENTS = re.compile(  # that may lie among pictures without being any
+    r"(readme|licen[cs]e|copying|notice|\.ds_store|thumbs\.db|\._.*)"
+    r"|.*\.(md|txt|rst|html?|pdf|json|jsonl|csv|tsv|xml|ya?ml|ini|log|py|sh|ipynb)",
+    re.IGNORECASE,
+)
+SYSTEM_FOLDERS = (".git", ".cache", ".huggingface", ".ipynb_checkpoints", "__pycache__", "__MACOSX")
+ENDS = 2**16  # bytes at the beginning and end of a file by which a changed one is known
 ALIASES = {  # folders that `datasets` reads as a split, where their names hold such a word
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-PART_OF_TOTAL = re.compile(r"(.*?)[-_.]?(\d+)[-_]of[-_](\d+)(?:-[0-9a-f]{6,})?((?:\.\w+)+)")
-NUMBERED = re.compile(r"(.*?)(\d+)(?:-[0-9a-f]{8,})?((?:\.\w+)+)")
+PART_OF_TOTAL = re.compile(r"(.*?)[-_. (]*(\d+)[-_. ]*of[-_. ]*(\d+)\)?(?:-[0-9a-f]{6,})?((?:\.\w+)+)", re.IGNORECASE)
+UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?:-c\d{3})?"
+NUMBERED = re.compile(rf"(.*?)(\d+)(?:-(?:{UUID}|[0-9a-f]{{8,}}))?((?:\.\w+)+)")
 
 
 def folder_rows(
@@ -40,9 +53,9 @@ def folder_rows(
         split: names of splits joined by `+`, parts of them like `train[:10]`.
         config: a configuration that README.md declares, or the name of a folder in it that holds one.
 
-    Raises ValueError for a split that isn't there; DatasetError for files of several configurations, a set of numbered
-    files that isn't whole, pictures that `datasets` would put into two splits or none, and another number of rows than
-    README.md says.
+    Raises ValueError for a split that isn't there; DatasetError for files of several configurations or names, a set of
+    numbered files that isn't whole, pictures that `datasets` would put into two splits or none, files among them that
+    nobody reads, and another number of rows than README.md says.
     """
     parts = list(dict.fromkeys(part.partition("[")[0] for part in split.split("+")))
     card = _read_card(folder)
@@ -64,11 +77,28 @@ def folder_rows(
         if not declared:
             _check_one_configuration(files.get(part, ()), part, pictures, card, name)
             _check_other_splits(files.get(part, ()), part, pictures, name)
-    if streaming:
-        return builder.as_streaming_dataset(split=split)
-    builder.download_and_prepare(verification_mode="no_checks")
-    _check_counts(builder.info.splits, parts, card.counts(config), name)
-    return builder.as_dataset(split=split)
+        _check_named_alike(files.get(part, ()), part, folder, declared, card, name)
+    described = pictures and any(path.name in ImageFolder.METADATA_FILENAMES for path in chain(*files.values()))
+    if not streaming:
+        changes = _digest(chain(*builder.config.data_files.values()))
+        builder.download_and_prepare(output_dir=f"{builder.cache_dir}-{changes}", verification_mode="no_checks")
+        _check_counts(builder.info.splits, parts, card.counts(config), name)
+    read = builder.as_streaming_dataset if streaming else builder.as_dataset
+    for part in parts if described else ():
+        _check_all_named(read(split=part), files.get(part, ()), folder, name)
+    return read(split=split)
+
+
+def _digest(paths: Iterable[str]) -> str:
+    """Changes with the size and both ends of every table here; the rows that `datasets` keeps know its date alone."""
+    found = blake2b(digest_size=8)
+    for path in map(Path, paths):
+        if path.name.lower().endswith(TABLES) and path.is_file():
+            with path.open("rb") as file:
+                size, head = path.stat().st_size, file.read(ENDS)
+                file.seek(max(0, size - ENDS))
+                found.update(repr((size, head, file.read())).encode())
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -122,7 +152,7 @@ def _builder(
     folder: Path, parts: Sequence[str], config: str | None, card: _Card, name: str
 ) -> tuple[Path, datasets.DatasetBuilder, bool]:
     """What reads a folder, or one in it: README.md's configuration, parquet files named by their split, pictures in
-    <split>/<class>/, or whatever `datasets` finds; and whether README.md says which files these are.
+    <split>/<class>/, or whatever `datasets` finds; and whether README.md or state.json says which files these are.
     """
     if config in card.configs:
         try:
@@ -132,8 +162,11 @@ def _builder(
                 raise
     if config is not None:
         folder = _folder_of(config, folder, card, name)
-    parquet = {part: _parquet_files(folder, part, name) for part in parts}
+    if saved := _saved_files(folder):
+        return folder, datasets.load_dataset_builder("arrow", data_files=saved), True
+    parquet = {part: _parquet_files(folder, part) for part in parts}
     if all(parquet.values()):
+        _check_no_pictures(folder, parquet, name)
         return folder, datasets.load_dataset_builder("parquet", data_files=parquet), False
     splits = {} if card.configs else _splits_of_pictures(folder)
     if set(parts) <= splits.keys():
@@ -141,49 +174,83 @@ def _builder(
     return folder, datasets.load_dataset_builder(str(folder)), bool(card.configs) and config is None
 
 
-def _parquet_files(folder: Path, part: str, name: str) -> list[str]:
-    named = (Path(root, file) for root, _, files in _walk(folder) for file in files if file.startswith(f"{part}-"))
-    found = sorted(path for path in named if path.suffix == ".parquet")
-    prefixes = sorted({_prefix(path.name) for path in found})
-    if len(prefixes) > 1 and any(prefix.startswith(f"{part}-") for prefix in prefixes):
-        raise DatasetError(
-            f"files of split {part!r} of dataset {name!r} go by several names: {prefixes}; keep one kind."
-        )
-    return [str(path) for path in found]
+def _saved_files(folder: Path) -> dict[str, list[str]]:
+    """By split, the files of a dataset that `save_to_disk` wrote: `map` and `filter` leave others beside them."""
+    found = {}
+    for file in (*folder.glob("state.json"), *folder.glob("*/state.json")):
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(state, dict) and "_data_files" in state:
+            split = (state.get("_split") or "train").partition("[")[0] if file.parent == folder else file.parent.name
+            found[split] = [str(file.parent / PurePath(part["filename"]).name) for part in state["_data_files"]]
+    return found
 
 
-def _prefix(file: str) -> str:
-    match = PART_OF_TOTAL.fullmatch(file) or NUMBERED.fullmatch(file)
-    return (match[1] if match else PurePath(file).stem).rstrip("-_.")
+def _parquet_files(folder: Path, part: str) -> list[str]:
+    every = (Path(root, file) for root, _, files in _walk(folder) for file in files if file.endswith(".parquet"))
+    return sorted(str(path) for path in every if _prefix(path) == part)
 
 
-def _splits_of_pictures(folder: Path) -> dict[str, str]:
+def _check_no_pictures(folder: Path, parquet: Mapping[str, Sequence[str]], name: str) -> None:
+    """Raise DatasetError where parquet files and a folder of pictures both are called as a split."""
+    for part, files in parquet.items():
+        if any(file.lower().endswith(READ) for _, _, names in _walk(folder / part) for file in names):
+            raise DatasetError(
+                f"file {str(_relative(files[0], folder))!r} and the pictures in folder {part!r} of dataset {name!r} "
+                f"could both be split {part!r}; move one elsewhere."
+            )
+
+
+def _prefix(file: PurePath) -> str:
+    return _kind(file)[0].rstrip("-_. ")
+
+
+def _kind(file: PurePath) -> tuple[str, str]:
+    """What the files of one set share: the name before their numbers, and how they are numbered. A version (`v2`) and
+    the number of a copy (`(2)`) are of the name.
+    """
+    if match := PART_OF_TOTAL.fullmatch(file.name):
+        return match[1], "of"
+    match = NUMBERED.fullmatch(file.name)
+    if match and not re.search(r"(^|[-_. ])v$", match[1], re.IGNORECASE):
+        return match[1], "number"
+    return file.stem, ""
+
+
+def _splits_of_pictures(folder: Path) -> dict[str, list[str]]:
     """Patterns of the splits of a folder of <split>/<class>/<picture>; none if it holds anything else.
 
-    `datasets` would take class folders such as train_station for a split of that name.
+    `datasets` would take class folders such as train_station for a split of that name, and leave out what links to
+    another folder of the dataset.
     """
+    links: list[PurePath] = []
     depths: dict[str, set[int]] = {}
     for root, _, files in _walk(folder):
         place = Path(root).relative_to(folder).parts
+        if place and os.path.islink(root) and Path(root).resolve().is_relative_to(folder.resolve()):
+            links.append(PurePath(*place))
         if any(file.startswith("metadata.") or (place and file.lower().endswith(TABLES)) for file in files):
             return {}
         if place and any(file.lower().endswith(PICTURES) for file in files):
             depths.setdefault(place[0], set()).add(len(place))
-    return {top: f"{top}/**" for top, levels in depths.items() if min(levels) > 1 and re.fullmatch(r"\w+", top)}
+    return {
+        top: [f"{top}/**", *(f"{glob.escape(str(link))}/**" for link in links if link.parts[0] == top != str(link))]
+        for top, levels in depths.items()
+        if min(levels) > 1 and re.fullmatch(r"\w+", top)
+    }
 
 
-def _walk(folder: Path) -> Iterable[tuple[str, list[str], list[str]]]:
-    """`os.walk` through links, without what is hidden, and not in circles."""
+def _walk(folder: Path, hidden: bool = False) -> Iterable[tuple[str, list[str], list[str]]]:
+    """`os.walk` through links, without what is hidden (but for that of systems if `hidden`), and not in circles."""
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(
             name
             for name in folders
-            if not name.startswith((".", "__"))
+            if not name.startswith(SYSTEM_FOLDERS if hidden else (".", "__"))
             and not (
                 os.path.islink(Path(root, name)) and Path(root).resolve().is_relative_to(Path(root, name).resolve())
             )
         )
-        yield root, folders, [name for name in files if not name.startswith(".")]
+        yield root, folders, [name for name in files if hidden or not name.startswith(".")]
 
 
 def _relative(path: str, folder: Path) -> PurePath:
@@ -215,12 +282,14 @@ def _check_whole(files: Iterable[PurePath], name: str) -> None:
         if len(totals) > 1:
             raise DatasetError(f"{what} are of several sets, of {totals} files; remove what is left of the others.")
         present = Counter(number for number, _ in numbers)
-        missing = sorted(set(range(totals[0])) - present.keys())
+        first = int(totals[0] in present and 0 not in present)
+        missing = sorted(set(range(first, first + totals[0])) - present.keys())
         if missing:
             raise DatasetError(f"{what} lack number {missing[0]} of {totals[0]} ({len(missing)} missing); add them.")
         if len(numbers) > totals[0]:
-            twice = next(number for number, count in present.items() if count > 1)
-            raise DatasetError(f"{what} have number {twice} twice; remove what is left of an older set.")
+            twice = [number for number, count in present.items() if count > 1]
+            number = f"number {twice[0]} twice" if twice else f"{len(numbers)} numbers"
+            raise DatasetError(f"{what} have {number} for {totals[0]} files; remove what is left of an older set.")
     for (parent, prefix, ending), texts in rows.items():
         present_rows = {int(text) for text in texts}
         counted = min(present_rows) <= 1 or any(text[0] == "0" for text in texts)  # no years
@@ -243,6 +312,70 @@ def _check_one_configuration(files: Iterable[PurePath], part: str, pictures: boo
         )
 
 
+def _check_named_alike(
+    files: Iterable[PurePath], part: str, folder: Path, declared: bool, card: _Card, name: str
+) -> None:
+    """Raise DatasetError unless the tables of a split lie in one folder, called alike but for their numbers, and no
+    other of this ending says that it is of the split, nor any parquet or arrow beside them. What README.md declares
+    may have any name, but where one is called as the split all are.
+    """
+    tables = (file for file in files if file.name.lower().endswith(TABLES))
+    read = [file for file in tables if file.name not in ImageFolder.METADATA_FILENAMES]
+    if not read or (declared and all(_prefix(file) != part for file in read)):
+        return
+    found = list({(file.parent, _kind(file)): file for file in read}.values())
+    endings, folders = {file.suffix for file in read}, {file.parent for file in read}
+    others = {split for rows in card.rows.values() for split in rows} - {part}
+    for root, _, names in _walk(folder) if not declared else ():
+        left = (PurePath(root, file).relative_to(folder) for file in names)
+        found += [
+            file
+            for file in left
+            if (file.suffix in endings or (file.parent in folders and file.suffix in (".parquet", ".arrow")))
+            and file not in read
+            and _says(file, part)
+            and _prefix(file) not in others
+        ]
+    if len(found) > 1:
+        raise DatasetError(
+            f"files {str(found[0])!r} and {str(found[1])!r} of dataset {name!r} could both be split {part!r}; move "
+            "one elsewhere, or name them as parts of one set, by numbers."
+        )
+
+
+def _says(file: PurePath, part: str) -> bool:
+    """Whether the name of a file, or where it tells no split those of its folders, says that it is of a split."""
+    if re.search(r"\d", part):  # fold1 and fold2 are two
+        return part.casefold() in file.stem.casefold()
+    own, above = words_of(file.stem), {word for folder in file.parts[:-1] for word in words_of(folder)}
+    known = {word for words in ALIASES.values() for word in words}
+    return words_of(part) <= (own if own & known else own | above)
+
+
+def _check_all_named(
+    rows: datasets.Dataset | datasets.IterableDataset, files: Iterable[PurePath], folder: Path, name: str
+) -> None:
+    """Raise DatasetError for pictures that the metadata file beside them doesn't name, which `datasets` leaves out, or
+    names twice.
+    """
+    columns = [column for column, feature in (rows.features or {}).items() if isinstance(feature, datasets.Image)]
+    for column in columns:
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    paths = [[row[column] and row[column]["path"] for column in columns] for row in rows.select_columns(columns)]
+    twice = next((row for row, count in Counter(map(tuple, paths)).items() if count > 1), None)
+    if twice:
+        raise DatasetError(
+            f"picture {twice[0]!r} of dataset {name!r} is named twice in its metadata file; keep one row."
+        )
+    named = {_relative(path, folder) for row in paths for path in row if path}
+    left = sorted({file for file in files if file.name.lower().endswith(READ)} - named)
+    if left:
+        raise DatasetError(
+            f"{len(left)} pictures of dataset {name!r}, such as {str(left[0])!r}, are not named in its metadata file; "
+            "add their rows, or move them elsewhere."
+        )
+
+
 def _check_other_splits(files: Iterable[PurePath], part: str, pictures: bool, name: str) -> None:
     """Raise DatasetError for files of a split whose names say another: `datasets` doesn't know Test from train."""
     others = {word for split, words in ALIASES.items() if part not in words for word in words}
@@ -252,10 +385,9 @@ def _check_other_splits(files: Iterable[PurePath], part: str, pictures: bool, na
         if not pictures:
             words |= set(re.split(r"[\W\d_]+", file.name.partition(".")[0].casefold()))
         if words & others:
-            raise DatasetError(
-                f"file {str(file)!r} of dataset {name!r} would be read as a part of split {part!r}; write "
-                f"{sorted(words & others)[0]!r} in small letters, or name it otherwise."
-            )
+            word = sorted(words & others)[0]
+            mend = "name it after one split" if word in str(file) else f"write {word!r} in small letters"
+            raise DatasetError(f"file {str(file)!r} of dataset {name!r} would be read as split {part!r}; {mend}.")
 
 
 def _owner(folders: Sequence[str], part: str, pictures: bool) -> str:
@@ -268,7 +400,7 @@ def _owner(folders: Sequence[str], part: str, pictures: bool) -> str:
 
 
 def _check_pictures(folder: Path, files: Mapping[str, Iterable[PurePath]], name: str) -> None:
-    """Raise DatasetError for pictures in two splits, and for those in folders of classes that are in none."""
+    """Raise DatasetError for pictures in two splits, and for files in folders of classes that are in none."""
     places = Counter(path for paths in files.values() for path in paths if path.name.lower().endswith(READ))
     twice = [path for path, count in places.items() if count > 1]
     if twice:
@@ -277,15 +409,30 @@ def _check_pictures(folder: Path, files: Mapping[str, Iterable[PurePath]], name:
             "names of its folders; put the pictures into <split>/<class>/."
         )
     tops = {path.parts[0] for path in places if len(path.parts) > 1} if _is_split_in_folders(folder, files) else None
-    for root, _, names in _walk(folder):
+    read = {path for paths in files.values() for path in paths if path.name.lower().endswith((*READ, *TABLES))}
+    classes = {path.parent.name for path in read}
+    for root, folders, names in _walk(folder, hidden=True):
         place = PurePath(Path(root).relative_to(folder))
         if not place.parts or (tops is not None and place.parts[0] not in tops):
             continue
-        left = [n for n in names if n.lower().endswith(PICTURES) and place / n not in places]
+        hidden = any(part.startswith((".", "__")) for part in place.parts)
+        left = [
+            n
+            for n in sorted(names)
+            if place / n not in read
+            and not DOCUMENTS.fullmatch(n)
+            and (n.lower().endswith(PICTURES) or not (hidden or n.startswith(".")))
+        ]
+        if not folders and not names and place.name not in classes and not hidden:
+            raise DatasetError(
+                f"folder {str(place)!r} of dataset {name!r} is empty and would be no class; add its pictures, or "
+                "remove it."
+            )
         if left:
             raise DatasetError(
-                f"picture {str(place / left[0])!r} of dataset {name!r} is in none of its splits {sorted(files)}; put "
-                "the pictures into <split>/<class>/, in a kind that 'datasets' reads, without links."
+                f"file {str(place / left[0])!r} of dataset {name!r} is in none of its splits {[*map(str, files)]}; "
+                "put pictures into <split>/<class>/, in a kind that 'datasets' reads, without links and hidden names; "
+                "move other files elsewhere."
             )
 
 

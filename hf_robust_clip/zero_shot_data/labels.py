@@ -29,6 +29,14 @@ GENERIC = (
 )
 HEADINGS = ("class", "classes", "classname", "classnames", "name", "names", "label", "labels", "category",
             "categories", "id", "ids", "wnid", "synset", "index")  # fmt: skip
+HASH = r"(?=.*\d)[0-9a-f]{8,}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+ID = re.compile(
+    rf"{WORDNET_ID}|[+-]?\d+(\.\d+)?|({GENERIC})([\W_]*\d+|[\W_]+[a-z])|{HASH}", re.IGNORECASE
+)  # on its own
+ID_BEFORE_NAME = re.compile(
+    rf"({WORDNET_ID}|({GENERIC})[\W_]*\d+|\d+|[a-z](?=\)))([\s,;:.)\]]+\S|[\W_]+[^\W\d_])", re.IGNORECASE
+)
+COMMENT = re.compile(r"#|//|--|;|%|<|/\*")
 SHOWN = 3  # of labels or names, in messages
 
 
@@ -38,11 +46,13 @@ def read_labels(
     """The class names, and the index among them of each of the dataset's labels; None where labels are indices.
 
     Names given over labels that are named already (class folders, `ClassLabel`, texts) are matched with these by
-    letters and digits. Only if none of them is among the labels, and there are equally many, do they stand for the
-    labels in their order. A mapping translates the dataset's own labels.
+    letters and digits. Only if all labels are ids, none of the names is among them, and there are equally many, do
+    they stand for the labels in their order. A mapping translates the dataset's own labels; one from 0 .. n - 1, none
+    of which is a label, is a list; one {name: number} is turned round.
 
     Args:
         class_names: a list, a mapping {own label: name}, or a key of `class_names.json`; None takes the dataset's own.
+            Ids among them, but for plain numbers, are warned of.
         name: of the dataset, for errors.
 
     Raises ValueError for a missing label, one that is neither a whole number nor a text, one without a name, names
@@ -53,13 +63,16 @@ def read_labels(
         raise ValueError(f"column {column!r} of dataset {name!r} holds no labels but {feature}.")
     values = _distinct(rows, column, name)
     own = getattr(feature, "names", None)
-    given = None if class_names is None else _given(class_names)
+    given = None if class_names is None else _given(class_names, own or values)
+    _warn_of_ids(given or ())
     if own is not None:
         names, order = _over_own_labels(own, given, name)
         _check_range(values, own, column, name)
         return names, None if order == list(range(len(own))) else dict(enumerate(order))
     if given is None:
-        raise ValueError(f"dataset {name!r} doesn't name its classes; give class_names in label order.")
+        texts = [value for value in values if isinstance(value, str)]
+        how = f"that hold its labels {texts[:SHOWN]}, in any order" if texts else "in label order"
+        raise ValueError(f"dataset {name!r} doesn't name its classes; give class_names {how}.")
     keys, values_of_keys = (list(given), list(given.values())) if isinstance(given, dict) else (given, given)
     checked, _ = check_classes(values_of_keys, "{}")
     if not isinstance(given, dict) and not any(isinstance(value, str) for value in values):
@@ -70,8 +83,9 @@ def read_labels(
     return checked, {value: index[str(value)] for value in values}
 
 
-def _given(class_names: Sequence[str] | Mapping[Any, str] | str) -> list[str] | dict[str, str]:
-    """Names as a list, or as a mapping from texts."""
+def _given(class_names: Sequence[str] | Mapping[Any, str] | str, labels: Sequence[Any]) -> list[str] | dict[str, str]:
+    """Names as a list, or as a mapping from texts; a list becomes one where the labels are the texts 0 .. n - 1."""
+    texts = [label for label in labels if isinstance(label, str)]
     if isinstance(class_names, str):
         if class_names not in specs.class_name_keys():
             raise ValueError(
@@ -83,15 +97,49 @@ def _given(class_names: Sequence[str] | Mapping[Any, str] | str) -> list[str] | 
         mapping = {str(label): name for label, name in class_names.items()}
         if len(mapping) < len(class_names):
             raise ValueError("class_names has a label twice, as a number and as a text; keep one.")
-        return mapping
+        upright = _upright(mapping)
+        order = [str(i) for i in range(len(upright))]
+        if isinstance(upright, list) or upright.keys() != set(order) or _match(texts, order):
+            return upright
+        return [upright[label] for label in order]
     if isinstance(class_names, set | frozenset):
         raise ValueError("class_names is a set, which has no order; give a list, or a mapping {label: name}.")
-    return list(class_names)
+    names = list(class_names)
+    spelled = {int(label): label for label in texts if label.isdecimal()}
+    if spelled.keys() == set(range(len(names))) and len(spelled) == len(texts) and not set(texts) & set(names):
+        return {spelled[i]: name for i, name in enumerate(names)}
+    return names
+
+
+def _upright(mapping: Mapping[str, Any]) -> dict[str, Any] | list[str]:
+    """A mapping {label: name}; of one that is the other way round, {name: number}, the names by their numbers.
+
+    Raises ValueError for one from names to ids.
+    """
+    values = [str(value) for value in mapping.values() if type(value) in (int, str)]
+    ids = sum(ID.fullmatch(value.strip()) is not None for value in values)
+    if not mapping or ids < len(mapping) or all(ID.fullmatch(label.strip()) for label in mapping):
+        return dict(mapping)
+    numbers = {int(value): label for value, label in zip(values, mapping, strict=True) if value.strip().isdecimal()}
+    if numbers.keys() != set(range(len(mapping))):
+        label, value = next(iter(mapping.items()))
+        raise ValueError(
+            f"class_names has the id {value!r} as the name of {label!r}; turn it round to {{label: name}}."
+        )
+    logger.warning("class_names is taken as {name: number}: 0 is %r, ...", numbers[0])
+    return [numbers[i].strip() for i in range(len(numbers))]
+
+
+def _warn_of_ids(given: Sequence[str] | Mapping[str, str]) -> None:
+    names = given.values() if isinstance(given, Mapping) else given
+    ids = [name for name in names if isinstance(name, str) and ID.fullmatch(name.strip()) and not name.isdecimal()]
+    if ids:
+        logger.warning("class_names has %r, an id, which prompts will say as it is; give names.", ids[0])
 
 
 def names_of_spec(spec: DatasetSpec, feature: Any, class_names: ClassNames) -> ClassNames:
     """The names of a known dataset for its labels as they are stored, where none are given; as a mapping from labels
-    wherever these have names or are not 0, 1, ...; names given are taken in the order of its own labels.
+    wherever these have names or are not 0, 1, ...; names given over plain labels are taken in the order of our own.
     """
     own, keys = getattr(feature, "names", None), spec.label_keys()
     if class_names is None and own is not None:
@@ -202,7 +250,9 @@ def _check_all_known(labels: Sequence[str], index: Mapping[str, int], names: Seq
 
 
 def _check_in_order(own: Sequence[str], names: Sequence[str], name: str) -> None:
-    """Raise ValueError unless names that are none of the labels can stand for them one by one; say how they do."""
+    """Raise ValueError unless names that are none of the labels can stand for these one by one, as they are ids in the
+    order of their numbers; say how they do.
+    """
     if len(names) != len(own):
         more, less = (names, own) if len(names) > len(own) else (own, names)
         odd = "name" if more is names else "label"
@@ -214,6 +264,12 @@ def _check_in_order(own: Sequence[str], names: Sequence[str], name: str) -> None
         raise ValueError(
             f"the labels of dataset {name!r} are not sorted as numbers ({', '.join(own[:SHOWN])}, ...), so that the "
             "order of class_names is not theirs; give a mapping {label: name}."
+        )
+    if not all(ID.fullmatch(label.strip()) for label in own) and len({_without_numbers(label) for label in own}) > 1:
+        lines = ", ".join(f"{label!r}: '...'" for label in own[:2])
+        raise ValueError(
+            f"none of the labels of dataset {name!r} is among class_names, whose order may be another; give "
+            f"a mapping {{label: name}}: {{{lines}, ...}}."
         )
     pairs = ", ".join(f"{label!r} is {given!r}" for label, given in zip(own[:SHOWN], names, strict=False))
     logger.warning("class_names are taken in the order of the labels of dataset %r: %s, ...", name, pairs)
@@ -233,10 +289,9 @@ def _in_natural_order(labels: Sequence[str]) -> bool:
 
 def _check_readable(labels: Sequence[str], name: str) -> None:
     """Raise ValueError if labels are ids, of which a text encoder knows nothing."""
-    bare = {re.sub(r"[\s\d_\-.,:;/#()]+", "", label).casefold() for label in labels}
+    bare = {_without_numbers(label) for label in labels}
     numbered = all(re.match(r"\d+[\s_.\-]+[^\W\d_]", label) for label in labels)
-    one = rf"({WORDNET_ID}([\W_].*)?|[+-]?\d+(\.\d+)?|({GENERIC})[\W_]*\d+)"
-    ids = [label for label in labels if re.fullmatch(one, label.strip(), re.IGNORECASE)]
+    ids = [label for label in labels if ID.fullmatch(label.strip()) or re.match(rf"{WORDNET_ID}[\W_]", label.strip())]
     if not ids and (len(labels) < 2 or not (len(bare) == 1 or numbered)):
         return
     tables = [
@@ -250,6 +305,10 @@ def _check_readable(labels: Sequence[str], name: str) -> None:
         f"dataset {name!r} names a class {(ids or labels)[0]!r}, which is an id and no name; give class_names: a "
         f"mapping {{label: name}}, or a list in label order{ours}."
     )
+
+
+def _without_numbers(label: str) -> str:
+    return re.sub(r"[\s\d_\-.,:;/#()]+", "", label).casefold()
 
 
 def class_names_of(text: str) -> list[str] | dict[str, str]:
@@ -267,7 +326,8 @@ def class_names_of(text: str) -> list[str] | dict[str, str]:
 def read_class_names(path: str | Path) -> list[str] | dict[str, str]:
     """Class names of a UTF-8 file: one name per line, or a JSON or Python list; or a mapping from labels.
 
-    A JSON or Python dict of texts gives a list if its keys are 0 .. n - 1, else the mapping {label: name}.
+    A JSON or Python dict of texts gives a list if its keys are 0 .. n - 1, or its values (as {name: number}), else the
+    mapping {label: name}.
 
     Raises OSError if the file can't be read, ValueError for one that holds no names, a blank or a repeated name, and
     for lines that hold more than a name: ids, columns, quotation marks, signs of a list.
@@ -277,6 +337,8 @@ def read_class_names(path: str | Path) -> list[str] | dict[str, str]:
         if "\0" in text:
             raise ValueError("it has zero bytes")
         names = _parsed(text)
+        if isinstance(names, dict):
+            names = _upright(names)
         if names is None:
             names = [line.strip() for line in text.rstrip().splitlines()]
             _check_lines(names)
@@ -341,19 +403,25 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 def _check_lines(lines: Sequence[str]) -> None:
     """Raise ValueError for lines that hold more than one name each."""
     first = lines[0] if lines else ""
-    if plain(first) in HEADINGS or first.startswith("#") or re.match(r"\w+\s*=\s*[\[{(]", first):
+    odd = (first.isdecimal() or first.endswith(":")) and not any(x.isdecimal() or x[-1:] == ":" for x in lines[1:])
+    if plain(first) in HEADINGS or re.match(r"\w+\s*=\s*[\[{(]", first) or (odd and len(lines) > 1):
         raise ValueError(f"their first line {first!r} is no name; leave the names alone, one per line")
+    comment = next((line for line in lines if COMMENT.match(line)), None)
+    if comment is not None:
+        raise ValueError(f"their line {comment!r} is a comment and no name; leave the names alone, one per line")
     mend = "leave the names alone, one per line, or write a JSON list or dict"
-    counts = [{line.count(sign) for line in lines} for sign in "\t,;"]
-    if any(len(count) == 1 and 0 not in count for count in counts):
+    counts = [{line.count(sign) for line in lines} for sign in "\t,;|=:#"]
+    if any(len(count) == 1 and 0 not in count for count in counts) or any("\t" in line for line in lines):
         raise ValueError(f"their lines are columns, such as {first!r}; {mend}")
     if len(lines) < 2:
         return
-    if all(re.match(rf"({WORDNET_ID}|\d+)[\s,;:.)\]]+\S", line) for line in lines):
+    if all(ID.fullmatch(line) for line in lines) and not all(line.isdecimal() for line in lines):
+        raise ValueError(f"their lines are ids, such as {first!r}, and no names; write names, or a dict {{id: name}}")
+    if all(ID_BEFORE_NAME.match(line) for line in lines):
         raise ValueError(f"their lines begin with ids, such as {first!r}; {mend}")
-    last = [re.search(r"[\s,;:=](\d+)$", line) for line in lines]
+    last = [re.search(r"[\W_](\d+)$", line) for line in lines]
     numbers = [int(match[1]) for match in last if match]
-    if numbers in ([*range(len(lines))], [*range(1, len(lines) + 1)]):
+    if sorted(numbers) in ([*range(len(lines))], [*range(1, len(lines) + 1)]):
         raise ValueError(f"their lines end with their numbers, such as {first!r}; {mend}")
     for end in (0, -1):
         signs = {line[end : end + 1 or None] for line in lines}

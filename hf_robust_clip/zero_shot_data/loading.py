@@ -1,10 +1,11 @@
 """From a dataset's name, or rows in memory, to pixels with labels.
 
-1. Rows: a known dataset (`specs.py`), a folder, or the Hub. Files must be whole, and of one configuration.
-2. Columns: one of pictures and one of labels, the only one or one with the usual name; no other column is decoded.
+1. Rows: a known dataset (`specs.py`), a folder, or the Hub. Files must be whole, called alike and of one
+   configuration, and among pictures nothing may lie that isn't read but documents.
+2. Columns: one of pictures and one of labels, one with the usual name or the only one; no other column is decoded.
 3. Picture to pixels (`pictures.py`): every mode of Pillow, upright, in RGB, transparency on a background, prepared as
    the checkpoint's processor does it, in [0, 1], not normalised; what can't be scaled to that is refused.
-4. Labels to names (`labels.py`): names given over named labels are matched by name, or stand for labels in their
+4. Labels to names (`labels.py`): names given over named labels are matched by name, over ids stand for them in their
    natural order if there are equally many; a mapping translates; whole numbers are indices. Ids are no names.
 5. A row holds its picture's bytes, or a file of the dataset's own folder: no other file or address is opened. Rows in
    memory (`image_dataset`) may name any file of this disk, so load only rows of people you trust into memory.
@@ -15,6 +16,7 @@ Whatever would have to be guessed is refused, with the argument that says it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +30,6 @@ from .labels import ClassNames, class_names_of, names_of_spec, read_class_names,
 from .rows import (
     DATA_ROOT_VARIABLE,
     check_files_of,
-    decoding,
     every,
     find_rows,
     image_column_of,
@@ -82,12 +83,13 @@ def load_image_dataset(
             HF_ROBUST_CLIP_DATA_ROOT.
         revision: Hub revision; None takes that of the known dataset, or the newest.
         config: which configuration, where a dataset has several: its name on the Hub, in README.md, or its folder's.
-        class_names: a list: in label order where labels are whole numbers, in any order where they are names that are
-            in it. A mapping {own label: name}. A key of `class_names.json`. None takes the dataset's own.
+        class_names: a list: in label order where labels are whole numbers or ids, in any order where they are names
+            that are in it. A mapping {own label: name}. A key of `class_names.json`. None takes the dataset's own.
+            Whole numbers from 1 are refused where the highest is among the rows, or those that these are a part of.
         image_column: where it is neither that of the known dataset nor the only one, or the only one called `image`,
-            `img`, `picture`, `photo`, `jpg`, `png` or `webp`.
+            `img`, `picture`, `photo`, `jpg`, `png` or `webp`. It may hold the bytes of encoded pictures too.
         label_column: where it is neither that of the known dataset nor `label`, `labels`, `cls` or the only column
-            of class labels.
+            of class labels, or another is called class, category or target.
         resize: shorter side before the centre crop.
         background: what shows where a picture is transparent: name of a colour, or (red, green, blue).
         templates: key in `templates.json`; None takes the known dataset's, or PMG-AFT's.
@@ -130,6 +132,11 @@ def load_image_dataset(
         check_files_of(rows, image_column, dataset_id, places)
     if spec and len(rows):
         class_names = names_of_spec(spec, features[label_column], class_names)
+    integers = isinstance(features[label_column], datasets.Value) and "int" in features[label_column].dtype
+    if "[" in split and not streaming and integers and class_names is not None:
+        whole = "+".join(dict.fromkeys(re.sub(r"\[.*?\]", "", split).split("+")))
+        all_rows, _, _ = find_rows(name, spec, whole, data_root, config, revision)
+        read_labels(all_rows, label_column, class_names, dataset_id)  # of a part, labels from 1 may look right
     data = image_dataset(
         rows,
         processor,
@@ -185,8 +192,6 @@ def image_dataset(
     label_column = label_column_of(rows.features, label_column, name)
     rows = rows.with_format(None).select_columns([image_column, label_column])
     check_files_of(rows, image_column, name, None)
-    if rows.features[image_column] != decoding(rows.features[image_column]):
-        rows = rows.cast_column(image_column, decoding(rows.features[image_column]))
     names, label_map = read_labels(rows, label_column, class_names, name)
     return ImageDataset(
         rows,

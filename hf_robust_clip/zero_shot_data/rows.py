@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow.compute as pc
+from datasets.utils.file_utils import xopen
 from huggingface_hub.constants import HF_HUB_CACHE
+from PIL import Image
 
+from ..names import is_absolute
 from .digits import digits_split
 from .errors import DatasetError, one_line
 from .files import folder_rows
-from .specs import DatasetSpec, plain
+from .specs import DatasetSpec, plain, words_of
 
 DATA_ROOT_VARIABLE = "HF_ROBUST_CLIP_DATA_ROOT"
 STREAM_BUFFER = 1000  # rows among which a streamed set is shuffled; its shards are shuffled too
-PICTURE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")
+PICTURE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "images", "pictures", "photos")
 LABEL_COLUMNS = ("label", "labels", "cls")
+TEXTS, BYTES = ("string", "large_string"), ("binary", "large_binary")
+LABEL_WORDS = {*LABEL_COLUMNS, "class", "classes", "category", "categories", "target", "targets"}
 
 
 def find_rows(
@@ -48,6 +54,8 @@ def find_rows(
     folder = next((place for place in places if _holds_files(place)), None)
     if folder is not None:
         _check_unused(f"the folder {str(folder)!r}", revision=revision)
+    if folder is None and (is_absolute(key) or key.startswith(".") or key.count("/") > 1):
+        raise OSError(f"dataset {key!r} is no folder that holds files, nor the name of a dataset; check the path.")
     revision = revision or (spec.revision if spec else None)
     unseen = " (this row of specs.py was not checked against the Hub)" if spec and not spec.checked else ""
     try:
@@ -115,21 +123,26 @@ def _explained(error: ValueError, name: str, split: str, unseen: str, config: st
 
 
 def image_column_of(features: datasets.Features, asked: str | None, name: str) -> str:
-    """The column of pictures: the one asked for, the only one, or the only one whose name says so.
+    """The column of pictures: the one asked for, or the only one whose name says so, or else the only one that holds
+    pictures, unless the name of a text, list or bytes speaks of pictures too.
 
     Raises ValueError if it is missing or holds no pictures, or several fit.
     """
-    pictures = [column for column, feature in features.items() if _holds_pictures(feature)]
-    if asked is None and len(pictures) > 1:
-        named = [column for column in pictures if plain(column) in PICTURE_COLUMNS]
-        if len(named) != 1:
-            raise ValueError(f"dataset {name!r} has several columns of pictures, {pictures}; choose by image_column.")
-        return named[0]
-    column = asked or next(iter(pictures), "image")
+    found = [column for column in features if plain(column) in PICTURE_COLUMNS] or [
+        column
+        for column, feature in features.items()
+        if _holds_pictures(feature)
+        or (words_of(column) & set(PICTURE_COLUMNS) and getattr(feature, "dtype", "") in ("", *TEXTS, *BYTES))
+    ]
+    if asked is None and len(found) > 1:
+        raise ValueError(f"dataset {name!r} has several columns of pictures, {found}; choose by image_column.")
+    column = asked or next(iter(found), "image")
     if column not in features:
         raise ValueError(f"dataset {name!r} has no column {column!r}; its columns: {list(features)}.")
-    if column not in pictures:
-        raise ValueError(f"column {column!r} of dataset {name!r} holds no pictures but {features[column]}.")
+    if not _holds_pictures(features[column]) and getattr(features[column], "dtype", "") not in BYTES:
+        raise ValueError(
+            f"column {column!r} of dataset {name!r} holds no pictures but {features[column]}; choose by image_column."
+        )
     return column
 
 
@@ -168,14 +181,22 @@ def _holds_pictures(feature: Any) -> bool:
 
 
 def label_column_of(features: datasets.Features, asked: str | None, name: str) -> str:
-    """The column of labels: the one asked for, `label`, `labels` or `cls`, or the only one of class labels.
+    """The column of labels: the one asked for, `label`, `labels` or `cls` in any case, or the only one of class labels
+    unless the name of another speaks of labels too.
 
     Raises ValueError if it is missing, or several fit.
     """
     usual = [asked] if asked else list(LABEL_COLUMNS)
-    found = [column for column in usual if column in features]
+    found = [column for column in features if (column == asked if asked else column.casefold() in LABEL_COLUMNS)]
     if not found and not asked:
-        found = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        classes = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        named = [
+            column
+            for column, feature in features.items()
+            if words_of(column) & LABEL_WORDS
+            and getattr(feature, "dtype", "").startswith(("int", "uint", "bool", *TEXTS))
+        ]
+        found = list(dict.fromkeys([*classes, *named])) if classes else []
     if len(found) == 1:
         return found[0]
     if found:
@@ -186,10 +207,21 @@ def label_column_of(features: datasets.Features, asked: str | None, name: str) -
     )
 
 
-def decoding(feature: Any) -> datasets.Image:
-    """How a column of pictures is read: as they are, since `to_rgb` converts with more care than `datasets`."""
-    mode = getattr(feature, "mode", None)
-    return datasets.Image(mode=None if mode == "RGB" else mode)
+def open_stored(stored: Mapping[str, Any] | None) -> Image.Image:
+    """A picture as its bytes are, since `to_rgb` converts with more care than `datasets`, which keeps no tags.
+
+    Args:
+        stored: `{"bytes": bytes or None, "path": str or None}`, as `datasets` stores a picture.
+
+    Raises ValueError for a missing picture, OSError for what is none.
+    """
+    if stored is None or (stored["bytes"] is None and stored["path"] is None):
+        raise ValueError("there is none")
+    content = stored["bytes"]
+    if content is None:
+        with xopen(stored["path"], "rb") as file:
+            content = file.read()
+    return Image.open(BytesIO(content))
 
 
 def every(

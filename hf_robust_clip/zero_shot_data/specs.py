@@ -7,6 +7,7 @@ PMG-AFT's 16 test sets, TAPT's 11 (CoOp's), and three small ones. A new dataset 
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -280,6 +281,11 @@ def plain(label: object) -> str:
     """A label's letters and digits in lower case, by which `"apple_pie"` and `"Apple Pie"` are the same."""
     whole = unicodedata.normalize("NFC", str(label))  # a folder's name may have accents as signs of their own
     return "".join(letter for letter in whole.casefold() if letter.isalnum())
+
+
+def words_of(text: str) -> set[str]:
+    """The words of a name in small letters: `test` and `old` of `test-old2`, `testOld` and `Old_Test`."""
+    return {word.casefold() for word in re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", text) if word}
 
 
 @cache

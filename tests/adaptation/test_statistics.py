@@ -216,6 +216,40 @@ def test_the_state_of_another_collection_is_refused(what, change, tmp_path):
         collect_statistics(model, data, batch_size=4, state_dir=tmp_path, processes=ranks)
 
 
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1  # of the tensors: nothing else sees it
+    file.write_bytes(content)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def of_another_kind(file):
+    save_file({"mean": torch.zeros(1)}, file)
+
+
+def other_position(file):
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'position\\": 11', b'position\\": 10'))
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, of_another_kind, other_position])
+def test_a_damaged_state_is_named_and_can_be_deleted(damage, tmp_path):
+    model, data = classifier(), examples()
+    expected = collect_statistics(model, data, batch_size=4, state_dir=tmp_path)
+    file = tmp_path / "state-0.safetensors"
+    before = file.read_bytes()
+    damage(file)
+    assert file.read_bytes() != before
+    with pytest.raises(ValueError, match=r"state-0\.safetensors is damaged .*delete it"):
+        collect_statistics(model, data, batch_size=4, state_dir=tmp_path)
+    file.unlink()
+    found = collect_statistics(model, data, batch_size=4, state_dir=tmp_path)
+    assert torch.equal(found.mean, expected.mean) and torch.equal(found.variance, expected.variance)
+
+
 # ---- collecting
 
 

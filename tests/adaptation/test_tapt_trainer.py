@@ -17,6 +17,7 @@ from hf_robust_clip import (
     digits_clip_path,
 )
 from hf_robust_clip.adaptation.defended import SETTINGS, STATISTICS
+from hf_robust_clip.adaptation.statistics import collect_statistics
 from hf_robust_clip.cli import DataSettings, load_data
 from hf_robust_clip.zero_shot_data.loading import collate_images
 
@@ -41,7 +42,7 @@ def make_trainer(folder, adaptation=SETTING, design="VLI", **changes):
     model.set_classes(digits("train", 24).class_names, TEMPLATE)
     args = RobustClipConfig(
         output_dir=str(folder), max_steps=2, per_device_train_batch_size=8, per_device_eval_batch_size=8, use_cpu=True,
-        learning_rate=0.5, eps="16/255", eval_attack_steps=3, report_to=[], save_strategy="no", **changes,
+        learning_rate=0.5, eps="16/255", eval_attack_steps=3, report_to=[], **{"save_strategy": "no", **changes},
     )  # fmt: skip
     config = ClipPromptConfig(design=design, vision_depth=2, text_depth=2)
     return TAPTTrainer(
@@ -85,6 +86,34 @@ def test_clean_prompts_leave_the_trained_ones_alone(tmp_path):
     assert clean.vision_model is not trainer.classifier().vision_model
     shared = clean.visual_projection.weight
     assert shared is trainer.classifier().visual_projection.weight  # the frozen model is there once
+
+
+@pytest.mark.parametrize("killed_in", ["adversarial", "clean"])
+def test_a_collection_that_was_killed_goes_on(killed_in, trained, tmp_path, monkeypatch):
+    """In another process: its prompts are those that the state is of, and clean ones aren't trained again."""
+
+    def killed(classifier, dataset, **settings):
+        found = collect_statistics(classifier, dataset, **settings)
+        if settings["state_dir"].name == killed_in:
+            raise KeyboardInterrupt
+        return found
+
+    changes = dict(save_strategy="steps", save_steps=1, logging_steps=1)
+    trainer = make_trainer(tmp_path, **changes)
+    trainer.train()
+    monkeypatch.setattr("hf_robust_clip.trainer.collect_statistics", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.collect_statistics(state_dir=tmp_path / "state")
+    monkeypatch.undo()
+    checkpoint = tmp_path / "state" / "clean training" / "checkpoint-2"
+    before = {file: file.stat().st_mtime_ns for file in checkpoint.iterdir()}
+    again = make_trainer(tmp_path, **changes)
+    again.train(resume_from_checkpoint=True)
+    found = again.collect_statistics(state_dir=tmp_path / "state")
+    targets = trained.adaptation.targets
+    assert torch.equal(found.adversarial.mean, targets.adversarial.mean)
+    assert torch.equal(found.clean.variance, targets.clean.variance)
+    assert {file: file.stat().st_mtime_ns for file in checkpoint.iterdir()} == before
 
 
 def test_evaluation_tunes_every_image(trained):

@@ -76,6 +76,19 @@ def test_combines_with_itself_and_with_a_module_of_integers(metric, tmp_path):
         assert found == {"share": 4 / 6, **ATTACKED_ONLY}
 
 
+def test_one_image_at_a_time_by_the_names_of_either_signature(metric):
+    combined = evaluate.combine([robust_accuracy_path()])
+    for pair, label in zip(PAIRS, LABELS, strict=True):
+        combined.add(pair, label)
+        metric.add(predictions=pair, references=label)
+    assert combined.compute(num_classes=4) == metric.compute(num_classes=4) == EXPECTED
+    for pair, label in zip(PAIRS, LABELS, strict=True):
+        combined.add(predictions=pair, references=label)
+    assert combined.compute(num_classes=4) == EXPECTED
+    with pytest.raises(ValueError, match="twice"):
+        metric.add(prediction=0, predictions=1, reference=0)
+
+
 @pytest.mark.parametrize(
     ("predictions", "references", "message"),
     [

@@ -168,7 +168,15 @@ def test_a_label_without_a_class_names_its_row(num_workers, processor):
         ([{"pixel_values": torch.zeros(3, 8, 8).byte(), "labels": 0}] * 2, "pixel_values"),
         ([{"pixel_values": torch.zeros(3, 8, 8), "labels": 0.5}] * 2, "labels"),
         ([{"pixel_values": torch.zeros(3, 8, 8), "labels": "ant"}] * 2, "labels"),
-        ([{"pixel_values": [[0.0]], "labels": 0}] * 2, "shape"),
+        ([{"pixel_values": [[0.0]], "labels": 0}] * 2, r"pixel_values.*list.*\(3, H, W\)"),
+        ([{"pixel_values": np.zeros((3, 8, 8)), "labels": 0}] * 2, r"pixel_values.*ndarray of shape \(3, 8, 8\)"),
+        ([{"pixel_values": Image.new("RGB", (8, 8)), "labels": 0}] * 2, r"pixel_values.* Image; .*\(3, H, W\)"),
+        ([{"pixel_values": torch.zeros(1, 3, 8, 8), "labels": 0}] * 2, r"pixel_values.*\(1, 3, 8, 8\)"),
+        ([{"picture": Image.new("RGB", (8, 8)), "labels": 0}] * 2, r"picture.* Image; .*\(3, H, W\)"),
+        (
+            [{"pixel_values": torch.zeros(3, 8, 8)}, {"pixel_values": torch.zeros(3, 8, 8), "labels": 0}],
+            "1 of 2 .*labels",
+        ),
         ([{"pixel_values": torch.zeros(3, 8, i + 1)} for i in range(2)], "pixel_values"),
     ],
 )
@@ -179,10 +187,22 @@ def test_a_batch_that_is_none_is_one_line(examples, message, num_workers):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("crop_size", {"height": 8, "width": 6}), ("resample", None), ("do_rescale", False)]
+)
+def test_a_fault_of_the_processor_is_no_fault_of_a_file(name, value):
+    own = make_processor()
+    data = image_dataset(rows(), own)
+    setattr(own.image_processor, name, value)
+    with pytest.raises(DatasetError, match=r"^row 0 .*image processor") as caught:
+        data[0]
+    assert "replace the file" not in str(caught.value)
+
+
 def test_an_error_of_a_picture_does_not_end_a_loop(processor, monkeypatch):
     """A loop over a dataset ends with IndexError, which a broken picture may raise too."""
     data = faulty("no such file", processor)
-    monkeypatch.setattr(datasets.Image, "decode_example", lambda *args, **settings: [][0])
+    monkeypatch.setattr("hf_robust_clip.zero_shot_data.dataset.open_stored", lambda stored: [][0])
     with pytest.raises(DatasetError, match=r"^row 0 "):
         list(data)
     for index in (6, -7):
@@ -234,6 +254,63 @@ def test_several_columns_of_pictures_must_be_chosen_from(names, processor, tmp_p
         assert reds(data) == [7, 7]
 
 
+def test_the_bytes_of_encoded_pictures_may_stand_alone(tmp_path, processor):
+    """Beside a mask, which is an `Image` column."""
+    features = Features({"mask": datasets.Image(), "image": Value("binary"), "label": ClassLabel(names=NAMES)})
+    black = in_bytes(Image.new("L", (8, 8)))
+    table = Dataset.from_dict(
+        {"mask": [black] * 2, "image": [content(7), content(8)], "label": [0, 1]}, features=features
+    )
+    assert reds(image_dataset(table, processor)) == [7, 8]
+    table.to_parquet(tmp_path / "train.parquet")
+    for streaming in (False, True):
+        data = load_image_dataset(str(tmp_path), "train", processor, streaming=streaming, max_images=2)
+        assert sorted(reds(data)) == [7, 8]
+
+
+@pytest.mark.parametrize(("name", "value"), [("image", "a.png"), ("Image", [1, 2]), ("images", "a.png"), ("photo", 1)])
+def test_a_column_called_image_that_holds_none_is_not_passed_over(name, value, processor):
+    table = rows().rename_column("image", "mask").add_column(name, [value] * 6)
+    with pytest.raises(ValueError, match=rf"'{name}'.*image_column"):
+        image_dataset(table, processor)
+    assert reds(image_dataset(table, processor, image_column="mask")) == list(range(6))
+
+
+@pytest.mark.parametrize("name", ["image_bytes", "image_path", "inputImage"])
+def test_a_text_that_speaks_of_pictures_is_not_passed_over(name, processor):
+    table = rows().rename_column("image", "mask").add_column(name, ["x"] * 6)
+    with pytest.raises(ValueError, match=rf"'mask'.*'{name}'.*image_column"):
+        image_dataset(table, processor)
+    assert reds(image_dataset(rows().add_column(name, ["x"] * 6), processor)) == list(range(6))
+    assert reds(image_dataset(rows().rename_column("image", "scan").add_column("image_id", [1] * 6), processor)) == (
+        list(range(6))
+    )
+
+
+@pytest.mark.parametrize("kind", ["Image", "struct"])
+def test_numbers_that_speak_of_pictures_are_none(kind, processor):
+    """`scan` holds the pictures, whether as `Image` or as bytes and path."""
+    table = with_mask(["scan"], kind).add_column("image_quality", [0.5, 1.0]).add_column("image_id", [1, 2])
+    data = image_dataset(table.add_column("photo_ok", [True, False]), processor)
+    assert (data.image_column, reds(data)) == ("scan", [7, 7])
+
+
+@pytest.mark.parametrize("name", ["Label", "LABELS"])
+def test_the_column_called_label_in_any_case_decides(name, processor):
+    table = rows().rename_column("label", name).add_column("source", [0] * 6)
+    data = image_dataset(table.cast_column("source", ClassLabel(names=["web"])), processor)
+    assert (data.label_column, [row["labels"] for row in data]) == (name, [0, 1, 0, 1, 0, 1])
+
+
+@pytest.mark.parametrize("name", ["category", "Class", "target_id", "fineLabel"])
+def test_another_column_that_speaks_of_labels_is_not_passed_over(name, processor):
+    table = rows().rename_column("label", "source").add_column(name, [0] * 6)
+    with pytest.raises(ValueError, match=rf"'source'.*'{name}'.*label_column"):
+        image_dataset(table, processor)
+    table = rows().rename_column("label", "source").add_column(f"{name}_weight", [0.5] * 6)
+    assert image_dataset(table, processor).label_column == "source"
+
+
 def test_the_only_column_of_pictures_may_have_any_name(processor):
     data = image_dataset(rows().rename_column("image", "scan"), processor)
     assert (data.image_column, reds(data)) == ("scan", list(range(6)))
@@ -255,16 +332,33 @@ def test_several_columns_of_labels_must_be_chosen_from(processor):
         image_dataset(two, processor)
 
 
-def test_a_column_that_would_convert_is_read_as_it_is_stored(processor):
-    """`Image(mode="RGB")` drops transparency and clips 16 bits; another mode is what its author wants."""
+def in_bytes(picture, file_format="PNG", **settings):
     file = io.BytesIO()
-    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(file, "PNG")
-    table = rows(1).cast_column("image", datasets.Image(decode=False)).to_list()
-    table[0]["image"] = {"bytes": file.getvalue(), "path": None}
-    for mode, level in (("RGB", 1), (None, 1), ("L", 0)):
-        features = Features({"image": datasets.Image(mode=mode), "label": ClassLabel(names=NAMES)})
-        pixels = image_dataset(Dataset.from_list(table, features=features), processor)[0]["pixel_values"]
-        assert torch.equal(pixels, torch.full_like(pixels, level)), mode
+    picture.save(file, file_format, **settings)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize("mode", [None, "RGB", "L", "RGBA", "1"])
+def test_a_column_that_would_convert_is_read_as_it_is_stored(mode, processor):
+    """A mode of the column drops transparency, clips 16 bits and floats, and makes masks of pictures."""
+    white_is_zero = {262: 0, 274: 1}  # and an orientation, for which `datasets` copies the picture without its tags
+    grey = np.full((8, 8), 257, dtype=np.uint16)
+    pictures = {
+        1.0: in_bytes(Image.new("RGBA", (8, 8), (0, 0, 0, 0))),
+        100 / 255: in_bytes(Image.fromarray(100 * grey), "TIFF"),
+        51 / 255: in_bytes(Image.fromarray(np.full((8, 8), 0.2, dtype=np.float32)), "TIFF"),
+        55 / 255: in_bytes(Image.fromarray(200 * grey), "TIFF", tiffinfo=white_is_zero),
+        60 / 255: in_bytes(Image.new("L", (8, 8), 60)),
+    }  # fmt: skip
+    features = Features({"image": datasets.Image(mode=mode), "label": ClassLabel(names=NAMES)})
+    table = Dataset.from_dict({"image": list(pictures.values()), "label": [0] * len(pictures)}, features=features)
+    for data in (
+        image_dataset(table, processor),
+        ImageDataset(table, processor, ("ant", "bee"), "user/set", "local", "test"),
+    ):
+        assert [row["pixel_values"].unique().tolist() for row in data] == [
+            [pytest.approx(level)] for level in pictures
+        ]
 
 
 # ---- rows in memory

@@ -1,5 +1,6 @@
 """Which files make a split. Every picture has a colour of its own, so that a missing or a foreign row shows."""
 
+import os
 from io import BytesIO
 
 import datasets
@@ -49,7 +50,7 @@ def write(root, *files):
         elif path.suffix in (".tar", ".arrow"):
             path.write_bytes(b"")
         else:
-            Image.new("RGB", (8, 8), (red, 0, 0)).save(path)
+            Image.new("RGB", (8, 8), (red, 0, 0)).save(path, "PNG")
     return str(root / "set")
 
 
@@ -82,6 +83,11 @@ def reds(folder, processor, split="train", **settings):
         (["shards/train-00000-of-00002.tar"], "number 1 of 2"),
         (["set-000000.tar", "set-000002.tar"], "number 1 "),
         (["train/data-00001-of-00002.arrow"], "number 0 of 2"),
+        (["train00000of00003.parquet"], "number 1 of 3"),
+        (["train-part1of3.parquet"], "number 0 of 3"),
+        (["train (1 of 2).parquet"], "number 0 of 2"),
+        (["train-00001-of-00003.parquet", "train-00002-of-00003.parquet"], "number 0 of 3"),
+        (["train-00000-of-00001.parquet", "train-00001-of-00001.parquet"], "2 numbers"),
         (["partial-train/0000.parquet"], "partial-train"),
     ],
 )
@@ -99,10 +105,15 @@ def test_a_set_that_is_not_whole_is_refused(files, what, streaming, tmp_path, pr
         ["train-00000-of-00002-0123456789ab.parquet", "train-00001-of-00002-ba9876543210.parquet"],
         ["0000.parquet", "0001.parquet", "0002.parquet"],
         ["train/1.parquet", "train/2.parquet"],
+        ["train-00001-of-00002.parquet", "train-00002-of-00002.parquet"],
+        ["train00000of00002.parquet", "train00001of00002.parquet"],
+        [
+            "train/part-00000-0a8b3c4d-1e2f-4a5b-8c6d-7e8f90a1b2c3-c000.snappy.parquet",
+            "train/part-00001-0a8b3c4d-1e2f-4a5b-8c6d-7e8f90a1b2c3-c000.snappy.parquet",
+        ],
         ["train/of-2012.parquet", "train/of-2014.parquet"],
         ["train/log-2012-01-03.parquet", "train/log-2012-01-07.parquet"],
         ["train/set_v02.parquet"],
-        ["train/a.parquet", "train/b.parquet"],
         ["ant/0001.png", "ant/0007.png", "bee/0003.png"],
     ],
 )
@@ -119,8 +130,114 @@ def test_another_split_may_be_incomplete(tmp_path, processor):
 
 def test_files_of_one_split_by_several_names(tmp_path, processor):
     folder = write(tmp_path, "train-00000-of-00001.parquet", "train-extra-00000-of-00001.parquet")
-    with pytest.raises(DatasetError, match=r"'train', 'train-extra'"):
+    with pytest.raises(DatasetError, match=r"'train-00000-of-00001\.parquet' and 'train-extra-00000"):
         reds(folder, processor)
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["train-old", "train_old", "old_train", "train.bak", "train2", "train (1)", "trainOld", "Train", "old/train",
+     "train/0000", "train_v2", "noisy-train-00000-of-00001", "train-00000-of-00001"],
+)  # fmt: skip
+@pytest.mark.parametrize("streaming", [False, True])
+def test_two_files_that_could_be_one_split_are_refused(other, streaming, tmp_path, processor):
+    folder = write(tmp_path, "train.parquet", f"{other}.parquet", "test.parquet")
+    with pytest.raises(DatasetError, match=r"'(train\.parquet|\.|old)'"):
+        reds(folder, processor, streaming=streaming, max_images=9)
+    assert reds(folder, processor, "test") == [2], "another split is not concerned"
+    (tmp_path / "set" / "train.parquet").unlink()
+    (tmp_path / "set" / f"{other}.parquet").rename(tmp_path / "set" / "train.parquet")
+    assert reds(folder, processor) == [1]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["a-train-00000-of-00001.parquet", "b-train-00000-of-00001.parquet"],
+        ["train_a.parquet", "train_b.parquet"],
+        ["train_v1.parquet", "train_v2.parquet"],
+        ["train (1).parquet", "train (2).parquet"],
+        ["a1-train.parquet", "a2-train.parquet"],
+        ["train/a.parquet", "train/b.parquet"],
+        ["train/a/0000.parquet", "train/b/0000.parquet"],
+        ["train.jsonl", "train_old.jsonl"],
+        ["a.parquet", "b.parquet"],
+    ],
+)
+def test_files_that_would_be_joined_are_refused(files, tmp_path, processor):
+    with pytest.raises(DatasetError, match=r"of split|'train'"):
+        reds(write(tmp_path, *files), processor)
+
+
+def test_splits_told_apart_by_numbers(tmp_path, processor):
+    folder = write(tmp_path, "fold1-00000-of-00001.parquet", "fold2-00000-of-00001.parquet")
+    assert (reds(folder, processor, "fold1"), reds(folder, processor, "fold2")) == ([0], [1])
+    assert reds(folder, processor, "fold1+fold2") == [0, 1]
+
+
+@pytest.mark.parametrize("other", ["train/ant/1.png", "train.arrow"])
+def test_two_kinds_of_files_that_could_be_one_split_are_refused(other, tmp_path, processor):
+    folder = write(tmp_path, "train.parquet", other, "test.parquet")
+    with pytest.raises(DatasetError, match=r"'train\.parquet' and .*train"):
+        reds(folder, processor)
+    assert reds(folder, processor, "test") == [2]
+
+
+def test_a_split_whose_name_begins_as_another(tmp_path, processor):
+    """As the Hub names them: README.md tells that they are two."""
+    folder = write(tmp_path, "data/test-00000-of-00001.parquet", "data/test_hard-00000-of-00001.parquet")
+    with pytest.raises(DatasetError, match="test_hard-00000"):
+        reds(folder, processor, "test")
+    splits = [{"name": "test", "num_examples": 1}, {"name": "test_hard", "num_examples": 1}]
+    (tmp_path / "set" / "README.md").write_text(f"---\ndataset_info: {{splits: {splits}}}\n---\n")
+    assert reds(folder, processor, "test") == [0]
+    assert reds(folder, processor, "test_hard") == [1]
+
+
+def test_files_beside_those_that_a_readme_means(tmp_path, processor):
+    folder = write(tmp_path, "data/test-00000-of-00001.parquet", "data/test-old.parquet")
+    card = "---\nconfigs:\n- config_name: default\n  data_files: [{split: test, path: 'data/test-*'}]\n---\n"
+    (tmp_path / "set" / "README.md").write_text(card)
+    for config in (None, "default"):
+        with pytest.raises(DatasetError, match=r"data/test-old\.parquet"):
+            reds(folder, processor, "test", config=config)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("several", [False, True])
+def test_what_map_and_filter_leave_in_a_saved_dataset_is_no_data(several, streaming, tmp_path, processor):
+    folder = tmp_path / "set"
+    (datasets.DatasetDict({"train": table(0, 1, 2)}) if several else table(0, 1, 2)).save_to_disk(folder)
+    saved = datasets.load_from_disk(folder)
+    saved = saved["train"] if several else saved
+    saved.map(lambda row: {"image": Image.new("RGB", (8, 8), (99, 0, 0))})
+    saved.shuffle(seed=0).filter(lambda row: row["label"] == 1)
+    assert len(list(folder.rglob("cache-*.arrow"))) > 1
+    assert reds(str(folder), processor, streaming=streaming, max_images=9) == [0, 1, 2]
+
+
+def test_a_saved_dataset_knows_its_split(tmp_path, processor):
+    rows = table(0, 1)
+    rows.info.splits = None
+    Dataset(rows.data, rows.info, split=datasets.Split.TEST).save_to_disk(tmp_path / "set")
+    assert reds(str(tmp_path / "set"), processor, "test") == [0, 1]
+    with pytest.raises(ValueError, match="'train'"):
+        reds(str(tmp_path / "set"), processor, "train")
+
+
+@pytest.mark.parametrize("change", ["rows", "labels of metadata"])
+def test_a_file_replaced_by_one_of_the_same_date_is_read_anew(change, tmp_path, processor):
+    if change == "rows":
+        folder, file = write(tmp_path, "train.parquet"), tmp_path / "set" / "train.parquet"
+    else:
+        folder, file = write(tmp_path, "train/1.png"), tmp_path / "set" / "train" / "metadata.csv"
+        file.write_text("file_name,label\n1.png,ant\n")
+    date = file.stat().st_mtime_ns
+    load_image_dataset(folder, "train", processor, class_names=NAMES)
+    table(3).to_parquet(file) if change == "rows" else file.write_text("file_name,label\n1.png,bee\n")
+    os.utime(file, ns=(date, date))
+    (row,) = load_image_dataset(folder, "train", processor, class_names=NAMES)
+    assert row["labels"] == 1
 
 
 def test_the_numbers_of_rows_in_the_readme_count(tmp_path, processor):
@@ -289,6 +406,13 @@ def test_a_split_by_the_name_of_its_folder(tmp_path, processor):
         (["ant/1.png", "bee/1.png", "ant/test-2.png", "bee/test-2.png"], "test", "ant/1.png"),
         (["ant/1.png", "bee/1.png", "cat/1.avif"], "train", "cat/1.avif"),
         (["train/ant/1.png", "train/bee/1.png", "train/bee/2.avif"], "train", "bee/2.avif"),
+        (["train/ant/1.png", "train/bee/1"], "train", "bee/1'"),
+        (["train/ant/1.png", "train/bee/1.png", "train/bee/2.png.crdownload"], "train", "crdownload"),
+        (["train/ant/1.png", "train/bee/1.png", "train/cat/2.svg"], "train", "cat/2.svg"),
+        (["ant/1.png", "bee/1.png", "cat/1.npy"], "train", "cat/1.npy"),
+        (["ant/1.png", "bee/1.png", "__cat__/1.png"], "train", "__cat__/1.png"),
+        (["train/ant/1.png", "train/bee/1.png", "train/.cat/1.png"], "train", ".cat/1.png"),
+        (["ant/1.png", "bee/1.png", "bee/.2.png"], "train", "bee/.2.png"),
         (["Train/ant/1.png", "Train/bee/1.png", "Test/ant/1.png", "Test/bee/1.png"], "train", "'test'"),
     ],
 )
@@ -342,6 +466,43 @@ def test_metadata_that_is_damaged_is_named(text, tmp_path, processor):
         reds(folder, processor)
 
 
+def test_an_empty_class_folder_is_no_class_that_is_missing(tmp_path, processor):
+    folder = write(
+        tmp_path, *(f"{split}/{name}/1.png" for split in ("train", "test") for name in ("ant", "bee", "cow"))
+    )
+    (tmp_path / "set" / "test" / "bee" / "1.png").unlink()
+    assert load_image_dataset(folder, "test", processor).class_names == ("ant", "bee", "cow")
+    (tmp_path / "set" / "train" / "cat").mkdir()
+    with pytest.raises(DatasetError, match="'train/cat'"):
+        reds(folder, processor)
+
+
+def test_what_systems_and_people_put_beside_pictures_is_passed_over(tmp_path, processor):
+    files = ["ant/.DS_Store", "ant/Thumbs.db", "ant/desktop.ini", "ant/._1.png", "bee/README", "bee/licence.txt",
+             "bee/boxes.json", ".git/objects/0a", "bee/.ipynb_checkpoints/1.png", "__MACOSX/ant/1.png",
+             "run.npy"]  # fmt: skip
+    assert reds(write(tmp_path, "ant/1.png", "bee/1.png", *files), processor) == [0, 1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_that_the_metadata_does_not_name_are_refused(streaming, tmp_path, processor):
+    folder = write(tmp_path, "train/1.png", "train/2.png", "train/more/3.png", "test/1.png")
+    metadata = tmp_path / "set" / "train" / "metadata.jsonl"
+    lines = [f'{{"file_name": "{file}", "label": "ant"}}\n' for file in ("1.png", "more/3.png", "2.png")]
+    (tmp_path / "set" / "test" / "metadata.jsonl").write_text(lines[0])
+    metadata.write_text("".join(lines[:2]))
+    settings = {"class_names": NAMES, "streaming": streaming, "max_images": 9}
+    for split in ("train", "train[:1]"):
+        with pytest.raises(DatasetError, match=r"1 pictures.*train/2\.png"):
+            reds(folder, processor, split, **settings)
+    assert reds(folder, processor, "test", **settings) == [3]
+    metadata.write_text("".join(lines))
+    assert reds(folder, processor, **settings) == [0, 1, 2]
+    metadata.write_text("".join([*lines, lines[1]]))
+    with pytest.raises(DatasetError, match=r"train/more/3\.png.*twice"):
+        reds(folder, processor, **settings)
+
+
 def test_links_that_would_be_left_out_are_refused(tmp_path, processor):
     folder = write(tmp_path, "train/ant/1.png", "elsewhere/1.png")
     (tmp_path / "set" / "elsewhere").rename(tmp_path / "elsewhere")
@@ -352,10 +513,34 @@ def test_links_that_would_be_left_out_are_refused(tmp_path, processor):
         reds(folder, processor)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_links_within_the_dataset_are_followed(streaming, tmp_path, processor):
+    write(tmp_path, "train/ant/1.png", "store/w/1.png", "test/ant/1.png", "test/bee/1.png")
+    (tmp_path / "set" / "train" / "bee").symlink_to(tmp_path / "set" / "store" / "w")
+    (tmp_path / "set" / "dev").symlink_to(tmp_path / "set" / "test")
+    folder = str(tmp_path / "linked")
+    (tmp_path / "linked").symlink_to(tmp_path / "set")
+    data = load_image_dataset(folder, "train", processor, streaming=streaming, max_images=9)
+    assert sorted(
+        (data.class_names[row["labels"]], round(255 * row["pixel_values"][0, 0, 0].item())) for row in data
+    ) == ([("ant", 0), ("bee", 1)])
+    for split in ("test", "dev"):
+        assert reds(folder, processor, split, streaming=streaming, max_images=9) == [2, 3]
+    (tmp_path / "set" / "train" / "bee").rename(tmp_path / "set" / "train" / "bee[1]")
+    with pytest.raises(
+        DatasetError, match=r"train/bee\[1\]/1\.png.*links"
+    ):  # whose name `datasets` takes for a pattern
+        reds(folder, processor, streaming=streaming, max_images=9)
+
+
 def test_tables_whose_names_say_another_split_are_refused(tmp_path, processor):
     folder = write(tmp_path, "Train.parquet", "Test.parquet")
-    with pytest.raises(DatasetError, match=r"Test\.parquet.*'train'"):
+    with pytest.raises(DatasetError, match=r"Test\.parquet.*'train'.*small letters"):
         reds(folder, processor)
+    folder = write(tmp_path / "other", "train_test.parquet")
+    for split in ("train", "test"):
+        with pytest.raises(DatasetError, match=rf"train_test\.parquet.*'{split}'(?!.*small letters)"):
+            reds(folder, processor, split)
 
 
 # ---- what a name stands for

@@ -71,17 +71,26 @@ def test_a_large_set_is_sampled_but_every_size_and_name_counts(monkeypatch, tmp_
     assert known != dataset_digest(make(smaller))
 
 
-def test_pictures_in_files_of_their_own_are_known_by_name_and_size(tmp_path):
+def test_pictures_in_files_of_their_own_are_known_by_their_bytes(tmp_path):
+    """Of files without compression the size is always the same."""
+
     def on_disk(colour):
         for i in range(COUNT):
-            PILImage.new("RGB", (8, 8), (i * 9, 0, colour if i == 5 else 0)).save(tmp_path / f"{i}.png")
-        return make([str(tmp_path / f"{i}.png") for i in range(COUNT)])
+            PILImage.new("RGB", (8, 8), (i * 9, 0, colour if i == 5 else 0)).save(tmp_path / f"{i}.bmp")
+        return make([str(tmp_path / f"{i}.bmp") for i in range(COUNT)])
 
     known = dataset_digest(on_disk(0))
-    assert known == dataset_digest(on_disk(0))
-    noise = PILImage.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
-    noise.save(tmp_path / "5.png")
-    assert known != dataset_digest(make([str(tmp_path / f"{i}.png") for i in range(COUNT)]))
+    assert known == dataset_digest(on_disk(0)) != dataset_digest(on_disk(1))
+
+
+def test_every_example_of_somebody_elses_dataset_is_looked_at_where_asked(monkeypatch):
+    monkeypatch.setattr(fingerprint, "SAMPLED", 3)
+
+    def examples(label):
+        return [{"pixel_values": torch.zeros(3, 2, 2), "labels": label if i == 3 else 0} for i in range(6)]
+
+    assert dataset_digest(examples(0)) == dataset_digest(examples(1))
+    assert dataset_digest(examples(0), every=True) != dataset_digest(examples(1), every=True)
 
 
 def test_a_dataset_of_somebody_else(tmp_path):

@@ -91,12 +91,19 @@ def test_class_folders_sorted_as_text_take_no_list_in_numeric_order(tmp_path, pr
         (["part 2b", "part 10", "part 2a"], False),
         (["1", "2", "10"], True),
         (["01", "02", "10"], True),
-        (["a2", "b1", "c0"], True),
-        (["World", "Sports", "Business"], True),
-        (["x9", "x9a", "x10"], True),
+        (["x2", "x9", "x10"], True),
+        (["class_a", "class_b", "class_c"], True),
+        (["n01440764", "n01443537", "n02123045"], True),
+        (["a2", "b1", "c0"], False),
+        (["World", "Sports", "Business"], False),
+        (["001.cow", "002.ant", "003.bee"], False),
+        (["n01440764-cow", "n01443537-ant", "n02123045-bee"], False),
+        (["the ant", "the bee", "the cow"], False),
+        (["ants", "bees", "cows"], False),
+        (["x9", "x9a", "x10"], False),
     ],
 )
-def test_a_list_stands_for_labels_in_their_natural_order_alone(own, orderly, processor, caplog):
+def test_a_list_stands_for_ids_in_their_natural_order_alone(own, orderly, processor, caplog):
     given = ["ant", "bee", "cow"]
     if not orderly:
         with pytest.raises(ValueError, match="class_names"):
@@ -106,6 +113,95 @@ def test_a_list_stands_for_labels_in_their_natural_order_alone(own, orderly, pro
     assert (named(data), data.label_map) == (given, None)
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert f"{own[0]!r} is 'ant', {own[1]!r} is 'bee'" in caplog.text
+
+
+@pytest.mark.parametrize("feature", [None, Value("string")])
+def test_texts_from_0_are_the_places_in_a_list(feature, tmp_path, processor):
+    """In whatever order they are stored; the same of a dict, in memory and in a file."""
+    own = sorted(str(i) for i in range(12))
+    words = [f"the {i}th" for i in range(12)]
+    assert own[:3] == ["0", "1", "10"]
+    in_file = read_class_names(written(tmp_path, json.dumps(dict(enumerate(words)))))
+    for given in (
+        words,
+        tuple(words),
+        dict(enumerate(words)),
+        {str(i): word for i, word in enumerate(words)},
+        in_file,
+    ):
+        assert named(image_dataset(rows(own, feature=feature), processor, class_names=given)) == [
+            words[int(label)] for label in own
+        ]
+    some = image_dataset(rows(["3", "10"], feature=feature), processor, class_names=dict(enumerate(words)))
+    assert named(some) == [words[3], words[10]]
+
+
+def test_a_dict_from_0_over_named_labels_is_a_list(tmp_path, processor):
+    given = dict(enumerate(ANIMALS[::-1]))
+    for names in (given, read_class_names(written(tmp_path, json.dumps(given)))):
+        data = image_dataset(rows(ANIMALS), processor, class_names=names)
+        assert (data.class_names, named(data)) == (tuple(ANIMALS[::-1]), ANIMALS)
+        integers = image_dataset(rows([2, 0], feature=Value("int64")), processor, class_names=names)
+        assert named(integers) == ["bee", "dog"]
+        with pytest.raises(ValueError, match=r"mapping \{label: name\}: \{'one': '\.\.\.', 'two': "):
+            image_dataset(rows(WORDS[:4]), processor, class_names=names)
+
+
+@pytest.mark.parametrize("values", [[3, 1, 0, 2], ["3", "1", "0", "2"]])
+def test_a_mapping_the_other_way_round_is_turned(values, tmp_path, processor):
+    given = dict(zip(["dog", "bee", "ant", "cat"], values, strict=True))
+    for names in (given, read_class_names(written(tmp_path, json.dumps(given)))):
+        data = image_dataset(rows(ANIMALS), processor, class_names=names)
+        assert (data.class_names, named(data)) == (tuple(ANIMALS), ANIMALS)
+        assert named(image_dataset(rows([2, 0], feature=Value("int64")), processor, class_names=names)) == [
+            "cat",
+            "ant",
+        ]
+
+
+@pytest.mark.parametrize("values", [[1, 2, 3, 4], [0, 1, 1, 2], ["n01440764", "n01443537", "n02123045", "n00000001"]])
+def test_a_mapping_from_names_to_ids_is_refused(values, tmp_path, processor):
+    given = dict(zip(ANIMALS, values, strict=True))
+    with pytest.raises(ValueError, match=r"class_names.*'ant'.*\{label: name\}"):
+        image_dataset(rows(ANIMALS), processor, class_names=given)
+    with pytest.raises(ValueError, match=r"names\.txt.*class_names.*'ant'.*\{label: name\}"):
+        read_class_names(written(tmp_path, json.dumps(given)))
+
+
+def test_digits_may_be_the_names_of_numbers(processor):
+    data = image_dataset(rows([1, 0], feature=Value("int64")), processor, class_names={0: "7", 1: "3"})
+    assert named(data) == ["3", "7"]
+
+
+@pytest.mark.parametrize("odd", ["n01440764", "class_3", "a1b2c3d4", "class b"])
+def test_names_that_are_ids_are_warned_of(odd, processor, caplog):
+    for given in (["ant", odd], {0: "ant", 1: odd}):
+        caplog.clear()
+        assert named(image_dataset(rows([0, 1], feature=Value("int64")), processor, class_names=given)) == ["ant", odd]
+        assert [record.levelno for record in caplog.records] == [logging.WARNING]
+        assert repr(odd) in caplog.text
+    caplog.clear()
+    image_dataset(rows([0, 1], feature=Value("int64")), processor, class_names=["5", "10"])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("part", ["test[:2]", "test[50%:]", "test[:1]+test[3:]"])
+def test_a_part_of_integers_from_1_is_refused(part, tmp_path, processor, monkeypatch):
+    """Which alone would look like classes from 0."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for start in (1, 0):
+        (tmp_path / str(start)).mkdir()
+        labels = [2, 1, 4, 3] if start else [1, 0, 2, 3]
+        rows(labels, feature=Value("int64")).to_parquet(tmp_path / str(start) / "test.parquet")
+    with pytest.raises(ValueError, match=r"from 1 to 4.*4 class names"):
+        load_image_dataset(str(tmp_path / "1"), part, processor, class_names=ANIMALS)
+    data = load_image_dataset(str(tmp_path / "0"), part, processor, class_names=ANIMALS)
+    assert named(data) == {"test[:2]": ["bee", "ant"], "test[50%:]": ["cat", "dog"]}.get(part, ["bee", "dog"])
+
+
+def test_labels_that_are_texts_need_names_in_no_order(processor):
+    with pytest.raises(ValueError, match=r"class_names.*'dog'.*any order"):
+        image_dataset(rows(["dog", "ant"], feature=Value("string")), processor)
 
 
 @pytest.mark.parametrize(("count", "odd"), [(3, "dog"), (5, "'five'"), (10, "'five'")])
@@ -189,7 +285,7 @@ def test_plain_integers_keep_their_meaning(processor):
         ("_sources", "class_names='_sources'"),
         ({"ant", "bee", "cat", "dog"}, "class_names is a set"),
         ([], "class_names is empty"),
-        ({}, "label"),
+        ({}, "class_names is empty"),
         ({1: "a", "1": "b"}, "class_names"),
         ([1, 2, 3, 4], r"class_names\[0\]=1"),
     ],
@@ -216,6 +312,10 @@ def test_names_that_are_none(given, argument, processor):
         (["Category-4", "dog"], "Category-4"),
         (["c0", "c1", "c12"], "c0"),
         (["sub-1-a", "sub-2-a"], "sub-1-a"),
+        (["a1b2c3d4", "deadbee5"], "a1b2c3d4"),
+        (["dog", "0a8b3c4d-1e2f-4a5b-8c6d-7e8f90a1b2c3"], "0a8b3c4d"),
+        (["dog", "d41d8cd98f00b204e9800998ecf8427e"], "d41d8"),
+        (["class_a", "class_b"], "class_a"),
         (["001.Albatross", "002.Auklet"], "001.Albatross"),
     ],
 )
@@ -236,6 +336,8 @@ def test_labels_that_are_ids_are_refused(own, shown, processor):
         ["4x4", "18-wheeler", "car"],
         ["class_1st", "b"],
         ["NO2", "b"],
+        ["defaced", "effaced", "acceded", "fadedbeaded"],
+        ["classa", "vitamin a"],
     ],
 )
 def test_labels_that_are_names_are_prompts(own, processor):
@@ -305,7 +407,7 @@ def test_other_dicts_are_mappings(text, mapping, tmp_path):
     [
         ('{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}', r"class_names\[0\].*list"),
         ('{"n01440764": ["tench"]}', r"class_names\['n01440764'\].*list"),
-        ('{"tench": 0, "goldfish": 1}', r"class_names\['tench'\]=0.*int"),
+        ('{"tench": 0, "goldfish": 2}', "'tench'"),
         ('[{"name": "tench"}]', r"class_names\[0\].*dict"),
         ("{'tench', 'goldfish'}", "set"),
         ('{"0": "a", "0": "b"}', "twice"),
@@ -331,13 +433,39 @@ def test_other_dicts_are_mappings(text, mapping, tmp_path):
         ('"cat",\n"dog",\n"bee"\n', "'\"'"),
         ("cat,\ndog,\n", "columns"),
         ("cat;\ndog;\n", "columns"),
-        ("cat|\ndog|\n", r"'\|'"),
+        ("cat|\ndog|\n", "columns"),
+        ("cat: feline\ndog: canine\n", "columns"),
+        ("cat # feline\ndog # canine\n", "columns"),
+        ("cat\t0\ndog\n", "columns"),
+        ("cat: 1\ndog: 0\n", "columns"),
+        ("cat 1\ndog 0\n", "their numbers"),
+        ("a) cat\nb) dog\n", r"a\) cat"),
+        ("2\ncat\ndog\n", "first line '2'"),
+        ("Animals:\ncat\ndog\n", "Animals:"),
+        ("<h1>animals</h1>\ncat\ndog\n", "<h1>"),
+        ("cat|feline\ndog|canine\n", "columns"),
+        ("cat = feline\ndog = canine\n", "columns"),
         ("cat,feline\ndog,canine\n", "columns"),
         ("cat\tfeline\ndog\tcanine\n", "columns"),
         ("cat, dog, bee\n", "columns"),
         ("label\ncat\ndog\n", "label"),
         ("names:\n  0: cat\n  1: dog\n", "names:"),
         ("# classes\ncat\ndog\n", "# classes"),
+        ("// digits\ncat\ndog\n", "// digits"),
+        ("-- animals\ncat\ndog\n", "-- animals"),
+        ("cat\n; animals\ndog\n", "; animals"),
+        ("% animals\ncat\ndog\n", "% animals"),
+        ("0_tench\n1_goldfish\n", "0_tench"),
+        ("0-tench\n1-goldfish\n", "0-tench"),
+        ("0=tench\n1=goldfish\n", "0=tench"),
+        ("0|tench\n1|goldfish\n", "0|tench"),
+        ("tench|0\ngoldfish|1\n", "tench|0"),
+        ("tench_1\ngoldfish_2\n", "tench_1"),
+        ("label 0: tench\nlabel 1: goldfish\n", "label 0: tench"),
+        ("class1 = tench\nclass2 = goldfish\n", "class1 = tench"),
+        ("n01440764_tench\nn01443537_goldfish\n", "n01440764_tench"),
+        ("n01440764\nn01443537\n", "n01440764"),
+        ("class_1\nclass_3\n", "class_1"),
         ("names = ['cat',\n'dog']\n", "names = "),
     ],
 )
@@ -355,6 +483,12 @@ def test_files_that_hold_more_than_names_are_refused(text, what, tmp_path):
         ["Boeing 737", "Airbus 320"],
         ["t-shirt", "'s-Hertogenbosch", "C++"],
         ["(none)", "cat"],
+        ["737-200", "747-300"],
+        ["0", "1", "2"],
+        ["7", "3"],
+        ["C#", "C", "F#"],
+        ["Alien: Romulus", "Heat", "Se7en"],
+        ["U 2", "U 10"],
         ["हिन्दी", "अंग्रेज़ी"],
         ["only"],
     ],

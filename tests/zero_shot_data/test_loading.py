@@ -149,7 +149,7 @@ def test_collate():
     batch = collate_images([example(0.0, labels=2), example(1.0, labels=np.int64(1))])
     assert batch["pixel_values"].shape == (2, 3, 8, 8)
     assert (batch["labels"].tolist(), batch["labels"].dtype) == ([2, 1], torch.int64)
-    assert set(collate_images([example(), example(labels=1)])) == {"pixel_values"}
+    assert set(collate_images([example(), example()])) == {"pixel_values"}
 
 
 @pytest.mark.parametrize(
@@ -158,6 +158,7 @@ def test_collate():
         ([example(), example(float("nan"))], "contain NaN"),
         ([example(), example(float("inf"))], "outside"),
         ([example(1.01)], "outside"),
+        ([example(1 + 2e-6)], r"1\.000002\], outside"),
         ([example(-0.01)], "outside"),
         ([example(200.0)], r"leave them in 0\.\.255"),
         ([example(), example(size=6)], "differ in shape within a batch"),
@@ -241,6 +242,15 @@ def test_missing_dataset_says_where_to_put_it(tmp_path, processor):
     message = rf"can't load dataset 'user/nothing'.*<data root>/user/nothing/.*{DATA_ROOT_VARIABLE}"
     with pytest.raises(OSError, match=message):
         load_image_dataset("user/nothing", "train", processor, data_root=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/set", "./set", "../set", "~/nowhere/set", "a/b/c"])
+def test_a_path_that_is_not_there_is_no_name_on_the_hub(name, tmp_path, processor, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **settings: pytest.fail("nothing is to be asked for"))
+    with pytest.raises(OSError, match=f"'{name}'.*path") as caught:
+        load_image_dataset(name, "train", processor, data_root=tmp_path)
+    assert "data root" not in str(caught.value)
 
 
 def test_names_fewer_than_labels_are_refused(tmp_path, processor):

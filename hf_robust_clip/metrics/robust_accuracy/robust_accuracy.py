@@ -54,8 +54,14 @@ class RobustAccuracy(evaluate.Metric):
             raise ValueError(f"{len(predictions)} predictions for {len(references)} references; give at least one.")
         super().add_batch(predictions=predictions, references=references)
 
-    def add(self, *, prediction=None, reference=None):
-        """Add one image; raises ValueError as `add_batch` does."""
+    def add(self, *, prediction=None, reference=None, predictions=None, references=None):
+        """Add one image, by either pair of names: `evaluate.combine` uses the second. Raises ValueError as `add_batch`
+        does, and for one that is given twice.
+        """
+        if (prediction is not None and predictions is not None) or (reference is not None and references is not None):
+            raise ValueError("prediction and reference are given twice, also as predictions and references; keep one.")
+        prediction = predictions if prediction is None else prediction
+        reference = references if reference is None else reference
         predictions, references = self._checked([prediction], [reference])
         super().add(prediction=predictions[0].tolist(), reference=references[0].tolist())
 
