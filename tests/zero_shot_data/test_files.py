@@ -432,6 +432,9 @@ def test_a_picture_at_another_depth_than_the_others_is_named(odd, tmp_path, proc
     with pytest.raises(DatasetError, match=rf"^[^\n]*'{odd}'[^\n]*$"):
         load_image_dataset(folder, split, processor)
     (tmp_path / "set" / odd).unlink()
+    for emptied in (tmp_path / "set" / odd).parents:
+        if not any(emptied.iterdir()):
+            emptied.rmdir()
     assert reds(folder, processor, split) == ([0, 1] if split == "train" else [2, 3])
 
 
