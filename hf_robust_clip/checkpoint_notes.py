@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ import yaml
 from .digits_clip import EMBEDDED_MODEL, digits_clip_path
 from .modeling import PAPER_TEMPLATE
 from .names import hub_name, is_path
+from .storage import read_json
+from .typed_settings import parse_yaml, read_text
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")  # of a Trainer, inside the folder of its run
 
@@ -91,9 +92,8 @@ def _content(name: str, file: str, revision: str | None) -> dict[str, Any] | Non
     if path is None:
         return None
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        content = read_json(path) if file.endswith(".json") else parse_yaml(read_text(path), file)
+    except ValueError as error:
         raise ValueError(f"{file} of {name!r} is damaged; mend it, or give prompt.template.") from error
     return content if isinstance(content, dict) else {}
 

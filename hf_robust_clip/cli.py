@@ -10,17 +10,18 @@ import inspect
 import os
 import re
 import shutil
+import signal
 import sys
 import traceback
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
-
-import yaml
 
 from .digits_clip import EMBEDDED_MODEL
 from .secrets import (
@@ -31,6 +32,8 @@ from .secrets import (
     without_token_keys,
     without_tokens,
 )
+from .storage import NotWritten, check_text, check_writable, write_text, written_whole
+from .typed_settings import parse_yaml, read_text, typed_value
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -208,8 +211,8 @@ TASK_OPTIONS = {f"{f.name}_name" if f.name == "config" else f.name: f.name for f
 
 TRAINING_OPTIONS = f"""\
   --config FILE          a YAML file in place of the default below
-  --section.key VALUE    override any value below (VALUE is read as YAML); training.* takes every field of
-                         RobustClipConfig, a transformers.TrainingArguments
+  --section.key VALUE    override any value below (VALUE is read as YAML, a text as it is typed); training.*
+                         takes every field of RobustClipConfig, a transformers.TrainingArguments
   --compare METHOD       also train by METHOD ({", ".join(METHODS)}; a list is written '[tecoa, fare]')
   --output_dir DIR, --overwrite, --resume   short for --run.output_dir DIR, --run.overwrite true, ..."""
 EVALUATION_OPTIONS = """\
@@ -231,7 +234,7 @@ EVALUATION_OPTIONS = """\
   --compare LIST         further checkpoints, shown beside
   --reference NAME       an undefended checkpoint, which a working attack brings to about 0
   --config FILE          a YAML file in place of the default below
-  --section.key VALUE    override any value below (VALUE is read as YAML)
+  --section.key VALUE    override any value below (VALUE is read as YAML, a text as it is typed)
   --output_dir DIR, --overwrite, --resume, --device   short for --run.output_dir DIR, ..."""
 
 
@@ -251,7 +254,7 @@ def parse_arguments(argv: Sequence[str], default_config: Path, sections: Sequenc
     Raises ValueError for a missing value, an unknown section, or an option that is none of ours; OSError for a missing
     file.
     """
-    overrides: list[tuple[str, Any]] = []
+    typed: list[tuple[str, str]] = []
     config = default_config
     words = list(argv)
     while words:
@@ -269,10 +272,13 @@ def parse_arguments(argv: Sequence[str], default_config: Path, sections: Sequenc
         if key == "config":
             config = Path(value)
         else:
-            overrides.append((key, parse_yaml(value, f"--{key}")))
+            check_option(key, sections)
+            typed.append((key, value))
     if not config.is_file():
         raise OSError(f"--config {str(config)!r} is not a file.")
-    settings = parse_yaml(read_text(config), str(config)) or {}
+    types_of = field_types(sections)
+    overrides = [(key, typed_value(value, f"--{key}", type_of_option(key, types_of))) for key, value in typed]
+    settings = parse_yaml(read_text(config), str(config), types_of) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{config} must hold sections: {', '.join(SECTIONS)}.")
     for section, values in settings.items():
@@ -289,14 +295,38 @@ def parse_arguments(argv: Sequence[str], default_config: Path, sections: Sequenc
     drop_unused_prompts(settings, overrides)
     for key, value in overrides:
         section, _, rest = key.partition(".")
-        check_key(section, (*sections, *(SHORT if "training" not in sections else ())), "option --" + key)
-        if section in LISTS and not rest:
-            settings[section] = value
-        elif not rest or "." in rest:
-            raise ValueError(f"--{key} is not of the form --section.key.")
-        else:
-            settings[section] = {**(settings.get(section) or {}), rest: value}
+        settings[section] = {**(settings.get(section) or {}), rest: value} if rest else value
     return settings
+
+
+def check_option(key: str, sections: Sequence[str]) -> None:
+    """Raise ValueError unless an option sets a field, or a section that has no fields."""
+    section, _, rest = key.partition(".")
+    evaluates = "training" not in sections
+    if evaluates and key in (*SHORT, *TASK_OPTIONS):
+        return
+    check_key(section, (*sections, *(SHORT if evaluates else ())), f"option --{key}")
+    if (not rest and section not in LISTS) or "." in rest:
+        raise ValueError(f"--{key} is not of the form --section.key.")
+
+
+def field_types(sections: Sequence[str]) -> dict[str, Any]:
+    """The types of the fields of sections, as far as some of them are texts, for `parse_yaml`."""
+    classes: dict[str, type] = {"model": ModelSettings, "data": DataSettings, "prompt": EvaluationPrompt,
+                                "run": RunSettings, "defence_evaluation": DefenceEvaluation}  # fmt: skip
+    if "training" in sections:
+        from .prompts import ClipPromptConfig
+        from .training_arguments import RobustClipConfig
+
+        classes |= {"training": RobustClipConfig, "prompts": ClipPromptConfig}
+    found: dict[str, Any] = {section: get_type_hints(cls) for section, cls in classes.items()}
+    return {**found, "tasks": [found["data"]], "compare": str | Sequence[str], "reference": str | None}
+
+
+def type_of_option(key: str, types_of: Mapping[str, Any]) -> Any:
+    """The type of the field that an option sets; None where it is of no matter."""
+    section, _, rest = (f"data.{TASK_OPTIONS[key]}" if key in TASK_OPTIONS else SHORT.get(key, key)).partition(".")
+    return types_of[section].get(rest) if rest and section in types_of else types_of.get(section)
 
 
 def drop_unused_prompts(settings: dict[str, Any], overrides: Sequence[tuple[str, Any]]) -> None:
@@ -308,36 +338,6 @@ def drop_unused_prompts(settings: dict[str, Any], overrides: Sequence[tuple[str,
     if isinstance(prompts, dict) and asked.get("prompts.design") not in (None, prompts.get("design")):
         for key in unused_by_design(str(asked["prompts.design"]), prompts):
             del prompts[key]
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file. Raises ValueError for any other."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text.") from error
-
-
-class UniqueKeys(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice, of which YAML would take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def parse_yaml(text: str, what: str) -> Any:
-    """What a YAML text says. Raises ValueError in one line, without the text, if it is none."""
-    try:
-        return yaml.load(text, UniqueKeys)  # a SafeLoader
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or str(error)
-        mark = getattr(error, "problem_mark", None)
-        place = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
-        raise ValueError(without_tokens(f"{what} is not YAML: {' '.join(problem.split())}{place}")) from None
 
 
 def check_key(key: str, known: Sequence[str], what: str) -> None:
@@ -352,7 +352,7 @@ def build(cls: type, values: Mapping[str, Any] | None, section: str) -> Any:
     """A settings dataclass from plain values. Raises ValueError naming section and key for what doesn't fit."""
     given = checked(cls, values, section)
     for f in fields(cls):
-        if f.init and f.default is MISSING and f.default_factory is MISSING and f.name not in given:
+        if f.init and f.default is MISSING and f.default_factory is MISSING and given.get(f.name) in (None, ""):
             raise ValueError(f"{section}.{f.name} is missing.")
     return cls(**given)
 
@@ -477,8 +477,10 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
     from . import unused_settings as unused
 
     refuse_tokens(settings, "settings")
+    check_text(settings, "settings")
     run = build(RunSettings, settings.get("run"), "run")
     check_output_dir(run)
+    check_card_place(run)
     from .training_arguments import RobustClipConfig, check_augmentation, check_start_of_attack, check_trained_part
 
     model = build(ModelSettings, settings.get("model"), "model")
@@ -693,6 +695,7 @@ def read_evaluation(settings: dict[str, Any]) -> EvaluationRecipe:
     from .names import same_place
 
     refuse_tokens(settings, "settings")
+    check_text(settings, "settings")
     run = build(RunSettings, settings.get("run"), "run")
     check_output_dir(run)
     if any(Path(run.output_dir, name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -777,13 +780,24 @@ def check_output_dir(run: RunSettings) -> None:
         )
 
 
+def check_card_place(run: RunSettings) -> None:
+    """Raise OSError if the card would take the place of somebody's own words."""
+    from .model_card import card_state
+
+    card = Path(run.output_dir, "README.md")
+    if card_state(card) == "theirs":
+        raise OSError(
+            f"{card} is no card of this package, and the run writes one there; move it, or name another folder."
+        )
+
+
 def load_model(settings: ModelSettings) -> CLIPForZeroShotClassification:
     """A model in eval mode; of an adapter its base with the adapter in it."""
-    from .modeling import CLIPForZeroShotClassification, adapter_config, with_adapter
+    from .modeling import CLIPForZeroShotClassification, adapter_config, base_of, with_adapter
 
     adapter = adapter_config(settings.name, settings.revision)
     if adapter is not None:
-        base = load_model(ModelSettings(adapter["base_model_name_or_path"], adapter.get("revision")))
+        base = load_model(ModelSettings(*base_of(settings.name, adapter)))
         return with_adapter(base, settings.name, revision=settings.revision).eval()  # type: ignore[return-value]
     return CLIPForZeroShotClassification.from_pretrained(settings.name, revision=settings.revision or "main").eval()
 
@@ -823,14 +837,16 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     Returns the fine-tuned model's reports, one for each task.
     """
     from .checkpoint_notes import named_base
-    from .hub import clear_model, dump_recipe, prepare_repository, push_folder
+    from .hub import clear_checkpoints, clear_model, clear_states, dump_recipe, prepare_repository, push_folder
     from .model_card import CardInfo, make_card
     from .names import hub_name, is_path, shown_folder, shown_name, task_titles, without_paths
     from .processes import join_processes, what_runs
     from .report import blind_warning, percent, plot_accuracy, plot_defences, save_reports, to_table
+    from .saving import Saving
     from .training_checkpoints import NothingToResume
 
     folder = Path(recipe.run.output_dir)
+    check_writable(folder)
     model = load_model(recipe.model)
     if hasattr(model, "peft_config"):
         raise ValueError(f"model.name={recipe.model.name!r} is an adapter; name the model that it stands on.")
@@ -848,6 +864,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
             check_prompts(model, config)
     processes = join_processes(recipe.training.use_cpu)
     say = processes.print
+    saving = Saving(folder, say)
     push = recipe.push
     if push is not None and processes.is_main_process:
         push = prepare_repository(push, "model" if recipe.prompts is None else "adapter", "run.push_to_hub")
@@ -886,8 +903,8 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
         return found
 
     if processes.is_local_main_process and recipe.run.overwrite:
-        for old in (*folder.glob("checkpoint-*"), folder / "state"):
-            shutil.rmtree(old, ignore_errors=True)
+        clear_checkpoints(folder)
+        clear_states(folder)
     processes.wait_for_everyone()
     by_method = {"undefended": evaluate(model, "undefended", start)}
     trainer = make_trainer(recipe, model, train_data, save=True)
@@ -918,6 +935,11 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     if processes.is_main_process:
         clear_model(folder)  # old figures go before new weights come
     tuned, to_save = plain_model(trainer, folder)
+    if processes.is_main_process:
+        saving.save("the weights", lambda: save_trained(to_save, folder))
+        source = recipe.source if push is None else without_paths(recipe.source)
+        saving.save("recipe.yaml", lambda: write_text(folder / "recipe.yaml", dump_recipe(source)))
+    processes.wait_for_everyone()
     reports = evaluate(tuned, title, repo_id)
     if adaptations:
         by_method[title], reports = reports, []
@@ -930,9 +952,6 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
                 by_method[f"{title}, {how.target}"] = found
     compared = [report for rows in by_method.values() for report in rows]
     if processes.is_main_process:
-        save_trained(to_save, folder)
-        source = recipe.source if push is None else without_paths(recipe.source)
-        (folder / "recipe.yaml").write_text(dump_recipe(source), encoding="utf-8")
         own = {
             title if report.defence is None else f"{title}, {report.attack_target}": reports[i : i + len(names)]
             for i, report in list(enumerate(reports))[:: len(names)]
@@ -941,10 +960,27 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
             name: {title: rows[i] for title, rows in {**by_method, **own}.items()} for i, name in enumerate(names)
         }
         rows = [report for by_title in by_task.values() for report in by_title.values()]
-        if adaptations:
-            plot_defences(folder / "accuracy.png", by_model(rows))
-        else:
-            plot_accuracy(folder / "accuracy.png", by_task)
+
+        def show() -> None:
+            about = f"before and after {title} ({rows[0].attack}, {recipe.training.threat_model()} in training)"
+            print_table(defence_table(rows, about), 120) if adaptations else print_table(to_table(rows, about), 100)
+            zeros = percent(max(r.zero_gradient_share for r in rows))
+            print(f"exactly-zero input gradients in the attacks: at most {zeros}")
+            if warning := blind_warning(rows):
+                print(f"\n{warning}\n")
+
+        def plot() -> str:
+            if adaptations:
+                plot_defences(folder / "accuracy.png", by_model(rows))
+            else:
+                plot_accuracy(folder / "accuracy.png", by_task)
+            return "accuracy.png"
+
+        def publish(info: CardInfo) -> None:
+            saving.save("report.json", lambda: save_reports(folder / "report.json", reports, compared, card=info))
+            saving.save("README.md", lambda: write_text(folder / "README.md", str(make_card(reports, compared, info))))
+
+        saving.attempt("the table", show)
         classes = ", ".join(train_data.class_names[:10]) + (", ..." if len(train_data.class_names) > 10 else "")
         base = hub_name(recipe.model.name) or ""
         info = CardInfo(
@@ -962,22 +998,13 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
             plot="accuracy.png",
             license="apache-2.0" if recipe.model.name == EMBEDDED_MODEL else None,
         )
-        save_reports(folder / "report.json", reports, compared, card=info)
-        make_card(reports, compared, info).save(folder / "README.md")
-        from rich.console import Console
-
-        about = f"before and after {title} ({rows[0].attack}, {recipe.training.threat_model()} in training)"
-        table = to_table(rows, about) if not adaptations else defence_table(rows, about)
-        Console(width=max(120 if adaptations else 100, shutil.get_terminal_size().columns)).print(table)
-        say(
-            f"exactly-zero input gradients in the attacks: at most {percent(max(r.zero_gradient_share for r in rows))}"
-        )
-        if warning := blind_warning(rows):
-            say(f"\n{warning}\n")
-        say(f"saved to {folder}: {', '.join(saved_files(folder))}")
-        if push is None:
-            say(f"load it: {loading_code(recipe, recipe.run.output_dir)}")
+        publish(info)
+        if saving.attempt("accuracy.png", plot) is None:
+            publish(replace(info, plot=None))
     processes.wait_for_everyone()
+    saving.finish()
+    load = f"\nload it: {loading_code(recipe, recipe.run.output_dir)}" if push is None else ""
+    saving.attempt("a line", lambda: say(f"saved to {folder}: {', '.join(saved_files(folder))}{load}"))
     if push is not None and processes.is_main_process:
         address = push_folder(folder, push.repo_id, token=push.token, private=push.private, revision=push.revision)
         say(f"pushed: {address}\nload it: {loading_code(recipe, push.repo_id)}")
@@ -1023,14 +1050,13 @@ def save_trained(trained: Any, folder: Path) -> None:
     """Write a classifier, an adapter or a defended classifier."""
     from peft import PeftModel
 
-    from .hub import without_draft
     from .trainer import save_adapter
 
     if isinstance(trained, PeftModel):
         save_adapter(trained, folder)
         return
-    with without_draft(folder):
-        trained.save_pretrained(folder)
+    with written_whole(folder) as draft:
+        trained.save_pretrained(draft)
 
 
 def defence_table(reports: Sequence[RobustnessReport], title: str) -> Table:
@@ -1126,11 +1152,9 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
 
     Returns the reports of the checkpoint in question.
     """
-    from rich.console import Console
-
     from .checkpoint_notes import known_templates, other_prompt, quoted, trained_templates
     from .evaluation import adversarial_examples, evaluate_robustness
-    from .hub import dump_recipe
+    from .hub import clear_states, dump_recipe
     from .names import task_titles, titles
     from .processes import check_sharding, join_processes, what_runs
     from .report import (
@@ -1143,13 +1167,16 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
         save_reports,
         to_table,
     )
+    from .saving import Saving
 
     folder = Path(recipe.run.output_dir)
+    check_writable(folder)
     processes = join_processes(use_cpu(recipe.run.device))
+    saving = Saving(folder, processes.print)
     check_sharding(processes, evaluation=True)
     processes.print(f"evaluation: {what_runs(processes)}")
     if processes.is_local_main_process and recipe.run.overwrite:
-        shutil.rmtree(folder / "state", ignore_errors=True)
+        clear_states(folder)
     processes.wait_for_everyone()
     names = list(dict.fromkeys([*recipe.checkpoints, *([recipe.reference] if recipe.reference else [])]))
     called = titles(names)
@@ -1158,7 +1185,7 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
     remarks: list[str | None] = []
     reports: list[RobustnessReport] = []
     under_first: list[RobustnessReport] = []  # by the first of the attacks
-    strip = None
+    strip: Any = None
     for name in names:
         own = recipe.model if name == recipe.model.name else ModelSettings(name)
         model = load_model(own).to(processes.device)
@@ -1192,34 +1219,52 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
                 if settings is recipe.evaluations[0]:
                     under_first.append(report)
             if strip is None and processes.is_main_process:
-                strip = adversarial_examples(model, data, recipe.evaluations[0])
+                first = partial(adversarial_examples, model, data, recipe.evaluations[0])
+                strip = saving.attempt("examples.png", first) or ()
     own_reports = [report for report in reports if report.model == recipe.model.name]
     others = [report for report in reports if report.model != recipe.model.name]
-    if processes.is_main_process and strip is not None:
-        save_reports(folder / "report.json", own_reports, others)
-        save_csv(folder / "report.csv", reports)
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe.source), encoding="utf-8")
+
+    def show() -> None:
+        print_table(to_table(reports, called[recipe.model.name]), 110)
+        share = percent(max(r.zero_gradient_share for r in reports))
+        print(f"exactly-zero input gradients in the attacks: at most {share}")
+        for line in filter(None, dict.fromkeys([*remarks, blind_warning(reports)])):
+            print(f"\n{line}\n")
+        for report in reports:
+            if report.model == recipe.reference:
+                print(self_check(report))
+
+    if processes.is_main_process:
+        saving.attempt("the table", show)
+        saving.save("report.json", lambda: save_reports(folder / "report.json", own_reports, others))
+        saving.save("report.csv", lambda: save_csv(folder / "report.csv", reports))
+        saving.save("recipe.yaml", lambda: write_text(folder / "recipe.yaml", dump_recipe(recipe.source)))
         panels: dict[str, dict[str, RobustnessReport]] = {}
         for report in reports:
             panel = report.task if len(recipe.evaluations) == 1 else f"{report.task}, {report.full_attack}"
             panels.setdefault(panel, {})[report.name] = report
-        plot_accuracy(folder / "accuracy.png", panels)
-        plot_examples(folder / "examples.png", *strip)
-        written = ["report.json", "report.csv", "accuracy.png", "examples.png", "recipe.yaml"]
+        plots = {"accuracy.png": partial(plot_accuracy, folder / "accuracy.png", panels)}
+        if strip:
+            plots["examples.png"] = partial(plot_examples, folder / "examples.png", *strip)
         if len(names) > 1:
-            plot_tradeoff(folder / "tradeoff.png", under_first, min(reports[0].robust_accuracy))
-            written.append("tradeoff.png")
-        Console(width=max(110, shutil.get_terminal_size().columns)).print(to_table(reports, called[recipe.model.name]))
-        share = percent(max(r.zero_gradient_share for r in reports))
-        processes.print(f"exactly-zero input gradients in the attacks: at most {share}")
-        for line in filter(None, dict.fromkeys([*remarks, blind_warning(reports)])):
-            processes.print(f"\n{line}\n")
-        for report in reports:
-            if report.model == recipe.reference:
-                processes.print(self_check(report))
-        processes.print(f"saved to {folder}: {', '.join(written)}")
+            radius = min(reports[0].robust_accuracy)
+            plots["tradeoff.png"] = partial(plot_tradeoff, folder / "tradeoff.png", under_first, radius)
+        for name, plot in plots.items():
+            saving.attempt(name, plot)
     processes.wait_for_everyone()
+    saving.finish()
+    files = ("report.json", "report.csv", "recipe.yaml", "accuracy.png", "examples.png", "tradeoff.png")
+    written = [name for name in files if (folder / name).is_file()]
+    saving.attempt("a line", lambda: processes.print(f"saved to {folder}: {', '.join(written)}"))
     return own_reports
+
+
+def print_table(table: Table, least_width: int) -> None:
+    """Print a table as it is: no name in it is read as colours or pictures."""
+    from rich.console import Console
+
+    width = max(least_width, shutil.get_terminal_size().columns)
+    Console(width=width, markup=False, emoji=False).print(table)
 
 
 def with_statistics(recipe: EvaluationRecipe, model: ModelSettings) -> TestTimeAdapter | None:
@@ -1281,7 +1326,8 @@ def run_recipe(method: str, default_config: Path, description: str, argv: Sequen
     with one_line_errors():
         recipe = read_recipe(method, parse_arguments(argv, default_config))
         quiet_loading()
-        train(recipe)
+        with one_line_errors(lambda: left_behind(recipe.run, trained=True)):
+            train(recipe)
 
 
 def run_evaluation(default_config: Path, description: str, argv: Sequence[str] | None = None) -> None:
@@ -1293,7 +1339,8 @@ def run_evaluation(default_config: Path, description: str, argv: Sequence[str] |
     with one_line_errors():
         recipe = read_evaluation(parse_arguments(argv, default_config, EVALUATION_SECTIONS))
         quiet_loading()
-        evaluate(recipe)
+        with one_line_errors(lambda: left_behind(recipe.run, trained=False)):
+            evaluate(recipe)
 
 
 def arguments_of(argv: Sequence[str] | None) -> list[str]:
@@ -1310,13 +1357,45 @@ def quiet_loading() -> None:
     logging.disable_progress_bar()
 
 
+def left_behind(run: RunSettings, trained: bool) -> str:
+    """Where a run that was stopped goes on."""
+    from .saving import left_by_evaluation, left_by_training
+
+    return left_by_training(run.output_dir) if trained else left_by_evaluation(run.output_dir)
+
+
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What a user can mend ends the program with one line and status 2."""
+def one_line_errors(left: Callable[[], str] = lambda: "nothing was begun.") -> Iterator[None]:
+    """What a user can mend ends the program with one line and status 2; an interruption, with one line and status 130.
+
+    Args:
+        left: what can be gone on from, for an interruption and a disk that is full.
+    """
+    asked: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    heard = before not in (signal.SIG_IGN, None) and current_thread() is main_thread()
+
+    def interrupt(*signals: Any) -> None:
+        asked.append(signal.SIGINT)
+        raise KeyboardInterrupt
+
     try:
+        if heard:
+            signal.signal(signal.SIGINT, interrupt)
         yield
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        fail(error)
+    except BaseException as error:
+        if asked or isinstance(error, KeyboardInterrupt):  # workers that were interrupted too bring up other errors
+            if os.environ.get("RANK", "0") == "0":
+                print(f"\ninterrupted: {left()}", file=sys.stderr)
+            raise SystemExit(130) from None
+        if isinstance(error, NotWritten):
+            fail(NotWritten(f"{error} {left()}"))
+        if isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)):
+            fail(error)
+        raise
+    finally:
+        if heard:
+            signal.signal(signal.SIGINT, before)
 
 
 def fail(error: Exception) -> NoReturn:
@@ -1331,7 +1410,8 @@ def fail(error: Exception) -> NoReturn:
         print(without_tokens(whole), file=sys.stderr)
         raise SystemExit(2)
     line = " ".join(part.strip() for part in without_tokens(str(error)).splitlines()) or type(error).__name__
-    print(f"\nerror: {line}" if isinstance(error, FloatingPointError) else f"error: {line}", file=sys.stderr)
+    after_bar = isinstance(error, FloatingPointError | NotWritten)
+    print(f"\nerror: {line}" if after_bar else f"error: {line}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -1353,7 +1433,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with one_line_errors():
             from .model_card import regenerate_card
 
-            regenerate_card(words[1]).save(Path(words[1]) / "README.md")
+            write_text(Path(words[1]) / "README.md", str(regenerate_card(words[1])))
             print(f"wrote {Path(words[1]) / 'README.md'}")
     else:
         print(USAGE)

@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,6 +29,7 @@ from .attacks.suites import PGD, Member, Suite, Victim, find_adversarial, is_opt
 from .checks import Blindness, check_logits, checked_labels
 from .digests import signed, unsigned
 from .modeling import CLIPForZeroShotClassification, without_gradients
+from .names import check_shown
 from .processes import Processes, everyone, together
 from .report import (
     CONTROLS,
@@ -38,6 +40,8 @@ from .report import (
     library_versions,
     prompt_hash,
 )
+from .secrets import refuse_tokens
+from .storage import disk_errors
 from .threat_model import ThreatModel
 from .zero_shot_data.fingerprint import dataset_digest
 from .zero_shot_data.loading import ImageDataset, collate_images
@@ -277,6 +281,11 @@ def evaluate_robustness(
             f"dataset is a {type(dataset).__name__} without {lacking[0]}, which a report must name; give an "
             "ImageDataset (load_image_dataset, image_dataset), whose first, only and shots choose images."
         )
+    told = {"name": name, "task": task, "model_id": model_id, "dataset.dataset_id": dataset.dataset_id,
+            "dataset.revision": dataset.revision, "dataset.split": dataset.split}  # fmt: skip
+    for what, text in told.items():
+        check_shown(text, what)
+    refuse_tokens(told, "report")
     if len(dataset) == 0:
         raise ValueError("dataset is empty; nothing to evaluate.")
     if getattr(dataset, "augment", False):
@@ -447,7 +456,8 @@ class _Evaluation:
             self.old_lines = sorted(read, key=lambda line: line["stage"])
             for line in self.old_lines:
                 self.found.add(line)
-            self.file = _open_state(Path(state_dir), self.rank, fingerprint)
+            with disk_errors(state_dir, "state_dir"):
+                self.file = _open_state(Path(state_dir), self.rank, fingerprint)
 
     def logits(self, images_BCHW: Tensor) -> Tensor:
         return self.model(pixel_values=images_BCHW).logits
@@ -467,7 +477,8 @@ class _Evaluation:
                 self.run_stage(number, str(stage), left, self.attack(stage))
         finally:
             if self.file is not None:
-                self.file.close()
+                with suppress(OSError):  # each line was flushed
+                    self.file.close()
 
     def check_model(self, own: range) -> None:
         """Look for random numbers and for optimisation inside the classifier, on a few images."""
@@ -522,8 +533,9 @@ class _Evaluation:
         self.found.add(line)
         self.new_lines.append(line)
         if self.file is not None:
-            self.file.write(signed(json.dumps(line)))
-            self.file.flush()
+            with disk_errors(self.file.name, "state"):
+                self.file.write(signed(json.dumps(line)))
+                self.file.flush()
 
     def clean(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
         return ~misclassified(self.logits, images_BCHW, labels_B)[:, None]

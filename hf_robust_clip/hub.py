@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from .checkpoint_notes import CHECKPOINT
 from .model_card import LIBRARY, name_repository
 from .names import cached_revision, hub_name, paths_in, without_paths
 from .secrets import holds_token, without_token_keys, without_tokens
+from .storage import delete, read_json, written_whole
+from .typed_settings import parse_yaml, read_text
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -33,6 +37,8 @@ MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "gene
 FIGURES = ("report.json", "report.csv", "recipe.yaml", "accuracy.png")  # what belongs to the weights beside them
 TRAINERS = ("training_args.bin", "pytorch_model*.bin", "adapter_model.bin", "optimizer.*", "scheduler.pt", "scaler.pt",
             "rng_state*.pth")  # fmt: skip
+RESUMED = ("trainer_state.json", "training_run.json", "statistics.safetensors", "*.distcp", ".metadata")
+STATE = re.compile(r"[^/]+-[0-9a-f]{8}/state-\d+\.jsonl|statistics/(adversarial|clean)/state-\d+\.safetensors")
 WHOLE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 ADAPTER_WEIGHTS = ("adapter_model.*",)
 TEXTS = (".json", ".yaml", ".yml", ".md", ".txt", ".csv")
@@ -162,7 +168,7 @@ def check_folder(folder: str | Path, only: Sequence[str] = ("*",)) -> Kind:
         raise ValueError(f"folder={str(folder)!r} has no README.md; write one with make_card or create_model_card.")
     for file, key in (("adapter_config.json", "base_model_name_or_path"), ("adaptation.json", "base_model")):
         if file in files:
-            check_base(json.loads(Path(folder, file).read_text(encoding="utf-8")).get(key), file)
+            check_base(read_json(Path(folder, file)).get(key), file)
     for file in files:
         text = _text_to_check(folder, file)
         if holds_token(text):
@@ -205,7 +211,7 @@ def published(folder: str | Path, file: str) -> bytes | Path:
     """
     path = Path(folder, file)
     if file == "recipe.yaml":
-        recipe = without_paths(without_token_keys(yaml.safe_load(path.read_text(encoding="utf-8"))))
+        recipe = without_paths(without_token_keys(parse_yaml(read_text(path), file)))
         return dump_recipe(recipe).encode()
     keys = {"adapter_config.json": ("base_model_name_or_path", "revision"),
             "adaptation.json": ("base_model", "base_revision")}.get(file)  # fmt: skip
@@ -261,18 +267,6 @@ def saved_in(folder: str | Path, push: Push) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def without_draft(folder: str | Path) -> Iterator[None]:
-    """Undo what PEFT writes into README.md: a draft without content, or changes to a card that is there."""
-    file = Path(folder, "README.md")
-    before = file.read_bytes() if file.is_file() else None
-    yield
-    if before is None:
-        file.unlink(missing_ok=True)
-    else:
-        file.write_bytes(before)
-
-
 def upload_command(folder: str | Path, push: Push) -> str:
     """What uploads the same files by hand."""
     excluded = [word for pattern in NEVER_PUSHED for word in ("--exclude", pattern)]
@@ -288,9 +282,10 @@ def is_stale(file: str) -> bool:
 
 def copy_model(source: str | Path, target: str | Path) -> None:
     """Copy what makes a model from a Trainer's checkpoint, without what it is resumed from."""
-    for path in sorted(Path(source).iterdir()):
-        if path.is_file() and _fits(path.name, MODEL_FILES):
-            shutil.copy(path, target)
+    with written_whole(target) as draft:
+        for path in sorted(Path(source).iterdir()):
+            if path.is_file() and _fits(path.name, MODEL_FILES):
+                shutil.copy(path, draft)
 
 
 def clear_model(folder: str | Path) -> None:
@@ -298,6 +293,19 @@ def clear_model(folder: str | Path) -> None:
     for path in Path(folder).glob("*"):
         if path.is_file() and _fits(path.name, (*MODEL_FILES, *FIGURES, "README.md")):
             path.unlink()
+
+
+def clear_checkpoints(folder: str | Path) -> None:
+    """Delete what a Trainer saves of a training, by its files' names: whatever else lies there stays."""
+    for pattern in ("checkpoint-*", "state/statistics/*/checkpoint-*"):
+        for place in Path(folder).resolve().glob(pattern):
+            if CHECKPOINT.fullmatch(place.name):
+                delete(place, lambda name: _fits(PurePath(name).name, (*MODEL_FILES, *TRAINERS, *RESUMED)))
+
+
+def clear_states(folder: str | Path) -> None:
+    """Delete the states of evaluations and of statistics, by their files' names."""
+    delete(Path(folder).resolve() / "state", STATE.fullmatch)
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:

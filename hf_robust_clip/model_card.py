@@ -18,6 +18,7 @@ from .names import is_repo_id
 from .paper import Paper
 from .report import RobustnessReport, blind_warning, load_reports, percent, read_report_file, save_reports
 from .secrets import refuse_tokens
+from .storage import write_text
 from .threat_model import ThreatModel
 
 LIBRARY = "hf_robust_clip"
@@ -123,7 +124,7 @@ def name_repository(folder: str | Path, repo_id: str) -> None:
     reports = [replace(report, model=repo_id) for report in reports]
     info = replace(info, repo_id=repo_id)
     save_reports(path, reports, compared, card=info)
-    make_card(reports, compared, info).save(Path(folder) / "README.md")
+    write_text(Path(folder) / "README.md", str(make_card(reports, compared, info)))
 
 
 def card_state(file: str | Path) -> CardState:

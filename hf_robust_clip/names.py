@@ -12,7 +12,16 @@ from .digits_clip import EMBEDDED_MODEL, digits_clip_path
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})/?$")
 PATH_IN_TEXT = re.compile(r"(?:(?<=file:)|(?<=file://)|(?<![\w:/.~-]))~?(?:/[\w.+@-]+){2,}")
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 LISTS_OF_NAMES = ("classes", "class_names")  # what stands there is the name of a class, whatever it looks like
+
+
+def check_shown(text: Any, what: str) -> None:
+    """Raise ValueError for a text that tables can't show as it is: an empty one, or one with a line break, say."""
+    if not isinstance(text, str) or not text.strip() or CONTROL.search(text):
+        raise ValueError(
+            f"{what}={text!r} is no text, empty, or holds a line break or another character that isn't printed."
+        )
 
 
 def is_repo_id(name: str) -> bool:
@@ -97,7 +106,7 @@ def titles(names: Sequence[str]) -> dict[str, str]:
     for name, own in parts.items():
         others = [other for key, other in parts.items() if key != name]
         length = next(n for n in range(1, len(own) + 1) if n == len(own) or all(own[-n:] != o[-n:] for o in others))
-        found[name] = "/".join(part.strip("/") for part in own[-length:] if part.strip("/"))
+        found[name] = "/".join(part.strip("/") for part in own[-length:] if part.strip("/")) or "root"
     return found
 
 
@@ -109,6 +118,7 @@ def task_titles(tasks: Sequence[tuple[str | None, str]]) -> list[str]:
     short = titles([dataset for name, dataset in tasks if not name and is_path(dataset)])
     found = [name or short.get(dataset, dataset) for name, dataset in tasks]
     for title in found:
+        check_shown(title, "the name of a task")
         if found.count(title) > 1:
             raise ValueError(f"two tasks have the name {title!r}; give each its own by `name`.")
     return found

@@ -185,6 +185,12 @@ def _per_channel(image_processor: Any, name: str) -> tuple[float, ...]:
     return tuple(float(v) for v in values)
 
 
+def check_processor(processor: CLIPProcessor) -> None:
+    """Raise ValueError for a processor of other steps than `to_pixels` follows, or whose pictures are no squares."""
+    _check_switches(processor.image_processor)
+    _side(processor.image_processor)
+
+
 def model_side(processor: CLIPProcessor) -> int:
     """Side in pixels of the pictures that a processor makes.
 
@@ -210,7 +216,7 @@ def _side(image_processor: Any) -> int | None:
     given = getattr(image_processor, name, None)
     size = {} if given is None else get_size_dict(given, default_to_square=square, param_name=name)
     sides = [size.get(key) for key in ("height", "width", "shortest_edge") if size.get(key) is not None]
-    if not sides or len(set(sides)) > 1:
+    if len(set(sides)) != 1 or not isinstance(sides[0], int) or sides[0] < 1:
         raise ValueError(f"{name}={given!r} of the image processor makes no squares; give both edges one length.")
     return sides[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from .hub import (
     upload,
 )
 from .model_card import card_state, changed_card, contradiction, name_repository
+from .storage import disk_errors, write_text
 
 logger = logging.getLogger(__name__)
 UNMEASURED = (*MODEL_FILES, "README.md")  # what is pushed where no figures belong to the weights
@@ -52,6 +54,17 @@ class PushingTrainer(Trainer):
     @abstractmethod
     def adapter_base(self) -> str | None:
         """The name of the model that the trained adapter stands on; None where whole weights are trained."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's own. Raises NotWritten where the disk is full; what there is of the checkpoint is deleted."""
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        try:
+            with disk_errors(folder, "checkpoint"):
+                super()._save_checkpoint(model, trial)
+        except OSError:
+            if self.args.should_save and not (folder / "trainer_state.json").is_file():  # which comes last
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository of `hub_model_id`, or see that it is there and can be written to.
@@ -141,7 +154,7 @@ class PushingTrainer(Trainer):
         copy_model(checkpoint_folder, folder)
         push = self._push()
         if card_state(folder / "README.md") != "theirs":
-            self.unmeasured_card(push.repo_id).save(folder / "README.md")
+            write_text(folder / "README.md", str(self.unmeasured_card(push.repo_id)))
         job = HfApi().run_as_future(
             _upload_saved, folder, push, f"Training in progress, step {self.state.global_step}", UNMEASURED
         )
@@ -188,7 +201,7 @@ class PushingTrainer(Trainer):
         file = Path(self.args.output_dir) / "README.md"
         state = card_state(file)
         if state not in ("measured", "theirs"):
-            self.unmeasured_card(self._push().repo_id).save(file)
+            write_text(file, str(self.unmeasured_card(self._push().repo_id)))
         elif state == "measured":
             trained = self.state.global_step > 0
             own = {k: v for k, v in self.settings().items() if trained or k not in ("updates", "trainable_parameters")}
@@ -201,7 +214,8 @@ class PushingTrainer(Trainer):
         given = {"language": language, "license": license, "model_name": model_name, "base_model": finetuned_from,
                  "tags": tags, "datasets": dataset_tags}  # fmt: skip
         if any(value is not None for value in given.values()):
-            changed_card(file, {name: value for name, value in given.items() if value is not None}).save(file)
+            changed = changed_card(file, {name: value for name, value in given.items() if value is not None})
+            write_text(file, str(changed))
 
 
 def _upload_saved(folder: str | Path, push: Push, commit_message: str, only: tuple[str, ...]) -> CommitInfo:

@@ -9,7 +9,8 @@ import math
 import os
 import platform
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +21,7 @@ from huggingface_hub import EvalResult
 from .checks import BLIND_ABOVE
 from .digests import digests
 from .secrets import refuse_tokens
+from .storage import read_json, whole_file, write_text
 from .threat_model import ThreatModel, parse_radius
 
 if TYPE_CHECKING:
@@ -288,12 +290,7 @@ def save_reports(
         "compared": [_row(report) for report in compared],
         **({} if card is None else {"card": asdict(card)}),
     }
-    partial = Path(path).with_suffix(".part")
-    try:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _row(report: RobustnessReport) -> dict[str, Any]:
@@ -305,10 +302,7 @@ def read_report_file(path: str | Path) -> dict[str, Any]:
     """What `save_reports` wrote, as plain values. Raises ValueError for anything else, and where the weights beside it
     are not those of the figures.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is cut short or no JSON ({error}).") from error
+    content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != REPORT_FORMAT:
         raise ValueError(f"{path} is not a report of format {REPORT_FORMAT}.")
     if not {"reports", "compared"} <= set(content):
@@ -363,7 +357,7 @@ def save_csv(path: str | Path, reports: Sequence[RobustnessReport]) -> None:
             low, high = report.interval(accuracy)
             robust = {"radius": radius, "robust_accuracy": accuracy, "robust_low": low, "robust_high": high}
             lines.append({**scalars, "clean_low": clean_low, "clean_high": clean_high, **robust})
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
@@ -450,6 +444,16 @@ def _one_norm(reports: Iterable[RobustnessReport]) -> str:
     return norms[0]
 
 
+@contextmanager
+def _plain_text() -> Iterator[None]:
+    """Names are drawn as they are; matplotlib would read what stands between two $ as a formula."""
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False, "text.usetex": False}):
+        yield
+
+
+@_plain_text()
 def plot_accuracy(path: str | Path, panels: Mapping[str, Mapping[str, RobustnessReport]]) -> None:
     """Write a PNG of accuracy against eps: a panel for each key, a line for each report in it, 95 % bands.
 
@@ -479,6 +483,7 @@ def plot_accuracy(path: str | Path, panels: Mapping[str, Mapping[str, Robustness
     _save(figure, axes, path)
 
 
+@_plain_text()
 def plot_tradeoff(path: str | Path, reports: Sequence[RobustnessReport], radius: float | str) -> None:
     """Write a PNG of robust against clean accuracy: a panel for each task, a point for each model, 95 % intervals.
 
@@ -517,6 +522,7 @@ def plot_tradeoff(path: str | Path, reports: Sequence[RobustnessReport], radius:
     _save(figure, axes, path)
 
 
+@_plain_text()
 def plot_examples(
     path: str | Path,
     images: ArrayLike,
@@ -567,7 +573,7 @@ def plot_examples(
             right = predicted == name
             text = textwrap.fill(f"{predicted} ({'right' if right else 'WRONG'})", 25)
             axis.set_xlabel(text, fontsize=9, fontweight="normal" if right else "bold")
-    figure.savefig(path, dpi=140)
+    _write(figure, path)
 
 
 def defence_cells(rows: Mapping[str, Sequence[RobustnessReport]]) -> tuple[list[str], list[list[str]]]:
@@ -622,6 +628,7 @@ def _number(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+@_plain_text()
 def plot_defences(path: str | Path, rows: Mapping[str, Sequence[RobustnessReport]]) -> None:
     """Write a PNG of what `defence_cells` tells: for each label its clean accuracy, that under the first attack made
     on the classifier alone, the three controls on the same images, and the worst of all attacks.
@@ -651,7 +658,12 @@ def plot_defences(path: str | Path, rows: Mapping[str, Sequence[RobustnessReport
     axis.set_xlabel("accuracy in percent")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    figure.savefig(path, dpi=140)
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: str | Path) -> None:
+    with whole_file(path) as draft:
+        figure.savefig(draft, dpi=140)
 
 
 def _styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -701,4 +713,4 @@ def _save(figure: Figure, axes: Sequence[Axes], path: str | Path) -> None:
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=9, frameon=False
     )
-    figure.savefig(path, dpi=140)
+    _write(figure, path)

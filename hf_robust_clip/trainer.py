@@ -26,7 +26,6 @@ from .attacks.losses import cross_entropy
 from .attacks.pgd import PGDSettings, pgd
 from .checkpoint_notes import named_base
 from .checks import Blindness, check_logits, checked_labels
-from .hub import without_draft
 from .model_card import CardInfo, make_unmeasured_card
 from .modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, without_gradients
 from .modeling.normalisation import carry_normalisation, has_adapter
@@ -52,6 +51,7 @@ from .run_identity import (
     plain,
     training_identity,
 )
+from .storage import check_writable, written_whole
 from .threat_model import ThreatModel
 from .training_arguments import (
     RobustClipConfig,
@@ -541,6 +541,8 @@ class RobustClipTrainer(PushingTrainer):
             resume_from_checkpoint = self.args.resume_from_checkpoint
         self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.accelerator)
         self._terms, self._updates = {}, 0
+        if self.args.should_save:
+            check_writable(self.args.output_dir)
         try:
             if trial is not None:
                 self._begin_trial(trial)
@@ -792,13 +794,15 @@ class RobustClipTrainer(PushingTrainer):
 
 def save_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Any] | None = None) -> None:
     """Write an adapter, and beside it the image processor, whose normalisation it was trained with."""
-    with without_draft(folder):  # embedding layers are frozen: no need to look for them on the Hub
-        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
     classifier = classifier_in(model)
-    classifier.require_processor().image_processor.save_pretrained(folder)
-    for name, config in model.peft_config.items():
-        if not isinstance(config, ClipPromptConfig):
-            carry_normalisation(classifier, Path(folder, "" if name == "default" else name, ADAPTER))
+    with written_whole(folder) as draft:
+        classifier.require_processor().image_processor.save_pretrained(draft)
+        # embedding layers are frozen: no need to look for them on the Hub
+        model.save_pretrained(str(draft), state_dict=state_dict, save_embedding_layers=False)
+        (draft / "README.md").unlink(missing_ok=True)  # a draft of a card, by PEFT
+        for name, config in model.peft_config.items():
+            if not isinstance(config, ClipPromptConfig):
+                carry_normalisation(classifier, draft / ("" if name == "default" else name) / ADAPTER)
 
 
 def check_adapters(student: nn.Module, core: CLIPForZeroShotClassification) -> None:

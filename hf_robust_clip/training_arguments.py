@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset, Subset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import trainer_log_levels
 
 from .attacks.pgd import PGDSettings
 from .processes import check_sharding, join_processes
@@ -131,6 +133,10 @@ class RobustClipConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         _check_numbers(self)
+        _check_refused(self, ("deepspeed",))  # before transformers looks for its package
+        for name in ("log_level", "log_level_replica"):
+            if getattr(self, name) not in trainer_log_levels:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(trainer_log_levels)}.")
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
         join_processes(self.use_cpu, self.ddp_timeout, self.ddp_backend)
@@ -158,10 +164,9 @@ def check_arguments(args: RobustClipConfig) -> None:
     args.threat_model()
     args.attack()
     args.augmentation()
-    for name, (accepted, reason) in REFUSED.items():
-        if name != "accelerator_config" and hasattr(args, name) and getattr(args, name) not in accepted:
-            raise ValueError(f"{name}={getattr(args, name)!r} can't be used: {reason}.")
+    _check_refused(args, [name for name in REFUSED if name != "accelerator_config"])
     _check_accelerator(args)
+    _check_trackers(args)
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise ValueError(f"train_sampling_strategy={args.train_sampling_strategy!r} must be random or sequential.")
     if "inputs" in args.include_for_metrics:
@@ -262,6 +267,9 @@ def _check_numbers(args: RobustClipConfig) -> None:
         "attack_steps",
     ):
         _check_number(name, getattr(args, name), least=1, whole=True)
+    for name, below in (("seed", 2**32), ("data_seed", 2**32), ("dataloader_num_workers", math.inf)):
+        if getattr(args, name) is not None:
+            _check_number(name, getattr(args, name), below=below, whole=True)
     if args.trainable_layers is not None:
         _check_number("trainable_layers", args.trainable_layers, least=-math.inf, whole=True)
     _check_number("max_steps", args.max_steps, least=-1, whole=True)
@@ -281,6 +289,20 @@ def _check_number(name: str, value: Any, least: float = 0, below: float = math.i
             f" and below {below:g}" if below < math.inf else ""
         )
         raise ValueError(f"{name}={value!r} must be {range_}.")
+
+
+def _check_refused(args: RobustClipConfig, names: Iterable[str]) -> None:
+    for name in names:
+        accepted, reason = REFUSED[name]
+        if hasattr(args, name) and getattr(args, name) not in accepted:
+            raise ValueError(f"{name}={getattr(args, name)!r} can't be used: {reason}.")
+
+
+def _check_trackers(args: RobustClipConfig) -> None:
+    there = [*get_available_reporting_integrations(), "flyte"]
+    for name in args.report_to:
+        if name not in there:
+            raise ValueError(f"report_to={name!r} is not installed here; install it, or take none.")
 
 
 def _check_accelerator(args: RobustClipConfig) -> None:
@@ -306,6 +328,11 @@ def _check_schedule(args: RobustClipConfig) -> None:
         if getattr(args, name) and schedule in without:
             hint = "; take constant_with_warmup" if (name, schedule) == ("warmup_steps", "constant") else ""
             raise ValueError(f"{name}={getattr(args, name)!r} does nothing with lr_scheduler_type={schedule!r}{hint}.")
+    own = dict(args.lr_scheduler_kwargs or {})
+    try:
+        get_scheduler(schedule, torch.optim.SGD([torch.zeros(1)]), 1, 10, own)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lr_scheduler_kwargs={own!r} don't suit lr_scheduler_type={schedule!r}: {error}") from error
 
 
 def _check_optimizer(args: RobustClipConfig) -> None:
@@ -319,10 +346,10 @@ def _check_optimizer(args: RobustClipConfig) -> None:
             raise ValueError(f"optim_args={args.optim_args!r} must be written 'name=value,name=value'.")
     try:
         optimizer_and_arguments(args)
-    except ImportError as error:
-        raise ValueError(f"optim={name!r} needs a package: {error}") from error
-    except ValueError:  # some look at the model first
-        return
+    except (ImportError, ValueError) as error:
+        if isinstance(error, ImportError) or "install" in str(error) or "import" in str(error):
+            raise ValueError(f"optim={name!r} needs a package: {error}") from error
+        return  # some look at the model first
     for idle in _idle_arguments(args):
         raise ValueError(f"{idle} does nothing with optim={name!r}.")
 

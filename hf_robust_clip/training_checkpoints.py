@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .digests import damaged_file, digest, digests
 from .processes import Processes, everyone, together
+from .storage import write_text
 
 logger = logging.getLogger(__name__)
 RUN_FILE = "training_run.json"
@@ -37,7 +38,7 @@ def note_checkpoint(folder: str | Path, run: Mapping[str, Any], processes: int) 
     files = [f for f in Path(folder).rglob("*") if f.is_file() and f.name[0] != "." and f.suffix != ".md"]
     note = {"run": run, "processes": processes, "files": digests(folder, (f for f in files if f.name != RUN_FILE))}
     note["digest"] = digest(json.dumps(note).encode())
-    Path(folder, RUN_FILE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+    write_text(Path(folder, RUN_FILE), json.dumps(note, indent=1) + "\n")
 
 
 def read_note(folder: str | Path) -> dict[str, Any]:

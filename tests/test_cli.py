@@ -58,6 +58,53 @@ def test_overrides_are_read_as_yaml_and_the_last_one_wins():
     assert settings["training"]["attack_steps"] == 3
 
 
+TYPED = ("010", "12:30", "2024-01-01", "no", "1e3", "0x1F", "1_000", ".5", "~", "true", "a: b", "# x", "&a", "!x")
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_what_belongs_into_a_text_is_taken_as_typed(text, tmp_path):
+    """YAML would read a number, a time, a date, a truth value or nothing."""
+    for option in ("output_dir", "run.output_dir", "model.name", "data.split", "prompt.template", "data.revision",
+                   "prompts.context_init", "training.run_name"):  # fmt: skip
+        section, _, key = (option if "." in option else f"run.{option}").partition(".")
+        assert parse_arguments([f"--{option}={text}"], DEFAULT)[section][key] == text
+    for option, where in (("split", "split"), ("template", "prompt"), ("model", "model"), ("config_name", "config")):
+        settings = parse_arguments(
+            ["--dataset", text, f"--{option}", text], EVALUATION_CONFIGS[0], cli.EVALUATION_SECTIONS
+        )
+        assert settings["tasks"][0]["dataset"] == text
+        assert text in (settings["tasks"][0].get(where), *settings.get(where, {}).values())
+
+
+@pytest.mark.parametrize("text", [text for text in TYPED if text not in ("~", "a: b", "# x", "&a", "!x")])
+def test_what_belongs_into_a_text_is_taken_as_written(text, tmp_path):
+    """In a file YAML's own signs count: ~ is nothing, # begins a comment."""
+    (tmp_path / "own.yaml").write_text(
+        f"run: {{output_dir: {text}}}\ncompare: [{text}]\n"
+        f"tasks: [{{dataset: {text}, name: {text}, classes: [{text}], class_names: {{{text}: {text}}}}}]\n"
+    )
+    settings = parse_arguments(["--config", "own.yaml"], DEFAULT)
+    assert settings["run"] == {"output_dir": text} and settings["compare"] == [text]
+    assert settings["tasks"] == [{"dataset": text, "name": text, "classes": [text], "class_names": {text: text}}]
+    words = ["--data.classes", f"[{text}, b]", "--tasks", f"[{{dataset: {text}}}]", "--compare", f"[{text}]"]
+    settings = parse_arguments(words, DEFAULT)
+    assert settings["data"]["classes"] == [text, "b"] and settings["compare"] == [text]
+    assert settings["tasks"] == [{"dataset": text}]
+
+
+def test_nothing_and_collections_where_a_text_may_stand_too():
+    settings = parse_arguments(["--data.revision", "null", "--data.class_names", "{0: no, 1: 010}"], DEFAULT)["data"]
+    assert settings["revision"] is None and settings["class_names"] == {"0": "no", "1": "010"}
+    settings = parse_arguments(["--data.class_names", "[yes, no]", "--data.background", "[1, 2, 3]"], DEFAULT)["data"]
+    assert settings["class_names"] == ["yes", "no"] and settings["background"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("text", ["010", "0x1F", "1:30", "0b1", "08"])
+def test_a_number_is_written_in_decimal_digits(text):
+    with pytest.raises(ValueError, match=rf"training\.seed.*{text}|seed='{text}'"):
+        recipe("--training.seed", text)
+
+
 def test_config_replaces_the_default_whole(tmp_path):
     (tmp_path / "own.yaml").write_text("data: {dataset: a/b}\nrun: {output_dir: here}\n")
     settings = parse_arguments(["--data.split", "dev", "--config", "own.yaml"], DEFAULT)
@@ -115,6 +162,30 @@ def test_config_with_other_sections(content, message, tmp_path):
         parse_arguments(["--config", "own.yaml"], DEFAULT)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "a: &a [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1 or str()}'] * 9)}]\n" for i in range(1, 9)),
+            "values",
+        ),
+        ("run: &a {output_dir: *a}", "own.yaml"),
+        ("run: " + "[" * 5000, "own.yaml"),
+        ("# " + "x" * 2**20, "1 MB"),
+        ("run: !!python/object/apply:os.getcwd []", "own.yaml"),
+        ("base: &b {dataset: a}\ndata:\n  <<: *b\n  dataset: b\n  dataset: c", "'dataset' stands twice"),
+        ("tasks:\n- {dataset: a, dataset: b}", "'dataset' stands twice"),
+        ("run: {output_dir: a}\n---\nrun: {}", "own.yaml"),
+    ],
+    ids=["aliases", "itself", "deep", "huge", "tag", "merged", "inner", "two"],
+)
+def test_yaml_that_means_harm_is_one_line_with_the_files_name(content, message, tmp_path):
+    (tmp_path / "own.yaml").write_text(content)
+    with pytest.raises(ValueError, match=rf"^(?=[^\n]*own\.yaml)[^\n]*{message}[^\n]*$") as info:
+        parse_arguments(["--config", "own.yaml"], DEFAULT)
+    assert len(str(info.value)) < 300
+
+
 def test_a_config_that_is_no_text_is_named(tmp_path):
     (tmp_path / "own.yaml").write_bytes("classes: [Käse]".encode("latin-1"))
     with pytest.raises(ValueError, match=r"own\.yaml is not UTF-8"):
@@ -123,7 +194,7 @@ def test_a_config_that_is_no_text_is_named(tmp_path):
 
 def test_yaml_that_is_none_is_one_clear_error(tmp_path, capsys):
     (tmp_path / "own.yaml").write_text("training: {eps: [}")
-    for words, what in ((["--training.eps", "["], "--training.eps"), (["--config", "own.yaml"], "own.yaml")):
+    for words, what in ((["--training.seed", "["], "--training.seed"), (["--config", "own.yaml"], "own.yaml")):
         with pytest.raises(SystemExit):
             cli.run_recipe("pmg_aft", DEFAULT, "", words)
         error = capsys.readouterr().err
@@ -229,7 +300,8 @@ def test_unknown_keys_are_errors_in_tasks():
         (["--tasks", "5"], "tasks=5 must be a list"),
         (["--tasks", "[digits]"], "tasks[0]='digits' must hold keys"),
         (["--tasks", "[{split: test}]"], "tasks[0].dataset is missing"),
-        (["--compare", "5"], "compare=5"),
+        (["--compare", "{a: b}"], "compare={'a': 'b'}"),
+        (["--compare", "5"], "'5'"),
         (["--compare", "tekoa"], "did you mean 'tecoa'"),
         (["--device", "gpu"], "run.device='gpu' must be 'auto'/'cpu'/'cuda'"),
         (["--objective.alpha", "-1"], "alpha=-1"),
@@ -626,7 +698,7 @@ def test_step_size_reaches_pgd():
         (["--radii", "[8]"], "8/255"),
         (["--radii", "[]"], "at least one radius"),
         (["--training.seed", "1"], "unknown option --training.seed"),
-        (["--compare", "[1]"], "1 must be a Hub id"),
+        (["--compare", "[[a]]"], "must be a Hub id"),
         (["--tasks", "[]"], "must be a list of datasets"),
         (["--evaluation.precision", "fp16"], "precision"),
         (["--run.push_to_hub", "a/b"], "goes with training"),

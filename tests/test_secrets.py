@@ -119,11 +119,11 @@ WAYS = {
     "word alone": lambda: [TOKEN],
     "option itself": lambda: [f"--{TOKEN}"],
     "section itself": lambda: [f"--{TOKEN}.key", "1"],
-    "value of another kind": lambda: ["--training.hub_token", f"[{TOKEN}]"],
+    "value of another kind": lambda: ["--training.seed", f"[{TOKEN}]"],
     "value of a number": lambda: ["--training.eps", TOKEN],
     "folder": lambda: ["--output_dir", f"out/{TOKEN}"],
     "config": lambda: ["--config", f"{TOKEN}.yaml"],
-    "not YAML": lambda: ["--training.hub_token", f"[{TOKEN}"],
+    "not YAML": lambda: ["--training.seed", f"[{TOKEN}"],
     "YAML": lambda: written_yaml(CONFIG.read_text() + f"prompts: {TOKEN}\n"),
     "YAML that is none": lambda: written_yaml(f"training:\n  hub_token: {TOKEN}\n  eps: [\n"),
     "YAML, unknown alias": lambda: written_yaml(f"training: *{TOKEN}\n"),
@@ -217,7 +217,8 @@ def test_a_whole_run_writes_and_prints_none(tmp_path):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
     words = ["--config", tmp_path / "own.yaml", "--training.hub_token", TOKEN, "--data.max_images", "16",
              "--training.max_steps", "2", "--training.save_steps", "1", "--training.logging_steps", "1",
-             "--training.per_device_train_batch_size", "8", "--training.report_to", json.dumps(trackers or "none"),
+             "--training.per_device_train_batch_size", "8",
+             "--training.report_to", json.dumps(trackers) if trackers else "none",
              "--evaluation.attack", "pgd-1", "--tasks", "[{dataset: digits, split: test, max_images: 4}]",
              "--output_dir", tmp_path / "out"]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_TOKEN": TOKENS["jwt"],

@@ -20,6 +20,24 @@ def test_every_setting_is_in_one_group():
     assert sum(map(len, groups)) == len(frozenset.union(*groups))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gradient_accumulation_steps", 0), ("seed", -1), ("seed", 2**32), ("data_seed", 0.5),
+        ("dataloader_num_workers", -1), ("log_level", "loud"), ("lr_scheduler_kwargs", {"no_such": 1}),
+        ("report_to", "wandb"), ("report_to", ["none", "mlflow"]), ("report_to", "no_such"),
+        ("deepspeed", "zero3.json"), ("optim", "adamw_8bit"), ("optim", "galore_adamw"), ("optim", "lion_32bit"),
+    ],
+)  # fmt: skip
+def test_what_would_end_in_an_error_of_a_library_is_refused_before(name, value, tmp_path):
+    """None of these packages is installed here."""
+    more = {"optim_target_modules": "all-linear"} if value == "galore_adamw" else {}
+    if name == "lr_scheduler_kwargs":
+        more = {"lr_scheduler_type": "cosine"}
+    with pytest.raises(ValueError, match=rf"^[^\n]*{name}[^\n]*$"):
+        arguments(tmp_path, **{name: value, **more})
+
+
 def test_a_setting_in_no_group_is_compared(tmp_path):
     @dataclass
     class Newer(RobustClipConfig):

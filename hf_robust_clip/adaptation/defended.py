@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +21,11 @@ from transformers import CLIPConfig, CLIPProcessor
 from ..digits_clip import EMBEDDED_MODEL, digits_clip_path
 from ..hub import Push, check_base, check_folder, prepare_repository, upload
 from ..model_card import CardInfo, make_unmeasured_card
-from ..modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, ZeroShotOutput, with_adapter
+from ..modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, ZeroShotOutput, base_of, with_adapter
 from ..modeling.freshness import weights_digest
 from ..names import hub_name, shown_name
 from ..secrets import without_tokens
+from ..storage import read_json, write_text, written_whole
 from . import adapter_class, adapter_key
 from .base import Adaptation, TestTimeAdapter, prompts_of
 from .statistics import FILE as STATISTICS
@@ -145,7 +144,7 @@ class DefendedClassifier(nn.Module):
                 self.config.__class__.from_dict({**self.config.to_dict(), "architectures": None}).save_pretrained(
                     draft
                 )
-            (draft / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_text(draft / SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
     def _check_weights(self, base: str, revision: str | None) -> None:
         """Raise ValueError unless the classifier's weights, adapters aside, are those of the base model."""
@@ -231,10 +230,11 @@ class DefendedClassifier(nn.Module):
         if _has_targets(adapter_cls):
             values["targets"] = AlignmentTargets.load(folder / STATISTICS)
         adapter = adapter_from(adapter_cls, values)
-        base = settings["base_model"]
+        named = {"base_model_name_or_path": settings["base_model"], "revision": settings["base_revision"]}
+        base, base_revision = base_of(name, named, where)
         classifier = CLIPForZeroShotClassification.from_pretrained(
             base,
-            **{**where, "revision": settings["base_revision"] or "main"},
+            **{**where, "revision": base_revision},
             **({} if dtype is None else {"dtype": dtype}),
         )
         if settings["prompts"]:
@@ -258,7 +258,7 @@ class DefendedClassifier(nn.Module):
         push = prepare_repository(Push(repo_id, token, private), "defence", "repo_id")
         with tempfile.TemporaryDirectory() as temporary:
             self.save_pretrained(temporary)
-            self.card(push.repo_id).save(Path(temporary) / "README.md")
+            write_text(Path(temporary) / "README.md", str(self.card(push.repo_id)))
             check_folder(temporary)
             return without_tokens(str(upload(temporary, push, "Upload defended CLIP").repo_url))
 
@@ -289,10 +289,7 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
             "recipes/tapt.py) or DefendedClassifier(classifier, adapter).save_pretrained, and load it with "
             "TAPT.from_pretrained."
         )
-    try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{SETTINGS} of {name!r} is damaged ({error}); copy or save it again.") from error
+    settings = read_json(folder / SETTINGS)
     known = ("format", "method", "parameters", "prompts", "seed", "base_model", "base_revision", "class_names",
              "templates", "input_size")  # fmt: skip
     missing = [key for key in known if not isinstance(settings, dict) or key not in settings]
@@ -301,6 +298,8 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
             f"lacks {missing[0]!r}" if missing else f"has format {settings['format']!r}, this version reads {FORMAT}"
         )
         raise ValueError(f"{SETTINGS} of {name!r} {what}; save it again, or take the version that wrote it.")
+    if not isinstance(settings["seed"], int):
+        raise ValueError(f"seed={settings['seed']!r} in {SETTINGS} of {name!r} must be a whole number.")
     return settings
 
 
@@ -323,22 +322,6 @@ def active_adapter(classifier: nn.Module) -> str:
     """The name of the adapter whose prompts are used."""
     layers: list[Any] = [module for module in classifier.modules() if hasattr(module, "put_prompts")]
     return layers[0].active_adapters[0]
-
-
-@contextmanager
-def written_whole(folder: Path, last: str) -> Iterator[Path]:
-    """An empty folder to write into, whose files are moved to `folder` at the end.
-
-    `last` is taken away first and comes last, so that a folder with it is whole. After an error `folder` is as it was.
-    """
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=existing) as temporary:
-        draft = Path(temporary)
-        yield draft
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / last).unlink(missing_ok=True)
-        for file in sorted(draft.iterdir(), key=lambda file: file.name == last):
-            os.replace(file, folder / file.name)
 
 
 def _has_targets(adapter_cls: type[TestTimeAdapter]) -> bool:

@@ -6,7 +6,6 @@ Shapes: N images, L layers, T tokens of an image (class token, patches, prompts)
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from ..modeling import CLIPForZeroShotClassification, resolution_of
 from ..processes import Processes, together
 from ..report import library_versions
 from ..shared_prefix import plain_layer
+from ..storage import check_writable, whole_file
 from ..zero_shot_data.fingerprint import dataset_digest
 from ..zero_shot_data.loading import ImageDataset, collate_images
 from .base import prompts_of
@@ -250,6 +250,8 @@ def collect_statistics(
         raise ValueError("dataset.augment=True gives whole pictures; collect from replace(data, augment=False).")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be at least 1.")
+    if state_dir is not None:
+        check_writable(state_dir, "state_dir")
     before = classifier.training, classifier.input_size
     try:
         classifier.eval().set_input_size(resolution_of(dataset, before[1]))
@@ -426,13 +428,8 @@ def _file(path: str | Path) -> Path:
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with whole_file(path) as draft:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft, metadata)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

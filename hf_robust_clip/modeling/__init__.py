@@ -1,6 +1,6 @@
 """CLIP as a classifier of pixels in [0, 1], with the class names as a part of the model."""
 
-from .checkpoints import adapter_config, with_adapter
+from .checkpoints import adapter_config, base_of, with_adapter
 from .classifier import CLIPForZeroShotClassification, ZeroShotOutput, without_gradients
 from .texts import PAPER_TEMPLATE, check_classes, check_same_classes, resolution_of, tokenize_prompts
 
@@ -9,6 +9,7 @@ __all__ = [
     "CLIPForZeroShotClassification",
     "ZeroShotOutput",
     "adapter_config",
+    "base_of",
     "check_classes",
     "check_same_classes",
     "resolution_of",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,12 +16,15 @@ from transformers.utils import cached_file, find_adapter_config_file
 from transformers.utils.hub import extract_commit_hash
 
 from ..pictures import normalisation_of
+from ..storage import read_json
 from .normalisation import agree_on_normalisation, has_adapter, without_normalisation
-from .untrusted import NO_CODE, check_adapter_file, present
+from .untrusted import ADAPTER, NO_CODE, WHOLE, check_adapter_file, present
 
 T = TypeVar("T")
 ADAPTER_CONFIG, PROCESSOR_FILES = "adapter_config.json", ("processor_config.json", "preprocessor_config.json")
 TOWERS = {"clip_vision_model": "image", "clip_text_model": "text"}
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
+         "num_channels", "vocab_size", "max_position_embeddings", "projection_dim")  # fmt: skip
 
 
 class UnfitWeights(OSError):
@@ -47,17 +49,42 @@ def adapter_config(
         file = find_adapter_config_file(str(name), **{**(where or {}), "revision": revision})
     except OSError:
         return None
-    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    found = None if file is None else read_json(file)
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f"{ADAPTER_CONFIG} of {str(name)!r} holds no settings; save the adapter again.")
+    return found
+
+
+def base_of(name: str | Path, adapter: Mapping[str, Any], where: Mapping[str, Any] | None = None) -> tuple[str, str]:
+    """Name and revision of the model that an adapter stands on, by its `adapter_config.json`.
+
+    Raises OSError where it names none, or an adapter, such as itself.
+    """
+    base, revision = adapter.get("base_model_name_or_path"), adapter.get("revision") or "main"
+    if not base or not isinstance(base, str) or not isinstance(revision, str):
+        raise OSError(f"the adapter {str(name)!r} doesn't name its base model; load that and PeftModel on it.")
+    elsewhere = {key: value for key, value in (where or {}).items() if key not in ("revision", "subfolder")}
+    if adapter_config(base, revision, elsewhere) is not None:
+        raise OSError(
+            f"the adapter {str(name)!r} names {base!r} as its base model, which is an adapter; correct its settings, "
+            "or merge that one into its own base model."
+        )
+    return base, revision
 
 
 def read_config(source: str, where: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json of a checkpoint says. Raises OSError with the mend if there is none, or it can't be read."""
-    return explained(source, lambda: PretrainedConfig.get_config_dict(source, **where))[0]
+    config = explained(source, lambda: PretrainedConfig.get_config_dict(source, **where))[0]
+    if not isinstance(config, dict):
+        raise OSError(f"config.json of {source!r} holds no settings; save it with save_pretrained.")
+    return config
 
 
 def check_family(source: str, family: str, config: Mapping[str, Any]) -> None:
     """Raise OSError unless a checkpoint is of the family (a `model_type`)."""
     found = config.get("model_type")
+    if not isinstance(found, str | None):
+        raise OSError(f"model_type={found!r} in config.json of {source!r} is no text; save it with save_pretrained.")
     if found in TOWERS:
         raise OSError(
             f"{source!r} is the {TOWERS[found]} tower of a CLIP alone; give a whole CLIPModel, with both towers."
@@ -71,6 +98,54 @@ def commit_of(source: str, where: Mapping[str, Any]) -> str | None:
     if Path(source).is_dir():
         return None
     return extract_commit_hash(cached_file(source, "config.json", **where), None)
+
+
+def check_tower_sizes(source: str, config: Any, where: Mapping[str, Any]) -> None:
+    """Raise OSError for sizes in a CLIP's configuration that are no whole numbers above 0, and where the matrices that
+    it asks for have more values than its files have bytes: to build them would take minutes, or all memory.
+    """
+    asked = 0
+    for part in (config, config.vision_config, config.text_config):
+        for name in SIZES:
+            value = getattr(part, name, 1)
+            if not isinstance(value, int) or value < 1:
+                raise OSError(f"{name}={value!r} in config.json of {source!r} must be a whole number above 0.")
+    for tower in (config.vision_config, config.text_config):
+        width = tower.hidden_size
+        rows = tower.num_hidden_layers * (4 * width + 2 * tower.intermediate_size) + config.projection_dim
+        if hasattr(tower, "patch_size"):
+            rows += (tower.image_size // tower.patch_size) ** 2 + tower.num_channels * tower.patch_size**2
+        else:
+            rows += tower.vocab_size + tower.max_position_embeddings
+        asked += rows * width
+    files = weight_files(source, where)
+    there = sum(file.stat().st_size for file in files)
+    if files and asked > there:
+        raise OSError(
+            f"config.json of {source!r} asks for {asked:,} weights or more, and its files have {there:,} bytes; it is "
+            "of another model, or damaged."
+        )
+
+
+def check_stored(source: str, where: Mapping[str, Any]) -> None:
+    """Raise OSError for weights that are stored as whole numbers or truth values: they were other ones once."""
+    from safetensors import safe_open
+
+    def kinds(file: Path) -> dict[str, str]:
+        with safe_open(file, "pt") as weights:
+            return {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+
+    for file in weight_files(source, where):
+        for name, kind in explained(source, lambda file=file: kinds(file)).items():  # type: ignore[misc]
+            if not kind.startswith(("F", "BF")) and not name.endswith("position_ids"):
+                raise OSError(f"{name} in {source!r} is stored as {kind}, not as floats; convert the weights anew.")
+
+
+def weight_files(source: str, where: Mapping[str, Any]) -> list[Path]:
+    """The safetensors files of a folder; of a repository the one that holds all weights, if one does."""
+    if Path(source).is_dir():
+        return sorted(Path(source, where.get("subfolder") or "").glob("*.safetensors"))
+    return [file for file in (present(source, name, where) for name in (WHOLE, ADAPTER)) if file]
 
 
 def check_loaded(source: str, info: Mapping[str, Any], what: str = "the model") -> None:
@@ -134,7 +209,8 @@ def with_adapter(base: nn.Module, folder: str | Path, **where: Any) -> nn.Module
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
             return PeftModel.from_pretrained(base, source, **options), set(load_peft_weights(source, **options))
 
-    model, given = readable(source, load)
+    check_stored(source, options)
+    model, given = explained(source, load)
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     unknown = without_normalisation(given - expected)
     check_loaded(source, {"missing_keys": expected - given, "unexpected_keys": unknown}, "the adapter")
@@ -184,11 +260,16 @@ def readable(source: str, load: Callable[[], T]) -> T:
         raise UnfitWeights(
             f"the weights in {source!r} are cut short or damaged ({error}); copy or download them again."
         ) from error
-    except RuntimeError as error:
-        if "Error(s) in loading state_dict" not in str(error):
-            raise
-        reason = str(error).splitlines()[1].strip()
-        raise UnfitWeights(f"the weights in {source!r} don't fit the model: {reason}") from error
+    except (OSError, ValueError, TypeError):
+        raise
+    except Exception as error:  # whatever a file that is damaged, or of another kind, brings up
+        lines = [line.strip() for line in str(error).splitlines()] or [""]
+        if "Error(s) in loading state_dict" in lines[0]:
+            raise UnfitWeights(f"the weights in {source!r} don't fit the model: {lines[1]}") from error
+        raise UnfitWeights(
+            f"can't load {source!r}: its files are damaged, of another kind, or too large for the memory "
+            f"({type(error).__name__}: {' '.join(lines):.200})"
+        ) from error
 
 
 def explained(source: str, load: Callable[[], T]) -> T:
@@ -200,7 +281,7 @@ def explained(source: str, load: Callable[[], T]) -> T:
         return readable(source, load)
     except UnfitWeights:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         if folder:
             mend = "the folder lacks a readable config, weights or processor; save it with save_pretrained."
         elif HF_HUB_OFFLINE:
@@ -209,6 +290,5 @@ def explained(source: str, load: Callable[[], T]) -> T:
             )
         else:
             mend = "no such folder, and the Hub could not give it: check the name, the connection and your token."
-        raise OSError(
-            f"can't load {source!r}: {mend} ({(str(error) or type(error).__name__).splitlines()[0]})"
-        ) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f"can't load {source!r}: {mend} ({reason:.200})") from error

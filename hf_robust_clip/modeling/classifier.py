@@ -25,8 +25,11 @@ from ..pictures import normalisation_of
 from ..shared_prefix import PackedTexts, can_run_packed, encode_packed, pack_texts
 from .checkpoints import (
     adapter_config,
+    base_of,
     check_family,
     check_loaded,
+    check_stored,
+    check_tower_sizes,
     check_whole_adapters,
     commit_of,
     explained,
@@ -135,16 +138,16 @@ class CLIPForZeroShotClassification(CLIPModel):
         adapter = adapter_config(source, kwargs.get("revision"), where)
         if adapter is not None:
             own = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-            base = adapter.get("base_model_name_or_path")
-            if not base:
-                raise OSError(f"the adapter {source!r} doesn't name its base model; load that and PeftModel on it.")
-            model = cls.from_pretrained(base, *args, **own, revision=adapter.get("revision") or "main")
-            info = model.load_adapter(source, adapter_kwargs=where).to_dict()
+            base, revision = base_of(source, adapter, where)
+            model = cls.from_pretrained(base, *args, **own, revision=revision)
+            info = explained(source, lambda: model.load_adapter(source, adapter_kwargs=where)).to_dict()
             return (model, info) if wants_info else model
         config = read_config(source, where)
         check_family(source, cls.config_class.model_type, config)
         check_config(source, config, kwargs)
         check_weight_files(source, where)
+        check_stored(source, where)
+        check_tower_sizes(source, explained(source, lambda: cls.config_class.from_pretrained(source, **where)), where)
         kwargs.setdefault("attn_implementation", "sdpa")  # a configuration may name code on the Hub
         kwargs.update(output_loading_info=True, ignore_mismatched_sizes=True)  # `check_loaded` refuses them by name
         kwargs["use_safetensors"] = True
@@ -164,6 +167,7 @@ class CLIPForZeroShotClassification(CLIPModel):
         if peft_model_id is not None:
             where = kwargs.get("adapter_kwargs") or {}
             check_adapter_file(str(peft_model_id), where)
+            check_stored(str(peft_model_id), where)
             swapped = kwargs.get("hotswap") is True
             take_normalisation(self, str(peft_model_id), where, alone=not (swapped or has_adapter(self)))
         kwargs["ignore_mismatched_sizes"] = True  # `check_loaded` refuses them by name

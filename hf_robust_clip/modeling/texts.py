@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..names import check_shown
+
 PAPER_TEMPLATE = "This is a photo of a {}"
 
 
@@ -32,9 +34,12 @@ def check_classes(
         if name in seen:
             raise ValueError(f"class_names[{i}]={name!r} repeats class_names[{seen[name]}]; names must differ.")
         seen[name] = i
+        check_shown(name, f"class_names[{i}]")
     wrong = [text for text in templates if "{}" not in text]
     if wrong or not templates:
         raise ValueError(f"template={wrong[0] if wrong else template!r} has no '{{}}' where the class name goes.")
+    for text in templates:
+        check_shown(text, "template")
     return names, templates
 
 
@@ -58,7 +63,7 @@ def tokenize_prompts(
     for prompt, row in zip(prompts, rows, strict=True):
         if len(row) > context_length:
             raise ValueError(
-                f"the prompt {prompt!r} has {len(row)} tokens, the text tower takes {context_length}; shorten it."
+                f"the prompt {prompt[:99]!r} has {len(row)} tokens, the text tower takes {context_length}; shorten it."
             )
         if row.count(tokenizer.eos_token_id) != 1:  # CLIP's unknown token is its end token
             raise ValueError(f"the tokenizer doesn't know part of {prompt!r}; is its vocabulary file missing?")

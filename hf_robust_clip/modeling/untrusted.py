@@ -6,12 +6,13 @@ kernel is fetched or library called because a configuration says so.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from transformers.utils import cached_file
+
+from ..storage import read_json
 
 NO_CODE = {"trust_remote_code": False}
 LARGEST, MODEST = 4, 1024  # a processor may enlarge to 4 times the model's side, or to 1024 pixels
@@ -36,7 +37,7 @@ def check_weight_files(source: str, where: Mapping[str, Any]) -> None:
 
 def _weight_map(index: Path, source: str) -> dict[str, Any]:
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        found = read_json(index)["weight_map"]
         if not isinstance(found, dict):
             raise TypeError("weight_map is no mapping")
     except (ValueError, KeyError, TypeError) as error:

@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path, PurePath
@@ -18,8 +18,9 @@ import datasets
 import yaml
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import DatasetCard
+from pyarrow.parquet import read_metadata
 
-from .errors import DatasetError
+from .errors import DatasetError, one_line
 from .specs import words_of
 
 TABLES = (".parquet", ".arrow", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".tar", ".zip", ".gz", ".tgz", ".h5")
@@ -58,12 +59,20 @@ def folder_rows(
     """
     parts = list(dict.fromkeys(part.partition("[")[0] for part in split.split("+")))
     card = _read_card(folder)
-    folder, builder, declared = _builder(folder, parts, config, card, name)
+    try:
+        folder, builder, declared = _builder(folder, parts, config, card, name)
+    except Exception as error:
+        if one_line(error) != card.problem:
+            raise
+        raise DatasetError(f"README.md of dataset {name!r} is damaged ({card.problem}); mend its metadata.") from error
     files = {part: [_relative(path, folder) for path in paths] for part, paths in builder.config.data_files.items()}
     pictures = builder.name == "imagefolder"
     if pictures and not declared:
         _check_pictures(folder, files, name)
+    if pictures and builder.config.drop_labels is None:
+        _check_class_folders(files, name)
     for part in parts:
+        _check_readable(folder, files.get(part, ()), name)
         _check_whole(files.get(part, ()), name)
         if not declared:
             _check_one_configuration(files.get(part, ()), part, pictures, card, name)
@@ -96,8 +105,9 @@ def _digest(paths: Iterable[str]) -> str:
 class _Card:
     """What README.md says of a dataset's files: its configurations, and how many rows each split of which has."""
 
-    configs: tuple[str, ...]
-    rows: Mapping[str, Mapping[str, int]]
+    configs: tuple[str, ...] = ()
+    rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    problem: str | None = None
 
     def counts(self, config: str | None) -> Mapping[str, int]:
         if config is None:
@@ -109,16 +119,21 @@ def _read_card(folder: Path) -> _Card:
     path = folder / "README.md"
     try:
         data = DatasetCard.load(path).data.to_dict() if path.is_file() else {}
-    except (ValueError, yaml.YAMLError):  # somebody's notes
-        data = {}
-    infos = data.get("dataset_info") or []
-    rows = {
-        info.get("config_name", "default"): {
-            part["name"]: int(part["num_examples"]) for part in info.get("splits") or [] if "num_examples" in part
+    except (ValueError, yaml.YAMLError) as error:  # somebody's notes
+        return _Card(problem=one_line(error))
+    try:
+        infos = data.get("dataset_info") or []
+        rows = {
+            info.get("config_name", "default"): {
+                part["name"]: int(part["num_examples"]) for part in info.get("splits") or [] if "num_examples" in part
+            }
+            for info in ([infos] if isinstance(infos, dict) else infos)
         }
-        for info in ([infos] if isinstance(infos, dict) else infos)
-    }
-    return _Card(tuple(config.get("config_name", "default") for config in data.get("configs") or []), rows)
+        return _Card(tuple(config.get("config_name", "default") for config in data.get("configs") or []), rows)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise DatasetError(
+            f"README.md in {str(folder)!r} is damaged ({one_line(error)}); mend its metadata."
+        ) from error
 
 
 def _folder_of(config: str, folder: Path, card: _Card, name: str) -> Path:
@@ -419,6 +434,38 @@ def _check_pictures(folder: Path, files: Mapping[str, Iterable[PurePath]], name:
                 "put pictures into <split>/<class>/, in a kind that 'datasets' reads, without links and hidden names; "
                 "move other files elsewhere."
             )
+
+
+def _check_class_folders(files: Mapping[str, Iterable[PurePath]], name: str) -> None:
+    """Raise DatasetError for pictures that don't all lie in folders of classes, of which `datasets` labels none."""
+    every = [path for paths in files.values() for path in paths]
+    if any(path.name.startswith("metadata.") for path in every):
+        return
+    pictures = sorted(path for path in every if path.suffix.lower() in READ)
+    depths = Counter(len(path.parts) for path in pictures)
+    if len(depths) > 1:
+        usual = depths.most_common(1)[0][0]
+        odd, other = (next(p for p in pictures if (len(p.parts) == usual) == same) for same in (False, True))
+        raise DatasetError(
+            f"picture {str(odd)!r} of dataset {name!r} lies at another depth than {str(other)!r}; put every picture "
+            "into the folder of its class, and none beside or below."
+        )
+    if len({path.parent.name for path in pictures}) == 1:
+        raise DatasetError(
+            f"all pictures of dataset {name!r} lie in folders of one name, {pictures[0].parent.name!r}, so there are "
+            "no classes; put them into <split>/<class>/."
+        )
+
+
+def _check_readable(folder: Path, files: Iterable[PurePath], name: str) -> None:
+    """Raise DatasetError for a parquet file that is cut short or damaged; `datasets` doesn't say which."""
+    for file in files:
+        try:
+            if file.suffix == ".parquet":
+                read_metadata(folder / file)
+        except (OSError, ValueError) as error:
+            raise DatasetError(f"file {str(file)!r} of dataset {name!r} is cut short or damaged ({error}); get it "
+                               "again.") from error  # fmt: skip
 
 
 def _is_split_in_folders(folder: Path, files: Mapping[str, Iterable[PurePath]]) -> bool:

@@ -360,7 +360,7 @@ def _parsed(text: str) -> list[Any] | dict[str, Any] | None:
         return None
     try:
         value = json.loads(text, object_pairs_hook=_once)
-    except json.JSONDecodeError as of_json:
+    except (json.JSONDecodeError, RecursionError) as of_json:
         try:
             value = _literal(text)
         except (SyntaxError, TypeError, RecursionError, MemoryError) as error:

@@ -23,7 +23,7 @@ from pathlib import Path
 import datasets
 from transformers import CLIPProcessor
 
-from ..pictures import check_resize, checked_colour, model_side, to_pixels
+from ..pictures import check_processor, check_resize, checked_colour, model_side, to_pixels
 from .dataset import ImageDataset, collate_images
 from .errors import DatasetError
 from .labels import ClassNames, class_names_of, names_of_spec, read_class_names, read_labels
@@ -220,5 +220,6 @@ def _check_settings(
     """Raise ValueError for settings that are wrong whatever the rows, before these are downloaded."""
     prompt_templates(templates or "pmg_aft")
     checked_colour(background)
+    check_processor(processor)
     if resize is not None:
         check_resize(resize, attack_resolution, model_side(processor))

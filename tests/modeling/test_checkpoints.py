@@ -55,6 +55,70 @@ def edit(file, **changes):
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
+# ---- settings that are damaged
+
+
+@pytest.mark.parametrize("tower", ["vision_config", "text_config"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_hidden_layers", 100_000), ("hidden_size", 2**30), ("hidden_size", 0),
+                        ("num_attention_heads", -2), ("intermediate_size", "32"), (None, None)],
+)  # fmt: skip
+def test_a_tower_that_its_files_do_not_hold_is_not_built(name, value, tower, folder, monkeypatch):
+    monkeypatch.setattr(CLIPForZeroShotClassification, "__init__", lambda *_: pytest.fail("built"))
+    own = {**json.loads((folder / "config.json").read_text())[tower], name: value} if name else value
+    edit(folder / "config.json", **{tower: own})
+    about = name if value in (0, -2, "32") else "config.json"
+    with pytest.raises(OSError, match=rf"^(?=[^\n]*base)[^\n]*{about}[^\n]*$"):
+        load(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
+@pytest.mark.parametrize("content", ["", "[]", "3", "{", "[" * 100_000])
+def test_a_damaged_file_of_settings_is_one_line(content, file, folder):
+    if file == "adapter_config.json":
+        get_peft_model(load(folder), LORA).save_pretrained(folder.with_name("adapter"))
+        folder = folder.with_name("adapter")
+    (folder / file).write_text(content)
+    with pytest.raises((OSError, ValueError), match=rf"^[^\n]*{folder.name}[^\n]*$"):
+        load(folder)
+
+
+@pytest.mark.parametrize("base", ["itself", "circle", "", None, 3])
+def test_an_adapter_stands_on_a_model(base, folder):
+    places = [folder.with_name(name) for name in ("adapter", "circle")]
+    for place in places:
+        get_peft_model(load(folder), LORA).save_pretrained(place)
+        edit(place / "adapter_config.json", base_model_name_or_path=str(places[0]))
+    named = {"itself": str(places[0]), "circle": str(places[1])}.get(base, base)
+    edit(places[0] / "adapter_config.json", base_model_name_or_path=named)
+    for loader in (load, lambda place: cli.load_model(cli.ModelSettings(str(place)))):
+        with pytest.raises(OSError, match=r"^[^\n]*adapter[^\n]*$"):
+            loader(places[0])
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int32, torch.bool])
+def test_weights_that_are_no_floats_are_refused(kind, folder):
+    rewrite(folder, lambda weights: {name: value.to(kind) for name, value in weights.items()})
+    with pytest.raises(OSError, match=r"stored as (I8|I32|BOOL)"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda file: file.write_bytes(b""), lambda file: file.write_bytes(file.read_bytes()[:-10]),
+               lambda file: file.write_bytes(b"\xff" * 100), lambda file: save_file({}, file),
+               lambda file: save_file({k: v[:, :-1].contiguous() for k, v in load_file(file).items()}, file)],
+    ids=["empty", "cut short", "garbage", "no weights", "shapes"],
+)  # fmt: skip
+def test_damaged_adapters_are_one_line(damage, folder):
+    place = folder.with_name("adapter")
+    get_peft_model(load(folder), LORA).save_pretrained(place)
+    edit(place / "adapter_config.json", base_model_name_or_path=str(folder))
+    damage(place / "adapter_model.safetensors")
+    for loader in (load, lambda place: with_adapter(load(folder), place)):
+        with pytest.raises(OSError, match=r"^[^\n]*adapter'[^\n]*$"):
+            loader(place)
+
+
 # ---- weights that don't fit
 
 
@@ -348,7 +412,7 @@ def test_the_embedded_model_by_its_name_and_a_folder_of_that_name(tmp_path, monk
         ("cat", "cat "),
         ("cardigan", "Cardigan"),
         ("hot dog", "hot  dog"),
-        ("a b", "a\nb"),
+        ("a b", "a\u2003b"),
         ("caf\u00e9", "cafe\u0301"),
     ],
 )
@@ -358,6 +422,16 @@ def test_names_alike_to_the_tokenizer_are_refused(names, tiny_clip):
     with pytest.raises(ValueError, match=r"class_names\[2\].*class_names\[0\]"):
         model.set_classes((names[0], "other", names[1]), "{}")
     assert model.class_names == before
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\tb", "cat\n", "\ud800", "a\x1b[31mb"])
+def test_names_that_can_not_be_shown_are_refused(name, tiny_clip):
+    model = tiny_clip()
+    with pytest.raises(ValueError, match=r"class_names\[1\]="):
+        model.set_classes(("one", name))
+    with pytest.raises(ValueError, match="template="):
+        model.set_classes(("one", "two"), f"{name} {{}}")
+    assert model.class_names == CLASS_NAMES
 
 
 def test_an_added_token_is_not_read_in_place_of_the_end(tiny_clip):

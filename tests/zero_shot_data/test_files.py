@@ -265,7 +265,7 @@ def test_a_readme_that_says_nothing_is_no_error(tmp_path, processor):
 def test_a_damaged_file_is_one_line(tmp_path, processor):
     folder = write(tmp_path, "train-00000-of-00001.parquet")
     (tmp_path / "set" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(ValueError, match=r"set' can't be read[^\n]*Parquet[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*'train-00000-of-00001.parquet'[^\n]*Parquet[^\n]*$"):
         reds(folder, processor)
     (tmp_path / "set" / "train-00000-of-00001.parquet").rename(tmp_path / "set" / "train.csv")
     (tmp_path / "set" / "train.csv").write_text('a,b\n1,2\n"x,3,4\n')
@@ -420,6 +420,53 @@ def test_pictures_that_would_be_left_out_or_mixed_are_refused(files, split, what
     folder = write(tmp_path, *files)
     with pytest.raises(DatasetError, match=what):
         load_image_dataset(folder, split, processor)
+
+
+CLASSES = [f"{split}/{name}/1.png" for split in ("train", "test") for name in NAMES]
+
+
+@pytest.mark.parametrize("odd", ["train/stray.png", "test/stray.png", "train/ant/nested/2.png", "test/bee/a/b/3.jpg"])
+def test_a_picture_at_another_depth_than_the_others_is_named(odd, tmp_path, processor):
+    """`datasets` would give none of them a label."""
+    folder, split = write(tmp_path, *CLASSES, odd), odd.partition("/")[0]
+    with pytest.raises(DatasetError, match=rf"^[^\n]*'{odd}'[^\n]*$"):
+        load_image_dataset(folder, split, processor)
+    (tmp_path / "set" / odd).unlink()
+    for emptied in (tmp_path / "set" / odd).parents:
+        if not any(emptied.iterdir()):
+            emptied.rmdir()
+    assert reds(folder, processor, split) == ([0, 1] if split == "train" else [2, 3])
+
+
+def test_class_folders_in_folders_of_their_kind(tmp_path, processor):
+    folder = write(tmp_path, "train/insect/ant/1.png", "train/insect/bee/1.png", "train/pet/cat/1.png")
+    data = load_image_dataset(folder, "train", processor)
+    assert data.class_names == ("ant", "bee", "cat") and [row["labels"] for row in data] == [0, 1, 2]
+
+
+def test_pictures_of_one_class_are_named(tmp_path, processor):
+    with pytest.raises(DatasetError, match="'ant'"):
+        reds(write(tmp_path, "train/ant/1.png", "train/ant/2.png"), processor)
+
+
+def test_the_table_that_is_cut_short_is_named(tmp_path, processor):
+    folder = write(tmp_path, "train-00000-of-00002.parquet", "train-00001-of-00002.parquet")
+    second = tmp_path / "set/train-00001-of-00002.parquet"
+    whole = second.read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        second.write_bytes(whole[:length])
+        with pytest.raises(DatasetError, match=r"^[^\n]*'train-00001-of-00002\.parquet'[^\n]*$"):
+            reds(folder, processor)
+    second.write_bytes(whole)
+    assert reds(folder, processor) == [0, 1]
+
+
+@pytest.mark.parametrize("text", ["configs: 3", "configs: [[a]]", "dataset_info: [3]", "dataset_info: {splits: 5}"])
+def test_metadata_that_is_damaged_is_named(text, tmp_path, processor):
+    folder = write(tmp_path, "train-00000-of-00001.parquet")
+    (tmp_path / "set/README.md").write_text(f"---\n{text}\n---\n")
+    with pytest.raises(DatasetError, match=r"^[^\n]*README\.md[^\n]*$"):
+        reds(folder, processor)
 
 
 def test_an_empty_class_folder_is_no_class_that_is_missing(tmp_path, processor):
