@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import warnings
 
 import pytest
@@ -356,3 +357,17 @@ def test_optimising_classifiers_are_told_from_plain_ones():
     assert is_optimising(purified, images)
     assert not is_optimising(model, images)
     assert not is_optimising(Curved(), images)  # parameters that ask for gradients are no optimisation
+
+
+@pytest.mark.parametrize("member", ["apgd-ce", "fab-t"])
+def test_attacks_that_see_no_gradient_warn(member, caplog):
+    logits, images, labels = curved(size=6, dtype=torch.float32)
+
+    def stepped(pixels):
+        return logits(pixels) + 0 * pixels.sum() - (logits(pixels) - logits(pixels.detach()))
+
+    for function, blind in ((logits, False), (stepped, True)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "hf_robust_clip"):
+            auto_attack(function, images, labels, RADII["linf"], version=AutoAttack((member,), **TINY))
+        assert any("blind" in record.message for record in caplog.records) == blind

@@ -93,6 +93,7 @@ def test_a_batch_mean_is_refused(weights, images):
         (dict(num_steps=0), "num_steps=0"),
         (dict(num_steps=2.0), "num_steps=2.0"),
         (dict(step_size=0), "step_size=0 never moves"),
+        (dict(step_size=1e30), r"step_size=1e\+30"),
         (dict(step_size="x"), "step_size='x'"),
         (dict(step_size=-0.1), "step_size=-0.1"),
     ],
