@@ -301,6 +301,14 @@ def test_words_of_ones_own_are_not_replaced_by_a_card(monkeypatch, capsys):
 # ---- interruptions
 
 
+@pytest.fixture(autouse=True)
+def interruptions_are_heard():
+    """Also where the tests were begun by a shell that keeps them from a background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("brought", [KeyboardInterrupt(), None], ids=["alone", "workers"])
 def test_an_interruption_is_one_line_with_the_way_on(brought, monkeypatch, capsys):
     """Workers that were interrupted too may bring up an error of their own first."""

@@ -267,7 +267,7 @@ def test_whole_pictures_are_not_evaluated(tmp_path):
     data = load_image_dataset("digits", "test", model.processor)
     settings = EvaluationSettings(radii=["1/255"])
     with pytest.raises(ValueError, match="augment=True gives whole pictures"):
-        evaluate_robustness(model, replace(data, augment=True), settings, name="", task="", model_id="")
+        evaluate_robustness(model, replace(data, augment=True), settings, name="a", task="b", model_id="c")
 
 
 def test_each_step_sees_new_crops(tmp_path):
