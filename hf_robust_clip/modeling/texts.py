@@ -156,11 +156,15 @@ def check_same_classes(model_names: Sequence[str], dataset: Any) -> None:
 
 
 def _label_names(dataset: Any) -> Sequence[str] | None:
-    """What a dataset of another library calls its labels."""
-    features = getattr(dataset, "features", None) or {}
-    for column in ("labels", "label"):
-        if isinstance(features, Mapping) and getattr(features.get(column), "names", None):
-            return features[column].names
+    """What a dataset of another library calls its labels: those of the column `labels` or `label`, else of the only
+    one that has names.
+    """
+    features = getattr(dataset, "features", None)
+    if isinstance(features, Mapping):
+        named = {column: list(kind.names) for column, kind in features.items() if getattr(kind, "names", None)}
+        for column in ("labels", "label", *(named if len(named) == 1 else ())):
+            if column in named:
+                return named[column]
     classes = getattr(dataset, "classes", None)
     return classes if isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes) else None
 

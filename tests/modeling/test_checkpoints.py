@@ -479,7 +479,8 @@ def test_labels_of_other_libraries_datasets_may_have_other_names_but_not_cross_t
     for names, fits in ((CLASS_NAMES, True), (renamed, True), (CLASS_NAMES[:3], True), (crossed, False)):
         pairs = {"labels": datasets.ClassLabel(names=list(names)), "pixel_values": datasets.Value("float32")}
         rows = datasets.Dataset.from_dict({"labels": [0], "pixel_values": [0.0]}, features=datasets.Features(pairs))
-        for dataset in (rows, SimpleNamespace(classes=list(names)), Subset(rows, [0])):
+        fine = rows.rename_column("labels", "fine_label")
+        for dataset in (rows, fine, SimpleNamespace(classes=list(names)), Subset(rows, [0])):
             with nullcontext() if fits else pytest.raises(ValueError, match="class"), model.prepared_for(dataset):
                 pass
 
