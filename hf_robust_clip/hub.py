@@ -30,7 +30,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.distcp", 
 LEFTOVERS = ("checkpoint-*", "last-checkpoint/*", "state/*", "compared/*", "runs/*", "wandb/*", "mlruns/*", "*.part",
              "*.log", "events.out.tfevents.*", "trainer_state.json", ".*", "*/.*", "_*")  # fmt: skip
 NEVER_PUSHED = (*PICKLES, *LEFTOVERS)
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
+MODEL_FILES = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors", "statistics.safetensors",
+               "model.safetensors.index.json", "config.json", "generation_config.json",
                "adapter_config.json", "adaptation.json", "processor_config.json", "preprocessor_config.json",
                "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
                "added_tokens.json", "chat_template.jinja")  # fmt: skip
@@ -299,8 +300,13 @@ def clear_checkpoints(folder: str | Path) -> None:
     """Delete what a Trainer saves of a training, by its files' names: whatever else lies there stays."""
     for pattern in ("checkpoint-*", "state/statistics/*/checkpoint-*"):
         for place in Path(folder).resolve().glob(pattern):
-            if CHECKPOINT.fullmatch(place.name):
-                delete(place, lambda name: _fits(PurePath(name).name, (*MODEL_FILES, *TRAINERS, *RESUMED)))
+            clear_checkpoint(place)
+
+
+def clear_checkpoint(place: Path) -> None:
+    """Delete what a Trainer saves, of one folder `checkpoint-<step>`."""
+    if CHECKPOINT.fullmatch(place.name):
+        delete(place, lambda name: _fits(PurePath(name).name, (*MODEL_FILES, *TRAINERS, *RESUMED)))
 
 
 def clear_states(folder: str | Path) -> None:

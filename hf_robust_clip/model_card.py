@@ -235,10 +235,13 @@ def _as_text(value: Any) -> Any:
     if not isinstance(value, str) or isinstance(value, _Written):
         return value
     line = re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]+", " ", value)
-    line = re.sub(r"<(?=[\w/!?])", "&lt;", line)
-    line = re.sub(r"(?<!\\)\[(?=[^\]]*\][(\[:])", r"\\[", line)
-    line = line.replace("```", "'''")
-    return f"\\{line}" if re.match(r"[#>=]|[-+](?=[\s-])|\*(?=\s)", line) else line
+    line = re.sub(r"^ {4,}", "", re.sub(r"<(?=[\w/!?])", "&lt;", line))
+    if re.search(r"\][(\[:]", line):
+        line = re.sub(r"(\\*)\[", r"\1\1\\[", line)
+    line = line.replace("```", "'''").replace("~~~", r"\~~~")
+    if re.match(r"[#>=]|[-+](?=[\s-])|\*(?=\s)|([-*_])(\s*\1){2,}\s*$", line):
+        return f"\\{line}"
+    return re.sub(r"^(\d+)(?=[.)](\s|$))", r"\1\\", line)
 
 
 def _code(value: Any) -> _Written:

@@ -16,6 +16,7 @@ from typing import Any
 DRAFT = ".writing-"  # folders of this name hold what isn't whole yet; nothing of them is ever pushed
 PROBE = 2**20  # bytes that must fit before work begins: more than report, card and plot take
 LARGEST_JSON = 2**26  # bytes
+OF_TORCH_SAVE = ("inline_container", "iostream error")  # how its errors begin where a disk is full
 
 
 class NotWritten(OSError):
@@ -92,10 +93,19 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is damaged, cut short or no JSON ({error}); mend it or write it again.") from error
 
 
-def check_writable(folder: str | Path, name: str = "output_dir") -> None:
-    """Raise NotWritten unless a folder is there, or can be made, and takes a megabyte. It is left as it was."""
+def check_writable(folder: str | Path, name: str = "output_dir", room: int = 0) -> None:
+    """Raise NotWritten unless a folder is there, or can be made, and takes a megabyte. It is left as it was.
+
+    Args:
+        room: bytes that will be written into it, for which there must be room.
+    """
     place = Path(folder).absolute()
     there = next(parent for parent in (place, *place.parents) if os.path.lexists(parent))
+    if there.is_dir() and (free := shutil.disk_usage(there).free) < room:
+        raise NotWritten(
+            f"can't write into {name}={str(folder)!r}: what is to be saved takes {room / 1e6:.1f} MB, and "
+            f"{free / 1e6:.1f} MB are free; free space, or name another."
+        )
     with disk_errors(folder, name), _draft_in(there) as draft:
         inside = draft / place.relative_to(there)
         inside.mkdir(parents=True, exist_ok=True)
@@ -114,7 +124,7 @@ def disk_errors(folder: str | Path, name: str = "folder") -> Iterator[None]:
             reason = error.strerror
         else:
             reason = str(error) if isinstance(error, SafetensorError) else "the disk is full, or fails"
-        if not reason or (type(error) is RuntimeError and "inline_container" not in str(error)):  # of torch.save
+        if not reason or (type(error) is RuntimeError and not any(text in str(error) for text in OF_TORCH_SAVE)):
             raise
         raise NotWritten(
             f"can't write into {name}={str(folder)!r}: {reason}; free space, mend its permissions, or name another."

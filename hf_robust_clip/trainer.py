@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments, enable_full_determinism, set_seed
-from transformers.trainer_utils import HPSearchBackend, SaveStrategy, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import HPSearchBackend, SaveStrategy, TrainOutput
 
 from .adaptation.defended import DefendedClassifier
 from .adaptation.statistics import AlignmentTargets, collect_statistics
@@ -71,6 +71,7 @@ from .training_checkpoints import (
     check_fit,
     check_seen,
     checkpoint_to_resume,
+    drop_old_checkpoints,
     first_not_finite,
     note_checkpoint,
     step_of,
@@ -542,7 +543,9 @@ class RobustClipTrainer(PushingTrainer):
         self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.accelerator)
         self._terms, self._updates = {}, 0
         if self.args.should_save:
-            check_writable(self.args.output_dir)
+            kept = self.model.parameters()
+            saved = (p for p in kept if p.requires_grad) if isinstance(self.model, PeftModel) else kept
+            check_writable(self.args.output_dir, room=sum(p.nbytes for p in saved))
         try:
             if trial is not None:
                 self._begin_trial(trial)
@@ -696,7 +699,7 @@ class RobustClipTrainer(PushingTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             note_checkpoint(checkpoint, plain(self._whole_run()), self.accelerator.num_processes)
-            rotate_checkpoints(checkpoint.parent, limit, self.state.best_model_checkpoint, use_mtime=True)
+            drop_old_checkpoints(checkpoint.parent, limit, self.state.best_model_checkpoint)
         if not self._checkpoints_seen:
             check_seen(checkpoint, needed=self.args.load_best_model_at_end, processes=self.accelerator)
             self._checkpoints_seen = True

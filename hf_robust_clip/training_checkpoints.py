@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .digests import damaged_file, digest, digests
+from .hub import clear_checkpoint
 from .processes import Processes, everyone, together
 from .storage import write_text
 
@@ -74,12 +75,30 @@ def check_fit(folder: str | Path, model: nn.Module) -> None:
     found: dict[str, list[int]] = {}
     for file in Path(folder).iterdir():
         if re.fullmatch(WEIGHTS, file.name):
-            with safe_open(file, "pt") as weights:
-                found |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+            try:
+                with safe_open(file, "pt") as weights:
+                    found |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+            except SafetensorError as error:
+                _refuse(folder, f"{file.name} is damaged ({error})")
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             there, here = (f"of shape {own[name]}" if name in own else "missing" for own in (found, expected))
             _refuse(folder, f"{name} in its weights is {there}, in the model {here}")
+
+
+def drop_old_checkpoints(newest: str | Path, limit: int | None, best: str | None) -> None:
+    """Delete all but `limit` whole checkpoints, the oldest first, never the newest or the best; what else lies in the
+    folder of the run, or in theirs, stays.
+    """
+    if limit is None or limit <= 0:
+        return
+    kept = {Path(place).resolve() for place in (newest, best) if place is not None}
+    notes = sorted(
+        Path(newest).resolve().parent.glob(f"checkpoint-*/{RUN_FILE}"), key=lambda note: note.stat().st_mtime_ns
+    )
+    old = [note.parent for note in notes if note.parent not in kept]
+    for place in old[: max(0, len(notes) - max(limit, len(kept)))]:
+        clear_checkpoint(place)
 
 
 def check_seen(folder: str | Path, *, needed: bool, processes: Processes) -> None:

@@ -284,6 +284,8 @@ def a_setting_of_a_training(pair: tuple[str, str]) -> None:
     (("vision_config", "layer_norm_eps"), "x"), (("model_type",), "bert"), (("model_type",), ["clip"]),
     (("vision_config", "intermediate_size"), 31), (("vision_config", "num_hidden_layers"), True),
     (("dtype",), "no_such"), (("dtype",), "int8"), (("quantization_config",), {"a": 1}),
+    (("num_labels",), 30_000_000), (("vision_config", "num_labels"), "x"), (("text_config", "return_dict"), False),
+    (("transformers_weights",), "elsewhere.safetensors.index.json"), (("vision_config", "num_hidden_layers"), 2000),
 ))  # fmt: skip
 def a_model_whose_config_is_wrong(change: tuple[tuple[str, ...], object]) -> None:
     folder = model_in()

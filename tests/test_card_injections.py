@@ -19,6 +19,22 @@ HOSTILE = (
     'x"); import os; os.abort() #\n\n# Owned\n\n```python\nimport antigravity\n```\n<script>alert(1)</script>'
     "<img src=x onerror=alert(2)> ![p](http://evil/p.png) [click](javascript:alert(3)) [r]: http://evil\r\n"
     "| a | b |\n|---|---|\n---\nlicense: stolen\n---\u2028## Also owned\n> quoted\n- listed"
+    r" ![a[b]c](http://evil/t.png) [a[b]c](http://evil) [a\]b](http://evil) \\[a](http://evil) ~~~"
+)
+BEGINNINGS = (
+    "~~~",
+    "1. x",
+    "2) y",
+    "    code",
+    "***",
+    "_ _ _",
+    "- - -",
+    "+ x",
+    "# x",
+    "> x",
+    "=",
+    "```",
+    "[a]: http://evil",
 )
 BENIGN = "plain words"
 
@@ -78,6 +94,12 @@ def test_hostile_texts_change_the_words_of_a_card_and_nothing_else(kind):
     assert set(outline(hostile)["metadata"]) <= {*outline(benign)["metadata"], "model-index"}
     assert outline(hostile)["html"] == []
     assert yaml.safe_load(hostile.removeprefix("---\n").partition("\n---\n")[0]).get("license") != "stolen"
+
+
+@pytest.mark.parametrize("text", BEGINNINGS)
+def test_no_text_begins_a_block(text):
+    for kind, card in cards(text).items():
+        assert outline(card)["blocks"] == outline(cards(BENIGN)[kind])["blocks"]
 
 
 @pytest.mark.parametrize("kind", list(cards(BENIGN)))

@@ -108,6 +108,12 @@ def test_a_folder_is_tried_and_left_as_it_was(there, tmp_path):
     assert folder.exists() == there and (not there or not list(folder.iterdir()))
 
 
+def test_room_for_what_will_be_saved_is_asked_for_first(tmp_path):
+    check_writable(tmp_path / "out", room=1000)
+    with pytest.raises(NotWritten, match=r"output_dir=.*MB"):
+        check_writable(tmp_path / "out", room=2**60)
+
+
 @pytest.mark.parametrize("name", ["file", "file/inside", "link", "/proc/nowhere", "x" * 300])
 def test_a_folder_that_can_not_be_written_is_one_line(name, tmp_path):
     (tmp_path / "file").touch()

@@ -14,6 +14,7 @@ from hf_robust_clip.training_checkpoints import (
     RUN_FILE,
     NothingToResume,
     check_checkpoint,
+    drop_old_checkpoints,
     first_not_finite,
     newest_whole_checkpoint,
     note_checkpoint,
@@ -185,6 +186,23 @@ def test_an_older_checkpoint_stays_until_the_next_is_whole(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         run_again(tmp_path, save_total_limit=1).train()
     assert newest_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_only_whole_checkpoints_are_counted_and_nothing_else_is_deleted(tmp_path):
+    """What others keep under such names stays; a newer date of a damaged one saves it from nothing."""
+    others = [
+        tmp_path / name / "thesis.txt" for name in ("checkpoint-of-my-life", "checkpoint-500", "checkpoint-9-notes")
+    ]
+    for file in others:
+        file.parent.mkdir()
+        file.write_text("mine")
+    run_again(tmp_path, save_total_limit=1).train()
+    (tmp_path / "checkpoint-4" / "notes.txt").write_text("mine")
+    os.utime(tmp_path / "checkpoint-4" / RUN_FILE, (2**32, 2**32))
+    drop_old_checkpoints(shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-6"), 1, None)
+    assert all(file.read_text() == "mine" for file in others)
+    assert [path.name for path in (tmp_path / "checkpoint-4").iterdir()] == ["notes.txt"]
+    assert newest_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
 
 
 @pytest.mark.parametrize("schedule", [{}, {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20}])

@@ -27,6 +27,9 @@ SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
          "num_channels", "vocab_size", "max_position_embeddings", "projection_dim")  # fmt: skip
 
 
+LAYERS = 1000  # of a tower at most
+
+
 class UnfitWeights(OSError):
     """Weights that are damaged, or don't fit the model that they are loaded into."""
 
@@ -111,6 +114,10 @@ def check_tower_sizes(source: str, config: Any, where: Mapping[str, Any]) -> Non
             if not isinstance(value, int) or value < 1:
                 raise OSError(f"{name}={value!r} in config.json of {source!r} must be a whole number above 0.")
     for tower in (config.vision_config, config.text_config):
+        if tower.num_hidden_layers > LAYERS:
+            raise OSError(
+                f"num_hidden_layers={tower.num_hidden_layers} in config.json of {source!r} is above {LAYERS}."
+            )
         width = tower.hidden_size
         rows = tower.num_hidden_layers * (4 * width + 2 * tower.intermediate_size) + config.projection_dim
         if hasattr(tower, "patch_size"):

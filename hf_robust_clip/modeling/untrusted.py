@@ -16,6 +16,7 @@ from ..storage import read_json
 
 NO_CODE = {"trust_remote_code": False}
 LARGEST, MODEST = 4, 1024  # a processor may enlarge to 4 times the model's side, or to 1024 pixels
+MOST_LABELS = 1_000_000
 WHOLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 
 
@@ -73,7 +74,20 @@ def present(source: str, name: str, where: Mapping[str, Any]) -> Path | None:
 
 
 def check_config(source: str, config: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raise OSError for a configuration that calls other libraries (quantised weights), unless they were asked for."""
+    """Raise OSError for a configuration that calls other libraries (quantised weights), unless they were asked for,
+    that names other files for its weights, or that asks for tuples or for more labels than any model has.
+    """
+    for part in (config, config.get("vision_config"), config.get("text_config")):
+        if isinstance(part, Mapping):
+            labels = part.get("num_labels", 0)
+            if not isinstance(labels, int) or labels > MOST_LABELS:
+                raise OSError(f"num_labels={labels!r} in config.json of {source!r} is no number of labels; delete it.")
+            if part.get("return_dict") is False:
+                raise OSError(f"return_dict=false in config.json of {source!r} can't be followed; delete it.")
+    if "transformers_weights" in config:
+        raise OSError(
+            f"config.json of {source!r} names other files for its weights (transformers_weights); delete it."
+        )
     if config.get("quantization_config") and not asked.get("quantization_config"):
         raise OSError(
             f"config.json of {source!r} asks for quantised weights, which can't be attacked; load weights in floating "

@@ -171,9 +171,11 @@ def check_files_of(rows: datasets.Dataset, column: str, name: str, places: Seque
 def _is_own(path: str, places: Sequence[str] | None) -> bool:
     """Whether a path, its links and dots followed, or an address begins as one of the places."""
     if places is None:
-        return "://" not in path
-    inner = path.rpartition("::")[2]  # zip://cat.png::hf://datasets/...
-    return (inner if "://" in inner else str(Path(inner).resolve())).startswith(tuple(places))
+        return "://" not in path and "::" not in path
+    chain = path.split("::")  # zip://cat.png::hf://datasets/...
+    if len(chain) > 2 or (len(chain) == 2 and not chain[0].startswith(("zip://", "tar://"))):
+        return False  # what is opened is the first that isn't inside an archive
+    return (chain[-1] if "://" in chain[-1] else str(Path(chain[-1]).resolve())).startswith(tuple(places))
 
 
 def _holds_pictures(feature: Any) -> bool:

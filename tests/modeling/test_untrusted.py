@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import socket
 import sys
 
@@ -131,6 +132,13 @@ def test_no_library_is_called_for_quantised_weights(method, folder):
 
 
 # ---- files elsewhere
+
+
+def test_a_config_names_no_other_weights(folder):
+    shutil.copy(folder / "model.safetensors", folder / "others.safetensors")
+    edit(folder / "config.json", lambda c: c.update(transformers_weights="others.safetensors"))
+    with pytest.raises(OSError, match="transformers_weights"):
+        load(folder)
 
 
 def sharded(folder, second="b.safetensors"):

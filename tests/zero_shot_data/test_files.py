@@ -605,12 +605,13 @@ def secret(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
-    "how", ["absolute", "by dots", "https://127.0.0.1:9/a.png", "file:///etc/a.png", "s3://b/c.png"]
+    "how", ["absolute", "by dots", "chained", "https://127.0.0.1:9/a.png", "file:///etc/a.png", "s3://b/c.png"]
 )
 def test_a_row_that_names_a_file_elsewhere_is_refused(how, streaming, tmp_path, processor, secret):
     own = tmp_path / "own"
     own.mkdir()
-    path = {"absolute": secret, "by dots": own / ".." / "elsewhere" / "secret.png"}.get(how, how)
+    dotted = own / ".." / "elsewhere" / "secret.png"
+    path = {"absolute": secret, "by dots": dotted, "chained": f"{secret}::{own}/a.png"}.get(how, how)
     pyarrow.parquet.write_table(hostile_rows(path).data.table, own / "train-00000-of-00001.parquet")
     limit = {"streaming": True, "max_images": 3} if streaming else {}
     with pytest.raises(DatasetError, match="row"):
