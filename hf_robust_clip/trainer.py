@@ -542,10 +542,6 @@ class RobustClipTrainer(PushingTrainer):
             resume_from_checkpoint = self.args.resume_from_checkpoint
         self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.accelerator)
         self._terms, self._updates = {}, 0
-        if self.args.should_save:
-            kept = self.model.parameters()
-            saved = (p for p in kept if p.requires_grad) if isinstance(self.model, PeftModel) else kept
-            check_writable(self.args.output_dir, room=sum(p.nbytes for p in saved))
         try:
             if trial is not None:
                 self._begin_trial(trial)
@@ -604,6 +600,10 @@ class RobustClipTrainer(PushingTrainer):
                     f"{name}={getattr(self.args, name)!r} was set after the trainer was made with {value!r}, when it "
                     "no longer acts; make another trainer."
                 )
+        if self.args.should_save:
+            kept = self.model.parameters()
+            saved = (p for p in kept if p.requires_grad) if isinstance(self.model, PeftModel) else kept
+            check_writable(self.args.output_dir, room=sum(p.nbytes for p in saved))
         self._train_batch_size = self.args.train_batch_size
         self.accelerator.dataloader_config.data_seed = self.args.data_seed
         if self.training_objective.couples_images and images_per_update(self.args) > self.args.train_batch_size:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from conftest import CLASS_NAMES
+from conftest import CLASS_NAMES, through_transformers_adapters
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.utils.data import ConcatDataset, Subset
@@ -236,6 +236,7 @@ def lora(folder, images):
     return folder.parent / "lora", logits(model, images)
 
 
+@through_transformers_adapters()
 def test_a_lora_brings_its_normalisation_by_pefts_own_door_too(lora, folder, images, caplog):
     place, wanted = lora
     with caplog.at_level(logging.WARNING, "hf_robust_clip"):
