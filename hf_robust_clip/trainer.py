@@ -699,7 +699,7 @@ class RobustClipTrainer(PushingTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             note_checkpoint(checkpoint, plain(self._whole_run()), self.accelerator.num_processes)
-            drop_old_checkpoints(checkpoint.parent, limit, self.state.best_model_checkpoint)
+            drop_old_checkpoints(checkpoint, limit, self.state.best_model_checkpoint)
         if not self._checkpoints_seen:
             check_seen(checkpoint, needed=self.args.load_best_model_at_end, processes=self.accelerator)
             self._checkpoints_seen = True

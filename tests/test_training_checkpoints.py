@@ -197,6 +197,8 @@ def test_only_whole_checkpoints_are_counted_and_nothing_else_is_deleted(tmp_path
         file.parent.mkdir()
         file.write_text("mine")
     run_again(tmp_path, save_total_limit=1).train()
+    assert [note.parent.name for note in tmp_path.glob(f"*/{RUN_FILE}")] == ["checkpoint-4"]
+    assert not (tmp_path / "checkpoint-2").exists()
     (tmp_path / "checkpoint-4" / "notes.txt").write_text("mine")
     os.utime(tmp_path / "checkpoint-4" / RUN_FILE, (2**32, 2**32))
     drop_old_checkpoints(shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-6"), 1, None)
