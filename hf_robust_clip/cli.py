@@ -1004,7 +1004,8 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     processes.wait_for_everyone()
     saving.finish()
     load = f"\nload it: {loading_code(recipe, recipe.run.output_dir)}" if push is None else ""
-    saving.attempt("a line", lambda: say(f"saved to {folder}: {', '.join(saved_files(folder))}{load}"))
+    if processes.is_main_process:  # another machine's folder holds none of it
+        saving.attempt("a line", lambda: say(f"saved to {folder}: {', '.join(saved_files(folder))}{load}"))
     if push is not None and processes.is_main_process:
         address = push_folder(folder, push.repo_id, token=push.token, private=push.private, revision=push.revision)
         say(f"pushed: {address}\nload it: {loading_code(recipe, push.repo_id)}")
@@ -1255,7 +1256,8 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
     saving.finish()
     files = ("report.json", "report.csv", "recipe.yaml", "accuracy.png", "examples.png", "tradeoff.png")
     written = [name for name in files if (folder / name).is_file()]
-    saving.attempt("a line", lambda: processes.print(f"saved to {folder}: {', '.join(written)}"))
+    if processes.is_main_process:
+        saving.attempt("a line", lambda: processes.print(f"saved to {folder}: {', '.join(written)}"))
     return own_reports
 
 
