@@ -132,11 +132,13 @@ def load_image_dataset(
         check_files_of(rows, image_column, dataset_id, places)
     if spec and len(rows):
         class_names = names_of_spec(spec, features[label_column], class_names)
-    integers = isinstance(features[label_column], datasets.Value) and "int" in features[label_column].dtype
-    if "[" in split and not streaming and integers and class_names is not None:
+    plain = isinstance(features[label_column], datasets.Value) and features[label_column].dtype.strip("u0123456789")
+    if "[" in split and not streaming and plain in ("int", "float") and class_names is not None:
         whole = "+".join(dict.fromkeys(re.sub(r"\[.*?\]", "", split).split("+")))
         all_rows, _, _ = find_rows(name, spec, whole, data_root, config, revision)
-        read_labels(all_rows, label_column, class_names, dataset_id)  # of a part, labels from 1 may look right
+        read_labels(
+            all_rows, label_column, class_names, dataset_id, warn=False
+        )  # of a part, labels from 1 may look right
     data = image_dataset(
         rows,
         processor,
