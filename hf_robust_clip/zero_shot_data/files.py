@@ -66,7 +66,8 @@ def folder_rows(
         if one_line(error) != card.problem:
             raise
         raise DatasetError(f"README.md of dataset {name!r} is damaged ({card.problem}); mend its metadata.") from error
-    files = {str(part): [_relative(path, folder) for path in paths] for part, paths in builder.config.data_files.items()}
+    listed = builder.config.data_files.items()
+    files = {str(part): [_relative(path, folder) for path in paths] for part, paths in listed}
     pictures = builder.name == "imagefolder"
     if pictures and not declared:
         _check_pictures(folder, files, name)
@@ -186,7 +187,10 @@ def _builder(
         return folder, datasets.load_dataset_builder("parquet", data_files=parquet), False
     splits = {} if card.configs else _as_asked(parts, _splits_of_pictures(folder))
     if set(parts) <= splits.keys():
-        return folder, datasets.load_dataset_builder(str(folder), data_files=splits), False
+        try:
+            return folder, datasets.load_dataset_builder(str(folder), data_files=splits), False
+        except FileNotFoundError:  # it infers no kind from endings such as .Png
+            return folder, datasets.load_dataset_builder("imagefolder", data_dir=str(folder), data_files=splits), False
     return folder, datasets.load_dataset_builder(str(folder)), bool(card.configs) and config is None
 
 
@@ -448,7 +452,8 @@ def _check_pictures(folder: Path, files: Mapping[str, Iterable[PurePath]], name:
             f"picture {str(twice[0])!r} of dataset {name!r} would be in two splits, for train or test stands in the "
             "names of its folders; put the pictures into <split>/<class>/."
         )
-    tops = {path.parts[0] for path in places if len(path.parts) > 1} if _is_split_in_folders(folder, files) else None
+    in_splits = places and _is_split_in_folders(folder, files)
+    tops = {path.parts[0] for path in places if len(path.parts) > 1} if in_splits else None
     read = {path for paths in files.values() for path in paths if path.name.lower().endswith((*READ, *TABLES))}
     classes = {path.parent.name for path in read}
     for root, folders, names in _walk(folder, hidden=True):
@@ -495,7 +500,7 @@ def _check_class_folders(files: Mapping[str, Iterable[PurePath]], declared: Iter
     if len({path.parent.name for path in pictures}) == 1:
         raise DatasetError(
             f"all pictures of dataset {name!r} lie in folders of one name, {pictures[0].parent.name!r}, so there are "
-            "no classes; put them into <split>/<class>/."
+            "no classes; put them into <split>/<class>/, or a metadata.csv with file_name and label beside them."
         )
     tops = sorted(declared, key=lambda top: len(top.parts), reverse=True)
     seen: dict[tuple[str, PurePath | None], PurePath] = {}
@@ -505,9 +510,9 @@ def _check_class_folders(files: Mapping[str, Iterable[PurePath]], declared: Iter
             other = seen.setdefault((split, top), path)
             if other.parent != path.parent:
                 raise DatasetError(
-                    f"folders {str(other)!r} and {str(path)!r} of dataset {name!r} are below one level of folders more "
-                    "than <split>/<class>/, and only the innermost would be classes; give the folder whose children "
-                    f"are the classes, such as {str(other.parent)!r}, as the dataset, or move the pictures up."
+                    f"folders {str(other)!r} and {str(path)!r} of dataset {name!r} lie deeper than <split>/<class>/, "
+                    "and only the innermost would be classes; give the folder whose children are the classes, such "
+                    f"as {str(other.parent)!r}, as the dataset, move the pictures up, or give rows to image_dataset."
                 )
 
 

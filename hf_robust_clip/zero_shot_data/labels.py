@@ -92,11 +92,11 @@ def read_labels(
 def _given(class_names: Sequence[str] | Mapping[Any, str] | str, labels: Sequence[Any]) -> list[str] | dict[str, str]:
     """Names as a list, or as a mapping from texts; a list becomes one where the labels are the texts 0 .. n - 1."""
     texts = [label for label in labels if isinstance(label, str)]
-    if isinstance(class_names, str):
-        if class_names not in specs.class_name_keys():
+    if isinstance(class_names, str | Path):
+        if isinstance(class_names, Path) or class_names not in specs.class_name_keys():
             raise ValueError(
-                f"class_names={class_names!r} is one text; give a list of names, a mapping {{label: name}}, or one of "
-                f"{specs.class_name_keys()}."
+                f"class_names={str(class_names)!r} is one text; give a list of names, a mapping {{label: name}}, "
+                f"read_class_names(path) of a file, or one of {specs.class_name_keys()}."
             )
         return specs.class_names(class_names)
     if isinstance(class_names, Mapping):
@@ -207,10 +207,12 @@ def _warn_of_absent_ends(values: Sequence[int], names: Sequence[str], name: str)
 def _check_range(values: Sequence[int], names: Sequence[str], column: str, name: str) -> None:
     low, high = min(values), max(values)
     if low < 0 or high >= len(names):
+        mend = "give one name per label, also for numbers that no picture has, and leave out rows without a label"
+        if (low, high) == (1, len(names)):
+            mend = f"give a mapping {{1: {names[0]!r}, ...}} for numbers from 1"
         raise ValueError(
             f"labels in column {column!r} of dataset {name!r} run from {int(low)} to {int(high)} ({len(values)} "
-            f"different), but there are {len(names)} class names, for 0 .. {len(names) - 1}; give one name per label, "
-            "also for numbers that no picture has, and leave out rows without a label."
+            f"different), but there are {len(names)} class names, for 0 .. {len(names) - 1}; {mend}."
         )
 
 

@@ -663,6 +663,30 @@ def test_a_readme_may_join_folders_by_name(tmp_path, processor):
                 reds(folder, processor)
 
 
+@pytest.mark.parametrize("ending", ["Png", "PNG", "Jpeg"])
+def test_endings_of_any_case(ending, tmp_path, processor):
+    files = [f"{split}/{name}/1.{ending}" for split in ("train", "test") for name in NAMES]
+    assert reds(write(tmp_path, *files), processor, "test") == [2, 3]
+
+
+def test_signs_of_patterns_in_the_path_are_named(tmp_path, processor):
+    """As patterns, `data [v2]` would mean `data v`."""
+    for name in ("data v", "data [v2]"):
+        folder = write(tmp_path / name, "train.parquet")
+    with pytest.raises(OSError, match=r"data \[v2\]/set' has '\['"):
+        reds(folder, processor)
+
+
+@pytest.mark.parametrize("split", ["test", ""])
+def test_classes_that_are_all_links_elsewhere_are_named(split, tmp_path, processor):
+    elsewhere = write(tmp_path, "ant/1.png", "bee/1.png")
+    (tmp_path / "links" / split).mkdir(parents=True)
+    for name in NAMES:
+        (tmp_path / "links" / split / name).symlink_to(f"{elsewhere}/{name}")
+    with pytest.raises((OSError, ValueError), match=r"ant.* link"):
+        reds(str(tmp_path / "links"), processor, split or "train")
+
+
 @pytest.mark.parametrize("name", ["fold{}", "fold_{}", "test_r{}"])
 def test_a_word_with_a_number_is_a_split_and_no_part(name, tmp_path, processor):
     files = [f"{name.format(i)}.parquet" for i in (1, 2, 3)]

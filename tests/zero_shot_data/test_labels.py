@@ -233,6 +233,15 @@ def test_floats_without_a_fraction_and_bytes_are_labels(processor):
             image_dataset(rows([0.0, odd], feature=Value("float64")), processor, class_names=ANIMALS)
 
 
+def test_integers_from_1_and_a_file_for_names_tell_the_mend(tmp_path, processor):
+    plain = rows([1, 2, 3, 4], feature=Value("int64"))
+    with pytest.raises(ValueError, match=r"from 1 to 4.*\{1: 'ant'"):
+        image_dataset(plain, processor, class_names=ANIMALS)
+    for path in (tmp_path / "names.txt", str(tmp_path / "names.txt")):
+        with pytest.raises(ValueError, match=r"names\.txt'.*read_class_names"):
+            image_dataset(plain, processor, class_names=path)
+
+
 def test_the_class_index_of_imagenet_gives_names(tmp_path):
     pairs = {"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}
     assert read_class_names(written(tmp_path, json.dumps(pairs))) == ["tench", "goldfish"]
