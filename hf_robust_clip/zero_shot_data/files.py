@@ -41,7 +41,7 @@ ALIASES = {  # folders that `datasets` reads as a split, where their names hold 
 PART_OF_TOTAL = re.compile(r"(.*?)[-_. (]*(\d+)[-_. ]*of[-_. ]*(\d+)\)?(?:-[0-9a-f]{6,})?((?:\.\w+)+)", re.IGNORECASE)
 UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?:-c\d{3})?"
 NUMBERED = re.compile(rf"(.*?)(\d+)(?:-(?:{UUID}|[0-9a-f]{{8,}}))?((?:\.\w+)+)")
-PARTS = {"part", "shard", "chunk", "batch", "file", "data", "dataset", *chain.from_iterable(ALIASES.values())}
+PARTS = {"part", "shard", "chunk", "batch", "file", "data", "dataset"}
 
 
 def folder_rows(
@@ -250,14 +250,17 @@ def _kind(file: PurePath) -> tuple[str, str]:
 
 
 def _numbered(file: PurePath) -> re.Match[str] | None:
-    """The name and the number of a part of a set: four digits, those of a date, or any after no word or one for parts
-    or splits. Others, as of `fold1` and `test_r3`, are of the name.
+    """The name and the number of a part of a set: four digits, those of a date, or any after no word, one for parts,
+    or one for a split and a sign. Others, as of `fold1`, `test2`, `test2007` and `test_r3`, are of the name.
     """
     match = NUMBERED.fullmatch(file.name)
-    if match is None or len(match[2]) >= 4 or re.search(r"\d{4}[-_.]?\d\d[-_.]?$", match[1]):
-        return match
-    words = re.findall(r"[^\W\d_]+", match[1].casefold())
-    return match if not words or words[-1] in PARTS else None
+    if match is None:
+        return None
+    words, glued = re.findall(r"[^\W\d_]+", match[1].casefold()), match[1][-1:].isalpha()
+    year, date = re.fullmatch(r"(19|20)\d\d", match[2]), re.search(r"\d{4}[-_.]?\d\d[-_.]?$", match[1])
+    split = words and words[-1] in chain.from_iterable(ALIASES.values())
+    counts = date or (len(match[2]) >= 4 and not (year and glued)) or (split and not glued)
+    return match if counts or not words or words[-1] in PARTS else None
 
 
 def _splits_of_pictures(folder: Path) -> dict[str, list[str]]:
@@ -511,8 +514,8 @@ def _check_class_folders(files: Mapping[str, Iterable[PurePath]], declared: Iter
             if other.parent != path.parent:
                 raise DatasetError(
                     f"folders {str(other)!r} and {str(path)!r} of dataset {name!r} lie deeper than <split>/<class>/, "
-                    "and only the innermost would be classes; give the folder whose children are the classes, such "
-                    f"as {str(other.parent)!r}, as the dataset, move the pictures up, or give rows to image_dataset."
+                    "and only the innermost would be classes; move the pictures up into folders of their classes, or "
+                    f"if those are the folders in {str(other.parent)!r}, give it as the dataset."
                 )
 
 

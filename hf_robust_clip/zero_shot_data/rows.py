@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,8 @@ def find_rows(
         _check_unused(f"the folder {str(folder)!r}", revision=revision)
     if folder is None and (is_absolute(key) or key.startswith(".") or key.count("/") > 1):
         raise OSError(f"dataset {key!r} is no folder that holds files, nor the name of a dataset; check the path.")
-    if folder is not None and glob.has_magic(str(folder.resolve())):
-        sign = next(sign for sign in str(folder.resolve()) if sign in "*?[")
-        raise OSError(f"the path of dataset {str(folder)!r} has {sign!r}, a sign of patterns; rename its folder.")
+    if folder is not None and (sign := re.search(r"[*?\[]|::", str(folder.resolve()))):
+        raise OSError(f"the path of dataset {str(folder)!r} has {sign[0]!r}, a sign of patterns; rename its folder.")
     revision = revision or (spec.revision if spec else None)
     unseen = " (this row of specs.py was not checked against the Hub)" if spec and not spec.checked else ""
     try:

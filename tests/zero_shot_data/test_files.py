@@ -687,7 +687,7 @@ def test_classes_that_are_all_links_elsewhere_are_named(split, tmp_path, process
         reds(str(tmp_path / "links"), processor, split or "train")
 
 
-@pytest.mark.parametrize("name", ["fold{}", "fold_{}", "test_r{}"])
+@pytest.mark.parametrize("name", ["fold{}", "fold_{}", "test_r{}", "test{}", "test200{}"])
 def test_a_word_with_a_number_is_a_split_and_no_part(name, tmp_path, processor):
     files = [f"{name.format(i)}.parquet" for i in (1, 2, 3)]
     folder = write(tmp_path, *files)
