@@ -15,7 +15,7 @@ import datasets
 
 from ..modeling import check_classes
 from . import specs
-from .errors import one_line
+from .errors import cut, one_line
 from .specs import DatasetSpec, plain
 
 logger = logging.getLogger(__name__)
@@ -384,7 +384,7 @@ def read_class_names(path: str | Path) -> list[str] | dict[str, str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"class names in {str(path)!r} are not in UTF-8 ({error.reason}); save them so.") from error
     except ValueError as error:
-        raise ValueError(f"class names in {str(path)!r}: {error} (the first is class_names[0])") from error
+        raise ValueError(f"class names in {str(path)!r}: {cut(error)} (the first is class_names[0])") from error
     return {label: name.strip() for label, name in names.items()} if isinstance(names, dict) else names
 
 

@@ -127,7 +127,7 @@ def _explained(error: ValueError, name: str, split: str, unseen: str, config: st
     what = (
         f"has no split {split!r}" if "Unknown split" in text or "Bad split" in text else f"can't be read ({split!r})"
     )
-    return f"dataset {name!r} {what}{unseen}: {one_line(error)}"
+    return f"dataset {name!r} {what}{unseen}: {cut(one_line(error))}"
 
 
 def image_column_of(features: datasets.Features, asked: str | None, name: str) -> str:

@@ -242,6 +242,13 @@ def test_integers_from_1_and_a_file_for_names_tell_the_mend(tmp_path, processor)
             image_dataset(plain, processor, class_names=path)
 
 
+def test_what_a_file_holds_is_cut_short_in_errors(tmp_path):
+    coco = {"categories": [{"id": i, "name": f"thing {i}"} for i in range(999)]}
+    with pytest.raises(ValueError, match=r"class_names\['categories'\]") as caught:
+        read_class_names(written(tmp_path, json.dumps(coco)))
+    assert len(str(caught.value)) < 600
+
+
 def test_the_class_index_of_imagenet_gives_names(tmp_path):
     pairs = {"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}
     assert read_class_names(written(tmp_path, json.dumps(pairs))) == ["tench", "goldfish"]
