@@ -15,7 +15,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers import CLIPProcessor
 from transformers.image_processing_utils import get_size_dict
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 ORIENTATION = 0x0112  # the EXIF tag: 1 is upright
 BITS_PER_SAMPLE = 258  # the TIFF tag: Pillow gives 12 bits as they are in 16
+SAMPLE_FORMAT = 339  # the TIFF tag: 2 is signed
 PHOTOMETRIC = 262  # the TIFF tag: 0 says that white is 0, which Pillow inverts for 8 bits only
 COLOURS = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")  # `convert("RGB")` is right for them
 WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
@@ -50,7 +51,7 @@ def open_picture(source: Any, timeout: float | None = None) -> Image.Image:
     text = str(source)
     if text.startswith(("http://", "https://")):
         with urlopen(text, timeout=timeout) as answer:
-            return Image.open(BytesIO(answer.read()))
+            return opened(answer.read())
     if os.path.isfile(text):
         return Image.open(text)
     try:
@@ -59,7 +60,15 @@ def open_picture(source: Any, timeout: float | None = None) -> Image.Image:
         content = b""
     if not content:
         raise ValueError(f"picture={text[:80]!r} is no file, no address and no base64 text.")
-    return Image.open(BytesIO(content))
+    return opened(content)
+
+
+def opened(content: bytes) -> Image.Image:
+    """The picture that bytes encode. Raises OSError for what Pillow doesn't know as one."""
+    try:
+        return Image.open(BytesIO(content))
+    except UnidentifiedImageError:  # which tells an address in memory
+        raise OSError(f"its {len(content)} bytes are no picture of a known kind") from None
 
 
 def to_rgb(picture: Image.Image, background: str | Sequence[int] = "white") -> Image.Image:
@@ -77,6 +86,10 @@ def to_rgb(picture: Image.Image, background: str | Sequence[int] = "white") -> I
     colour = checked_colour(background)
     picture.load()
     file_format, tags = picture.format, getattr(picture, "tag_v2", {})
+    if 2 in np.atleast_1d(tags.get(SAMPLE_FORMAT, 1)):
+        raise ValueError(
+            f"a TIFF of signed numbers (mode {picture.mode}) doesn't tell its range; save it with 8 bits, unsigned."
+        )
     if picture.getexif().get(ORIENTATION, 1) != 1:
         picture = ImageOps.exif_transpose(picture)
     mode, key = picture.mode, picture.info.get("transparency")

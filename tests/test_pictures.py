@@ -104,6 +104,14 @@ def test_12_bits_of_a_tiff_are_scaled_by_their_own_range():
     np.testing.assert_array_equal(np.asarray(to_rgb(picture))[..., 0], expected)
 
 
+def test_signed_numbers_of_a_tiff_are_refused():
+    picture = stored(Image.fromarray(ROUNDED), "TIFF", tiffinfo={339: 2})
+    assert picture.mode == "L"
+    with pytest.raises(ValueError, match="signed"):
+        to_rgb(picture)
+    np.testing.assert_array_equal(np.asarray(to_rgb(stored(Image.fromarray(ROUNDED), "TIFF")))[..., 0], ROUNDED)
+
+
 def test_16_bits_of_a_format_that_tells_no_range_are_refused():
     """FITS: signed, with a scale of its own."""
     lines = {"SIMPLE": "T", "BITPIX": 16, "NAXIS": 2, "NAXIS1": 8, "NAXIS2": 8}

@@ -80,6 +80,8 @@ class ImageDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not hasattr(index, "__index__"):
+            raise TypeError(f"index {index!r} must be a whole number; of several, give .first or rows.select.")
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:

@@ -15,6 +15,12 @@ class DatasetError(ValueError):
         super().__init__(lines[-1].removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
 
 
+def cut(value: object, length: int = 300) -> str:
+    """The text of a value, its end left out where it is long."""
+    text = str(value)
+    return text if len(text) <= length else f"{text[:length]} ..."
+
+
 def one_line(error: BaseException) -> str:
     """What an exception says, without line breaks; its type if it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__

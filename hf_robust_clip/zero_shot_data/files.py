@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -41,6 +41,7 @@ ALIASES = {  # folders that `datasets` reads as a split, where their names hold 
 PART_OF_TOTAL = re.compile(r"(.*?)[-_. (]*(\d+)[-_. ]*of[-_. ]*(\d+)\)?(?:-[0-9a-f]{6,})?((?:\.\w+)+)", re.IGNORECASE)
 UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?:-c\d{3})?"
 NUMBERED = re.compile(rf"(.*?)(\d+)(?:-(?:{UUID}|[0-9a-f]{{8,}}))?((?:\.\w+)+)")
+PARTS = {"part", "shard", "chunk", "batch", "file", "data", "dataset"}
 
 
 def folder_rows(
@@ -65,12 +66,11 @@ def folder_rows(
         if one_line(error) != card.problem:
             raise
         raise DatasetError(f"README.md of dataset {name!r} is damaged ({card.problem}); mend its metadata.") from error
-    files = {part: [_relative(path, folder) for path in paths] for part, paths in builder.config.data_files.items()}
+    listed = builder.config.data_files.items()
+    files = {str(part): [_relative(path, folder) for path in paths] for part, paths in listed}
     pictures = builder.name == "imagefolder"
     if pictures and not declared:
         _check_pictures(folder, files, name)
-    if pictures and builder.config.drop_labels is None:
-        _check_class_folders(files, name)
     for part in parts:
         _check_readable(folder, files.get(part, ()), name)
         _check_whole(files.get(part, ()), name)
@@ -78,6 +78,8 @@ def folder_rows(
             _check_one_configuration(files.get(part, ()), part, pictures, card, name)
             _check_other_splits(files.get(part, ()), part, pictures, name)
         _check_named_alike(files.get(part, ()), part, folder, declared, card, name)
+    if pictures and builder.config.drop_labels is not True:
+        _check_class_folders(files, card.folders.get(builder.config.name, ()) if declared else (), name)
     described = pictures and any(path.name in ImageFolder.METADATA_FILENAMES for path in chain(*files.values()))
     if not streaming:
         changes = _digest(chain(*builder.config.data_files.values()))
@@ -107,6 +109,7 @@ class _Card:
 
     configs: tuple[str, ...] = ()
     rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    folders: Mapping[str, Sequence[PurePath]] = field(default_factory=dict)  # that its patterns of files begin with
     problem: str | None = None
 
     def counts(self, config: str | None) -> Mapping[str, int]:
@@ -129,11 +132,24 @@ def _read_card(folder: Path) -> _Card:
             }
             for info in ([infos] if isinstance(infos, dict) else infos)
         }
-        return _Card(tuple(config.get("config_name", "default") for config in data.get("configs") or []), rows)
+        configs = {config.get("config_name", "default"): config for config in data.get("configs") or []}
+        return _Card(tuple(configs), rows, {key: _declared_folders(config) for key, config in configs.items()})
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise DatasetError(
             f"README.md in {str(folder)!r} is damaged ({one_line(error)}); mend its metadata."
         ) from error
+
+
+def _declared_folders(config: Mapping[str, Any]) -> list[PurePath]:
+    """The folders before the first sign of a pattern in the files of a configuration."""
+    given = config.get("data_files") or "**"
+    parts = given if isinstance(given, list) else [given]
+    paths = chain.from_iterable(
+        [path] if isinstance(path, str) else path
+        for path in (part["path"] if isinstance(part, dict) else part for part in parts)
+    )
+    plain = (takewhile(lambda folder: not glob.has_magic(folder), PurePath(path).parts[:-1]) for path in paths)
+    return [PurePath(config.get("data_dir") or ".", *folders) for folders in plain]
 
 
 def _folder_of(config: str, folder: Path, card: _Card, name: str) -> Path:
@@ -162,15 +178,19 @@ def _builder(
                 raise
     if config is not None:
         folder = _folder_of(config, folder, card, name)
-    if saved := _saved_files(folder):
+    if saved := _as_asked(parts, _saved_files(folder)):
         return folder, datasets.load_dataset_builder("arrow", data_files=saved), True
-    parquet = {part: _parquet_files(folder, part) for part in parts}
-    if all(parquet.values()):
+    parquet = _as_asked(parts, _parquet_files(folder))
+    if set(parts) <= parquet.keys():
+        parquet = {part: parquet[part] for part in parts}
         _check_no_pictures(folder, parquet, name)
         return folder, datasets.load_dataset_builder("parquet", data_files=parquet), False
-    splits = {} if card.configs else _splits_of_pictures(folder)
+    splits = {} if card.configs else _as_asked(parts, _splits_of_pictures(folder))
     if set(parts) <= splits.keys():
-        return folder, datasets.load_dataset_builder(str(folder), data_files=splits), False
+        try:
+            return folder, datasets.load_dataset_builder(str(folder), data_files=splits), False
+        except FileNotFoundError:  # it infers no kind from endings such as .Png
+            return folder, datasets.load_dataset_builder("imagefolder", data_dir=str(folder), data_files=splits), False
     return folder, datasets.load_dataset_builder(str(folder)), bool(card.configs) and config is None
 
 
@@ -185,9 +205,24 @@ def _saved_files(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def _parquet_files(folder: Path, part: str) -> list[str]:
-    every = (Path(root, file) for root, _, files in _walk(folder) for file in files if file.endswith(".parquet"))
-    return sorted(str(path) for path in every if _prefix(path) == part)
+def _parquet_files(folder: Path) -> dict[str, list[str]]:
+    """Parquet files by the split that their names say."""
+    every = (Path(root, file) for root, _, files in _walk(folder) for file in files)
+    found: dict[str, list[str]] = {}
+    for path in sorted(path for path in every if path.suffix.lower() == ".parquet"):
+        found.setdefault(_prefix(path), []).append(str(path))
+    return found
+
+
+def _as_asked(parts: Iterable[str], found: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Files by split, where one that isn't there by its name is the only one that is called by another word for it."""
+    named = dict(found)
+    for part in parts:
+        words = next((words for words in ALIASES.values() if part in words), (part,))
+        others = [split for split in found if split.casefold() in words]
+        if part not in found and len(others) == 1 and others[0] in named:
+            named[part] = named.pop(others[0])
+    return named
 
 
 def _check_no_pictures(folder: Path, parquet: Mapping[str, Sequence[str]], name: str) -> None:
@@ -210,10 +245,22 @@ def _kind(file: PurePath) -> tuple[str, str]:
     """
     if match := PART_OF_TOTAL.fullmatch(file.name):
         return match[1], "of"
+    match = _numbered(file)
+    return (match[1], "number") if match else (file.stem, "")
+
+
+def _numbered(file: PurePath) -> re.Match[str] | None:
+    """The name and the number of a part of a set: four digits, those of a date, or any after no word, one for parts,
+    or one for a split and a sign. Others, as of `fold1`, `test2`, `test2007` and `test_r3`, are of the name.
+    """
     match = NUMBERED.fullmatch(file.name)
-    if match and not re.search(r"(^|[-_. ])v$", match[1], re.IGNORECASE):
-        return match[1], "number"
-    return file.stem, ""
+    if match is None:
+        return None
+    words, glued = re.findall(r"[^\W\d_]+", match[1].casefold()), match[1][-1:].isalpha()
+    year, date = re.fullmatch(r"(19|20)\d\d", match[2]), re.search(r"\d{4}[-_.]?\d\d[-_.]?$", match[1])
+    split = words and words[-1] in chain.from_iterable(ALIASES.values())
+    counts = date or (len(match[2]) >= 4 and not (year and glued)) or (split and not glued)
+    return match if counts or not words or words[-1] in PARTS else None
 
 
 def _splits_of_pictures(folder: Path) -> dict[str, list[str]]:
@@ -274,7 +321,7 @@ def _check_whole(files: Iterable[PurePath], name: str) -> None:
             continue
         if match := PART_OF_TOTAL.fullmatch(file.name):
             sets.setdefault((str(file.parent), match[1], match[4]), []).append((int(match[2]), int(match[3])))
-        elif (match := NUMBERED.fullmatch(file.name)) and not re.search(r"\d[-_.]$", match[1]):  # no dates
+        elif (match := _numbered(file)) and not re.search(r"\d[-_.]$", match[1]):  # no dates
             rows.setdefault((str(file.parent), match[1], match[3]), []).append(match[2])
     for (parent, prefix, ending), numbers in sets.items():
         what = f"files {PurePath(parent, prefix)}-*{ending} of dataset {name!r}"
@@ -408,7 +455,8 @@ def _check_pictures(folder: Path, files: Mapping[str, Iterable[PurePath]], name:
             f"picture {str(twice[0])!r} of dataset {name!r} would be in two splits, for train or test stands in the "
             "names of its folders; put the pictures into <split>/<class>/."
         )
-    tops = {path.parts[0] for path in places if len(path.parts) > 1} if _is_split_in_folders(folder, files) else None
+    in_splits = places and _is_split_in_folders(folder, files)
+    tops = {path.parts[0] for path in places if len(path.parts) > 1} if in_splits else None
     read = {path for paths in files.values() for path in paths if path.name.lower().endswith((*READ, *TABLES))}
     classes = {path.parent.name for path in read}
     for root, folders, names in _walk(folder, hidden=True):
@@ -436,8 +484,10 @@ def _check_pictures(folder: Path, files: Mapping[str, Iterable[PurePath]], name:
             )
 
 
-def _check_class_folders(files: Mapping[str, Iterable[PurePath]], name: str) -> None:
-    """Raise DatasetError for pictures that don't all lie in folders of classes, of which `datasets` labels none."""
+def _check_class_folders(files: Mapping[str, Iterable[PurePath]], declared: Iterable[PurePath], name: str) -> None:
+    """Raise DatasetError for pictures that don't all lie in folders of classes, of which `datasets` labels none, and
+    for folders between those of a split, or those `declared`, and the classes: `datasets` joins what they tell apart.
+    """
     every = [path for paths in files.values() for path in paths]
     if any(path.name.startswith("metadata.") for path in every):
         return
@@ -453,15 +503,27 @@ def _check_class_folders(files: Mapping[str, Iterable[PurePath]], name: str) -> 
     if len({path.parent.name for path in pictures}) == 1:
         raise DatasetError(
             f"all pictures of dataset {name!r} lie in folders of one name, {pictures[0].parent.name!r}, so there are "
-            "no classes; put them into <split>/<class>/."
+            "no classes; put them into <split>/<class>/, or a metadata.csv with file_name and label beside them."
         )
+    tops = sorted(declared, key=lambda top: len(top.parts), reverse=True)
+    seen: dict[tuple[str, PurePath | None], PurePath] = {}
+    for split, paths in files.items():
+        for path in sorted({path.parent for path in paths if path.suffix.lower() in READ}):
+            top = next((top for top in tops if path.is_relative_to(top)), None)
+            other = seen.setdefault((split, top), path)
+            if other.parent != path.parent:
+                raise DatasetError(
+                    f"folders {str(other)!r} and {str(path)!r} of dataset {name!r} lie deeper than <split>/<class>/, "
+                    "and only the innermost would be classes; move the pictures up into folders of their classes, or "
+                    f"if those are the folders in {str(other.parent)!r}, give it as the dataset."
+                )
 
 
 def _check_readable(folder: Path, files: Iterable[PurePath], name: str) -> None:
     """Raise DatasetError for a parquet file that is cut short or damaged; `datasets` doesn't say which."""
     for file in files:
         try:
-            if file.suffix == ".parquet":
+            if file.suffix.lower() == ".parquet":
                 read_metadata(folder / file)
         except (OSError, ValueError) as error:
             raise DatasetError(f"file {str(file)!r} of dataset {name!r} is cut short or damaged ({error}); get it "
@@ -471,7 +533,7 @@ def _check_readable(folder: Path, files: Iterable[PurePath], name: str) -> None:
 def _is_split_in_folders(folder: Path, files: Mapping[str, Iterable[PurePath]]) -> bool:
     """Whether the top folders are the splits, so that other folders beside them don't belong to the dataset."""
     return all(
-        path.parts[0] in (*ALIASES.get(part, ()), part) and len(path.parts) > 2
+        path.parts[0].casefold() in (*ALIASES.get(part, ()), part.casefold()) and len(path.parts) > 2
         for part, paths in files.items()
         for path in paths
     )

@@ -15,7 +15,7 @@ import datasets
 
 from ..modeling import check_classes
 from . import specs
-from .errors import one_line
+from .errors import cut, one_line
 from .specs import DatasetSpec, plain
 
 logger = logging.getLogger(__name__)
@@ -41,19 +41,21 @@ SHOWN = 3  # of labels or names, in messages
 
 
 def read_labels(
-    rows: datasets.Dataset, column: str, class_names: ClassNames, name: str
+    rows: datasets.Dataset, column: str, class_names: ClassNames, name: str, warn: bool = True
 ) -> tuple[tuple[str, ...], dict[Any, int] | None]:
     """The class names, and the index among them of each of the dataset's labels; None where labels are indices.
 
     Names given over labels that are named already (class folders, `ClassLabel`, texts) are matched with these by
     letters and digits. Only if all labels are ids, none of the names is among them, and there are equally many, do
     they stand for the labels in their order. A mapping translates the dataset's own labels; one from 0 .. n - 1, none
-    of which is a label, is a list; one {name: number} is turned round.
+    of which is a label, is a list; one {name: number} is turned round. Floats without a fraction are whole numbers,
+    bytes are texts. Of a list over whole numbers, a first or last class that no row has is warned of.
 
     Args:
         class_names: a list, a mapping {own label: name}, or a key of `class_names.json`; None takes the dataset's own.
             Ids among them, but for plain numbers, are warned of.
         name: of the dataset, for errors.
+        warn: of ids, and of classes at the ends without rows.
 
     Raises ValueError for a missing label, one that is neither a whole number nor a text, one without a name, names
     that fit the labels only in part, and a dataset whose own labels are only ids.
@@ -61,10 +63,12 @@ def read_labels(
     feature = rows.features[column]
     if not isinstance(feature, datasets.ClassLabel | datasets.Value):
         raise ValueError(f"column {column!r} of dataset {name!r} holds no labels but {feature}.")
-    values = _distinct(rows, column, name)
+    stored = _distinct(rows, column, name)
+    values = list(stored.values())
     own = getattr(feature, "names", None)
     given = None if class_names is None else _given(class_names, own or values)
-    _warn_of_ids(given or ())
+    if warn:
+        _warn_of_ids(given or ())
     if own is not None:
         names, order = _over_own_labels(own, given, name)
         _check_range(values, own, column, name)
@@ -77,20 +81,22 @@ def read_labels(
     checked, _ = check_classes(values_of_keys, "{}")
     if not isinstance(given, dict) and not any(isinstance(value, str) for value in values):
         _check_range(values, checked, column, name)
+        if warn and not isinstance(class_names, Mapping):
+            _warn_of_absent_ends(values, checked, name)
         return checked, None
     index = _match([str(value) for value in values], keys)
     _check_all_known([str(value) for value in values], index, keys, f"column {column!r} of dataset {name!r}")
-    return checked, {value: index[str(value)] for value in values}
+    return checked, {value: index[str(label)] for value, label in stored.items()}
 
 
 def _given(class_names: Sequence[str] | Mapping[Any, str] | str, labels: Sequence[Any]) -> list[str] | dict[str, str]:
     """Names as a list, or as a mapping from texts; a list becomes one where the labels are the texts 0 .. n - 1."""
     texts = [label for label in labels if isinstance(label, str)]
-    if isinstance(class_names, str):
-        if class_names not in specs.class_name_keys():
+    if isinstance(class_names, str | Path):
+        if isinstance(class_names, Path) or class_names not in specs.class_name_keys():
             raise ValueError(
-                f"class_names={class_names!r} is one text; give a list of names, a mapping {{label: name}}, or one of "
-                f"{specs.class_name_keys()}."
+                f"class_names={str(class_names)!r} is one text; give a list of names, a mapping {{label: name}}, "
+                f"read_class_names(path) of a file, or one of {specs.class_name_keys()}."
             )
         return specs.class_names(class_names)
     if isinstance(class_names, Mapping):
@@ -112,7 +118,8 @@ def _given(class_names: Sequence[str] | Mapping[Any, str] | str, labels: Sequenc
 
 
 def _upright(mapping: Mapping[str, Any]) -> dict[str, Any] | list[str]:
-    """A mapping {label: name}; of one that is the other way round, {name: number}, the names by their numbers.
+    """A mapping {label: name}; one that is the other way round, {name: number}, is turned: a list if these are 0 ..
+    n - 1.
 
     Raises ValueError for one from names to ids.
     """
@@ -121,13 +128,14 @@ def _upright(mapping: Mapping[str, Any]) -> dict[str, Any] | list[str]:
     if not mapping or ids < len(mapping) or all(ID.fullmatch(label.strip()) for label in mapping):
         return dict(mapping)
     numbers = {int(value): label for value, label in zip(values, mapping, strict=True) if value.strip().isdecimal()}
-    if numbers.keys() != set(range(len(mapping))):
+    if len(numbers) < len(mapping):
         label, value = next(iter(mapping.items()))
         raise ValueError(
             f"class_names has the id {value!r} as the name of {label!r}; turn it round to {{label: name}}."
         )
-    logger.warning("class_names is taken as {name: number}: 0 is %r, ...", numbers[0])
-    return [numbers[i].strip() for i in range(len(numbers))]
+    turned = {str(number): numbers[number].strip() for number in sorted(numbers)}
+    logger.warning("class_names is taken as {name: number}: %s is %r, ...", *next(iter(turned.items())))
+    return list(turned.values()) if numbers.keys() == set(range(len(numbers))) else turned
 
 
 def _warn_of_ids(given: Sequence[str] | Mapping[str, str]) -> None:
@@ -145,7 +153,9 @@ def names_of_spec(spec: DatasetSpec, feature: Any, class_names: ClassNames) -> C
     if class_names is None and own is not None:
         return dict(zip(own, spec.names_in_label_order(own) or own, strict=True))
     if class_names is None:
-        return specs.class_names(spec.class_names) if spec.class_names else None
+        names = specs.class_names(spec.class_names) if spec.class_names else None
+        whole = "int" in getattr(feature, "dtype", "")
+        return dict(enumerate(names)) if isinstance(names, list) and whole else names
     if (
         own is None
         and keys is not None
@@ -156,28 +166,53 @@ def names_of_spec(spec: DatasetSpec, feature: Any, class_names: ClassNames) -> C
     return class_names
 
 
-def _distinct(rows: datasets.Dataset, column: str, name: str) -> list[Any]:
-    """Every label that occurs, once."""
+def _distinct(rows: datasets.Dataset, column: str, name: str) -> dict[Any, Any]:
+    """Every label that occurs, once: as it is stored, and as the whole number or the text that it means."""
     values = rows.select_columns([column]).with_format("arrow")[:][column].unique().to_pylist()
-    if None in values:
-        row = list(rows.select_columns([column])[column]).index(None)
+    if any(value is None or value != value for value in values):
+        row = next(
+            i for i, value in enumerate(rows.select_columns([column])[column]) if value is None or value != value
+        )
         raise ValueError(f"row {row} of dataset {name!r} has no label in column {column!r}; leave such rows out.")
-    odd = [value for value in values if not isinstance(value, int | str)]
+    labels = [_label(value) for value in values]
+    odd = [label for label in labels if not isinstance(label, int | str)]
     if odd:
         raise ValueError(
             f"column {column!r} of dataset {name!r} holds {odd[0]!r}, which is no label: labels are whole numbers or "
             "texts. Name another column by label_column."
         )
-    return values
+    return dict(zip(values, labels, strict=True))
+
+
+def _label(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():  # what a join makes of whole numbers
+        return int(value)
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return value
+
+
+def _warn_of_absent_ends(values: Sequence[int], names: Sequence[str], name: str) -> None:
+    """Warn of a first or last class that no row has: a line too many in a list, or labels from 1, shift them all."""
+    absent = [i for i in dict.fromkeys((0, len(names) - 1)) if i not in values]
+    if absent:
+        classes = " and ".join(f"class {i} ({names[i]!r})" for i in absent)
+        logger.warning(
+            "dataset %r has no row of %s: its labels run from %d to %d, and class_names count from 0; check that the "
+            "list fits, or give a mapping {label: name}.", name, classes, min(values), max(values),
+        )  # fmt: skip
 
 
 def _check_range(values: Sequence[int], names: Sequence[str], column: str, name: str) -> None:
     low, high = min(values), max(values)
     if low < 0 or high >= len(names):
+        mend = "give one name per label, also for numbers that no picture has, and leave out rows without a label"
+        if (low, high) == (1, len(names)):
+            mend = f"give a mapping {{1: {names[0]!r}, ...}} for numbers from 1"
         raise ValueError(
             f"labels in column {column!r} of dataset {name!r} run from {int(low)} to {int(high)} ({len(values)} "
-            f"different), but there are {len(names)} class names, for 0 .. {len(names) - 1}; give one name per label, "
-            "also for numbers that no picture has, and leave out rows without a label."
+            f"different), but there are {len(names)} class names, for 0 .. {len(names) - 1}; {mend}."
         )
 
 
@@ -349,7 +384,7 @@ def read_class_names(path: str | Path) -> list[str] | dict[str, str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"class names in {str(path)!r} are not in UTF-8 ({error.reason}); save them so.") from error
     except ValueError as error:
-        raise ValueError(f"class names in {str(path)!r}: {error} (the first is class_names[0])") from error
+        raise ValueError(f"class names in {str(path)!r}: {cut(error)} (the first is class_names[0])") from error
     return {label: name.strip() for label, name in names.items()} if isinstance(names, dict) else names
 
 
@@ -373,6 +408,9 @@ def _parsed(text: str) -> list[Any] | dict[str, Any] | None:
     if not isinstance(value, dict):
         raise ValueError(f"they are a {type(value).__name__}, which has no order; write a list or a dict")
     mapping = {str(label): name for label, name in value.items()}
+    pairs = [pair for pair in mapping.values() if isinstance(pair, list) and len(pair) == 2]
+    if len(pairs) == len(mapping) and all(re.fullmatch(WORDNET_ID, str(pair[0])) for pair in pairs):
+        mapping = {label: pair[1] for label, pair in mapping.items()}  # imagenet_class_index.json
     if len(mapping) < len(value):
         raise ValueError("a label is there twice, as a number and as a text")
     order = [str(i) for i in range(len(mapping))]

@@ -1,7 +1,7 @@
 """From a dataset's name, or rows in memory, to pixels with labels.
 
 1. Rows: a known dataset (`specs.py`), a folder, or the Hub. Files must be whole, called alike and of one
-   configuration, and among pictures nothing may lie that isn't read but documents.
+   configuration, among pictures nothing may lie that isn't read but documents, and no folder between split and class.
 2. Columns: one of pictures and one of labels, one with the usual name or the only one; no other column is decoded.
 3. Picture to pixels (`pictures.py`): every mode of Pillow, upright, in RGB, transparency on a background, prepared as
    the checkpoint's processor does it, in [0, 1], not normalised; what can't be scaled to that is refused.
@@ -78,14 +78,16 @@ def load_image_dataset(
             `load_dataset` reads: parquet files, or pictures in one folder per class. A folder with the key of a known
             dataset is given as `./digits`.
         split: `"train"`, `"test"` (whatever a known dataset calls it), `"all"` where a row of `specs.py` has it, or
-            the dataset's own name for it; `"train+test"` joins two, `"train[:1000]"` is a part.
+            the dataset's own name for it, or another word for that (`dev` for `validation`); `"train+test"` joins two,
+            `"train[:1000]"` is a part.
         data_root: looked at first, for a folder `<data_root>/<Hub id>` in Hub layout; default the environment variable
             HF_ROBUST_CLIP_DATA_ROOT.
         revision: Hub revision; None takes that of the known dataset, or the newest.
         config: which configuration, where a dataset has several: its name on the Hub, in README.md, or its folder's.
         class_names: a list: in label order where labels are whole numbers or ids, in any order where they are names
             that are in it. A mapping {own label: name}. A key of `class_names.json`. None takes the dataset's own.
-            Whole numbers from 1 are refused where the highest is among the rows, or those that these are a part of.
+            Whole numbers from 1 are refused where the highest is among the rows, or those that these are a part of;
+            a first or last class of a list that no row has is warned of.
         image_column: where it is neither that of the known dataset nor the only one, or the only one called `image`,
             `img`, `picture`, `photo`, `jpg`, `png` or `webp`. It may hold the bytes of encoded pictures too.
         label_column: where it is neither that of the known dataset nor `label`, `labels`, `cls` or the only column
@@ -132,11 +134,13 @@ def load_image_dataset(
         check_files_of(rows, image_column, dataset_id, places)
     if spec and len(rows):
         class_names = names_of_spec(spec, features[label_column], class_names)
-    integers = isinstance(features[label_column], datasets.Value) and "int" in features[label_column].dtype
-    if "[" in split and not streaming and integers and class_names is not None:
+    plain = isinstance(features[label_column], datasets.Value) and features[label_column].dtype.strip("u0123456789")
+    if "[" in split and not streaming and plain in ("int", "float") and class_names is not None:
         whole = "+".join(dict.fromkeys(re.sub(r"\[.*?\]", "", split).split("+")))
         all_rows, _, _ = find_rows(name, spec, whole, data_root, config, revision)
-        read_labels(all_rows, label_column, class_names, dataset_id)  # of a part, labels from 1 may look right
+        read_labels(
+            all_rows, label_column, class_names, dataset_id, warn=False
+        )  # of a part, labels from 1 may look right
     data = image_dataset(
         rows,
         processor,

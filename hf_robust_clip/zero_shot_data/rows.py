@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
 from ..names import is_absolute
+from ..pictures import opened
 from .digits import digits_split
-from .errors import DatasetError, one_line
+from .errors import DatasetError, cut, one_line
 from .files import folder_rows
 from .specs import DatasetSpec, plain, words_of
 
@@ -56,6 +57,8 @@ def find_rows(
         _check_unused(f"the folder {str(folder)!r}", revision=revision)
     if folder is None and (is_absolute(key) or key.startswith(".") or key.count("/") > 1):
         raise OSError(f"dataset {key!r} is no folder that holds files, nor the name of a dataset; check the path.")
+    if folder is not None and (sign := re.search(r"[*?\[]|::", str(folder.resolve()))):
+        raise OSError(f"the path of dataset {str(folder)!r} has {sign[0]!r}, a sign of patterns; rename its folder.")
     revision = revision or (spec.revision if spec else None)
     unseen = " (this row of specs.py was not checked against the Hub)" if spec and not spec.checked else ""
     try:
@@ -71,8 +74,13 @@ def find_rows(
         raise ValueError(_explained(error, key, split, unseen, config)) from error
     except Exception as error:  # the Hub client raises many kinds of errors for "not there"
         if folder is not None:
-            reason = one_line(error.__cause__ or error)
-            raise OSError(f"can't read dataset {key!r} in {str(folder)!r} ({reason}); check its files.") from error
+            reason, mend = one_line(error.__cause__ or error), "check its files"
+            link = min((path for path in folder.glob("*/**") if path.is_symlink()), default=None)
+            if link is not None and isinstance(error, FileNotFoundError):
+                mend = (
+                    f"folder {str(link.relative_to(folder))!r} is a link, which isn't followed: copy what it leads to"
+                )
+            raise OSError(f"can't read dataset {key!r} in {str(folder)!r} ({reason}); {mend}.") from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(
             f"can't load dataset {key!r}{unseen} ({reason}). Put its parquet files in <data root>/{key}/ (hf download "
@@ -119,7 +127,7 @@ def _explained(error: ValueError, name: str, split: str, unseen: str, config: st
     what = (
         f"has no split {split!r}" if "Unknown split" in text or "Bad split" in text else f"can't be read ({split!r})"
     )
-    return f"dataset {name!r} {what}{unseen}: {one_line(error)}"
+    return f"dataset {name!r} {what}{unseen}: {cut(one_line(error))}"
 
 
 def image_column_of(features: datasets.Features, asked: str | None, name: str) -> str:
@@ -135,13 +143,14 @@ def image_column_of(features: datasets.Features, asked: str | None, name: str) -
         or (words_of(column) & set(PICTURE_COLUMNS) and getattr(feature, "dtype", "") in ("", *TEXTS, *BYTES))
     ]
     if asked is None and len(found) > 1:
-        raise ValueError(f"dataset {name!r} has several columns of pictures, {found}; choose by image_column.")
+        raise ValueError(f"dataset {name!r} has several columns of pictures, {cut(found)}; choose by image_column.")
     column = asked or next(iter(found), "image")
     if column not in features:
-        raise ValueError(f"dataset {name!r} has no column {column!r}; its columns: {list(features)}.")
+        raise ValueError(f"dataset {name!r} has no column {column!r}; its columns: {cut(list(features))}.")
     if not _holds_pictures(features[column]) and getattr(features[column], "dtype", "") not in BYTES:
         raise ValueError(
-            f"column {column!r} of dataset {name!r} holds no pictures but {features[column]}; choose by image_column."
+            f"column {column!r} of dataset {name!r} holds no pictures but {cut(features[column])}; choose by "
+            "image_column."
         )
     return column
 
@@ -202,9 +211,9 @@ def label_column_of(features: datasets.Features, asked: str | None, name: str) -
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"dataset {name!r} has several columns of labels, {found}; choose by label_column.")
+        raise ValueError(f"dataset {name!r} has several columns of labels, {cut(found)}; choose by label_column.")
     raise ValueError(
-        f"dataset {name!r} has no label column {' or '.join(map(repr, usual))}; its columns: {list(features)}. "
+        f"dataset {name!r} has no label column {' or '.join(map(repr, usual))}; its columns: {cut(list(features))}. "
         "Name it by label_column."
     )
 
@@ -223,7 +232,7 @@ def open_stored(stored: Mapping[str, Any] | None) -> Image.Image:
     if content is None:
         with xopen(stored["path"], "rb") as file:
             content = file.read()
-    return Image.open(BytesIO(content))
+    return opened(content)
 
 
 def every(

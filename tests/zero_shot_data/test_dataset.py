@@ -210,6 +210,31 @@ def test_an_error_of_a_picture_does_not_end_a_loop(processor, monkeypatch):
             data[index]
 
 
+def test_a_slice_is_no_index(processor):
+    data = image_dataset(rows(), processor)
+    assert data[np.int64(1)]["labels"] == data[torch.tensor(1)]["labels"] == 1
+    with pytest.raises(TypeError, match=r"index slice\(None, 3, None\).*rows\.select"):
+        data[:3]
+
+
+def test_what_is_no_picture_has_no_address(processor):
+    table = {"image": [{"bytes": b"<html>", "path": None}], "label": [0]}
+    bad = Dataset.from_dict(table, features=rows().features)
+    with pytest.raises(DatasetError, match=r"row 0 .*6 bytes are no picture(?!.* at 0x)"):
+        image_dataset(bad, processor)[0]
+
+
+def test_many_columns_are_cut_short_in_errors(processor):
+    many = rows().rename_columns({"image": "0.png", "label": "cls"})
+    for i in range(1, 200):
+        many = many.add_column(f"{i}.image", [f"{i}"] * 6)
+    with pytest.raises(ValueError, match=r"'0\.png', '1\.image'.*image_column") as caught:
+        image_dataset(many, processor)
+    with pytest.raises(ValueError, match=r"'kind'.*label_column") as of_labels:
+        image_dataset(many, processor, image_column="0.png", label_column="kind")
+    assert max(len(str(error.value)) for error in (caught, of_labels)) < 600
+
+
 def test_the_command_line_says_it_in_one_line(tmp_path, capsys):
     for name in NAMES:
         (tmp_path / "set" / name).mkdir(parents=True)

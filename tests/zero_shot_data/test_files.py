@@ -43,7 +43,7 @@ def write(root, *files):
     for red, file in enumerate(files):
         path = root / "set" / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             table(red).to_parquet(path)
         elif path.suffix == ".jsonl":
             path.write_text(f'{{"number": {red}, "label": {red % 2}}}\n')
@@ -413,7 +413,7 @@ def test_a_split_by_the_name_of_its_folder(tmp_path, processor):
         (["ant/1.png", "bee/1.png", "__cat__/1.png"], "train", "__cat__/1.png"),
         (["train/ant/1.png", "train/bee/1.png", "train/.cat/1.png"], "train", ".cat/1.png"),
         (["ant/1.png", "bee/1.png", "bee/.2.png"], "train", "bee/.2.png"),
-        (["Train/ant/1.png", "Train/bee/1.png", "Test/ant/1.png", "Test/bee/1.png"], "train", "'test'"),
+        (["a/Test/ant/1.png", "a/Test/bee/1.png"], "train", "'test'"),
     ],
 )
 def test_pictures_that_would_be_left_out_or_mixed_are_refused(files, split, what, tmp_path, processor):
@@ -436,12 +436,6 @@ def test_a_picture_at_another_depth_than_the_others_is_named(odd, tmp_path, proc
         if not any(emptied.iterdir()):
             emptied.rmdir()
     assert reds(folder, processor, split) == ([0, 1] if split == "train" else [2, 3])
-
-
-def test_class_folders_in_folders_of_their_kind(tmp_path, processor):
-    folder = write(tmp_path, "train/insect/ant/1.png", "train/insect/bee/1.png", "train/pet/cat/1.png")
-    data = load_image_dataset(folder, "train", processor)
-    assert data.class_names == ("ant", "bee", "cat") and [row["labels"] for row in data] == [0, 1, 2]
 
 
 def test_pictures_of_one_class_are_named(tmp_path, processor):
@@ -537,8 +531,8 @@ def test_links_within_the_dataset_are_followed(streaming, tmp_path, processor):
 
 
 def test_tables_whose_names_say_another_split_are_refused(tmp_path, processor):
-    folder = write(tmp_path, "Train.parquet", "Test.parquet")
-    with pytest.raises(DatasetError, match=r"Test\.parquet.*'train'.*small letters"):
+    folder = write(tmp_path, "Train.jsonl", "Test.jsonl")
+    with pytest.raises(DatasetError, match=r"Test\.jsonl.*'train'.*small letters"):
         reds(folder, processor)
     folder = write(tmp_path / "other", "train_test.parquet")
     for split in ("train", "test"):
@@ -630,3 +624,99 @@ def test_pictures_in_class_folders_are_the_datasets_own(tmp_path, processor):
         (tmp_path / "own/train" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "own/train" / name / "a.png")
     assert len(load_image_dataset(str(tmp_path / "own"), "train", processor)) == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "two"),
+    [
+        (["test/ant/flickr/1.png", "test/ant/google/2.png", "test/bee/flickr/3.png"], ["test/ant/flickr", "test/bee"]),
+        (["test/small/ant/1.png", "test/small/other/1.png", "test/large/other/1.png"], ["test/large", "test/small"]),
+        (["test/blur/1/ant/1.png", "test/blur/1/bee/1.png", "test/blur/2/ant/1.png"], ["blur/1/ant", "blur/2/ant"]),
+        (["blur/1/ant/1.png", "blur/1/bee/1.png", "fog/1/ant/1.png", "fog/1/bee/1.png"], ["blur/1/ant", "fog/1/ant"]),
+    ],
+)
+def test_folders_between_split_and_classes_are_refused(files, two, tmp_path, processor):
+    folder, split = write(tmp_path, *files), "test" if files[0].startswith("test") else "train"
+    with pytest.raises(DatasetError) as caught:
+        reds(folder, processor, split)
+    assert not [text for text in two if text not in str(caught.value)]
+
+
+def test_the_folder_whose_children_are_classes_is_the_dataset(tmp_path, processor):
+    files = [f"test/blur/{severity}/{name}/1.png" for severity in (1, 2) for name in NAMES]
+    folder = write(tmp_path, *files)
+    assert reds(f"{folder}/test/blur/2", processor) == [2, 3]
+    with pytest.raises(DatasetError, match=r"'1/ant' and '2/ant'"):
+        reds(folder, processor, config="blur")
+    assert reds(folder, processor, config="1") == [0, 1]
+
+
+def test_a_readme_may_join_folders_by_name(tmp_path, processor):
+    files = [f"photos/{source}/{name}/1.png" for source in ("flickr", "google") for name in NAMES]
+    folder = write(tmp_path, *files)
+    for paths, joined in ((["photos/flickr/**", "photos/google/*/*.png"], True), (["photos/**"], False)):
+        configs = [{"config_name": "all", "data_files": [{"split": "train", "path": paths}]}]
+        (tmp_path / "set" / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
+        if joined:
+            assert reds(folder, processor) == [0, 1, 2, 3]
+        else:
+            with pytest.raises(DatasetError, match=r"'photos/flickr/ant' and 'photos/google/ant'"):
+                reds(folder, processor)
+
+
+@pytest.mark.parametrize("ending", ["Png", "PNG", "Jpeg"])
+def test_endings_of_any_case(ending, tmp_path, processor):
+    files = [f"{split}/{name}/1.{ending}" for split in ("train", "test") for name in NAMES]
+    assert reds(write(tmp_path, *files), processor, "test") == [2, 3]
+
+
+def test_signs_of_patterns_in_the_path_are_named(tmp_path, processor):
+    """As patterns, `data [v2]` would mean `data v`."""
+    for name in ("data v", "data [v2]"):
+        folder = write(tmp_path / name, "train.parquet")
+    with pytest.raises(OSError, match=r"data \[v2\]/set' has '\['"):
+        reds(folder, processor)
+
+
+@pytest.mark.parametrize("split", ["test", ""])
+def test_classes_that_are_all_links_elsewhere_are_named(split, tmp_path, processor):
+    elsewhere = write(tmp_path, "ant/1.png", "bee/1.png")
+    (tmp_path / "links" / split).mkdir(parents=True)
+    for name in NAMES:
+        (tmp_path / "links" / split / name).symlink_to(f"{elsewhere}/{name}")
+    with pytest.raises((OSError, ValueError), match=r"ant.* link"):
+        reds(str(tmp_path / "links"), processor, split or "train")
+
+
+@pytest.mark.parametrize("name", ["fold{}", "fold_{}", "test_r{}", "test{}", "test200{}"])
+def test_a_word_with_a_number_is_a_split_and_no_part(name, tmp_path, processor):
+    files = [f"{name.format(i)}.parquet" for i in (1, 2, 3)]
+    folder = write(tmp_path, *files)
+    for split in ("train", "test"):
+        with pytest.raises(ValueError, match=r"split"):
+            reds(folder, processor, split)
+    assert reds(folder, processor, name.format(2)) == [1]
+
+
+@pytest.mark.parametrize("names", [("Train", "Valid", "Test"), ("training", "dev", "eval"), ("train", "val", "test")])
+@pytest.mark.parametrize("kind", ["{}.parquet", "{}.PARQUET", "{}/ant/1.png", "saved"])
+def test_splits_by_another_word_for_them(names, kind, tmp_path, processor):
+    pictures = kind.endswith(".png")
+    if kind == "saved":
+        folder = str(tmp_path / "set")
+        sets = {name: table(red) for red, name in enumerate(names)}
+        datasets.DatasetDict(sets).save_to_disk(folder)
+    else:
+        files = [kind.format(name) for name in names]
+        folder = write(tmp_path, *files, *(path.replace("ant", "bee") for path in files[: pictures * 3]))
+    for red, asked in enumerate(("train", "validation", "test")):
+        expected = [red, red + 3] if pictures else [red]
+        assert reds(folder, processor, asked) == reds(folder, processor, names[red]) == expected
+    assert reds(folder, processor, "validation+test[:1]") == ([1, 2, 4] if pictures else [1, 2])
+    if not pictures:
+        return
+    for name in NAMES:
+        extra = tmp_path / "set" / "validation" / name / "1.png"
+        extra.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (9, 0, 0)).save(extra)
+    assert reds(folder, processor, "validation") == [9, 9], "by its own name first"

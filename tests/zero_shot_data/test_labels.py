@@ -11,7 +11,7 @@ from PIL import Image
 
 from hf_robust_clip import image_dataset, load_image_dataset
 from hf_robust_clip.zero_shot_data import specs
-from hf_robust_clip.zero_shot_data.labels import class_names_of, read_class_names
+from hf_robust_clip.zero_shot_data.labels import class_names_of, names_of_spec, read_class_names
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 ANIMALS = ["ant", "bee", "cat", "dog"]
@@ -159,13 +159,99 @@ def test_a_mapping_the_other_way_round_is_turned(values, tmp_path, processor):
         ]
 
 
-@pytest.mark.parametrize("values", [[1, 2, 3, 4], [0, 1, 1, 2], ["n01440764", "n01443537", "n02123045", "n00000001"]])
+@pytest.mark.parametrize("values", [[0, 1, 1, 2], ["n01440764", "n01443537", "n02123045", "n00000001"]])
 def test_a_mapping_from_names_to_ids_is_refused(values, tmp_path, processor):
     given = dict(zip(ANIMALS, values, strict=True))
     with pytest.raises(ValueError, match=r"class_names.*'ant'.*\{label: name\}"):
         image_dataset(rows(ANIMALS), processor, class_names=given)
     with pytest.raises(ValueError, match=r"names\.txt.*class_names.*'ant'.*\{label: name\}"):
         read_class_names(written(tmp_path, json.dumps(given)))
+
+
+@pytest.mark.parametrize("numbers", [[1, 2, 3, 4], [21, 7, 14, 0]])
+def test_a_mapping_from_names_to_any_numbers_is_turned(numbers, tmp_path, processor):
+    given = dict(zip(ANIMALS, numbers, strict=True))
+    for names in (given, read_class_names(written(tmp_path, json.dumps(given)))):
+        assert named(image_dataset(rows(numbers, feature=Value("int64")), processor, class_names=names)) == ANIMALS
+        with pytest.raises(ValueError, match="'5'"):
+            image_dataset(rows([5], feature=Value("int64")), processor, class_names=names)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "absent"),
+    [
+        ([0, 1, 2, 3], ["Animal", *ANIMALS], ["4", "'dog'", "0 to 3"]),
+        ([1, 2, 3], ANIMALS, ["0", "'ant'", "1 to 3"]),
+        ([1.0, 2.0], ANIMALS, ["0", "'ant'", "3", "'dog'", "1 to 2"]),
+    ],
+)
+def test_an_end_of_a_list_that_no_integer_means_is_warned_of_once(
+    labels, names, absent, tmp_path, processor, caplog, monkeypatch
+):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    plain = rows(labels, feature=Value("float64" if isinstance(labels[0], float) else "int64"))
+    plain.to_parquet(tmp_path / "test.parquet")
+    loads = [
+        lambda names: image_dataset(plain, processor, class_names=names),
+        lambda names: load_image_dataset(str(tmp_path), "test", processor, class_names=names),
+        lambda names: load_image_dataset(str(tmp_path), "test[:100%]", processor, class_names=names),
+        lambda names: load_image_dataset(
+            str(tmp_path), "test", processor, class_names=names, streaming=True, max_images=9
+        ),
+    ]
+    for load in loads:
+        caplog.clear()
+        assert sorted(row["labels"] for row in load(names)) == labels
+        (record,) = caplog.records
+        assert record.levelno == logging.WARNING
+        assert not [word for word in absent if word not in record.getMessage()]
+        caplog.clear()
+        load(dict(enumerate(names)))
+        assert not caplog.records, "a mapping says which number is which"
+
+
+def test_lists_that_fit_known_sets_and_named_labels_are_not_warned_of(processor, caplog):
+    image_dataset(rows([0, 3, 3], feature=Value("int64")), processor, class_names=ANIMALS)
+    image_dataset(rows(ANIMALS[1:3], feature=Value("string")), processor, class_names=ANIMALS)
+    labels = ClassLabel(names=ANIMALS)
+    image_dataset(rows([1, 2], feature=Value("int64")).cast_column("label", labels), processor, class_names=ANIMALS)
+    known = specs.find_spec("fashion_mnist")
+    own = names_of_spec(known, Value("int64"), None)
+    assert image_dataset(rows([3], feature=Value("uint8")), processor, class_names=own).class_names[3] == own[3]
+    assert not caplog.records
+
+
+def test_floats_without_a_fraction_and_bytes_are_labels(processor):
+    floats = image_dataset(rows([3.0, 0.0], feature=Value("float32")), processor, class_names=ANIMALS)
+    assert named(floats) == ["dog", "ant"] and named(floats.only(["dog"])) == ["dog"]
+    mapped = image_dataset(rows([7.0, 2.0], feature=Value("float64")), processor, class_names={2: "bee", 7: "ant"})
+    assert named(mapped) == ["ant", "bee"] and named(mapped.shots(1)) == ["ant", "bee"]
+    texts = image_dataset(rows([b"dog", b"bee"], feature=Value("binary")), processor, class_names=ANIMALS)
+    assert named(texts) == ["dog", "bee"] and named(texts.only(["bee"])) == ["bee"]
+    for odd, what in ((0.5, "0.5"), (float("nan"), "row 1"), (float("inf"), "inf")):
+        with pytest.raises(ValueError, match=rf"{what}.*'label'|'label'.*{what}"):
+            image_dataset(rows([0.0, odd], feature=Value("float64")), processor, class_names=ANIMALS)
+
+
+def test_integers_from_1_and_a_file_for_names_tell_the_mend(tmp_path, processor):
+    plain = rows([1, 2, 3, 4], feature=Value("int64"))
+    with pytest.raises(ValueError, match=r"from 1 to 4.*\{1: 'ant'"):
+        image_dataset(plain, processor, class_names=ANIMALS)
+    for path in (tmp_path / "names.txt", str(tmp_path / "names.txt")):
+        with pytest.raises(ValueError, match=r"names\.txt'.*read_class_names"):
+            image_dataset(plain, processor, class_names=path)
+
+
+def test_what_a_file_holds_is_cut_short_in_errors(tmp_path):
+    coco = {"categories": [{"id": i, "name": f"thing {i}"} for i in range(999)]}
+    with pytest.raises(ValueError, match=r"class_names\['categories'\]") as caught:
+        read_class_names(written(tmp_path, json.dumps(coco)))
+    assert len(str(caught.value)) < 600
+
+
+def test_the_class_index_of_imagenet_gives_names(tmp_path):
+    pairs = {"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}
+    assert read_class_names(written(tmp_path, json.dumps(pairs))) == ["tench", "goldfish"]
 
 
 def test_digits_may_be_the_names_of_numbers(processor):
@@ -405,9 +491,7 @@ def test_other_dicts_are_mappings(text, mapping, tmp_path):
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ('{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}', r"class_names\[0\].*list"),
         ('{"n01440764": ["tench"]}', r"class_names\['n01440764'\].*list"),
-        ('{"tench": 0, "goldfish": 2}', "'tench'"),
         ('[{"name": "tench"}]', r"class_names\[0\].*dict"),
         ("{'tench', 'goldfish'}", "set"),
         ('{"0": "a", "0": "b"}', "twice"),
