@@ -141,13 +141,16 @@ def _read_card(folder: Path) -> _Card:
 
 
 def _declared_folders(config: Mapping[str, Any]) -> list[PurePath]:
-    """The folders before the first sign of a pattern in the files of a configuration."""
+    """The folders before the first sign of a pattern in the files of a configuration. Raises ValueError for files
+    outside the dataset's own folder.
+    """
     given = config.get("data_files") or "**"
     parts = given if isinstance(given, list) else [given]
-    paths = chain.from_iterable(
-        [path] if isinstance(path, str) else path
-        for path in (part["path"] if isinstance(part, dict) else part for part in parts)
-    )
+    of_parts = (part["path"] if isinstance(part, dict) else part for part in parts)
+    paths = list(chain.from_iterable([path] if isinstance(path, str) else path for path in of_parts))
+    for path in filter(None, (*paths, config.get("data_dir"))):
+        if ".." in PurePath(path).parts or PurePath(path).is_absolute() or "::" in path or "://" in path:
+            raise ValueError(f"{path!r} lies outside the dataset's folder")
     plain = (takewhile(lambda folder: not glob.has_magic(folder), PurePath(path).parts[:-1]) for path in paths)
     return [PurePath(config.get("data_dir") or ".", *folders) for folders in plain]
 

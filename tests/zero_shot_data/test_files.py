@@ -612,6 +612,17 @@ def test_a_row_that_names_a_file_elsewhere_is_refused(how, streaming, tmp_path, 
         load_image_dataset(str(own), "train", processor, **limit)
 
 
+@pytest.mark.parametrize("path", ["../elsewhere/a.parquet", "/etc/a.parquet", "http://127.0.0.1:9/a.parquet"])
+@pytest.mark.parametrize("key", ["data_files", "data_dir"])
+def test_a_readme_names_no_files_elsewhere(key, path, tmp_path, processor):
+    own = tmp_path / "own"
+    own.mkdir()
+    pyarrow.parquet.write_table(hostile_rows("x").data.table, own / "train-00000-of-00001.parquet")
+    (own / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {key}: {path}\n---\n")
+    with pytest.raises(DatasetError, match="outside"):
+        load_image_dataset(str(own), "train", processor)
+
+
 def test_rows_in_memory_may_name_files_of_this_disk_and_no_addresses(processor, secret):
     data = image_dataset(hostile_rows(secret), processor)
     assert (data[2]["pixel_values"][0] == 1).all()
