@@ -93,6 +93,8 @@ def load_card_info(path: str | Path) -> CardInfo:
         needed = known - {"ancestor"}
         if wrong := (needed - set(row)) | (set(row) - known):
             raise ValueError(f"the card entry of {path} lacks or adds: {', '.join(sorted(wrong))}.")
+    if card["plot"] is not None and not re.fullmatch(r"[\w-]+\.png", str(card["plot"])):
+        raise ValueError(f"plot={card['plot']!r} in the card entry of {path} must be the name of a png file.")
     return CardInfo(**{**card, "paper": Paper(**paper)})
 
 
@@ -109,7 +111,13 @@ def regenerate_card(folder: str | Path) -> ModelCard:
     reports, compared = load_reports(path)
     if not reports:
         raise ValueError(f"{path} has no reports; a card needs at least one evaluation of its model.")
-    return make_card(reports, compared, load_card_info(path))
+    info = load_card_info(path)
+    try:
+        return make_card(reports, compared, info)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds an entry of another kind ({error}); make it again by an evaluation."
+        ) from error
 
 
 def name_repository(folder: str | Path, repo_id: str) -> None:

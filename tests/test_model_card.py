@@ -360,6 +360,8 @@ def test_no_card_without_its_files(name, tmp_path):
         (lambda content: content["card"].update(colour="red"), "lacks or adds: colour"),
         (lambda content: content["card"]["paper"].pop("bibtex"), "lacks or adds: bibtex"),
         (lambda content: content["card"].update(paper=None), "lacks or adds: arxiv, bibtex"),
+        (lambda content: content["card"].update(plot="http://elsewhere/a.png"), "plot='http"),
+        (lambda content: content["card"]["settings"].update(objective="text"), r"report\.json holds an entry"),
     ],
 )
 def test_no_card_from_half_a_report(change, message, tmp_path):

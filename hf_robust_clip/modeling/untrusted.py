@@ -6,6 +6,7 @@ kernel is fetched or library called because a configuration says so.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -16,6 +17,7 @@ from ..storage import read_json
 
 NO_CODE = {"trust_remote_code": False}
 LARGEST, MODEST = 4, 1024  # a processor may enlarge to 4 times the model's side, or to 1024 pixels
+PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 MOST_LABELS = 1_000_000
 WHOLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 
@@ -52,7 +54,16 @@ def _is_plain(name: str) -> bool:
 
 
 def check_adapter_file(source: str, where: Mapping[str, Any]) -> None:
-    """Raise OSError unless the weights of an adapter are a safetensors file."""
+    """Raise OSError unless the weights of an adapter are a safetensors file, and for patterns in its configuration
+    that may take for ever: a group that is repeated.
+    """
+    config = present(source, "adapter_config.json", where)
+    if config is not None and isinstance(settings := read_json(config), dict):
+        for name in PATTERNS:
+            value = settings.get(name)
+            patterns = value if isinstance(value, list | dict) else [value]
+            if any(isinstance(pattern, str) and re.search(r"\)[*+{]", pattern) for pattern in patterns):
+                raise OSError(f"{name} in adapter_config.json of {source!r} repeats a group; write it without.")
     if present(source, ADAPTER, where) is None:
         raise OSError(
             f"{source!r} has no {ADAPTER}: adapter_model.bin is a pickle, which can run code, and is not opened; save "

@@ -131,6 +131,19 @@ def test_no_library_is_called_for_quantised_weights(method, folder):
         load(folder)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": "(([a-z_.0-9])*)*X"}, {"rank_pattern": {"(a+)+b": 4}}, {"exclude_modules": ["(x){9,}"]}],
+)
+def test_no_pattern_of_an_adapter_runs_for_ever(settings, folder, tmp_path):
+    model = get_peft_model(load(folder), LoraConfig(r=2, target_modules=r".*vision_model.*(q_proj|v_proj)"))
+    model.save_pretrained(tmp_path / "adapter")
+    CLIPForZeroShotClassification.from_pretrained(tmp_path / "adapter")
+    edit(tmp_path / "adapter" / "adapter_config.json", lambda c: c.update(settings))
+    with pytest.raises(OSError, match=next(iter(settings))):
+        CLIPForZeroShotClassification.from_pretrained(tmp_path / "adapter")
+
+
 # ---- files elsewhere
 
 
