@@ -138,5 +138,5 @@ class Blindness:
         if self.share > BLIND_ABOVE:
             logger.warning(
                 "%s was (partly) blind, and its robust accuracy may mean nothing: %.1f %% of its input gradients were "
-                "exactly zero", attack, 100 * self.share,
+                "zero, or not finite", attack, 100 * self.share,
             )  # fmt: skip

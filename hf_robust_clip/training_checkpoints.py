@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .checkpoint_notes import CHECKPOINT
 from .digests import damaged_file, digest, digests
 from .hub import clear_checkpoint
 from .processes import Processes, everyone, together
@@ -128,7 +129,7 @@ def newest_whole_checkpoint(output_dir: str | Path, processes: Processes = None)
 
     Raises OSError, on every process, where all that some have are missing or damaged on others.
     """
-    there = [f.name for f in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", f.name)]
+    there = [f.name for f in Path(output_dir).glob("checkpoint-*") if CHECKPOINT.fullmatch(f.name)]
     names = {name for own in everyone(there, processes) for name in own}
     missed = None
     for name in sorted(names, key=step_of, reverse=True):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tokenizers import pre_tokenizers
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -105,3 +106,13 @@ def tiny_batch() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
         return images, torch.randint(0, len(CLASS_NAMES), (size,), generator=generator)
 
     return make
+
+
+@pytest.fixture
+def fresh_accelerate(monkeypatch, tmp_path):
+    """An empty working folder, and no choice of precision and device: these are made once per process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

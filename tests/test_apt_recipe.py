@@ -19,6 +19,8 @@ from hf_robust_clip.cli import ModelSettings, load_model, run_evaluation, run_re
 from hf_robust_clip.model_card import regenerate_card
 from hf_robust_clip.report import load_reports
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "recipes/configs"
 SMALL = ["--data.shots", "3", "--training.max_steps", "2", "--training.logging_steps", "1",
@@ -42,14 +44,6 @@ def finished(tmp_path_factory):
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_it_prints_before_and_after_and_saves_a_small_adapter(finished):

@@ -163,7 +163,8 @@ def test_the_settings_of_a_trial_act_on_nothing_after_it(tmp_path):
         )
 
     def space(trial):
-        return {name: trial.suggest_categorical(name, [3]) for name in ("data_seed", "per_device_train_batch_size")}
+        values = {"data_seed": 7, "per_device_train_batch_size": 3}
+        return {name: trial.suggest_categorical(name, [value]) for name, value in values.items()}
 
     given, searched = trainer("given", model=tiny_model()), trainer("searched", model_init=new_model)
     given.train()

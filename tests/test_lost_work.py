@@ -21,6 +21,8 @@ from test_evaluate_recipe import SCRIPT, TWO, start
 from hf_robust_clip import cli, evaluation, report
 from hf_robust_clip.report import load_reports
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 CONFIGS = Path(__file__).parents[1] / "recipes/configs"
 EVALUATION = ["evaluate", "--config", str(CONFIGS / "evaluate.yaml"), "--dataset", "digits", "--max_images", "4",
               "--attacks", "pgd-1", "--radii", "[1/255]", "--device", "cpu"]  # fmt: skip
@@ -33,15 +35,6 @@ WRITTEN = {
     "evaluate": {"report.json", "report.csv", "recipe.yaml", "accuracy.png", "examples.png"},
     "train": {"report.json", "README.md", "recipe.yaml", "accuracy.png", "model.safetensors", "config.json"},
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run(words, *more) -> int:

@@ -20,14 +20,14 @@ from hf_robust_clip.names import (
     without_paths,
 )
 
-CACHED = "/root/.cache/huggingface/hub/models--openai--clip-vit/snapshots/" + "3d74" * 10
+CACHED = "/home/somebody/.cache/huggingface/hub/models--openai--clip-vit/snapshots/" + "3d74" * 10
 
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
     for folder in ("a/robust", "b/robust", "data/pictures"):
-        (tmp_path / "work" / folder).mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "work")
+        (tmp_path / "place" / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "place")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_what_is_no_repository(name):
         ("/home/me/pictures/", "pictures"),
         ("data/pictures/.", "pictures"),
         ("data/../data/pictures", "pictures"),
-        (".", "work"),
+        (".", "place"),
         ("C:\\data\\pictures", "pictures"),
         ("file:/home/me/pictures", "pictures"),
     ],
@@ -95,7 +95,7 @@ def test_reports_show_no_path():
         (["a/robust/", "b/../b/robust/."], ["a/robust", "b/robust"]),
         (["org/robust", "other/robust"], ["org/robust", "other/robust"]),
         (["org/robust", "a/robust"], ["org/robust", "a/robust"]),
-        ([".", "a"], ["work", "a"]),
+        ([".", "a"], ["place", "a"]),
         (["./a/robust", "digits-clip"], ["robust", "digits-clip"]),
         (["a", "a/robust"], ["a", "robust"]),
     ],
@@ -139,9 +139,9 @@ def test_settings_without_paths():
 
 def test_paths_in_a_text(tmp_path):
     text = (
-        f'model="{tmp_path}/work/new"; [PEFT](https://huggingface.co/docs/peft), 8/255 / 16/255, /m/01/02, and/or/not'
+        f'model="{tmp_path}/place/new"; [PEFT](https://huggingface.co/docs/peft), 8/255 / 16/255, /m/01/02, and/or/not'
     )
-    assert paths_in(text) == [f"{tmp_path}/work/new"]
+    assert paths_in(text) == [f"{tmp_path}/place/new"]
     assert paths_in(f"file://{tmp_path}") == [str(tmp_path)]
 
 

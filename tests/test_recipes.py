@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
@@ -19,6 +18,8 @@ from transformers import CLIPModel, CLIPProcessor
 from hf_robust_clip import CLIPForZeroShotClassification, digits_clip_path
 from hf_robust_clip.cli import ModelSettings, load_model, main, run_recipe
 from hf_robust_clip.report import load_reports
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 ROOT = Path(__file__).parent.parent
 SCRIPT, DEFAULT = ROOT / "recipes/pmgaft.py", ROOT / "recipes/configs/digits-clip/pmg_aft.yaml"
@@ -42,16 +43,6 @@ def launch(*command: str | Path) -> subprocess.CompletedProcess:
 
 def run(*words: str | Path, method: str = "pmg_aft") -> None:
     run_recipe(method, DEFAULT, "", [*SMALL, *map(str, words)])
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch, tmp_path):
-    """Precision and device are chosen once per process; each run here makes its own choice."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

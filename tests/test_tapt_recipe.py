@@ -25,6 +25,8 @@ from hf_robust_clip.cli import (
 )
 from hf_robust_clip.report import CONTROLS, load_reports
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "recipes/configs"
 SMALL = ["--data.shots", "3", "--training.max_steps", "2", "--training.per_device_train_batch_size", "8",
@@ -49,14 +51,6 @@ def finished(tmp_path_factory):
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_it_prints_the_defence_beside_its_controls(finished):

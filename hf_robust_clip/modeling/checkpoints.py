@@ -18,15 +18,13 @@ from transformers.utils.hub import extract_commit_hash
 from ..pictures import normalisation_of
 from ..storage import read_json
 from .normalisation import agree_on_normalisation, has_adapter, without_normalisation
-from .untrusted import ADAPTER, NO_CODE, WHOLE, check_adapter_file, present
+from .untrusted import ADAPTER, ADAPTER_CONFIG, NO_CODE, WHOLE, check_adapter_file, present
 
 T = TypeVar("T")
-ADAPTER_CONFIG, PROCESSOR_FILES = "adapter_config.json", ("processor_config.json", "preprocessor_config.json")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 TOWERS = {"clip_vision_model": "image", "clip_text_model": "text"}
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
          "num_channels", "vocab_size", "max_position_embeddings", "projection_dim")  # fmt: skip
-
-
 LAYERS = 1000  # of a tower at most
 
 

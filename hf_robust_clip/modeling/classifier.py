@@ -49,7 +49,15 @@ from .texts import (
     resolution_of,
     tokenize_prompts,
 )
-from .untrusted import ADAPTER, NO_CODE, check_adapter_file, check_config, check_sizes, check_weight_files
+from .untrusted import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    NO_CODE,
+    check_adapter_file,
+    check_config,
+    check_sizes,
+    check_weight_files,
+)
 
 TEXT_MEMORY = 2**30  # bytes that the activations of class prompts may take where no gradient is taken of them
 
@@ -133,7 +141,7 @@ class CLIPForZeroShotClassification(CLIPModel):
             check_embedded(source)
             source = digits_clip_path()
         folder = Path(source, kwargs.get("subfolder", ""))
-        if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
             raise OSError(f"can't load {source!r}: the folder lacks a readable config.json; use save_pretrained.")
         adapter = adapter_config(source, kwargs.get("revision"), where)
         if adapter is not None:

@@ -19,6 +19,7 @@ NO_CODE = {"trust_remote_code": False}
 LARGEST, MODEST = 4, 1024  # a processor may enlarge to 4 times the model's side, or to 1024 pixels
 PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 MOST_LABELS = 1_000_000
+ADAPTER_CONFIG = "adapter_config.json"
 WHOLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 
 
@@ -57,13 +58,13 @@ def check_adapter_file(source: str, where: Mapping[str, Any]) -> None:
     """Raise OSError unless the weights of an adapter are a safetensors file, and for patterns in its configuration
     that may take for ever: a group that is repeated.
     """
-    config = present(source, "adapter_config.json", where)
+    config = present(source, ADAPTER_CONFIG, where)
     if config is not None and isinstance(settings := read_json(config), dict):
         for name in PATTERNS:
             value = settings.get(name)
             patterns = value if isinstance(value, list | dict) else [value]
             if any(isinstance(pattern, str) and re.search(r"\)[*+{]", pattern) for pattern in patterns):
-                raise OSError(f"{name} in adapter_config.json of {source!r} repeats a group; write it without.")
+                raise OSError(f"{name} in {ADAPTER_CONFIG} of {source!r} repeats a group; write it without.")
     if present(source, ADAPTER, where) is None:
         raise OSError(
             f"{source!r} has no {ADAPTER}: adapter_model.bin is a pickle, which can run code, and is not opened; save "

@@ -605,7 +605,8 @@ def test_a_row_that_names_a_file_elsewhere_is_refused(how, streaming, tmp_path, 
     own = tmp_path / "own"
     own.mkdir()
     dotted = own / ".." / "elsewhere" / "secret.png"
-    path = {"absolute": secret, "by dots": dotted, "chained": f"{secret}::{own}/a.png"}.get(how, how)
+    path = {"absolute": secret, "by dots": dotted, "chained": f"{secret}::{own}/README.md"}.get(how, how)
+    (own / "README.md").touch()
     pyarrow.parquet.write_table(hostile_rows(path).data.table, own / "train-00000-of-00001.parquet")
     limit = {"streaming": True, "max_images": 3} if streaming else {}
     with pytest.raises(DatasetError, match="row"):
