@@ -39,16 +39,16 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from rich.table import Table
 
-    from .adaptation.base import TestTimeAdapter
-    from .adaptation.tapt import TAPT
     from .attacks.suites import Suite
-    from .evaluation import EvaluationSettings
+    from .defences.base import Defence
+    from .defences.tapt import TAPT
+    from .evaluation.loop import EvaluationSettings
     from .hub import Push
     from .modeling import CLIPForZeroShotClassification
     from .prompts import ClipPromptConfig
-    from .report import RobustnessReport
-    from .trainer import RobustClipTrainer
-    from .training_arguments import RobustClipConfig
+    from .report.report import RobustnessReport
+    from .training.config import RobustClipConfig
+    from .training.trainer import RobustClipTrainer
     from .zero_shot_data.loading import ImageDataset
 
 METHODS = {
@@ -188,7 +188,7 @@ class EvaluationRecipe:
     tasks: tuple[DataSettings, ...]
     run: RunSettings
     source: dict[str, Any]
-    defence: TestTimeAdapter | None = None
+    defence: Defence | None = None
     defence_settings: dict[str, Any] = field(default_factory=dict)  # what was asked of it, over what a folder saved
 
 
@@ -316,7 +316,7 @@ def field_types(sections: Sequence[str]) -> dict[str, Any]:
                                 "run": RunSettings, "defence_evaluation": DefenceEvaluation}  # fmt: skip
     if "training" in sections:
         from .prompts import ClipPromptConfig
-        from .training_arguments import RobustClipConfig
+        from .training.config import RobustClipConfig
 
         classes |= {"training": RobustClipConfig, "prompts": ClipPromptConfig}
     found: dict[str, Any] = {section: get_type_hints(cls) for section, cls in classes.items()}
@@ -429,21 +429,21 @@ def build_objective(method: str, values: Mapping[str, Any] | None) -> Any:
 
 def build_defence(
     method: str, values: Mapping[str, Any] | None, section: str = "defence", design: str | None = None
-) -> TestTimeAdapter:
+) -> Defence:
     """A test-time defence from plain values, without statistics; `preset: paper|released` where the method has them.
 
     Args:
-        method: a name of `adaptation.ADAPTERS`.
+        method: a name of `adaptation.DEFENCES`.
         design: of the prompts, on which the released preset of TAPT depends.
     """
-    from .adaptation import ADAPTERS, adapter_class
-    from .zero_shot_data.augment import RandomResizedCrop
+    from .crops import RandomResizedCrop
+    from .defences import DEFENCES, defence_class
 
-    check_key(method, list(ADAPTERS), f"{section}.method")
+    check_key(method, list(DEFENCES), f"{section}.method")
     if isinstance(values, Mapping) and isinstance(values.get("crop"), Mapping):
         values = {**values, "crop": build(RandomResizedCrop, values["crop"], f"{section}.crop")}
     arguments = {} if design is None else {"design": design}
-    return build_from_preset(adapter_class(method), values, section, arguments)
+    return build_from_preset(defence_class(method), values, section, arguments)
 
 
 def build_prompts(method: str, values: Mapping[str, Any] | None) -> ClipPromptConfig | None:
@@ -469,7 +469,7 @@ def build_prompts(method: str, values: Mapping[str, Any] | None) -> ClipPromptCo
 def trainer_class(method: str) -> type[RobustClipTrainer]:
     """The trainer of a method's name. Raises ValueError for an unknown one."""
     check_key(method, list(METHODS), "method")
-    return getattr(import_module(".trainer", __package__), METHODS[method])
+    return getattr(import_module(".training.trainer", __package__), METHODS[method])
 
 
 def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
@@ -481,7 +481,7 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
     run = build(RunSettings, settings.get("run"), "run")
     check_output_dir(run)
     check_card_place(run)
-    from .training_arguments import RobustClipConfig, check_augmentation, check_start_of_attack, check_trained_part
+    from .training.config import RobustClipConfig, check_augmentation, check_start_of_attack, check_trained_part
 
     model = build(ModelSettings, settings.get("model"), "model")
     unused.check_run(run.output_dir, run.overwrite, run.resume, model.name)
@@ -617,7 +617,7 @@ def defence_settings(evaluation: EvaluationSettings, defence: DefenceEvaluation)
 
 def build_evaluation(values: Mapping[str, Any] | None, attack: str | None = None) -> EvaluationSettings:
     """Evaluation settings; `attack` (or the key of that name) is a name such as `pgd-20` or `autoattack`."""
-    from .evaluation import EvaluationSettings
+    from .evaluation.loop import EvaluationSettings
 
     values = dict(values or {})
     own = values.pop("attack", "pgd-20")
@@ -639,7 +639,7 @@ def attack_suite(name: Any, step_size: float | str | None = None) -> Suite:
 
     match = re.fullmatch(r"worst((?:-\d+){3})?", str(name).lower())
     if match:
-        from .evaluation import AdaptiveWorst
+        from .evaluation.loop import AdaptiveWorst
 
         if not match[1]:
             return AdaptiveWorst()
@@ -690,7 +690,7 @@ def check_max_images(data: DataSettings | StatisticsSettings | DefenceEvaluation
 def read_evaluation(settings: dict[str, Any]) -> EvaluationRecipe:
     """Check every section of an evaluation. Nothing is written or downloaded here."""
     from . import unused_settings as unused
-    from .evaluation import THROUGH
+    from .evaluation.loop import THROUGH
     from .modeling import check_classes
     from .names import same_place
 
@@ -782,7 +782,7 @@ def check_output_dir(run: RunSettings) -> None:
 
 def check_card_place(run: RunSettings) -> None:
     """Raise OSError if the card would take the place of somebody's own words."""
-    from .model_card import card_state
+    from .report.card import card_state
 
     card = Path(run.output_dir, "README.md")
     if card_state(card) == "theirs":
@@ -838,12 +838,12 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     """
     from .checkpoint_notes import named_base
     from .hub import clear_checkpoints, clear_model, clear_states, dump_recipe, prepare_repository, push_folder
-    from .model_card import CardInfo, make_card
     from .names import hub_name, is_path, shown_folder, shown_name, task_titles, without_paths
     from .processes import join_processes, what_runs
-    from .report import blind_warning, percent, plot_accuracy, plot_defences, save_reports, to_table
+    from .report.card import CardInfo, make_card
+    from .report.report import blind_warning, percent, plot_accuracy, plot_defences, save_reports, to_table
     from .saving import Saving
-    from .training_checkpoints import NothingToResume
+    from .training.checkpoints import NothingToResume
 
     folder = Path(recipe.run.output_dir)
     check_writable(folder)
@@ -878,9 +878,9 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
         title: str,
         model_id: str,
         settings: EvaluationSettings = recipe.evaluation,
-        defence: TestTimeAdapter | None = None,
+        defence: Defence | None = None,
     ) -> list[RobustnessReport]:
-        from .evaluation import evaluate_robustness
+        from .evaluation.loop import evaluate_robustness
 
         subject.to(processes.device)
         found = []
@@ -1034,7 +1034,7 @@ def add_statistics(recipe: Recipe, trainer: RobustClipTrainer, data: ImageDatase
     """The recipe's adaptations with the statistics of trained prompts, which are made here; the first is given to the
     trainer. None for other methods.
     """
-    from .trainer import TAPTTrainer
+    from .training.trainer import TAPTTrainer
 
     if not isinstance(trainer, TAPTTrainer):
         return {}
@@ -1051,7 +1051,7 @@ def save_trained(trained: Any, folder: Path) -> None:
     """Write a classifier, an adapter or a defended classifier."""
     from peft import PeftModel
 
-    from .trainer import save_adapter
+    from .training.trainer import save_adapter
 
     if isinstance(trained, PeftModel):
         save_adapter(trained, folder)
@@ -1064,7 +1064,7 @@ def defence_table(reports: Sequence[RobustnessReport], title: str) -> Table:
     """`report.defence_cells` as a `rich` table, a row for each model and task."""
     from rich.table import Table
 
-    from .report import defence_cells, templates_told
+    from .report.report import defence_cells, templates_told
 
     heads, cells = defence_cells(by_model(reports))
     about = "blind: made on the classifier alone (without a defence: white box); controls: clean/blind; ms: each"
@@ -1109,7 +1109,7 @@ def make_trainer(
 
         targets = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj)"
         peft_config = LoraConfig(r=recipe.model.lora_rank, lora_alpha=recipe.model.lora_alpha, target_modules=targets)
-    from .trainer import TAPTTrainer, on_its_own
+    from .training.trainer import TAPTTrainer, on_its_own
 
     training = recipe.training if save else on_its_own(recipe.training)
     trainer = trainer_class(recipe.method)(model, training, recipe.objective, data, peft_config=peft_config)
@@ -1131,7 +1131,7 @@ def plain_model(trainer: RobustClipTrainer, folder: Path) -> tuple[CLIPForZeroSh
     """
     from accelerate.utils import DistributedType
 
-    from .trainer import TAPTTrainer, classifier_in
+    from .training.trainer import TAPTTrainer, classifier_in
 
     if trainer.accelerator.distributed_type == DistributedType.FSDP:
         from .modeling import CLIPForZeroShotClassification
@@ -1154,11 +1154,11 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
     Returns the reports of the checkpoint in question.
     """
     from .checkpoint_notes import known_templates, other_prompt, quoted, trained_templates
-    from .evaluation import adversarial_examples, evaluate_robustness
+    from .evaluation.loop import adversarial_examples, evaluate_robustness
     from .hub import clear_states, dump_recipe
     from .names import task_titles, titles
     from .processes import check_sharding, join_processes, what_runs
-    from .report import (
+    from .report.report import (
         blind_warning,
         percent,
         plot_accuracy,
@@ -1269,14 +1269,14 @@ def print_table(table: Table, least_width: int) -> None:
     Console(width=width, markup=False, emoji=False).print(table)
 
 
-def with_statistics(recipe: EvaluationRecipe, model: ModelSettings) -> TestTimeAdapter | None:
+def with_statistics(recipe: EvaluationRecipe, model: ModelSettings) -> Defence | None:
     """The defence, with the statistics that lie beside the model if it needs some, and where the same method was saved
     there, with the settings of that one: what the recipe asks for goes before them. Raises OSError without statistics.
     """
     defence = recipe.defence
     if defence is None or not hasattr(defence, "targets"):
         return defence
-    from .adaptation.defended import DefendedClassifier
+    from .defences.defended import DefendedClassifier
 
     saved = DefendedClassifier.from_pretrained(model.name, revision=model.revision).adapter
     targets = getattr(saved, "targets", None)
@@ -1291,7 +1291,7 @@ def with_statistics(recipe: EvaluationRecipe, model: ModelSettings) -> TestTimeA
 
 def self_check(report: RobustnessReport) -> str:
     """Whether the attack brought an undefended reference to about nothing, in one line."""
-    from .report import percent
+    from .report.report import percent
     from .threat_model import ThreatModel
 
     radius, left = max(report.robust_accuracy.items())
@@ -1433,7 +1433,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_evaluation(config, "Evaluate checkpoints.", words[1:])
     elif words[:1] == ["card"] and len(words) == 2 and not words[1].startswith("-"):
         with one_line_errors():
-            from .model_card import regenerate_card
+            from .report.card import regenerate_card
 
             write_text(Path(words[1]) / "README.md", str(regenerate_card(words[1])))
             print(f"wrote {Path(words[1]) / 'README.md'}")

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from .checkpoint_notes import CHECKPOINT
-from .model_card import LIBRARY, name_repository
 from .names import cached_revision, hub_name, paths_in, without_paths
+from .report.card import LIBRARY, name_repository
 from .secrets import holds_token, without_token_keys, without_tokens
 from .storage import delete, read_json, written_whole
 from .typed_settings import parse_yaml, read_text

@@ -15,7 +15,7 @@ import torch
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 
 if TYPE_CHECKING:
-    from .adaptation.defended import DefendedClassifier
+    from .defences.defended import DefendedClassifier
 
 TASK = "robust-zero-shot-image-classification"
 
@@ -44,7 +44,7 @@ class _Source:
         )
 
     def load(self) -> DefendedClassifier:
-        from .adaptation.defended import DefendedClassifier
+        from .defences.defended import DefendedClassifier
 
         return DefendedClassifier.from_pretrained(
             self.name,
@@ -74,7 +74,7 @@ class RobustZeroShotImageClassificationPipeline(Pipeline):
     _load_tokenizer = False
 
     def __init__(self, model: DefendedClassifier | _Source, **kwargs: Any):  # transformers' own signature
-        from .adaptation.defended import DefendedClassifier
+        from .defences.defended import DefendedClassifier
 
         if isinstance(model, _Source):
             model = model.load()

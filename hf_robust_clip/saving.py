@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .storage import NotWritten
-from .training_checkpoints import newest_whole_checkpoint
+from .training.checkpoints import newest_whole_checkpoint
 
 T = TypeVar("T")
 

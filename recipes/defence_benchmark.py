@@ -19,13 +19,6 @@ import torch
 from mini_benchmark import OWNER
 from prompt_benchmark import CONFIGS, train_run
 
-from hf_robust_clip.adaptation.base import TestTimeAdapter
-from hf_robust_clip.adaptation.ensemble import Ensemble
-from hf_robust_clip.adaptation.r_tpt import RTPT
-from hf_robust_clip.adaptation.statistics import AlignmentTargets
-from hf_robust_clip.adaptation.tapt import TAPT
-from hf_robust_clip.adaptation.tpt import TPT
-from hf_robust_clip.adaptation.ttc import TTC
 from hf_robust_clip.attacks.auto_attack import AutoAttack
 from hf_robust_clip.attacks.suites import PGD, Suite
 from hf_robust_clip.cli import (
@@ -37,8 +30,15 @@ from hf_robust_clip.cli import (
     quiet_loading,
     read_recipe,
 )
-from hf_robust_clip.evaluation import AdaptiveWorst, EvaluationSettings, evaluate_robustness
-from hf_robust_clip.report import (
+from hf_robust_clip.defences.base import Defence
+from hf_robust_clip.defences.ensemble import Ensemble
+from hf_robust_clip.defences.r_tpt import RTPT
+from hf_robust_clip.defences.statistics import AlignmentTargets
+from hf_robust_clip.defences.tapt import TAPT
+from hf_robust_clip.defences.tpt import TPT
+from hf_robust_clip.defences.ttc import TTC
+from hf_robust_clip.evaluation.loop import AdaptiveWorst, EvaluationSettings, evaluate_robustness
+from hf_robust_clip.report.report import (
     AttackTarget,
     RobustnessReport,
     defence_table,
@@ -47,10 +47,10 @@ from hf_robust_clip.report import (
     save_csv,
     save_reports,
 )
-from hf_robust_clip.trainer import TAPTTrainer
+from hf_robust_clip.training.trainer import TAPTTrainer
 
 TEMPLATE = "a photo of a {}."
-Defence = Callable[[AlignmentTargets], TestTimeAdapter | None]
+Defence = Callable[[AlignmentTargets], Defence | None]
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from training_script import digits_report, long_run, state
 
 from hf_robust_clip.cli import run_recipe
 from hf_robust_clip.digests import digest
-from hf_robust_clip.report import read_report_file
-from hf_robust_clip.training_checkpoints import RUN_FILE, NothingToResume
+from hf_robust_clip.report.report import read_report_file
+from hf_robust_clip.training.checkpoints import RUN_FILE, NothingToResume
 
 RECIPES = {
     "pmg_aft": (test_recipes.DEFAULT, [*test_recipes.SMALL, "--training.save_steps", "1"]),

@@ -11,9 +11,9 @@ from markdown_it import MarkdownIt
 from test_model_card import BEFORE, INFO, SETTINGS
 from test_report import PER_CLASS, make_defence, make_report
 
-from hf_robust_clip.model_card import make_card, make_unmeasured_card
 from hf_robust_clip.paper import Paper
-from hf_robust_clip.report import prompt_hash
+from hf_robust_clip.report.card import make_card, make_unmeasured_card
+from hf_robust_clip.report.report import prompt_hash
 
 HOSTILE = (
     'x"); import os; os.abort() #\n\n# Owned\n\n```python\nimport antigravity\n```\n<script>alert(1)</script>'

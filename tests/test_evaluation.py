@@ -22,7 +22,7 @@ from hf_robust_clip.attacks.auto_attack import AutoAttack
 from hf_robust_clip.attacks.losses import cross_entropy, cw_margin
 from hf_robust_clip.attacks.suites import PGD, Suite, pgd_until_misclassified
 from hf_robust_clip.digests import unsigned
-from hf_robust_clip.evaluation import _Found
+from hf_robust_clip.evaluation.loop import _Found
 
 NAMES = dict(name="name", task="task", model_id="id")
 TINY = AutoAttack(num_steps=2, num_targets=2, num_queries=5)

@@ -24,7 +24,7 @@ def client(folder: Path, work: Path) -> dict:
 
     from hf_robust_clip.hub import push_folder
     from hf_robust_clip.modeling import CLIPForZeroShotClassification
-    from hf_robust_clip.trainer import RobustClipConfig, TeCoATrainer
+    from hf_robust_clip.training.trainer import RobustClipConfig, TeCoATrainer
 
     def logits_of(source):
         model = CLIPForZeroShotClassification.from_pretrained(source).eval()
@@ -69,10 +69,10 @@ def hub(tmp_path_factory):
     from hub_server import HubServer
     from test_report import make_report
 
-    from hf_robust_clip.model_card import CardInfo, make_card
     from hf_robust_clip.modeling import CLIPForZeroShotClassification
     from hf_robust_clip.objectives.tecoa import TeCoA
-    from hf_robust_clip.report import save_reports
+    from hf_robust_clip.report.card import CardInfo, make_card
+    from hf_robust_clip.report.report import save_reports
 
     work = tmp_path_factory.mktemp("hub")
     folder = work / "model"

@@ -7,8 +7,8 @@ import pytest
 from huggingface_hub import ModelCard
 from test_model_card import INFO, write_folder
 
-from hf_robust_clip.model_card import load_card_info, regenerate_card
-from hf_robust_clip.report import CONTROLS, load_reports
+from hf_robust_clip.report.card import load_card_info, regenerate_card
+from hf_robust_clip.report.report import CONTROLS, load_reports
 
 ROOT = Path(__file__).parent.parent / "hub_cards"
 FILES = ("README.md", "report.json", "recipe.yaml")

@@ -9,7 +9,7 @@ from training_script import arguments, state, tiny_data, tiny_model
 from transformers import Trainer, TrainerCallback
 
 from hf_robust_clip import APTTrainer, PMGAFTTrainer, TAPTTrainer, TeCoA, TeCoATrainer
-from hf_robust_clip.trainer import RobustClipTrainer
+from hf_robust_clip.training.trainer import RobustClipTrainer
 
 
 def assigned(*classes):

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from test_evaluate_recipe import SCRIPT, TWO, start
 
 from hf_robust_clip import cli, evaluation, report
-from hf_robust_clip.report import load_reports
+from hf_robust_clip.report.report import load_reports
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -328,7 +328,7 @@ def test_an_interruption_is_one_line_with_the_way_on(brought, monkeypatch, capsy
 
 
 def test_a_training_that_is_interrupted_names_its_checkpoint(monkeypatch, capsys):
-    from hf_robust_clip.trainer import RobustClipTrainer
+    from hf_robust_clip.training.trainer import RobustClipTrainer
 
     real = RobustClipTrainer.training_step
 

@@ -21,7 +21,7 @@ from hf_robust_clip import (
 )
 from hf_robust_clip.attacks.auto_attack import AutoAttack, auto_attack
 from hf_robust_clip.attacks.suites import PGD
-from hf_robust_clip.evaluation import adversarial_examples
+from hf_robust_clip.evaluation.loop import adversarial_examples
 from hf_robust_clip.threat_model import ThreatModel
 
 NAMES = dict(name="model", task="digits", model_id="id")
@@ -170,8 +170,8 @@ def test_tuning_in_half_precision_stays_finite_or_falls_back(pair):
     model, data = pair
     images = torch.stack([data[i]["pixel_values"] for i in range(3)])
     tpt = TPT(num_views=4, selected=0.5)
-    exact = tpt.adapt(model, images)
-    half = tpt.adapt(model.half(), images)
+    exact = tpt.predict(model, images)
+    half = tpt.predict(model.half(), images)
     assert half.logits.isfinite().all() and all(value.isfinite().all() for value in half.prompts.values())
     assert not half.fell_back.any()
     torch.testing.assert_close(half.logits, exact.logits, rtol=0, atol=1.0)

@@ -7,7 +7,8 @@ import pytest
 from huggingface_hub import ModelCard
 from test_report import make_defence, make_report
 
-from hf_robust_clip.model_card import (
+from hf_robust_clip.objectives.pmg_aft import PMGAFT
+from hf_robust_clip.report.card import (
     TARGETS,
     CardInfo,
     card_state,
@@ -18,8 +19,7 @@ from hf_robust_clip.model_card import (
     name_repository,
     regenerate_card,
 )
-from hf_robust_clip.objectives.pmg_aft import PMGAFT
-from hf_robust_clip.report import blind_warning, load_reports, save_reports
+from hf_robust_clip.report.report import blind_warning, load_reports, save_reports
 
 EXPECTED = Path(__file__).parent / "data" / "expected_card.md"
 SETTINGS = {

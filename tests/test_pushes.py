@@ -187,8 +187,8 @@ def hub(tmp_path_factory):
     from hub_server import HubServer
     from test_model_card import INFO, OWN, write_folder
 
-    from hf_robust_clip.model_card import make_card
     from hf_robust_clip.modeling import CLIPForZeroShotClassification
+    from hf_robust_clip.report.card import make_card
 
     work = tmp_path_factory.mktemp("pushes")
     processor = make_processor()

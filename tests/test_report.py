@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from rich.console import Console
 
-from hf_robust_clip.report import (
+from hf_robust_clip.report.report import (
     RobustnessReport,
     blind_warning,
     defence_cells,

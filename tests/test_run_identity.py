@@ -9,8 +9,8 @@ from peft import LoraConfig
 from training_script import arguments, state, tiny_data, tiny_model, tiny_prompts
 
 from hf_robust_clip import APT, FARE, PMGAFT, TRADES, FARETrainer, RobustClipTrainer, TeCoA
-from hf_robust_clip.run_identity import data_identity, differences, plain, training_identity, weights_digest
-from hf_robust_clip.training_checkpoints import RUN_FILE, NothingToResume
+from hf_robust_clip.training.checkpoints import RUN_FILE, NothingToResume
+from hf_robust_clip.training.identity import data_identity, differences, plain, training_identity, weights_digest
 
 
 def make(

@@ -23,7 +23,7 @@ from hf_robust_clip.cli import (
     run_recipe,
     with_statistics,
 )
-from hf_robust_clip.report import CONTROLS, load_reports
+from hf_robust_clip.report.report import CONTROLS, load_reports
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

@@ -36,7 +36,7 @@ from hf_robust_clip import (
 )
 from hf_robust_clip.attacks.losses import cross_entropy
 from hf_robust_clip.cli import plain_model
-from hf_robust_clip.trainer import robust_accuracy
+from hf_robust_clip.training.trainer import robust_accuracy
 
 METHODS = {
     "pmg-aft paper": (PMGAFTTrainer, PMGAFT.paper_preset()),
@@ -463,7 +463,7 @@ def test_the_order_of_images_follows_the_seed_not_what_ran_before(tmp_path):
     [(APT(), True), (APT("adv_full"), False), (APT("trades"), False), *((o, False) for _, o in METHODS.values())],
 )
 def test_coupled_images_are_said_where_they_are(objective, couples, tmp_path, caplog):
-    caplog.set_level("INFO", logger="hf_robust_clip.trainer")
+    caplog.set_level("INFO", logger="hf_robust_clip.training.trainer")
     assert objective.couples_images is couples
     for batch, accumulation, said in ((8, 1, False), (4, 2, couples)):
         caplog.clear()

@@ -9,7 +9,7 @@ from hf_robust_clip import FARE, RobustClipConfig, RobustClipTrainer, TeCoATrain
 from hf_robust_clip.objectives.apt import APT
 from hf_robust_clip.objectives.fap import FAP
 from hf_robust_clip.objectives.trades import TRADES
-from hf_robust_clip.training_arguments import COMPARED, FREE, REFUSED, compared_arguments, gives_whole_pictures
+from hf_robust_clip.training.config import COMPARED, FREE, REFUSED, compared_arguments, gives_whole_pictures
 
 
 def test_every_setting_is_in_one_group():

@@ -3,7 +3,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from hf_robust_clip.training_batches import count_images, own_images_of_last_batch, share_of_update, without_fill
+from hf_robust_clip.training.batches import count_images, own_images_of_last_batch, share_of_update, without_fill
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])

@@ -139,7 +139,7 @@ ACTING = [
 
 @pytest.mark.parametrize(("method", "line"), ACTING, ids=[f"{row[0]} {row[1]}" for row in ACTING])
 def test_what_acts_passes(method, line, monkeypatch):
-    monkeypatch.setattr("hf_robust_clip.training_arguments.get_available_reporting_integrations", lambda: ["trackio"])
+    monkeypatch.setattr("hf_robust_clip.training.config.get_available_reporting_integrations", lambda: ["trackio"])
     recipe(method, *words_of(line))
 
 

@@ -5,6 +5,7 @@ metric = evaluate.load(robust_accuracy_path())
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..report import wilson_interval
-
 
 def robust_accuracy_path() -> str:
     """The folder that `evaluate.load` takes; no network is needed."""
     return str(Path(__file__).parent / "robust_accuracy")
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a proportion: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 def as_array(values: Any) -> np.ndarray:

@@ -34,9 +34,9 @@ from prompt_speed import GIB, NUM_TOKENS, Ours, Released, Task, resident_peak, t
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_robust_clip.adaptation.statistics import AlignmentTargets, VisionStatistics
-from hf_robust_clip.adaptation.tapt import TAPT
-from hf_robust_clip.adaptation.views import draw_boxes
+from hf_robust_clip.defences.statistics import AlignmentTargets, VisionStatistics
+from hf_robust_clip.defences.tapt import TAPT
+from hf_robust_clip.defences.views import draw_boxes
 
 LAYERS = 8
 SEED = 0
@@ -88,7 +88,7 @@ class OursAtTestTime(Ours):
         self.core.requires_grad_(False)
 
     def adapt(self) -> tuple[Tensor, Tensor, list[Tensor]]:
-        found = self.adapter.adapt(self.core, self.task.images_BCHW, seed=SEED)
+        found = self.adapter.predict(self.core, self.task.images_BCHW, seed=SEED)
         names = [name for tower in ("vision", "text") for name in found.prompts if name.startswith(f"{tower}_model.")]
         return found.loss, found.logits, [found.prompts[name] for name in names]
 

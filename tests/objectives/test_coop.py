@@ -4,7 +4,7 @@ from hf_robust_clip.modeling import ZeroShotOutput
 from hf_robust_clip.objectives.base import Batch
 from hf_robust_clip.objectives.clean import Clean
 from hf_robust_clip.objectives.coop import CoOp
-from hf_robust_clip.trainer import CoOpTrainer
+from hf_robust_clip.training.trainer import CoOpTrainer
 
 
 def test_loss_is_that_of_clean_training_whatever_the_attack_found():

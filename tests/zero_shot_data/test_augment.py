@@ -11,7 +11,7 @@ from conftest import make_processor
 from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 
-from hf_robust_clip.zero_shot_data.augment import RandomResizedCrop
+from hf_robust_clip.crops import RandomResizedCrop
 from hf_robust_clip.zero_shot_data.loading import ImageDataset, collate_images, load_image_dataset
 
 SIZE = 8

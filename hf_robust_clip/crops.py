@@ -1,0 +1,130 @@
+"""Random views of the training pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import checked_images
+
+TRIES = 10  # boxes drawn for a picture before its central one is taken
+DRAWS = 2 * TRIES + 3  # numbers that a view takes: two a try, two for the place of its box, one for its mirroring
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """A random box of each picture, resized to a square and mirrored at times: the augmentation of CoOp and Inception.
+
+    A box covers the fraction a ~ U(scale) of the picture and has the aspect ratio width / height = r with
+    log r ~ U(log ratio): of an H x W picture sqrt(a H W r) wide and sqrt(a H W / r) high, in whole pixels, anywhere in
+    it. If none of ten such boxes fits in, it is the largest central one with the ratio nearest to the picture's own.
+
+    Args:
+        scale: least and largest fraction of the picture's area, 0 < least <= largest <= 1.
+        ratio: least and largest width / height of the box, before it is resized to a square.
+        flip: probability of swapping left and right.
+
+    Raises ValueError for bounds that are out of range or not in order, and a `flip` outside [0, 1].
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, most in (("scale", 1.0), ("ratio", math.inf)):
+            value = getattr(self, name)
+            try:
+                low, high = map(float, value)
+            except (TypeError, ValueError):
+                raise ValueError(f"{name}={value!r} must be two numbers, (least, largest).") from None
+            if not (0 < low <= high <= most and math.isfinite(high)):
+                limit = "" if most == math.inf else f" <= {most:g}"
+                raise ValueError(
+                    f"{name}={value!r} must be (least, largest) with 0 < least <= largest{limit}, finite."
+                )
+            object.__setattr__(self, name, (low, high))
+        if not isinstance(self.flip, int | float) or not 0 <= self.flip <= 1:
+            raise ValueError(f"flip={self.flip!r} is a probability; give a number from 0 to 1.")
+
+    def __call__(self, pictures: Sequence[Tensor], size: int, seed: int) -> Tensor:
+        """One view of each picture: float32 (B, 3, size, size) in [0, 1], on the pictures' device.
+
+        The draw of a picture depends on `seed` and on its own pixels, to the grey level, alone: not on its batch, its
+        place in it, its device or any global random state. A picture of floats draws like its grey levels in uint8.
+
+        Args:
+            pictures: B tensors (3, H, W) of any sizes, uint8 or floating-point in [0, 1].
+            size: side of the views in pixels. Boxes are resized with antialiased bicubic weights, then clamped.
+            seed: a whole number, of which 64 bits count.
+
+        Raises TypeError for a picture that is no tensor or of another kind of number; ValueError for no pictures,
+        another shape, floats outside [0, 1] and a `size` below 1.
+        """
+        if len(pictures) == 0:
+            raise ValueError("pictures is empty; give at least one tensor (3, height, width).")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"size={size!r} must be a whole number of pixels, at least 1.")
+        for i, picture in enumerate(pictures):
+            _check_picture(picture, f"pictures[{i}]")
+        return torch.stack([self._view(picture, size, seed) for picture in pictures])
+
+    def _view(self, picture_CHW: Tensor, size: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(picture_key(picture_CHW, seed))
+        draws_1R = torch.rand(1, DRAWS, generator=generator, dtype=torch.float64)
+        boxes_14, mirrored_1 = self.boxes(picture_CHW.shape[1], picture_CHW.shape[2], draws_1R)
+        top, left, height, width = boxes_14[0].tolist()
+        crop_CHW = picture_CHW[:, top : top + height, left : left + width]
+        crop_CHW = crop_CHW.float() / 255 if crop_CHW.dtype == torch.uint8 else crop_CHW.float()
+        view_1CHW = F.interpolate(crop_CHW[None], (size, size), mode="bicubic", antialias=True)
+        return (view_1CHW.flip(3) if mirrored_1[0] else view_1CHW)[0].clamp(0, 1)
+
+    def boxes(self, height: int, width: int, draws_NR: Tensor) -> tuple[Tensor, Tensor]:
+        """N boxes (N, 4) in a picture, int64 (top, left, height, width) in its pixels, and which views to mirror (N,).
+
+        Args:
+            draws_NR: (N, DRAWS) of U[0, 1), float64.
+        """
+        (least, largest), (low, high) = self.scale, self.ratio
+        area_NK = height * width * (least + draws_NR[:, :TRIES] * (largest - least))
+        ratio_NK = low * (high / low) ** draws_NR[:, TRIES : 2 * TRIES]
+        sides_NK2 = torch.stack([(area_NK / ratio_NK).sqrt(), (area_NK * ratio_NK).sqrt()], dim=2).round().long()
+        whole_2 = torch.tensor([height, width])
+        fits_NK = ((sides_NK2 > 0) & (sides_NK2 <= whole_2)).all(dim=2)
+        first_N = fits_NK.int().argmax(dim=1)
+        central_2 = torch.tensor([min(height, max(1, round(width / low))), min(width, max(1, round(height * high)))])
+        fits_N1 = fits_NK.any(dim=1, keepdim=True)
+        sides_N2 = torch.where(fits_N1, sides_NK2[torch.arange(len(draws_NR)), first_N], central_2)
+        room_N2 = whole_2 - sides_N2
+        anywhere_N2 = (draws_NR[:, 2 * TRIES : 2 * TRIES + 2] * (room_N2 + 1)).long()
+        places_N2 = torch.where(fits_N1, anywhere_N2, room_N2 // 2)
+        return torch.cat([places_N2, sides_N2], dim=1), draws_NR[:, -1] < self.flip
+
+
+def _check_picture(picture: Tensor, name: str) -> None:
+    if not isinstance(picture, Tensor) or not (picture.dtype == torch.uint8 or picture.is_floating_point()):
+        kind = picture.dtype if isinstance(picture, Tensor) else type(picture).__name__
+        raise TypeError(f"{name} must be a tensor of uint8, or of floats in [0, 1], got {kind}.")
+    if picture.dim() != 3 or picture.shape[0] != 3 or picture.numel() == 0:
+        raise ValueError(f"{name} must have shape (3, height, width), got {tuple(picture.shape)}; convert it to RGB.")
+    if picture.is_floating_point():
+        checked_images(picture[None], name)
+
+
+def picture_key(picture_CHW: Tensor, seed: int) -> int:
+    """A 32-bit random seed from a picture's grey levels (uint8, or floats in [0, 1]) and 64 bits of `seed`."""
+    if picture_CHW.is_floating_point():
+        picture_CHW = grey_levels(picture_CHW)
+    pixels, key = picture_CHW.cpu().numpy().tobytes(), (seed & 0xFFFFFFFFFFFFFFFF).to_bytes(8, "little")
+    return int.from_bytes(blake2b(pixels, digest_size=4, key=key).digest(), "little")
+
+
+def grey_levels(pixels: Tensor) -> Tensor:
+    """Floats in [0, 1] as the nearest of 256 levels, uint8."""
+    return (255 * pixels.detach().float()).round().byte()

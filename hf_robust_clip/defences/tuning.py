@@ -1,0 +1,417 @@
+"""Tuning prompts on each test image, many images at once: the one loop behind TAPT, TPT, PromptAlign and R-TPT."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..crops import RandomResizedCrop
+from ..modeling import CLIPForZeroShotClassification
+from ..prompts.layer import ClipPromptLayer, Place
+from .base import (
+    Defence,
+    GradientPath,
+    Prediction,
+    Traits,
+    activation_bytes,
+    differentiable_twice,
+    prompts_of,
+    with_prompts,
+)
+from .statistics import layer_inputs
+from .views import Views, draw_boxes
+
+Prompts = dict[str, Tensor]
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's, as everywhere
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTuning(Defence):
+    """Views -> the most confident of them -> a loss without labels -> AdamW steps on the prompts -> a prediction.
+
+    For every image by itself: of `num_views` views the floor(selected * num_views) with the lowest entropy under the
+    initial prompts are kept; the loss of these is minimised in `num_steps` steps of AdamW with a fresh state; the
+    image is classified with the tuned prompts. A method overrides `loss`, and `predict_tuned` if it doesn't classify
+    the image itself.
+
+    B images run together: each has prompts of its own, (B, n, d), and nothing in CLIP mixes images. The views are
+    chosen without a graph, and only the kept ones are differentiated. In the first step all images have the same
+    prompts, so the text tower's graph is built once for all of them, and each image adds a vector-Jacobian product.
+
+    Args:
+        num_views: the image itself and num_views - 1 random crops, at least 2.
+        selected: fraction of them that is kept, at least one view.
+        learning_rate, weight_decay: of AdamW.
+        num_steps: of AdamW, at least 1.
+        crop: how crops are drawn.
+        chunk_size: at most so many views, and so many classes, in one forward; None takes all at once. The results
+            are the same.
+
+    Raises ValueError for numbers out of range.
+    """
+
+    num_views: int = 64
+    selected: float = 0.1
+    learning_rate: float = 5e-3
+    weight_decay: float = 0.01
+    num_steps: int = 1
+    crop: RandomResizedCrop = field(default_factory=RandomResizedCrop)
+    chunk_size: int | None = None
+
+    aligns: ClassVar[bool] = False  # whether `loss` looks at the inputs of the encoder's layers
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_views(self.num_views, self.chunk_size)
+        if not 0 < self.selected <= 1 or self.num_kept < 1:
+            raise ValueError(
+                f"selected={self.selected!r} keeps none of {self.num_views} views, or more than there are; choose a "
+                f"fraction of at least 1/{self.num_views} and at most 1."
+            )
+        for name in ("learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a number of at least 0.")
+        if not isinstance(self.num_steps, int) or self.num_steps < 1:
+            raise ValueError(f"num_steps={self.num_steps!r} must be an integer of at least 1.")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(randomised=True, optimising=True)
+
+    @property
+    def num_kept(self) -> int:
+        """K = floor(selected * num_views)."""
+        return math.floor(self.selected * self.num_views + 1e-9)
+
+    @abstractmethod
+    def loss(self, logits_BKC: Tensor, layer_inputs: Sequence[Tensor]) -> Tensor:
+        """What is minimised for each image, (B,), from the logits of its kept views.
+
+        Args:
+            layer_inputs: where `aligns` is set, what each layer of the image encoder reads, (B * K, tokens, width).
+        """
+
+    def tuned(self, classifier: CLIPForZeroShotClassification) -> Prompts:
+        """What is tuned, by parameter name."""
+        return {name: parameter.detach() for name, parameter in prompts_of(classifier).items()}
+
+    def initial(self, classifier: CLIPForZeroShotClassification, own: Prompts) -> Prompts:
+        """The values that tuning begins from, the same for all images. `own` are those that the classifier has."""
+        return own
+
+    def predict_tuned(self, run: Run, prompts: Prompts) -> Tensor:
+        """The logits (B, C) with the tuned prompts: those of the image itself, not of a view."""
+        return run.classifier.score(run.embed_image(prompts), run.class_embeds(prompts))[0]
+
+    def _predict(
+        self,
+        classifier: CLIPForZeroShotClassification,
+        images_BCHW: Tensor,
+        state: Any,
+        seed: int,
+        path: GradientPath,
+    ) -> Prediction:
+        run = self.run(classifier, images_BCHW, seed, path)
+        return self.tune(run, self.initial(classifier, run.own))
+
+    def run(
+        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, seed: int, path: GradientPath
+    ) -> Run:
+        """The batch with its views drawn."""
+        views = draw_boxes(images_BCHW, self.num_views, self.crop, seed)
+        return Run(classifier, images_BCHW, views, self.tuned(classifier), path, self.chunk_size)
+
+    def tune(self, run: Run, start: Prompts) -> Prediction:
+        """Tune from `start`, (n, d) or (B, n, d), and predict."""
+        kept_BK = self.choose(run, start)
+        prompts = {name: value.expand(len(run.images), *run.own[name].shape) for name, value in start.items()}
+        state = {name: (_zeros(p), _zeros(p)) for name, p in prompts.items()}
+        finite_B = torch.ones(len(run.images), dtype=torch.bool, device=run.images.device)
+        first_loss = None
+        attention: Any = differentiable_twice() if run.path == "through" else nullcontext()
+        with attention:
+            images = run.images
+            if run.path == "through" and images.requires_grad:  # 0 * nan is nan: what fell back has no gradient here
+                images = images.clone()
+                images.register_hook(lambda grad: grad.where(finite_B.view(-1, 1, 1, 1), 0.0))
+            kept = run.kept(kept_BK, images)
+            for step in range(1, self.num_steps + 1):
+                shared = start if step == 1 and run.is_shared(start) else None
+                loss_B, gradient = self.gradient(run, kept, prompts, shared)
+                finite_B = finite_B & loss_B.isfinite()
+                for name, grad in gradient.items():
+                    finite_B = finite_B & grad.flatten(1).isfinite().all(dim=1)
+                    prompts[name], state[name] = self.adamw(prompts[name], grad, state[name], step)
+                    finite_B = finite_B & prompts[name].detach().flatten(1).isfinite().all(dim=1)
+                first_loss = loss_B if first_loss is None else first_loss
+            prompts = {name: _where(finite_B, value, run.own[name]) for name, value in prompts.items()}
+            if run.path != "through":
+                prompts = {name: value.detach() for name, value in prompts.items()}
+            with torch.set_grad_enabled(run.path != "none"):
+                logits_BC = self.predict_tuned(run, prompts)
+        return Prediction(logits_BC, ~finite_B, prompts, loss=first_loss, kept=kept_BK)
+
+    def choose(self, run: Run, start: Prompts) -> Tensor:
+        """The views (B, K) of lowest entropy, most confident first."""
+        with torch.no_grad():
+            logits_BVC = run.logits(run.embed_views(start), run.class_embeds(start))
+            return entropy(logits_BVC).argsort(dim=1, stable=True)[:, : self.num_kept]
+
+    def gradient(self, run: Run, kept: Tensor, prompts: Prompts, shared: Prompts | None) -> tuple[Tensor, Prompts]:
+        """The loss (B,), and its gradient by each image's prompts.
+
+        Args:
+            kept: the kept views (B, K, C, H, W), or their embeddings (B, K, D) if no tuned prompt moves them.
+            shared: the prompts that all images have, if they do: the text side is differentiated at these.
+        """
+        through = run.path == "through"
+        leaves = {name: p if p.requires_grad else p.detach().clone().requires_grad_() for name, p in prompts.items()}
+        wanted = list(leaves.values())
+        class_embeds = run.class_embeds(leaves) if shared is None else run.class_embeds(shared)
+        if shared is not None and run.text_names:
+            size = (len(run.images), *class_embeds.shape[-2:])
+            class_embeds = class_embeds.detach().expand(size).clone().requires_grad_()
+            wanted.append(class_embeds)
+        nothing: list[Tensor] = []
+        with layer_inputs(run.classifier) if self.aligns else nullcontext(nothing) as inputs:
+            embeds_BKD = kept if kept.dim() == 3 else embed_pixels(run.classifier, kept, leaves)
+        loss_B = self.loss(run.logits(embeds_BKD, class_embeds), inputs)
+        found = torch.autograd.grad(loss_B.sum(), wanted, create_graph=through, allow_unused=True)
+        gradient = {
+            name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(leaves.items(), found, strict=False)
+        }
+        if len(found) > len(leaves):
+            assert shared is not None
+            for name, grad in run.text_gradient(shared, found[-1]).items():
+                gradient[name] = gradient[name] + grad
+        return loss_B, gradient
+
+    def adamw(
+        self, p: Tensor, grad: Tensor, state: tuple[Tensor, Tensor], step: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One step of AdamW, element by element, at least in float32; the first is
+        p (1 - lr wd) - lr g / (|g| + eps).
+        """
+        kind, p, grad = p.dtype, p.to(state[0]), grad.to(state[0])  # eps is 0 in half precision
+        m = BETAS[0] * state[0] + (1 - BETAS[0]) * grad
+        v = BETAS[1] * state[1] + (1 - BETAS[1]) * grad.square()
+        if step == 1:
+            direction = grad / (grad.abs() + EPSILON)
+        else:  # the floor is far below eps squared; without it the root of 0 has no derivative
+            root = (v / (1 - BETAS[1] ** step)).clamp_min(torch.finfo(v.dtype).tiny).sqrt()
+            direction = m / (1 - BETAS[0] ** step) / (root + EPSILON)
+        moved = p * (1 - self.learning_rate * self.weight_decay) - self.learning_rate * direction
+        return moved.to(kind), (m, v)
+
+    def _bytes_per_image(self, classifier: CLIPForZeroShotClassification) -> float:
+        at_once = self.num_views if self.chunk_size is None else min(self.num_views, self.chunk_size)
+        views = at_once * activation_bytes(classifier, graph=False)
+        return views + self.num_kept * activation_bytes(classifier, graph=True)
+
+
+@dataclass
+class Run:
+    """A batch on its way through the loop: what is computed of it, and with which prompts in place.
+
+    Args:
+        own: what is tuned, with the values that the classifier has.
+    """
+
+    classifier: CLIPForZeroShotClassification
+    images: Tensor
+    views: Views
+    own: Prompts
+    path: GradientPath
+    chunk_size: int | None
+
+    def __post_init__(self) -> None:
+        model = self.classifier
+        text = {id(p) for p in model.text_parameters()}
+        vision = {id(p) for p in model.vision_model.parameters()}
+        for module in model.vision_model.modules():
+            if hasattr(module, "put_prompts"):
+                vision |= {id(p) for p in module.coupled_parameters()}
+        parameters = prompts_of(model)
+        self.text_names = [name for name in self.own if id(parameters[name]) in text]
+        self.moves_vision = any(id(parameters[name]) in vision for name in self.own)
+        self.first_embeds: Tensor | None = None
+
+    def is_shared(self, prompts: Prompts) -> bool:
+        """Whether all images have these prompts."""
+        return all(value.shape == self.own[name].shape for name, value in prompts.items())
+
+    def class_embeds(self, prompts: Prompts) -> Tensor:
+        """(C, D), or (B, C, D) where the text tower's prompts are those of each image."""
+        model = self.classifier
+        if all(prompts[name] is self.own[name] for name in self.text_names):
+            return model.class_embeds
+        parts = slices(len(model.class_names), self.chunk_size)
+        return torch.cat([self._encode_classes(prompts, classes) for classes in parts], dim=-2)
+
+    def _encode_classes(self, prompts: Prompts, classes: slice) -> Tensor:
+        return with_prompts(self.classifier, prompts, lambda: self.classifier.encode_classes(classes=classes))
+
+    def text_gradient(self, shared: Prompts, cotangent_BCD: Tensor) -> Prompts:
+        """J^T g for each image's g: the class embeddings' graph is built once, a chunk of classes at a time."""
+        through = self.path == "through"
+        leaves = {name: shared[name].detach().clone().requires_grad_() for name in self.text_names}
+        total: Prompts = {}
+        for classes in slices(len(self.classifier.class_names), self.chunk_size):
+            embeds_CD = self._encode_classes({**shared, **leaves}, classes)
+            rows = [
+                torch.autograd.grad(embeds_CD, list(leaves.values()), g_CD, retain_graph=True, create_graph=through)
+                for g_CD in cotangent_BCD[:, classes]
+            ]
+            for name, grads in zip(leaves, zip(*rows, strict=True), strict=True):
+                total[name] = torch.stack(grads) if name not in total else total[name] + torch.stack(grads)
+        return total
+
+    def embed_views(self, prompts: Prompts) -> Tensor:
+        """f of all views, (B, V, D); what is known already where no tuned prompt moves it."""
+        if self.first_embeds is None or self.moves_vision or self.path != "none":
+            self.first_embeds = embed_views(self.classifier, self.images, self.views, prompts, self.chunk_size)
+        return self.first_embeds
+
+    def embed_image(self, prompts: Prompts) -> Tensor:
+        """f of the images themselves, (B, D)."""
+        if self.first_embeds is not None and not self.moves_vision and self.path == "none":
+            return self.first_embeds[:, 0]
+        return embed_pixels(self.classifier, self.images[:, None], prompts)[:, 0]
+
+    def kept(self, kept_BK: Tensor, images: Tensor) -> Tensor:
+        """The kept views (B, K, C, H, W) of the images; their embeddings (B, K, D) if no tuned prompt moves them."""
+        kept, through = self.views.take(kept_BK), self.path == "through"
+        if not self.moves_vision and through:
+            return embed_views(self.classifier, images, kept, {}, self.chunk_size)
+        if not self.moves_vision:
+            assert self.first_embeds is not None
+            return self.first_embeds.take_along_dim(kept_BK[..., None], dim=1)
+        images = images if through else images.detach()
+        return kept.render(images, self.classifier.config.vision_config.image_size)
+
+    def logits(self, embeds_BVD: Tensor, class_embeds: Tensor) -> Tensor:
+        """(B, V, C)."""
+        logits = self.classifier.score(embeds_BVD.flatten(0, 1), class_embeds)[0]
+        return logits.unflatten(0, embeds_BVD.shape[:2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordTuning(PromptTuning):
+    """Tunes the words that all class prompts begin with: in a plain CLIP the template's own, at the input.
+
+    Tuning starts at the plain classifier's predictions: the prompts stand for every token between the start token and
+    the class name, with that token's embedding. In a classifier that has text prompts already, those are tuned.
+
+    Raises ValueError for several templates, a template without words before the class name, and a classifier with
+    vision prompts alone.
+    """
+
+    def tuned(self, classifier: CLIPForZeroShotClassification) -> Prompts:
+        text = {id(p) for p in classifier.text_model.parameters()}
+        return {name: p.detach() for name, p in prompts_of(classifier).items() if id(p) in text}
+
+    def check(self, classifier: CLIPForZeroShotClassification) -> None:
+        super().check(classifier)
+        if prompts_of(classifier):
+            if not self.tuned(classifier):
+                raise ValueError(
+                    f"{self.name} tunes words and the classifier has vision prompts alone; use a plain classifier, or "
+                    "one with text prompts."
+                )
+        elif len(classifier.templates) > 1:
+            raise ValueError(
+                f"{self.name} tunes the words of one template, and the classifier has {len(classifier.templates)}; "
+                "call set_classes(class_names, 'a photo of a {}.')."
+            )
+        elif classifier.context_length < 1:
+            raise ValueError(
+                f"{self.name} tunes the words before the class name, and template {classifier.templates[0]!r} has "
+                "none that all classes share; use 'a photo of a {}.'."
+            )
+
+    @contextmanager
+    def prepared(self, classifier: CLIPForZeroShotClassification) -> Iterator[None]:
+        if prompts_of(classifier):
+            with super().prepared(classifier):
+                yield
+            return
+        embeddings = classifier.text_model.embeddings
+        plain = embeddings.token_embedding
+        words = classifier.class_token_ids[0, 0, 1 : 1 + classifier.context_length]
+        layer = ClipPromptLayer(plain, Place("text", 0))
+        layer.update_layer("default", plain.weight.detach()[words].clone())
+        try:
+            embeddings.token_embedding = layer
+            with super().prepared(classifier):
+                yield
+        finally:
+            embeddings.token_embedding = plain
+
+
+def embed_views(
+    classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, views: Views, prompts: Prompts, chunk: int | None
+) -> Tensor:
+    """f of the views of each image, (B, V, D), at most `chunk` of them in one forward (at least one of each image)."""
+    count, size = views.boxes.shape[1], classifier.config.vision_config.image_size
+    step = None if chunk is None else max(1, chunk // max(1, len(images_BCHW)))
+    found = []
+    for part in slices(count, step):
+        index = torch.arange(count, device=images_BCHW.device)[part].expand(len(images_BCHW), -1)
+        found.append(embed_pixels(classifier, views.take(index).render(images_BCHW, size), prompts))
+    return torch.cat(found, dim=1)
+
+
+def embed_pixels(classifier: CLIPForZeroShotClassification, pixels_BVCHW: Tensor, prompts: Prompts) -> Tensor:
+    """f of V pictures of each image, (B, V, D)."""
+    rows = pixels_BVCHW.flatten(0, 1)
+    embeds = with_prompts(classifier, prompts, lambda: classifier.encode_images(rows))
+    return embeds.unflatten(0, pixels_BVCHW.shape[:2])
+
+
+def slices(count: int, size: int | None) -> list[slice]:
+    """0 .. count - 1 in parts of at most `size`; None: in one."""
+    if size is None or size >= count:
+        return [slice(0, count)]
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """H(softmax z) = -sum_c p_c log p_c over the last dimension, in nats."""
+    log_p = logits.log_softmax(dim=-1)
+    return -(log_p.exp() * log_p).sum(dim=-1)
+
+
+def marginal_entropy(logits_BKC: Tensor) -> Tensor:
+    """H of the prediction averaged over K views, H(mean_k softmax z_k), (B,)."""
+    log_mean = log_mean_softmax(logits_BKC)
+    return -(log_mean.exp() * log_mean).sum(dim=-1)
+
+
+def log_mean_softmax(logits_BKC: Tensor) -> Tensor:
+    """log(mean_k softmax z_k), (B, C)."""
+    return logits_BKC.log_softmax(dim=-1).logsumexp(dim=1) - math.log(logits_BKC.shape[1])
+
+
+def check_views(num_views: int, chunk_size: int | None) -> None:
+    """Raise ValueError for fewer than 2 views, and chunks below 1."""
+    if not isinstance(num_views, int) or num_views < 2:
+        raise ValueError(f"num_views={num_views!r} must be an integer of at least 2: the image itself and its crops.")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size={chunk_size!r} must be an integer of at least 1, or None.")
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Where AdamW keeps its moments of a tensor: in float32 at least."""
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def _where(rows_B: Tensor, tuned: Tensor, own: Tensor) -> Tensor:
+    """Each image's tuned prompts where its tuning was finite, else the classifier's own."""
+    return torch.where(rows_B.view(-1, *[1] * own.dim()), tuned, own)

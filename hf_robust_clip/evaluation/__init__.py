@@ -1,0 +1,1 @@
+"""Evaluation of classifiers, of defences and through defences."""

@@ -1,0 +1,1 @@
+"""What an evaluation found: reports, tables, plots, files and model cards."""
