@@ -6,7 +6,7 @@ NEWEST ?= .venv-newest
 OUTPUT ?= out/pmgaft
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: pmgaft test pytest test-slow test-newest lint benchmark clean
+.PHONY: pmgaft test pytest test-slow test-newest lint lines benchmark clean
 
 # torch first and by its exact version: a range would let the resolver choose a CUDA build of several gigabytes
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -46,6 +46,10 @@ test-newest:
 	$(NEWEST)/bin/pip install -q --no-compile --upgrade --upgrade-strategy eager -c $(NEWEST)/torch.txt -e '.[dev]'
 	$(NEWEST)/bin/pip list | grep -iE '^(torch|transformers|accelerate|peft|datasets|huggingface_hub) '
 	$(NEWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+
+# lines of code of each folder, and the files that are too long
+lines:
+	$(PYTHON) tests/count_code.py
 
 benchmark: $(VENV)/.ready
 	$(BIN)/python tests/benchmarks/step_speed.py $(or $(ARGS),--images 16 --classes 12 62)

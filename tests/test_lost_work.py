@@ -18,7 +18,9 @@ import pytest
 from accelerate.state import AcceleratorState
 from test_evaluate_recipe import SCRIPT, TWO, start
 
-from hf_robust_clip import cli, evaluation, report
+from hf_robust_clip import cli
+from hf_robust_clip.evaluation import loop as evaluation
+from hf_robust_clip.report import report
 from hf_robust_clip.report.report import load_reports
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
