@@ -38,7 +38,7 @@ from hf_robust_clip.defences.tapt import TAPT
 from hf_robust_clip.defences.tpt import TPT
 from hf_robust_clip.defences.ttc import TTC
 from hf_robust_clip.evaluation.loop import AdaptiveWorst, EvaluationSettings, evaluate_robustness
-from hf_robust_clip.report.report import (
+from hf_robust_clip.report import (
     AttackTarget,
     RobustnessReport,
     defence_table,

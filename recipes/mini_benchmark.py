@@ -20,8 +20,8 @@ import datasets
 import yaml
 
 from hf_robust_clip.cli import EVALUATION_SECTIONS, evaluate, parse_arguments, read_evaluation, read_recipe, train
-from hf_robust_clip.report.card import load_card_info, make_card
-from hf_robust_clip.report.report import (
+from hf_robust_clip.report import load_card_info, make_card
+from hf_robust_clip.report import (
     RobustnessReport,
     load_reports,
     percent,

@@ -14,8 +14,8 @@ from pathlib import Path
 from mini_benchmark import LIMITS, OWNER, evaluate_all, table
 
 from hf_robust_clip.cli import parse_arguments, read_recipe, train
-from hf_robust_clip.report.card import load_card_info, make_card
-from hf_robust_clip.report.report import RobustnessReport, save_csv, save_reports
+from hf_robust_clip.report import load_card_info, make_card
+from hf_robust_clip.report import RobustnessReport, save_csv, save_reports
 
 CONFIGS = Path(__file__).parent / "configs"
 MODELS = {

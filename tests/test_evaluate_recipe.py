@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hf_robust_clip.cli import EVALUATION_SECTIONS, load_data, load_model, main, parse_arguments, read_evaluation
-from hf_robust_clip.report.report import load_reports
+from hf_robust_clip.report import load_reports
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "recipes/evaluate.py")

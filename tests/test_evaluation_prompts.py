@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 
 from hf_robust_clip import CLIPForZeroShotClassification, digits_clip_path
 from hf_robust_clip.cli import run_evaluation
-from hf_robust_clip.report.report import load_reports, prompt_hash
+from hf_robust_clip.report import load_reports, prompt_hash
 
 CONFIG = Path(__file__).parents[1] / "recipes/configs/evaluate.yaml"
 PAPER = "This is a photo of a {}"

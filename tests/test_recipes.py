@@ -17,7 +17,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from hf_robust_clip import CLIPForZeroShotClassification, digits_clip_path
 from hf_robust_clip.cli import ModelSettings, load_model, main, run_recipe
-from hf_robust_clip.report.report import load_reports
+from hf_robust_clip.report import load_reports
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
