@@ -9,7 +9,6 @@ import difflib
 import inspect
 import os
 import re
-import shutil
 import signal
 import sys
 import traceback
@@ -37,7 +36,6 @@ from .typed_settings import parse_yaml, read_text, typed_value
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from rich.table import Table
 
     from .attacks.suites import Suite
     from .defences.base import Defence

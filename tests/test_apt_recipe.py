@@ -16,8 +16,7 @@ from peft import PeftModel
 
 from hf_robust_clip import CLIPForZeroShotClassification, digits_clip_path
 from hf_robust_clip.cli import ModelSettings, load_model, run_evaluation, run_recipe
-from hf_robust_clip.report import regenerate_card
-from hf_robust_clip.report import load_reports
+from hf_robust_clip.report import load_reports, regenerate_card
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

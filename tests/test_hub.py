@@ -71,8 +71,7 @@ def hub(tmp_path_factory):
 
     from hf_robust_clip.modeling import CLIPForZeroShotClassification
     from hf_robust_clip.objectives.tecoa import TeCoA
-    from hf_robust_clip.report import CardInfo, make_card
-    from hf_robust_clip.report import save_reports
+    from hf_robust_clip.report import CardInfo, make_card, save_reports
 
     work = tmp_path_factory.mktemp("hub")
     folder = work / "model"

@@ -20,7 +20,7 @@ from ..secrets import refuse_tokens
 from ..storage import write_text
 from .files import load_reports, read_report_file, save_reports
 from .report import CLEAN, ROBUST, TARGETS, RobustnessReport, blind_warning, frame, percent
-from .tables import by_column, cell, head, headlines, label
+from .tables import by_column, cell, head, headlines, titled
 
 LIBRARY = "hf_robust_clip"
 NOTHING_MEASURED = "**Nothing was measured of this repository.**"
@@ -402,7 +402,7 @@ def _attack_table(reports: Sequence[RobustnessReport]) -> dict[str, Any]:
         "left_out": [f"{what} on {', '.join(tasks)}" for what, tasks in left_out.items()],
         "columns": columns,
         "rows": [
-            {"name": cell(label(report)), "n": report.num_images, "classes": report.num_classes, "cells": own}
+            [cell(f"{titled(report)}, {report.task}"), str(report.num_images), str(report.num_classes), *own]
             for report, own in zip(reports, (own for who, own in figures if not who), strict=True)
         ],
         "members": [

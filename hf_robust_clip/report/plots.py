@@ -46,8 +46,8 @@ def _plain_text() -> Iterator[None]:
 
 @_plain_text()
 def plot_accuracy(path: str | Path, reports: Sequence[RobustnessReport]) -> None:
-    """Write a PNG of accuracy against eps: a panel for each task (and attack, if they differ), a line for each model in
-    it, 95 % bands.
+    """Write a PNG of accuracy against eps: a panel for each task (and attack, if they differ), a line for each model,
+    95 % bands.
 
     A model has one colour, marker and dash in all panels. Raises ValueError for no reports, several norms, and a model
     twice in a panel.
@@ -102,7 +102,8 @@ def plot_tradeoff(path: str | Path, reports: Sequence[RobustnessReport], radius:
         for name, own in panel.groupby("name", sort=False):
             near = own["eps"].map(lambda radius: math.isclose(radius, eps))
             ends = [own[own["eps"] == 0].iloc[0], own[near].iloc[0]]
-            (x, bar_x), (y, bar_y) = ((e["value"], [[abs(e[end] - e["value"])] for end in ("low", "high")]) for e in ends)
+            x, y = (end["value"] for end in ends)
+            bar_x, bar_y = ([[end["value"] - end["low"]], [end["high"] - end["value"]]] for end in ends)
             style = {**styles[name], "linestyle": "none", "markersize": 8, "elinewidth": 0.8}
             axis.errorbar([x], [y], xerr=bar_x, yerr=bar_y, label=name, **style)
         axis.set_xlabel("clean accuracy")

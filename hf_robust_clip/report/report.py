@@ -1,4 +1,4 @@
-"""What an evaluation measured, with everything needed to read it: `Measurement`, `RobustnessReport`, and their `frame`."""
+"""What an evaluation measured, with everything needed to read it: `RobustnessReport`, and the `frame` of several."""
 
 from __future__ import annotations
 
@@ -138,8 +138,7 @@ def accuracies(
     for name, (images, *right) in per_class.items():
         radii = (0.0, max(after_each, default=0.0)) if images else ()
         rows += [
-            _accuracy(count / images, images, eps, class_name=name)
-            for eps, count in zip(radii, right, strict=False)
+            _accuracy(count / images, images, eps, class_name=name) for eps, count in zip(radii, right, strict=False)
         ]
     return tuple(rows)
 
@@ -237,9 +236,7 @@ class RobustnessReport:
         if TARGETS.get(self.view.name, self.view) != self.view:
             raise ValueError(f"view={self.view!r} is not what {self.view.name!r} is: {TARGETS[self.view.name]!r}.")
         if self.defence is None and self.view.of_defence:
-            raise ValueError(
-                f"view={self.view.name!r} is an attack on a test-time defence; defence is missing."
-            )
+            raise ValueError(f"view={self.view.name!r} is an attack on a test-time defence; defence is missing.")
 
     def _check_defence(self) -> None:
         if self.defence is None:
@@ -255,7 +252,9 @@ class RobustnessReport:
                     "optimising; evaluate with a view of the defence: 'defence_blind', 'adaptive', 'adaptive_worst'."
                 )
             if missing := [name for name in CONTROLS if name not in self.controls]:
-                raise ValueError(f"measurements lack the controls {', '.join(missing)}; evaluate_robustness makes them.")
+                raise ValueError(
+                    f"measurements lack the controls {', '.join(missing)}; evaluate_robustness makes them."
+                )
 
     def _check_figures(self) -> None:
         known: set[tuple[Any, ...]] = set()

@@ -1,40 +1,39 @@
-"""Tables of reports, made of their `frame`: one for each use, written as `rich` tables or as Markdown."""
+"""Tables of reports, made of their `frame`: one for each use, written for a terminal or as Markdown."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from ..threat_model import ThreatModel
-from .report import CLEAN, CONTROLS, ROBUST, RobustnessReport, frame, templates_told
+from .report import CLEAN, CONTROLS, ROBUST, RobustnessReport, frame, percent, templates_told
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from rich.table import Table
+    from rich.console import RenderableType
 
 WIDTH = 80  # of what is printed, where the terminal is no wider
 
 
 @dataclass(frozen=True)
 class Cells:
-    """A table as texts: its heads, its rows, and how many of its first columns hold words."""
+    """A table as texts: heads and rows; with `grouped`, the first cell says what several rows have in common."""
 
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    words: int = 1
+    grouped: bool = False
 
 
-def table(reports: Sequence[RobustnessReport], title: str) -> Table:
-    """A `rich` table of what `figures` tells; `print_table` prints it.
+def table(reports: Sequence[RobustnessReport], title: str) -> RenderableType:
+    """What `figures` tells, for `rich`; `print_table` prints it.
 
     Raises ValueError for no reports and for several norms.
     """
-    norm = one_norm(reports)
-    attacks = sorted({report.full_attack for report in reports})
-    caption = f"accuracy in percent, clean and under {' or '.join(attacks)} at radii in {norm}"
-    return rich_table(figures(reports), title, ", ".join(filter(None, [caption, templates_told(reports)])))
+    caption = f"accuracy in percent; radii in {one_norm(reports)}"
+    return as_text(figures(reports), title, ", ".join(filter(None, [caption, templates_told(reports)])))
 
 
 def markdown(reports: Sequence[RobustnessReport]) -> str:
@@ -42,37 +41,39 @@ def markdown(reports: Sequence[RobustnessReport]) -> str:
     return as_markdown(figures(reports))
 
 
-def print_table(shown: Table) -> None:
-    """Print a table as it is, no number of it cut: 80 columns wide, or as wide as the terminal or its numbers."""
+def print_table(shown: RenderableType) -> None:
+    """Print a table 80 columns wide, or as wide as the terminal or its numbers, none of which is cut."""
     from rich.console import Console
+    from rich.measure import Measurement
 
     console = Console(width=max(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns), highlight=False)
-    console.width = max(console.width, console.measure(shown).minimum)
+    console.width = max(
+        console.width, Measurement.get(console, console.options.update(max_width=10**4), shown).minimum
+    )
     console.print(shown)
 
 
 def figures(reports: Sequence[RobustnessReport]) -> Cells:
-    """A row for each report, and below it one for each control of its defence: images, accuracy of chance, clean, and
-    at each radius, in percent; other metrics after these; the attack if they differ, and milliseconds per image of
-    defences.
+    """A row for each report, and below it one for each control of its defence: number of images, and in percent the
+    clean accuracy, those at each radius, and other metrics; milliseconds per image, if there are defences. Reports of
+    the same images under the same attack stand together.
 
     Raises ValueError for no reports and for several norms, whose radii can't share columns.
     """
     norm = one_norm(reports)
     rows = headlines(reports)
     values = by_column(rows, rows["value"].map(_number))
-    attacks, defended = rows["full_attack"].nunique() > 1, rows["defence"].notna().any()
-    heads = ["", *(["attack"] if attacks else []), "n", "chance", *(head(metric, eps, norm) for metric, eps in values)]
-    lines = []
+    groups: dict[str, list[tuple[str, ...]]] = {}
     for (number, judge), texts in zip(values.index, values.to_numpy().tolist(), strict=True):
         report = reports[number]
-        own = [label(report), *([report.full_attack] if attacks else [])]
-        own += [str(report.num_images), _number(1 / report.num_classes)]
-        ms = f"{report.defence['ms_per_image']:.1f}" if report.defence else "-"
-        if judge:
-            own, ms = [f"  {judge}", *[""] * (len(own) - 1)], ""
-        lines.append((*own, *texts, *([ms] if defended else [])))
-    return Cells((*heads, *(["ms"] if defended else [])), tuple(lines), words=2 if attacks else 1)
+        ms = "" if judge else f"{report.defence['ms_per_image']:.1f}" if report.defence else "-"
+        group = f"{report.task} under {report.full_attack}, chance {percent(1 / report.num_classes)}"
+        name = f"control: {judge}" if judge else titled(report)
+        line = group, name, str(report.num_images), *texts, ms
+        groups.setdefault(group, []).append(line)
+    heads = ("images and attack", "", "n", *(head(metric, eps, norm) for metric, eps in values), "ms")
+    columns = len(heads) - (not any(report.defence for report in reports))
+    return Cells(heads[:columns], tuple(row[:columns] for own in groups.values() for row in own), grouped=True)
 
 
 def figures_by_task(reports: Sequence[RobustnessReport]) -> Cells:
@@ -167,10 +168,9 @@ def by_column(rows: DataFrame, texts: Any) -> DataFrame:
     return wide.reindex(index=order, columns=MultiIndex.from_tuples(pairs)).fillna("-")
 
 
-def label(report: RobustnessReport) -> str:
-    """What the first cell of a report's row says."""
-    by = f" with {report.defence['name']}" if report.defence else ""
-    return f"{report.name}{by}, {report.task}"
+def titled(report: RobustnessReport) -> str:
+    """The model's name, with that of its defence."""
+    return f"{report.name} with {report.defence['name']}" if report.defence else report.name
 
 
 def head(metric: str, eps: float, norm: str) -> str:
@@ -199,19 +199,30 @@ def by_model(reports: Sequence[RobustnessReport]) -> dict[str, list[RobustnessRe
     return rows
 
 
-def rich_table(cells: Cells, title: str, caption: str = "") -> Table:
-    """A `rich` table: words are wrapped, numbers never; no name is read as colours or pictures."""
-    from rich import box
+def as_text(cells: Cells, title: str, caption: str = "") -> RenderableType:
+    """Cells for `rich`: words are wrapped, numbers never; no name is read as colours or pictures."""
+    from rich.cells import cell_len
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=Text(title), caption=Text(caption), title_justify="left", caption_justify="left",
-                  box=box.SIMPLE_HEAD, pad_edge=False)  # fmt: skip
-    for i, name in enumerate(cells.heads):
-        shown.add_column(Text(name), justify="left" if i < cells.words else "right", no_wrap=i >= cells.words)
-    for row in cells.rows:
-        shown.add_row(*map(Text, row))
-    return shown
+    first, indent = int(cells.grouped), "  " * cells.grouped
+    widths = [max(map(cell_len, column)) for column in zip(cells.heads, *cells.rows, strict=True)][first:]
+    widths[0] += len(indent)
+    widths[0] = min(widths[0], max(WIDTH - sum(widths[1:]) - 2 * len(widths), 12))
+
+    def lines(rows: Sequence[Sequence[str]]) -> Table:
+        shown = Table.grid(padding=(0, 2, 0, 0))
+        for i, width in enumerate(widths):
+            shown.add_column(justify="right" if i else "left", no_wrap=i > 0, width=width)
+        for row in rows:
+            shown.add_row(Text(indent + row[first]), *map(Text, row[first + 1 :]))
+        return shown
+
+    parts: list[RenderableType] = [Text(title, style="bold"), lines([cells.heads])]
+    for group, rows in groupby(cells.rows, key=lambda row: row[0] if cells.grouped else ""):
+        parts += [*([Text(), Text(group, style="italic")] if group else []), lines([*rows])]
+    return Group(*parts, *([Text(), Text(caption)] if caption else []))
 
 
 def as_markdown(cells: Cells) -> str:

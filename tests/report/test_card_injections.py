@@ -11,8 +11,7 @@ from markdown_it import MarkdownIt
 from support.reports import BEFORE, INFO, PER_CLASS, SETTINGS, make_defence, make_report
 
 from hf_robust_clip.paper import Paper
-from hf_robust_clip.report import make_card, make_unmeasured_card
-from hf_robust_clip.report import prompt_hash
+from hf_robust_clip.report import make_card, make_unmeasured_card, prompt_hash
 
 HOSTILE = (
     'x"); import os; os.abort() #\n\n# Owned\n\n```python\nimport antigravity\n```\n<script>alert(1)</script>'

@@ -7,8 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 from support.reports import INFO, write_folder
 
-from hf_robust_clip.report import load_card_info, regenerate_card
-from hf_robust_clip.report import CONTROLS, load_reports
+from hf_robust_clip.report import CONTROLS, load_card_info, load_reports, regenerate_card
 
 ROOT = Path(__file__).parent.parent.parent / "hub_cards"
 FILES = ("README.md", "report.json", "recipe.yaml")

@@ -1,20 +1,22 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
-from support.reports import make_defence, make_report
+from support.reports import defence_rows, make_report
 
 from hf_robust_clip.metrics import wilson_interval
-from hf_robust_clip.report import plot_accuracy, plot_defences, plot_examples, plot_tradeoff, table
+from hf_robust_clip.report import plot, plot_accuracy, plot_defences, plot_examples, plot_tradeoff, table
 
 
 @pytest.mark.parametrize("norms", [(), ("l2", "linf")])
 def test_a_table_and_a_panel_hold_one_norm(norms, tmp_path):
     reports = {norm: make_report(norm=norm, name=norm) for norm in norms}
     for make in (
-        lambda: to_table(list(reports.values()), "t"),
+        lambda: table(list(reports.values()), "t"),
         lambda: plot_tradeoff(tmp_path / "a.png", list(reports.values()), "4/255"),
-        lambda: plot_accuracy(tmp_path / "a.png", {"task": reports}),
+        lambda: plot_accuracy(tmp_path / "a.png", list(reports.values())),
     ):
         with pytest.raises(ValueError, match="one norm, got " + (", ".join(norms) or "no reports")):
             make()
@@ -63,7 +65,7 @@ def many_reports():
 def test_plot_of_eight_models_and_six_panels(tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
     panels = many_reports()
-    plot_accuracy(tmp_path / "a.png", panels)
+    plot_accuracy(tmp_path / "a.png", [report for models in panels.values() for report in models.values()])
     check_layout(figures[0])
     picture = Image.open(tmp_path / "a.png")
     assert picture.width < 2 * picture.height < 4000, "two rows"
@@ -89,20 +91,19 @@ def test_plots_of_one_and_of_four_panels(norm, tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
     report = make_report(norm=norm, robust_accuracy={0.25: 0.7, 0.5: 0.2})
     auto = make_report(norm=norm, robust_accuracy={0.25: 0.6, 0.5: 0.1}, attack="AutoAttack", num_images=20)
-    plot_accuracy(
-        tmp_path / "a.png", {"trained": {"TeCoA": report} | {f"a rather long name {i}": report for i in "abcdefg"}}
-    )
-    plot_accuracy(tmp_path / "b.png", {task: {"PGD": report, "AA": auto} for task in "abcd"})
+    names = ["TeCoA", *(f"a rather long name {i}" for i in "abcdefg")]
+    plot_accuracy(tmp_path / "a.png", [replace(report, name=name) for name in names])
+    plot_accuracy(tmp_path / "b.png", [replace(own, task=task) for task in "ab" for own in (report, auto)])
     for figure, panels in zip(figures, (1, 4), strict=True):
         check_layout(figure)
         assert len(figure.axes) == panels
         assert figure.axes[0].bbox.height > 0.5 * figure.axes[0].bbox.width
     assert figures[1].axes[0].get_ylabel() == "accuracy under attack"
-    assert figures[1].axes[0].get_title() == "a\nn = 20 to 40"
+    assert [axis.get_title() for axis in figures[1].axes[:2]] == ["a, PGD-20\nn = 40", "a, AutoAttack\nn = 20"]
     assert ("L-inf" if norm == "linf" else "L2") in figures[0].axes[0].get_xlabel()
     assert figures[0].axes[0].lines[0].get_xdata()[-1] == (127.5 if norm == "linf" else 0.5)
-    with pytest.raises(ValueError, match="no panels"):
-        plot_accuracy(tmp_path / "c.png", {})
+    with pytest.raises(ValueError, match="two reports of TeCoA, trained"):
+        plot_accuracy(tmp_path / "c.png", [report, report])
 
 
 def test_tradeoff_of_eight_models_and_six_tasks(tmp_path, monkeypatch):
@@ -147,6 +148,7 @@ def test_examples_show_what_was_changed_and_seen(channels, size, tmp_path, monke
             assert np.array_equal(row[column].reshape(size, size, -1), picture.transpose(1, 2, 0))
     said = [[axis.get_xlabel().replace("\n", " ") for axis in row] for row in grid]
     assert said == [["cat (right)", "", "cat (right)"], [f"{names[1]} (right)", "", "dog (WRONG)"]]
+    assert [axis.get_ylabel().splitlines()[-1] for axis in grid[:, 0]] == ["withstood", "FELL"]
     assert "truth: cat" in grid[0, 0].get_ylabel()
     assert grid[0, 0].images[0].get_interpolation() == ("nearest" if size == 8 else "antialiased")
 
@@ -182,3 +184,31 @@ def test_examples_outside_the_range_are_refused(value, tmp_path):
             plot_examples(tmp_path / "a.png", *pictures, ["a"], ["a"], ["a"])
 
 
+def test_the_plot_of_defences_shows_every_row(tmp_path, monkeypatch):
+    drawn = {}
+
+    def look(figure, path, **settings):
+        (axis,) = figure.axes
+        drawn["rows"] = [label.get_text() for label in axis.get_yticklabels()]
+        drawn["points"] = {line.get_label(): list(line.get_xdata()) for line in axis.lines}
+        FigureCanvasAgg(figure).print_png(path)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", look)
+    plot_defences(tmp_path / "defences.png", defence_rows())
+    assert drawn["rows"] == ["CLIP", "TAPT"]
+    assert drawn["points"]["clean"] == [90, 90]
+    assert drawn["points"]["worst of all attacks"] == [25, 10]
+    assert drawn["points"]["ensemble-64, same images"] == [75]
+    assert Image.open(tmp_path / "defences.png").size > (300, 100)
+
+
+def test_the_plot_of_a_run_fits_its_reports(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    plain, defended = defence_rows().values()
+    plot(tmp_path / "a.png", plain[:1])
+    plot(tmp_path / "b.png", [*plain, *defended])
+    assert [figure.axes[0].get_xlabel() for figure in figures] == [
+        "L-inf eps (grey levels of 255)",
+        "accuracy in percent",
+    ]
+    assert [label.get_text() for label in figures[1].axes[0].get_yticklabels()] == ["TeCoA"]

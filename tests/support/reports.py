@@ -78,6 +78,16 @@ def make_report(
     return RobustnessReport(**{**values, **changes})
 
 
+def defence_rows() -> dict[str, list[RobustnessReport]]:
+    """By label: a classifier under two attacks, and a defence of it under two kinds of attack, at 4/255 alone."""
+    static = [make_report(), make_report(attack="APGD")]
+    defended = dict(defence=make_defence(), robust_accuracy={4 / 255: 0.25})
+    blind = make_report(attack_target="defence_blind", **defended)
+    defended["robust_accuracy"] = {4 / 255: 0.1}
+    worst = make_report(attack="all", attack_target="adaptive_worst", **defended)
+    return {"CLIP": static, "TAPT": [blind, worst]}
+
+
 SETTINGS = {
     "method": "PMG-AFT",
     "objective": {"alpha": 1.0, "temperature": None},
