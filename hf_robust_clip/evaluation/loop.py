@@ -25,6 +25,7 @@ from tqdm import tqdm
 from ..attacks.auto_attack import AutoAttack
 from ..attacks.pgd import LogitsFn, misclassified
 from ..attacks.suites import PGD, Member, Suite, Victim, find_adversarial, is_optimising, is_randomised, run_member
+from ..attacks.views import KNOWN_VIEWS
 from ..checks import Blindness, check_logits, checked_labels
 from ..defences.base import Defence, GradientPath, Prediction, with_prompts
 from ..digests import signed, unsigned
@@ -32,9 +33,9 @@ from ..environment import hardware, library_versions
 from ..modeling import CLIPForZeroShotClassification, without_gradients
 from ..names import check_shown
 from ..processes import Processes, everyone, together
+from ..report.plots import choose_examples
 from ..report.report import (
     CONTROLS,
-    TARGETS,
     AttackTarget,
     RobustnessReport,
     accuracies,
@@ -336,7 +337,7 @@ def evaluate_robustness(
         prompt_hash=prompt_hash(model.class_names, model.templates),
         attack=settings.attack.name(num_classes),
         attack_parameters=_attack_parameters(settings, threats, num_classes),
-        view=TARGETS[settings.target],
+        view=KNOWN_VIEWS[settings.target],
         attack_resolution=resolution,
         norm=settings.norm,
         model_flags=found.flags,
@@ -362,7 +363,7 @@ def adversarial_examples(
     """A few images, attacked at the largest radius by the first attack, for `report.plot_examples`.
 
     Returns (images (N, C, H, W), adversarial images, true names, names predicted before, names predicted after), at
-    most `count` of the first 64 images of the dataset: those that fall first.
+    most `count` of the first 64 images of the dataset: some that fell and some that withstood.
     """
     examples = [dataset[i] for i in range(min(64, len(dataset)))]
     batch = collate_images(examples)
@@ -375,7 +376,7 @@ def adversarial_examples(
         victim = Victim(lambda pixels: model(pixel_values=pixels).logits, seed=settings.seed)
         right = ~misclassified(victim.logits_fn, images, labels)
         adv, stands = run_member(member, victim, images, labels, threat_model)
-        order = (right & ~stands).int().sort(descending=True, stable=True).indices[:count]
+        order = choose_examples(right.tolist(), stands.tolist(), count)
         with torch.no_grad():
             was, became = (victim.logits_fn(pixels[order]).argmax(dim=1) for pixels in (images, adv))
     truth, was_named, named = (

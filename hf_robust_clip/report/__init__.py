@@ -5,11 +5,9 @@ from .files import load_reports, read_report_file, save_csv, save_reports
 from .plots import plot, plot_accuracy, plot_defences, plot_examples, plot_tradeoff
 from .report import (
     CONTROLS,
-    TARGETS,
     AttackTarget,
     Measurement,
     RobustnessReport,
-    View,
     accuracies,
     blind_warning,
     frame,
@@ -21,12 +19,10 @@ from .tables import as_markdown, by_model, figures_by_task, figures_of_defences,
 
 __all__ = [
     "CONTROLS",
-    "TARGETS",
     "AttackTarget",
     "CardInfo",
     "Measurement",
     "RobustnessReport",
-    "View",
     "accuracies",
     "as_markdown",
     "blind_warning",

@@ -13,13 +13,14 @@ from typing import Any, Literal
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment
 
+from ..attacks.views import KNOWN_VIEWS
 from ..digits_clip import EMBEDDED_MODEL
 from ..names import is_repo_id
 from ..paper import Paper
 from ..secrets import refuse_tokens
 from ..storage import write_text
 from .files import load_reports, read_report_file, save_reports
-from .report import CLEAN, ROBUST, TARGETS, RobustnessReport, blind_warning, frame, percent
+from .report import CLEAN, ROBUST, RobustnessReport, blind_warning, frame, percent
 from .tables import by_column, cell, head, headlines, titled
 
 LIBRARY = "hf_robust_clip"
@@ -444,8 +445,8 @@ def _by_defence(reports: Sequence[RobustnessReport]) -> list[list[RobustnessRepo
             settings = json.dumps(report.defence["parameters"], sort_keys=True)
             key = report.name, report.defence["name"], settings, report.dataset, report.task, report.norm
             groups.setdefault(key, []).append(report)
-    order = list(TARGETS)
-    through = [view.name for view in TARGETS.values() if view.goes_through]
+    order = list(KNOWN_VIEWS)
+    through = [view.name for view in KNOWN_VIEWS.values() if view.goes_through]
     for own in groups.values():
         own.sort(key=lambda report: order.index(report.view.name) if report.view.name in order else len(order))
         blind = next((report for report in own if report.view.alone and report.view.of_defence), None)

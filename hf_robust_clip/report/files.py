@@ -8,9 +8,10 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..attacks.views import View
 from ..digests import digests
 from ..storage import read_json, whole_file, write_text
-from .report import Measurement, RobustnessReport, View, frame
+from .report import Measurement, RobustnessReport, frame
 
 if TYPE_CHECKING:
     from .card import CardInfo

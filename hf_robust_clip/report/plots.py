@@ -125,6 +125,22 @@ def _panel_rows(reports: Sequence[RobustnessReport], panel: list[str]) -> tuple[
     return rows, norm
 
 
+def choose_examples(right: Sequence[bool], stands: Sequence[bool], count: int = 6) -> list[int]:
+    """Indices of images to show: those that fell, a third of `count` that withstood, then what there is.
+
+    Args:
+        right: whether each clean image is classified correctly.
+        stands: whether it still is under attack.
+        count: how many to show at most.
+    """
+    fates: dict[str, list[int]] = {"fell": [], "withstood": [], "wrong": []}
+    for index, (before, after) in enumerate(zip(right, stands, strict=True)):
+        fates["wrong" if not before else "withstood" if after else "fell"].append(index)
+    fell, withstood, wrong = fates.values()
+    few = min(len(withstood), count // 3)
+    return [*fell[: count - few], *withstood[:few], *fell[count - few :], *withstood[few:], *wrong][:count]
+
+
 @_plain_text()
 def plot_examples(
     path: str | Path,

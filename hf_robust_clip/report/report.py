@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..attacks.views import KNOWN_VIEWS, View
 from ..checks import BLIND_ABOVE
 from ..metrics import wilson_interval
 from ..secrets import refuse_tokens
@@ -20,40 +21,6 @@ if TYPE_CHECKING:
 AttackTarget = Literal["static", "defence_blind", "adaptive", "bpda", "transfer_from_adapted", "adaptive_worst"]
 CONTROLS = ("static prompts", "random prompts", "ensemble-64")
 CLEAN, ROBUST = "accuracy", "robust_accuracy"
-
-
-@dataclass(frozen=True)
-class View:
-    """What an attack saw of the classifier or defence under attack.
-
-    Args:
-        name: e.g. `"adaptive"`.
-        text: the same in a few words, for cards.
-        goes_through: whether gradients went through the whole defence.
-        alone: whether the attack was made on the classifier alone, as if there were no defence.
-        of_defence: whether it makes sense only where there is a defence.
-    """
-
-    name: str
-    text: str
-    goes_through: bool = False
-    alone: bool = False
-    of_defence: bool = False
-
-
-_VIEWS = (
-    View("static", "white box on the plain classifier", alone=True),
-    View("defence_blind", "made on the classifier without its defence, then shown to the defence", alone=True,
-         of_defence=True),
-    View("adaptive", "white box through the whole defence", goes_through=True, of_defence=True),
-    View("bpda", "through the whole defence, what has no gradient replaced in the backward pass", goes_through=True,
-         of_defence=True),
-    View("transfer_from_adapted", "made on the adapted classifier held fixed, then shown to the defence",
-         of_defence=True),
-    View("adaptive_worst", "each attack on the defence in turn, on the images that withstood the ones before",
-         goes_through=True, of_defence=True),
-)  # fmt: skip
-TARGETS: dict[str, View] = {view.name: view for view in _VIEWS}  # weakest first
 
 
 @dataclass(frozen=True)
@@ -163,7 +130,7 @@ class RobustnessReport:
         prompt_hash: SHA-256 (16 digits) of class names and templates, in order.
         attack, attack_parameters: e.g. `"PGD-20"`, and all its settings, in JSON types; a list under `"step_size"` has
             one for each radius, a dict under `"left_out"` says why members of a suite did not run.
-        view: what the attack saw; `TARGETS` has those of this library.
+        view: what the attack saw; `KNOWN_VIEWS` has those of this library.
         attack_resolution: side of the attacked images in pixels.
         norm: `"linf"` or `"l2"`.
         model_flags: what was checked of the model before the attack: `{"randomised": False, "optimising": False}`.
@@ -233,8 +200,8 @@ class RobustnessReport:
         self._check_classes()
 
     def _check_view(self) -> None:
-        if TARGETS.get(self.view.name, self.view) != self.view:
-            raise ValueError(f"view={self.view!r} is not what {self.view.name!r} is: {TARGETS[self.view.name]!r}.")
+        if self.view != (known := KNOWN_VIEWS.get(self.view.name, self.view)):
+            raise ValueError(f"view={self.view!r} is not what {self.view.name!r} is: {known!r}.")
         if self.defence is None and self.view.of_defence:
             raise ValueError(f"view={self.view.name!r} is an attack on a test-time defence; defence is missing.")
 

@@ -15,6 +15,7 @@ from hf_robust_clip.attacks.auto_attack import AutoAttack
 from hf_robust_clip.attacks.losses import cross_entropy
 from hf_robust_clip.attacks.pgd import pgd
 from hf_robust_clip.attacks.suites import PGD
+from hf_robust_clip.attacks.views import STATIC
 from hf_robust_clip.defences.base import Defence, Prediction, Traits, with_prompts
 from hf_robust_clip.defences.ensemble import Ensemble
 from hf_robust_clip.defences.tapt import TAPT
@@ -29,7 +30,6 @@ from hf_robust_clip.evaluation.loop import (
 )
 from hf_robust_clip.paper import Paper
 from hf_robust_clip.report import CONTROLS
-from hf_robust_clip.report import TARGETS as VIEWS
 from hf_robust_clip.threat_model import ThreatModel
 
 sys.path.append(str(Path(__file__).parents[1] / "prompts"))
@@ -349,7 +349,7 @@ def test_suites_without_an_attack_are_refused():
 def test_a_report_of_a_defence_needs_target_and_controls():
     report = run(Noise(), count=2)
     with pytest.raises(ValueError, match="'static' says nothing of toy"):
-        replace(report, view=VIEWS["static"])
+        replace(report, view=STATIC)
     with pytest.raises(ValueError, match="controls ensemble-64"):
         replace(report, measurements=[own for own in report.measurements if own.judge != "ensemble-64"])
     with pytest.raises(ValueError, match="defence is missing"):

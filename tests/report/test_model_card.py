@@ -7,8 +7,8 @@ import pytest
 from huggingface_hub import ModelCard
 from support.reports import BEFORE, INFO, OWN, SETTINGS, auto_attack, make_defence, make_report, write_folder
 
+from hf_robust_clip.attacks.views import KNOWN_VIEWS
 from hf_robust_clip.report import (
-    TARGETS,
     Measurement,
     blind_warning,
     load_card_info,
@@ -222,7 +222,7 @@ def test_other_parameters_targets_and_norms_make_other_tables():
     ]
     assert [len(table) for table in tables(text)[1:]] == [2, 3, 2, 2, 5]
     assert tables(text)[-2][0][-1] == "L2 eps=0.5"
-    assert f"Attack: {TARGETS['adaptive'].text} (`attack_target: adaptive`)" in text
+    assert f"Attack: {KNOWN_VIEWS['adaptive'].text} (`attack_target: adaptive`)" in text
     assert "before the attack: randomised **yes**, optimising no." in text
     assert len(card.data.eval_results) == len({row.unique_identifier for row in card.data.eval_results}) == 9
 

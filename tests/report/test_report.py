@@ -3,12 +3,11 @@ from dataclasses import MISSING, fields, replace
 import pytest
 from support.reports import PER_CLASS, make_controls, make_defence, make_report
 
+from hf_robust_clip.attacks.views import KNOWN_VIEWS, View
 from hf_robust_clip.metrics import wilson_interval
 from hf_robust_clip.report import (
-    TARGETS,
     Measurement,
     RobustnessReport,
-    View,
     accuracies,
     blind_warning,
     frame,
@@ -149,7 +148,7 @@ def test_a_view_of_somebody_else_needs_no_list():
     view = View("surrogate", "made on another model, then shown to the defence")
     assert make_report(view=view).full_attack == "PGD-20 (surrogate)"
     assert make_report(view=view, defence=make_defence()).attack_target == "surrogate"
-    assert make_report(attack_target="bpda", defence=make_defence()).view == TARGETS["bpda"]
+    assert make_report(attack_target="bpda", defence=make_defence()).view == KNOWN_VIEWS["bpda"]
 
 
 # ---- numbers

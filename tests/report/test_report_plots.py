@@ -8,6 +8,7 @@ from support.reports import defence_rows, make_report
 
 from hf_robust_clip.metrics import wilson_interval
 from hf_robust_clip.report import plot, plot_accuracy, plot_defences, plot_examples, plot_tradeoff, table
+from hf_robust_clip.report.plots import choose_examples
 
 
 @pytest.mark.parametrize("norms", [(), ("l2", "linf")])
@@ -127,6 +128,20 @@ def test_a_tradeoff_needs_one_point_for_each_model(tmp_path):
         plot_tradeoff(tmp_path / "a.png", [make_report()], "2/255")
     with pytest.raises(ValueError, match="two reports of TeCoA, trained classes"):
         plot_tradeoff(tmp_path / "a.png", [make_report(), make_report(attack="AutoAttack")], "4/255")
+
+
+@pytest.mark.parametrize(
+    ("fates", "shown"),
+    [
+        ("ffffffffss", [0, 1, 2, 3, 8, 9]),
+        ("fssssssss", [0, 1, 2, 3, 4, 5]),
+        ("wfws", [1, 3, 0, 2]),
+        ("www", [0, 1, 2]),
+    ],
+)
+def test_examples_that_fell_and_that_withstood_are_chosen(fates, shown):
+    """f fell, s stands, w was wrong before."""
+    assert choose_examples([c != "w" for c in fates], [c == "s" for c in fates], count=6) == shown
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 224)])

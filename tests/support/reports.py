@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from hf_robust_clip.attacks.views import KNOWN_VIEWS
 from hf_robust_clip.objectives.pmg_aft import PMGAFT
-from hf_robust_clip.report import TARGETS, CardInfo, RobustnessReport, accuracies, make_card, prompt_hash, save_reports
+from hf_robust_clip.report import CardInfo, RobustnessReport, accuracies, make_card, prompt_hash, save_reports
 
 PER_CLASS = {"cat": (20, 19, 5), "dog": (20, 17, 5)}
 RADII = (1 / 255, 4 / 255)
@@ -64,7 +65,7 @@ def make_report(
         prompt_hash=prompt_hash(["cat", "dog"], ["a {}"]),
         attack="PGD-20",
         attack_parameters={"num_steps": 20, "step_size": [0.1, 0.2], "random_start": True, "loss": "cross_entropy"},
-        view=TARGETS[attack_target],
+        view=KNOWN_VIEWS[attack_target],
         attack_resolution=8,
         norm="linf",
         model_flags={"randomised": False, "optimising": False},
