@@ -47,7 +47,7 @@ def finished(tmp_path_factory):
 
 def test_it_prints_before_and_after_and_saves_a_small_adapter(finished):
     folder, printed = finished
-    for row in ("undefended, few", "CoOp, few", "APT-VLI, few"):
+    for row in ("\nfew under ", "\n  undefended ", "\n  CoOp ", "\n  APT-VLI "):
         assert row in printed
     assert "PeftModel.from_pretrained" in printed
     names = {path.name for path in folder.iterdir()}
