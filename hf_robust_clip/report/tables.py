@@ -46,10 +46,9 @@ def print_table(shown: RenderableType) -> None:
     from rich.console import Console
     from rich.measure import Measurement
 
-    console = Console(width=max(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns), highlight=False)
-    console.width = max(
-        console.width, Measurement.get(console, console.options.update(max_width=10**4), shown).minimum
-    )
+    console = Console(highlight=False)
+    least = Measurement.get(console, console.options.update(max_width=10**4), shown).minimum
+    console.width = max(WIDTH, shutil.get_terminal_size().columns, least)
     console.print(shown)
 
 
