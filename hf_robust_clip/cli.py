@@ -9,7 +9,6 @@ import difflib
 import inspect
 import os
 import re
-import shutil
 import signal
 import sys
 import traceback
@@ -37,7 +36,6 @@ from .typed_settings import parse_yaml, read_text, typed_value
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from rich.table import Table
 
     from .attacks.suites import Suite
     from .defences.base import Defence
@@ -840,8 +838,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     from .hub import clear_checkpoints, clear_model, clear_states, dump_recipe, prepare_repository, push_folder
     from .names import hub_name, is_path, shown_folder, shown_name, task_titles, without_paths
     from .processes import join_processes, what_runs
-    from .report.card import CardInfo, make_card
-    from .report.report import blind_warning, percent, plot_accuracy, plot_defences, save_reports, to_table
+    from .report import CardInfo, blind_warning, make_card, percent, plot, print_table, save_reports, table
     from .saving import Saving
     from .training.checkpoints import NothingToResume
 
@@ -963,17 +960,14 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
 
         def show() -> None:
             about = f"before and after {title} ({rows[0].attack}, {recipe.training.threat_model()} in training)"
-            print_table(defence_table(rows, about), 120) if adaptations else print_table(to_table(rows, about), 100)
+            print_table(table(rows, about))
             zeros = percent(max(r.zero_gradient_share for r in rows))
             print(f"exactly-zero input gradients in the attacks: at most {zeros}")
             if warning := blind_warning(rows):
                 print(f"\n{warning}\n")
 
-        def plot() -> str:
-            if adaptations:
-                plot_defences(folder / "accuracy.png", by_model(rows))
-            else:
-                plot_accuracy(folder / "accuracy.png", by_task)
+        def draw() -> str:
+            plot(folder / "accuracy.png", rows)
             return "accuracy.png"
 
         def publish(info: CardInfo) -> None:
@@ -999,7 +993,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
             license="apache-2.0" if recipe.model.name == EMBEDDED_MODEL else None,
         )
         publish(info)
-        if saving.attempt("accuracy.png", plot) is None:
+        if saving.attempt("accuracy.png", draw) is None:
             publish(replace(info, plot=None))
     processes.wait_for_everyone()
     saving.finish()
@@ -1058,36 +1052,6 @@ def save_trained(trained: Any, folder: Path) -> None:
         return
     with written_whole(folder) as draft:
         trained.save_pretrained(draft)
-
-
-def defence_table(reports: Sequence[RobustnessReport], title: str) -> Table:
-    """`report.defence_cells` as a `rich` table, a row for each model and task."""
-    from rich.table import Table
-
-    from .report.report import defence_cells, templates_told
-
-    heads, cells = defence_cells(by_model(reports))
-    about = "blind: made on the classifier alone (without a defence: white box); controls: clean/blind; ms: each"
-    table = Table(
-        title=title,
-        title_justify="left",
-        caption="; ".join(filter(None, [about, templates_told(reports)])),
-    )
-    table.add_column("", no_wrap=True)
-    for head in heads[1:]:
-        table.add_column(head.replace(" ", "\n"), justify="right", no_wrap=True)
-    for row in cells:
-        table.add_row(*(cell.replace(" / ", "/") for cell in row))
-    return table
-
-
-def by_model(reports: Sequence[RobustnessReport]) -> dict[str, list[RobustnessReport]]:
-    """The reports of each model and task, by what tables call them."""
-    several = len({report.task for report in reports}) > 1
-    rows: dict[str, list[RobustnessReport]] = {}
-    for report in reports:
-        rows.setdefault(f"{report.name}, {report.task}" if several else report.name, []).append(report)
-    return rows
 
 
 def rival_prompts(recipe: Recipe, method: str) -> ClipPromptConfig | None:
@@ -1158,15 +1122,16 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
     from .hub import clear_states, dump_recipe
     from .names import task_titles, titles
     from .processes import check_sharding, join_processes, what_runs
-    from .report.report import (
+    from .report import (
         blind_warning,
         percent,
         plot_accuracy,
         plot_examples,
         plot_tradeoff,
+        print_table,
         save_csv,
         save_reports,
-        to_table,
+        table,
     )
     from .saving import Saving
 
@@ -1226,7 +1191,7 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
     others = [report for report in reports if report.model != recipe.model.name]
 
     def show() -> None:
-        print_table(to_table(reports, called[recipe.model.name]), 110)
+        print_table(table(reports, called[recipe.model.name]))
         share = percent(max(r.zero_gradient_share for r in reports))
         print(f"exactly-zero input gradients in the attacks: at most {share}")
         for line in filter(None, dict.fromkeys([*remarks, blind_warning(reports)])):
@@ -1240,11 +1205,7 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
         saving.save("report.json", lambda: save_reports(folder / "report.json", own_reports, others))
         saving.save("report.csv", lambda: save_csv(folder / "report.csv", reports))
         saving.save("recipe.yaml", lambda: write_text(folder / "recipe.yaml", dump_recipe(recipe.source)))
-        panels: dict[str, dict[str, RobustnessReport]] = {}
-        for report in reports:
-            panel = report.task if len(recipe.evaluations) == 1 else f"{report.task}, {report.full_attack}"
-            panels.setdefault(panel, {})[report.name] = report
-        plots = {"accuracy.png": partial(plot_accuracy, folder / "accuracy.png", panels)}
+        plots = {"accuracy.png": partial(plot_accuracy, folder / "accuracy.png", reports)}
         if strip:
             plots["examples.png"] = partial(plot_examples, folder / "examples.png", *strip)
         if len(names) > 1:
@@ -1259,14 +1220,6 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
     if processes.is_main_process:
         saving.attempt("a line", lambda: processes.print(f"saved to {folder}: {', '.join(written)}"))
     return own_reports
-
-
-def print_table(table: Table, least_width: int) -> None:
-    """Print a table as it is: no name in it is read as colours or pictures."""
-    from rich.console import Console
-
-    width = max(least_width, shutil.get_terminal_size().columns)
-    Console(width=width, markup=False, emoji=False).print(table)
 
 
 def with_statistics(recipe: EvaluationRecipe, model: ModelSettings) -> Defence | None:
@@ -1291,11 +1244,10 @@ def with_statistics(recipe: EvaluationRecipe, model: ModelSettings) -> Defence |
 
 def self_check(report: RobustnessReport) -> str:
     """Whether the attack brought an undefended reference to about nothing, in one line."""
-    from .report.report import percent
-    from .threat_model import ThreatModel
+    from .report import percent
 
     radius, left = max(report.robust_accuracy.items())
-    at = f"{report.attack} at {ThreatModel(radius, report.norm)} on {report.task}"  # type: ignore[arg-type]
+    at = f"{report.attack} at {report.threat(radius)} on {report.task}"
     if left <= 0.05:
         return f"self-check: the undefended {report.name} falls to {percent(left)} under {at}: the attack works."
     return (

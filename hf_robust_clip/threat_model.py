@@ -67,10 +67,14 @@ class ThreatModel:
         object.__setattr__(self, "eps", eps)
 
     def __str__(self) -> str:
+        return f"{'L-inf' if self.norm == 'linf' else 'L2'} eps={self.radius}"
+
+    @property
+    def radius(self) -> str:
+        """The radius as people write it: `"4/255"` for whole grey levels of L-inf, else a decimal number."""
         levels = self.eps * 255
         whole = math.isclose(levels, round(levels), rel_tol=1e-6)
-        radius = f"{round(levels)}/255" if whole and self.norm == "linf" else f"{self.eps:.4g}"
-        return f"{'L-inf' if self.norm == 'linf' else 'L2'} eps={radius}"
+        return f"{round(levels)}/255" if whole and self.norm == "linf" else f"{self.eps:.4g}"
 
     def checked(self, images_BCHW: Tensor) -> Tensor:
         """The images, if they can be attacked: finite, within `bounds` (rounding brought back), in float32 or finer.

@@ -38,10 +38,11 @@ from hf_robust_clip.defences.tapt import TAPT
 from hf_robust_clip.defences.tpt import TPT
 from hf_robust_clip.defences.ttc import TTC
 from hf_robust_clip.evaluation.loop import AdaptiveWorst, EvaluationSettings, evaluate_robustness
-from hf_robust_clip.report.report import (
+from hf_robust_clip.report import (
     AttackTarget,
     RobustnessReport,
-    defence_table,
+    as_markdown,
+    figures_of_defences,
     load_reports,
     plot_defences,
     save_csv,
@@ -224,7 +225,8 @@ def main() -> None:
             "every attack through the defence. Controls: clean / under the PGD-20 that the defence was shown. ms: per "
             "image, one thread, 16 images at once."
         )
-        text = f"# Test-time defences in {name}\n\n{about}\n\n{defence_table(rows)}\n\n![accuracies]({name}.png)\n"
+        table = as_markdown(figures_of_defences(rows))
+        text = f"# Test-time defences in {name}\n\n{about}\n\n{table}\n\n![accuracies]({name}.png)\n"
         (place / f"{name}.md").write_text(text, encoding="utf-8")
 
 

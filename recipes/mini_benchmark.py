@@ -20,17 +20,18 @@ import datasets
 import yaml
 
 from hf_robust_clip.cli import EVALUATION_SECTIONS, evaluate, parse_arguments, read_evaluation, read_recipe, train
-from hf_robust_clip.report.card import load_card_info, make_card
-from hf_robust_clip.report.report import (
+from hf_robust_clip.report import (
     RobustnessReport,
+    as_markdown,
+    figures_by_task,
+    load_card_info,
     load_reports,
-    percent,
+    make_card,
     plot_accuracy,
     plot_tradeoff,
     save_csv,
     save_reports,
 )
-from hf_robust_clip.threat_model import ThreatModel
 
 CONFIGS = Path(__file__).parent / "configs/mini-clip"
 RUNS = {
@@ -127,27 +128,6 @@ def card_name(run: str) -> str:
     return "mini-clip" if run == "mini-clip" else f"mini-clip-{run.replace('_', '-')}"
 
 
-def table(reports: Sequence[RobustnessReport]) -> str:
-    """Markdown: a row per model; columns task by task, clean and robust at each radius."""
-    tasks = list(dict.fromkeys(report.task for report in reports))
-    by_name: dict[str, dict[str, RobustnessReport]] = {}
-    for report in reports:
-        by_name.setdefault(report.name, {})[report.task] = report
-    radii = list(reports[0].robust_accuracy)
-    cells = ["clean", *(str(ThreatModel(radius)).split("=")[1] for radius in radii)]
-    first = by_name[reports[0].name]
-    lines = [
-        "| |" + "".join(f" {task} (n={first[task].num_images}): {' / '.join(cells)} |" for task in tasks),
-        "|---|" + "---|" * len(tasks),
-    ]
-    for name, row in by_name.items():
-        figures = ([row[task].clean_accuracy, *row[task].robust_accuracy.values()] for task in tasks)
-        lines.append(
-            f"| {name} |" + "".join(f" {' / '.join(percent(v)[:-2] for v in values)} |" for values in figures)
-        )
-    return "\n".join(lines)
-
-
 def write_cards(
     cards_dir: Path, output_dir: Path, reports: Sequence[RobustnessReport], chosen: dict[str, str]
 ) -> None:
@@ -173,12 +153,10 @@ def write_cards(
     parts = ["# Mini-benchmark\n\n" + "".join(f"- {line}\n" for line in LIMITS.splitlines())]
     for attack in attacks:
         group = [report for report in reports if report.attack == attack]
-        parts.append(f"## {attack}\n\nAccuracy in percent, clean and at each L-inf radius.\n\n{table(group)}\n")
-        panels: dict[str, dict[str, RobustnessReport]] = {}
-        for report in group:
-            panels.setdefault(report.task, {})[report.name] = report
+        table = as_markdown(figures_by_task(group))
+        parts.append(f"## {attack}\n\nAccuracy in percent, clean and at each L-inf radius.\n\n{table}\n")
         file = "".join(c if c.isalnum() else "_" for c in attack.lower())
-        plot_accuracy(place / f"{file}.png", panels)
+        plot_accuracy(place / f"{file}.png", group)
         plot_tradeoff(place / f"{file}_tradeoff.png", group, TRAINED_AT)
         parts.append(f"![accuracy against eps]({file}.png)\n\n![clean against robust]({file}_tradeoff.png)\n")
     lines = ["| | " + " | ".join(LEARNING_RATES) + " | chosen |", "|---|" + "---|" * (len(LEARNING_RATES) + 1)]

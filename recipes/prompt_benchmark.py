@@ -11,11 +11,18 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from mini_benchmark import LIMITS, OWNER, evaluate_all, table
+from mini_benchmark import LIMITS, OWNER, evaluate_all
 
 from hf_robust_clip.cli import parse_arguments, read_recipe, train
-from hf_robust_clip.report.card import load_card_info, make_card
-from hf_robust_clip.report.report import RobustnessReport, save_csv, save_reports
+from hf_robust_clip.report import (
+    RobustnessReport,
+    as_markdown,
+    figures_by_task,
+    load_card_info,
+    make_card,
+    save_csv,
+    save_reports,
+)
 
 CONFIGS = Path(__file__).parent / "configs"
 MODELS = {
@@ -99,7 +106,7 @@ def main() -> None:
         parts = [f"# Prompts in {model}\n\nAccuracy in percent, clean and at each L-inf radius, white box.\n"]
         for attack in dict.fromkeys(report.attack for report in reports):
             group = [report for report in reports if report.attack == attack]
-            parts.append(f"## {attack}\n\n{table(group)}\n")
+            parts.append(f"## {attack}\n\n{as_markdown(figures_by_task(group))}\n")
         (place / f"{model}.md").write_text("\n".join(parts), encoding="utf-8")
 
 

@@ -37,7 +37,7 @@ from test_card_injections import BENIGN, HOSTILE, cards, outline, python_blocks
 from transformers import CLIPTokenizer
 
 from hf_robust_clip import TTC, CLIPForZeroShotClassification, DefendedClassifier, cli
-from hf_robust_clip.report.report import load_reports
+from hf_robust_clip.report import load_reports
 from hf_robust_clip.zero_shot_data.loading import load_image_dataset
 
 CONFIGS = Path(__file__).parents[1] / "recipes/configs"

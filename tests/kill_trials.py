@@ -26,7 +26,7 @@ from training_script import digits_report, long_run, state
 
 from hf_robust_clip.cli import run_recipe
 from hf_robust_clip.digests import digest
-from hf_robust_clip.report.report import read_report_file
+from hf_robust_clip.report import read_report_file
 from hf_robust_clip.training.checkpoints import RUN_FILE, NothingToResume
 
 RECIPES = {

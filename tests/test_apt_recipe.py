@@ -16,8 +16,7 @@ from peft import PeftModel
 
 from hf_robust_clip import CLIPForZeroShotClassification, digits_clip_path
 from hf_robust_clip.cli import ModelSettings, load_model, run_evaluation, run_recipe
-from hf_robust_clip.report.card import regenerate_card
-from hf_robust_clip.report.report import load_reports
+from hf_robust_clip.report import load_reports, regenerate_card
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -48,7 +47,7 @@ def finished(tmp_path_factory):
 
 def test_it_prints_before_and_after_and_saves_a_small_adapter(finished):
     folder, printed = finished
-    for row in ("undefended, few", "CoOp, few", "APT-VLI, few"):
+    for row in ("\nfew under ", "\n  undefended ", "\n  CoOp ", "\n  APT-VLI "):
         assert row in printed
     assert "PeftModel.from_pretrained" in printed
     names = {path.name for path in folder.iterdir()}

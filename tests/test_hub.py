@@ -67,12 +67,11 @@ def hub(tmp_path_factory):
     """The server, what the client saw, and the folder that it pushed."""
     from conftest import make_clip, make_processor
     from hub_server import HubServer
-    from test_report import make_report
+    from support.reports import make_report
 
     from hf_robust_clip.modeling import CLIPForZeroShotClassification
     from hf_robust_clip.objectives.tecoa import TeCoA
-    from hf_robust_clip.report.card import CardInfo, make_card
-    from hf_robust_clip.report.report import save_reports
+    from hf_robust_clip.report import CardInfo, make_card, save_reports
 
     work = tmp_path_factory.mktemp("hub")
     folder = work / "model"

@@ -185,10 +185,10 @@ def hub(tmp_path_factory):
     """The server, what the client saw, its folder, what it printed, and the environment for another."""
     from conftest import make_clip, make_processor
     from hub_server import HubServer
-    from test_model_card import INFO, OWN, write_folder
+    from support.reports import INFO, OWN, write_folder
 
     from hf_robust_clip.modeling import CLIPForZeroShotClassification
-    from hf_robust_clip.report.card import make_card
+    from hf_robust_clip.report import make_card
 
     work = tmp_path_factory.mktemp("pushes")
     processor = make_processor()

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from hf_robust_clip import secrets
 from hf_robust_clip.cli import main, parse_arguments, read_recipe, run_evaluation, run_recipe
 from hf_robust_clip.objectives.tecoa import TeCoA
-from hf_robust_clip.report.card import CardInfo
+from hf_robust_clip.report import CardInfo
 from hf_robust_clip.secrets import holds_token, is_token_key, refuse_tokens, without_token_keys, without_tokens
 
 ROOT = Path(__file__).parent.parent

@@ -67,6 +67,10 @@ class AutoAttack(Suite):
         """The version for classifiers that draw random numbers: APGD-CE and APGD-DLR over 20 draws."""
         return cls(RAND, eot=20)
 
+    @property
+    def is_standard(self) -> bool:
+        return tuple(self.attacks) in (STANDARD, RAND)
+
     def left_out(self, num_classes: int) -> dict[str, str]:
         """Members that so few classes don't allow, each with the reason."""
         return {

@@ -62,6 +62,11 @@ Member = Callable[[Victim, Tensor, Tensor, ThreatModel], Tensor]
 class Suite(ABC):
     """Attacks with their settings."""
 
+    @property
+    def is_standard(self) -> bool:
+        """Whether it is the attack whose figure others quote, not one of many."""
+        return False
+
     @abstractmethod
     def members(self, num_classes: int) -> dict[str, Member]:
         """The attacks in their order, those left out that are not defined for so few classes."""

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from ..digests import digest
+from ..environment import library_versions
 from ..modeling import CLIPForZeroShotClassification, resolution_of
 from ..processes import Processes, together
-from ..report.report import library_versions
 from ..shared_prefix import plain_layer
 from ..storage import check_writable, whole_file
 from ..zero_shot_data.fingerprint import dataset_digest

@@ -25,19 +25,21 @@ from tqdm import tqdm
 from ..attacks.auto_attack import AutoAttack
 from ..attacks.pgd import LogitsFn, misclassified
 from ..attacks.suites import PGD, Member, Suite, Victim, find_adversarial, is_optimising, is_randomised, run_member
+from ..attacks.views import KNOWN_VIEWS
 from ..checks import Blindness, check_logits, checked_labels
 from ..defences.base import Defence, GradientPath, Prediction, with_prompts
 from ..digests import signed, unsigned
+from ..environment import hardware, library_versions
 from ..modeling import CLIPForZeroShotClassification, without_gradients
 from ..names import check_shown
 from ..processes import Processes, everyone, together
+from ..report.plots import choose_examples
 from ..report.report import (
     CONTROLS,
     AttackTarget,
     RobustnessReport,
+    accuracies,
     blind_warning,
-    hardware,
-    library_versions,
     prompt_hash,
 )
 from ..secrets import refuse_tokens
@@ -331,25 +333,23 @@ def evaluate_robustness(
         dataset_revision=dataset.revision,
         split=dataset.split,
         num_images=len(found.levels),
-        num_classes=num_classes,
+        class_names=tuple(model.class_names),
         prompt_hash=prompt_hash(model.class_names, model.templates),
         attack=settings.attack.name(num_classes),
         attack_parameters=_attack_parameters(settings, threats, num_classes),
-        attack_target=settings.target,
+        view=KNOWN_VIEWS[settings.target],
         attack_resolution=resolution,
         norm=settings.norm,
-        clean_accuracy=share[0],
-        robust_accuracy={radius: list(left.values())[-1] for radius, left in after_each.items()},
-        after_each=after_each,
         model_flags=found.flags,
-        per_class=per_class,
         zero_gradient_share=found.zeros / found.total if found.total else 0.0,
         seed=settings.seed,
         precision=settings.precision_with(model),
         library_versions=library_versions(),
         hardware=hardware(),
+        measurements=accuracies(share[0], after_each, per_class, evaluation.controls_found(found)),
         defence=evaluation.about_defence(found),
         templates=tuple(model.templates),
+        standard_attack=settings.attack.is_standard,
     )
     warning = blind_warning([report])
     if warning is not None and evaluation.rank == 0:
@@ -363,7 +363,7 @@ def adversarial_examples(
     """A few images, attacked at the largest radius by the first attack, for `report.plot_examples`.
 
     Returns (images (N, C, H, W), adversarial images, true names, names predicted before, names predicted after), at
-    most `count` of the first 64 images of the dataset: those that fall first.
+    most `count` of the first 64 images of the dataset: some that fell and some that withstood.
     """
     examples = [dataset[i] for i in range(min(64, len(dataset)))]
     batch = collate_images(examples)
@@ -376,7 +376,7 @@ def adversarial_examples(
         victim = Victim(lambda pixels: model(pixel_values=pixels).logits, seed=settings.seed)
         right = ~misclassified(victim.logits_fn, images, labels)
         adv, stands = run_member(member, victim, images, labels, threat_model)
-        order = (right & ~stands).int().sort(descending=True, stable=True).indices[:count]
+        order = choose_examples(right.tolist(), stands.tolist(), count)
         with torch.no_grad():
             was, became = (victim.logits_fn(pixels[order]).argmax(dim=1) for pixels in (images, adv))
     truth, was_named, named = (
@@ -550,6 +550,10 @@ class _Evaluation:
         """What the report says of the defence."""
         return None
 
+    def controls_found(self, found: _Found) -> dict[str, dict[float, float]]:
+        """The accuracy of each control by radius, 0 for clean."""
+        return {}
+
     def gathered(self) -> _Found:
         """What all processes found together."""
         if self.world == 1:
@@ -682,21 +686,20 @@ class _DefendedEvaluation(_Evaluation):
         return fast
 
     def about_defence(self, found: _Found) -> dict[str, Any]:
-        last = {stage.threat_model.eps: number for number, stage in enumerate(self.stages, start=1)}
         return {
             "name": self.defence.name,
             "parameters": self.defence.parameters(),
             "traits": asdict(self.defence.traits),
             "tuned": self.tuned,
-            "controls": {
-                name: {
-                    "clean": found.accuracy(judge, 0),
-                    "robust": {radius: found.accuracy(judge, number) for radius, number in last.items()},
-                }
-                for judge, name in enumerate(self.controls, start=1)
-            },
             "fallbacks": found.fallbacks,
             "ms_per_image": 1000 * found.seconds / len(found.levels),
+        }
+
+    def controls_found(self, found: _Found) -> dict[str, dict[float, float]]:
+        last = {0.0: 0, **{stage.threat_model.eps: number for number, stage in enumerate(self.stages, start=1)}}
+        return {
+            name: {radius: found.accuracy(judge, number) for radius, number in last.items()}
+            for judge, name in enumerate(self.controls, start=1)
         }
 
 

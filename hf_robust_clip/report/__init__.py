@@ -1,1 +1,52 @@
-"""What an evaluation found: reports, tables, plots, files and model cards."""
+"""What an evaluation measured: reports, their frame, tables, plots, files and model cards."""
+
+from .card import CardInfo, load_card_info, make_card, make_unmeasured_card, regenerate_card
+from .files import load_reports, read_report_file, save_csv, save_reports
+from .plots import plot, plot_accuracy, plot_defences, plot_examples, plot_tradeoff
+from .report import (
+    CONTROLS,
+    AttackTarget,
+    Measurement,
+    RobustnessReport,
+    accuracies,
+    blind_warning,
+    frame,
+    percent,
+    prompt_hash,
+    templates_told,
+)
+from .tables import as_markdown, by_model, figures_by_task, figures_of_defences, markdown, print_table, table
+
+__all__ = [
+    "CONTROLS",
+    "AttackTarget",
+    "CardInfo",
+    "Measurement",
+    "RobustnessReport",
+    "accuracies",
+    "as_markdown",
+    "blind_warning",
+    "by_model",
+    "figures_by_task",
+    "figures_of_defences",
+    "frame",
+    "load_card_info",
+    "load_reports",
+    "make_card",
+    "make_unmeasured_card",
+    "markdown",
+    "percent",
+    "plot",
+    "plot_accuracy",
+    "plot_defences",
+    "plot_examples",
+    "plot_tradeoff",
+    "print_table",
+    "prompt_hash",
+    "read_report_file",
+    "regenerate_card",
+    "save_csv",
+    "save_reports",
+    "table",
+    "templates_told",
+]

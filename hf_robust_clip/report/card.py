@@ -13,13 +13,15 @@ from typing import Any, Literal
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment
 
+from ..attacks.views import KNOWN_VIEWS
 from ..digits_clip import EMBEDDED_MODEL
 from ..names import is_repo_id
 from ..paper import Paper
 from ..secrets import refuse_tokens
 from ..storage import write_text
-from ..threat_model import ThreatModel
-from .report import RobustnessReport, blind_warning, load_reports, percent, read_report_file, save_reports
+from .files import load_reports, read_report_file, save_reports
+from .report import CLEAN, ROBUST, RobustnessReport, blind_warning, frame, percent
+from .tables import by_column, cell, head, headlines, titled
 
 LIBRARY = "hf_robust_clip"
 NOTHING_MEASURED = "**Nothing was measured of this repository.**"
@@ -27,15 +29,7 @@ TRAINERS_DRAFT = "generated automatically according to the information the Train
 GAP, MANY_GAPS = "[More Information Needed]", 20  # of PEFT's draft, which has more as long as nobody fills it in
 CardState = Literal["none", "draft", "unmeasured", "measured", "theirs"]
 Holds = Literal["model", "adapter", "defence"]  # of a repository: whole weights, PEFT's, or a defence alone
-TARGETS = {
-    "static": "white box on the plain classifier",
-    "defence_blind": "made on the classifier without its defence, then shown to the defence",
-    "adaptive": "white box through the whole defence",
-    "bpda": "through the whole defence, what has no gradient replaced in the backward pass",
-    "transfer_from_adapted": "made on the adapted classifier held fixed, then shown to the defence",
-    "adaptive_worst": "each attack on the defence in turn, on the images that withstood the ones before",
-}
-THROUGH = ("adaptive", "adaptive_worst", "bpda")  # without one of these, a blind figure says nothing
+HIDDEN = ("attack", "threat_model", "text_tokens")  # settings that stand elsewhere than in the table on the training
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,8 @@ class CardInfo:
         base_model: Hub id of what the training started from; empty where others can't get it.
         training_data: one line: dataset, split, classes, number of images.
         paper: of the method.
-        settings: `RobustClipTrainer.settings()`, or other plain values under the same keys.
+        settings: `RobustClipTrainer.settings()`, or other plain values under the same keys; `"text_tokens"` says how
+            many words of every text prompts take the place of.
         template: the prompt that was used.
         class_names: of the training data; the first three serve as an example.
         limits: what this very model can't do: a sentence or several; each line becomes a point.
@@ -187,7 +182,7 @@ def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessRe
     defences = [_defence_table(own) for own in _by_defence([*before, *reports])]
     prompts = info.settings.get("prompts")
     data = _metadata(info, "adapter" if prompts else "model", "peft" if prompts else "transformers")
-    data.eval_results, data.metrics = _eval_results(reports), ["accuracy"]
+    data.eval_results, data.metrics = eval_results(reports), ["accuracy"]
     defended = any(report.defence for report in reports)
     return _rendered(
         data,
@@ -205,7 +200,7 @@ def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessRe
             (name.replace("_", " "), any(report.model_flags.get(name) for report in reports))
             for name in dict.fromkeys(name for report in reports for name in report.model_flags)
         ],
-        auto_attack=any("autoattack" in report.attack.lower().replace("-", "") for report in reports),
+        standard_attack=any(report.standard_attack for report in reports),
         limits=[line.strip() for line in info.limits.splitlines() if line.strip()],
         plot=info.plot,
     )
@@ -286,8 +281,6 @@ def _title(repo_id: str) -> str:
 
 def _about(info: CardInfo, holds: Holds, loads_defence: bool) -> dict[str, Any]:
     """What the template says of a repository whether or not anything was measured."""
-    prompts = info.settings.get("prompts")
-    text_tokens = re.search(r"(\d+) text token", prompts or "")
     base = _span(info.base_model) if info.base_model else "a checkpoint that isn't published"
     start = f"a checkpoint made from {_span(info.ancestor)}" if info.ancestor and not info.base_model else base
     plain = "loads as a plain `CLIPModel`: weights, tokenizer and image processor are all here."
@@ -308,13 +301,13 @@ def _about(info: CardInfo, holds: Holds, loads_defence: bool) -> dict[str, Any]:
         "attacked": info.settings.get("attack") is not None,
         "attack": info.settings.get("attack"),
         "threat_model": info.settings.get("threat_model"),
-        "training_data": _cell(info.training_data),
+        "training_data": cell(info.training_data),
         "training": _rows(info.settings),
         "template": _code(info.template),
         "example_names": _code(list(info.class_names[:3])),
-        "prompts": prompts,
+        "prompts": info.settings.get("prompts"),
         "parameters": f"{info.settings.get('trainable_parameters', 0):,}",
-        "text_tokens": text_tokens and int(text_tokens[1]),
+        "text_tokens": info.settings.get("text_tokens"),
     }
 
 
@@ -323,16 +316,20 @@ def _rows(settings: dict[str, Any]) -> dict[str, str]:
     settings = json.loads(json.dumps(settings))
     settings |= {f"objective.{name}": value for name, value in (settings.pop("objective", None) or {}).items()}
     return {
-        _cell(name.replace("_", " ")): "none" if value is None else _cell(value)
+        cell(name.replace("_", " ")): "none" if value is None else cell(value)
         for name, value in settings.items()
-        if name not in ("attack", "threat_model")
+        if name not in HIDDEN
     }
 
 
-def _eval_results(reports: Sequence[RobustnessReport]) -> list[EvalResult]:
-    """All `model-index` rows: what two attacks report alike (clean) once, what they name alike numbered."""
+def eval_results(reports: Sequence[RobustnessReport]) -> list[EvalResult]:
+    """`model-index` rows: what two attacks report alike (clean) once, what they name alike numbered.
+
+    `dataset_config` tells them apart: it holds task, defence, attack, radius and number of images, the last because a
+    dear attack often sees fewer of them.
+    """
     rows: list[EvalResult] = []
-    for row in (row for report in reports for row in report.to_eval_results()):
+    for row in (row for report in reports for row in _own_results(report)):
         config, number = row.dataset_config, 1
         while row not in rows and row.unique_identifier in {other.unique_identifier for other in rows}:
             number += 1
@@ -340,6 +337,38 @@ def _eval_results(reports: Sequence[RobustnessReport]) -> list[EvalResult]:
         if row not in rows:
             rows.append(row)
     return rows
+
+
+def _own_results(report: RobustnessReport) -> list[EvalResult]:
+    """A row for each figure of the model on all images."""
+    found = headlines([report])
+    by = f"{report.defence['name']}, " if report.defence else ""
+    rows = []
+    for own in found[found["judge"] == ""].itertuples():
+        what = "clean" if own.metric == CLEAN else f"{report.full_attack} {report.threat(own.eps)}"
+        rows.append(
+            EvalResult(
+                task_type="zero-shot-image-classification",
+                dataset_type=report.dataset,
+                dataset_name=f"{report.dataset}, {report.task}",
+                dataset_config=f"{report.task}, {by}{what}, n={own.n}",
+                dataset_split=report.split,
+                metric_type=own.metric,
+                metric_name=f"{'accuracy' if own.metric in (CLEAN, ROBUST) else own.metric}, {by}{what}",
+                metric_value=round(own.value, 4),
+                metric_args=_arguments(report, own.eps) if own.eps else None,
+            )
+        )
+    return rows
+
+
+def _arguments(report: RobustnessReport, eps: float) -> dict[str, Any]:
+    """What the attack at a radius was called with."""
+    arguments = {**report.attack_parameters, "eps": eps, "attack_target": report.view.name}
+    arguments |= {"defence": report.defence["name"]} if report.defence else {}
+    if isinstance(arguments.get("step_size"), list):  # one for each radius
+        arguments["step_size"] = arguments["step_size"][list(report.robust_accuracy).index(eps)]
+    return arguments
 
 
 def _by_attack(reports: Sequence[RobustnessReport]) -> list[list[RobustnessReport]]:
@@ -357,36 +386,52 @@ def _parameters(report: RobustnessReport) -> dict[str, Any]:
 
 def _attack_table(reports: Sequence[RobustnessReport]) -> dict[str, Any]:
     """What the template says of one attack."""
-    radii = sorted({radius for report in reports for radius in report.robust_accuracy})
-    threats = [ThreatModel(radius, reports[0].norm) for radius in radii]  # type: ignore[arg-type]
+    first = reports[0]
+    rows = frame(reports)
+    after = rows[rows["member"].notna()]
     left_out: dict[str, list[str]] = {}
     for report in reports:
         for member, reason in report.attack_parameters.get("left_out", {}).items():
             tasks = left_out.setdefault(f"{member} ({reason})", [])
             tasks += [] if report.task in tasks else [report.task]
+    columns, figures = _figures(reports)
     return {
-        "name": reports[0].full_attack,
-        "target": reports[0].attack_target,
-        "target_text": TARGETS[reports[0].attack_target],
-        "parameters": ", ".join(
-            f"{name.replace('_', ' ')} {_plain(v)}" for name, v in _parameters(reports[0]).items()
-        ),
+        "name": first.full_attack,
+        "target": first.view.name,
+        "target_text": first.view.text,
+        "parameters": ", ".join(f"{name.replace('_', ' ')} {_plain(v)}" for name, v in _parameters(first).items()),
         "left_out": [f"{what} on {', '.join(tasks)}" for what, tasks in left_out.items()],
-        "radii": [str(threat) for threat in threats],
-        "rows": [_row(report, radii) for report in reports],
+        "columns": columns,
+        "rows": [
+            [cell(f"{titled(report)}, {report.task}"), str(report.num_images), str(report.num_classes), *own]
+            for report, own in zip(reports, (own for who, own in figures if not who), strict=True)
+        ],
         "members": [
             (
-                _cell(f"{report.name}, {report.task}"),
-                str(threat),
-                _cell(", ".join(f"{member} {100 * value:.1f}" for member, value in left.items())),
+                cell(f"{reports[number].name}, {reports[number].task}"),
+                str(first.threat(eps)),
+                cell(", ".join(f"{own.member} {100 * own.value:.1f}" for own in left.itertuples())),
             )
-            for report in reports
-            for threat, radius in zip(threats, radii, strict=True)
-            if len(left := report.after_each.get(radius, {})) > 1
+            for (number, eps), left in after.groupby(["number", "eps"], sort=True)
+            if len(left) > 1
         ],
         "zero_gradients": percent(max(report.zero_gradient_share for report in reports)),
         "blind": blind_warning(reports),
     }
+
+
+def _figures(reports: Sequence[RobustnessReport]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Heads of the columns, and for each report and judge ("" is the model) its figures with their intervals."""
+    rows = headlines(reports)
+    found = by_column(rows, [_figure(*own) for own in zip(rows["value"], rows["low"], rows["high"], strict=True)])
+    heads = [str(reports[0].threat(eps)) if metric == ROBUST else head(metric, eps, reports[0].norm)
+             for metric, eps in found]  # fmt: skip
+    return heads, [(judge, own) for (_, judge), own in zip(found.index, found.to_numpy().tolist(), strict=True)]
+
+
+def _figure(value: float, low: float, high: float) -> str:
+    """A figure in percent with its interval, if it has one."""
+    return f"{100 * value:.1f}" + (f" ({100 * low:.0f}-{100 * high:.0f})" if low == low else "")
 
 
 def _by_defence(reports: Sequence[RobustnessReport]) -> list[list[RobustnessReport]]:
@@ -400,39 +445,36 @@ def _by_defence(reports: Sequence[RobustnessReport]) -> list[list[RobustnessRepo
             settings = json.dumps(report.defence["parameters"], sort_keys=True)
             key = report.name, report.defence["name"], settings, report.dataset, report.task, report.norm
             groups.setdefault(key, []).append(report)
-    order = list(TARGETS)
+    order = list(KNOWN_VIEWS)
+    through = [view.name for view in KNOWN_VIEWS.values() if view.goes_through]
     for own in groups.values():
-        own.sort(key=lambda report: order.index(report.attack_target))
-        targets = {report.attack_target for report in own}
-        if "defence_blind" in targets and not targets & set(THROUGH):
-            blind = own[0]
+        own.sort(key=lambda report: order.index(report.view.name) if report.view.name in order else len(order))
+        blind = next((report for report in own if report.view.alone and report.view.of_defence), None)
+        if blind is not None and not any(report.view.goes_through for report in own):
             raise ValueError(
                 f"the defence {blind.defence['name']!r} of {blind.name}, {blind.task} ({blind.dataset}) has a "  # type: ignore[index]
-                f"defence_blind report and none of {', '.join(THROUGH)}: a figure against an attack that doesn't know "
-                "the defence is not published alone. Evaluate it with target='adaptive_worst' too."
+                f"{blind.view.name} report and none of {', '.join(through)}: a figure against an attack that doesn't "
+                "know the defence is not published alone. Evaluate it with 'adaptive_worst' too."
             )
     return list(groups.values())
 
 
 def _defence_table(reports: Sequence[RobustnessReport]) -> dict[str, Any]:
     """What the template says of one defence: each attack on it, with the controls on the same images."""
-    radii = sorted({radius for report in reports for radius in report.robust_accuracy})
     first: dict[str, Any] = reports[0].defence  # type: ignore[assignment]
     kind = [name for name in ("randomised", "optimising") if first["traits"][name]]
-    rows = []
-    for report in reports:
-        assert report.defence is not None
-        own = {"clean": report.clean_accuracy, "robust": report.robust_accuracy}
-        for who, figures in {first["name"]: own, **report.defence["controls"]}.items():
-            values = [figures["clean"], *(figures["robust"].get(radius) for radius in radii)]
-            what = (report.full_attack, who if figures is own else f"control: {who}", str(report.num_images))
-            rows.append([_cell(text) for text in what] + [_accuracy(report, value) for value in values])
+    columns, figures = _figures(reports)
+    number, rows = -1, []
+    for who, own in figures:
+        number += not who
+        what = reports[number].full_attack, f"control: {who}" if who else first["name"], reports[number].num_images
+        rows.append([*map(cell, what), *own])
     return {
         "name": f"{first['name']} on {reports[0].name}, {reports[0].task}",
         "kind": " and ".join(kind) or "neither randomised nor optimising",
         "tuned": f"{first.get('tuned', 0):,}",
         "parameters": ", ".join(f"{name.replace('_', ' ')} {_plain(v)}" for name, v in first["parameters"].items()),
-        "radii": [str(ThreatModel(radius, reports[0].norm)) for radius in radii],  # type: ignore[arg-type]
+        "columns": columns,
         "rows": rows,
         "fallbacks": max(report.defence["fallbacks"] for report in reports),  # type: ignore[index]
         "ms": f"{first['ms_per_image']:.3g}",
@@ -449,27 +491,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return "(" + ", ".join(f"{name} {_plain(v)}" for name, v in value.items()) + ")"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _row(report: RobustnessReport, radii: Sequence[float]) -> dict[str, Any]:
-    values = [report.clean_accuracy, *(report.robust_accuracy.get(radius) for radius in radii)]
-    by = "" if report.defence is None else f" with {report.defence['name']}"
-    return {
-        "name": _cell(f"{report.name}{by}, {report.task}"),
-        "n": report.num_images,
-        "classes": report.num_classes,
-        "cells": [_accuracy(report, value) for value in values],
-    }
-
-
-def _accuracy(report: RobustnessReport, value: float | None) -> str:
-    """An accuracy in percent with its interval; a dash for none."""
-    if value is None:
-        return "-"
-    low, high = report.interval(value)
-    return f"{100 * value:.1f} ({100 * low:.0f}-{100 * high:.0f})"
-
-
-def _cell(value: Any) -> str:
-    """A value in one cell of a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|")

@@ -790,7 +790,9 @@ class RobustClipTrainer(PushingTrainer):
         """Of prompts, or another adapter, what was chosen, as one entry."""
         config = core.active_peft_config if isinstance(core, PeftModel) else None
         if config is None or isinstance(config, ClipPromptConfig):
-            return {} if config is None else {"prompts": config.summary()}
+            if config is None:
+                return {}
+            return {"prompts": config.summary(), "text_tokens": config.num_text_tokens if config.has_text else 0}
         rank = f" of rank {config.r}, alpha {config.lora_alpha}" if isinstance(config, LoraConfig) else ""
         return {"adapter": f"{config.peft_type.value}{rank}"}
 

@@ -15,6 +15,7 @@ from hf_robust_clip.attacks.auto_attack import AutoAttack
 from hf_robust_clip.attacks.losses import cross_entropy
 from hf_robust_clip.attacks.pgd import pgd
 from hf_robust_clip.attacks.suites import PGD
+from hf_robust_clip.attacks.views import STATIC
 from hf_robust_clip.defences.base import Defence, Prediction, Traits, with_prompts
 from hf_robust_clip.defences.ensemble import Ensemble
 from hf_robust_clip.defences.tapt import TAPT
@@ -28,7 +29,7 @@ from hf_robust_clip.evaluation.loop import (
     evaluate_robustness,
 )
 from hf_robust_clip.paper import Paper
-from hf_robust_clip.report.report import CONTROLS
+from hf_robust_clip.report import CONTROLS
 from hf_robust_clip.threat_model import ThreatModel
 
 sys.path.append(str(Path(__file__).parents[1] / "prompts"))
@@ -129,9 +130,8 @@ def test_a_defence_that_does_nothing_has_the_figures_of_the_classifier():
         assert (report.clean_accuracy, report.per_class) == (static.clean_accuracy, static.per_class)
         assert report.robust_accuracy == static.robust_accuracy
         assert report.after_each == static.after_each
-        controls = report.defence["controls"]
-        assert list(controls) == list(CONTROLS)
-        assert controls["static prompts"] == {"clean": 0.75, "robust": static.robust_accuracy}
+        assert list(report.controls) == list(CONTROLS)
+        assert report.controls["static prompts"] == {0.0: 0.75, **static.robust_accuracy}
     assert run(Toy()).robust_accuracy == static.robust_accuracy
     auto = AutoAttack(("apgd-ce", "square"), num_steps=2, num_queries=4)
     static = run(None, "static", auto, radii=["2/255"], count=4)
@@ -164,8 +164,7 @@ def test_a_blind_attack_and_the_controls_are_written_out():
     shares = {name: [float(each.double().mean()) for each in own] for name, own in right.items()}
     assert [report.clean_accuracy, *report.robust_accuracy.values()] == shares.pop("defence")
     for name, own in shares.items():
-        control = report.defence["controls"][name]
-        assert [control["clean"], *control["robust"].values()] == own
+        assert list(report.controls[name].values()) == own
     assert report.attack_parameters["counts"] == "the iterate of highest loss"
     assert (report.defence["tuned"], report.defence["fallbacks"]) == (0, 0)
     assert report.defence["ms_per_image"] > 0
@@ -252,10 +251,7 @@ def test_each_image_keeps_its_own_prompts_where_attacks_let_go_of_images():
 
 def test_ensemble_is_its_own_control():
     report = run(Ensemble(), radii=["2/255"], count=4)
-    assert report.defence["controls"]["ensemble-64"] == {
-        "clean": report.clean_accuracy,
-        "robust": report.robust_accuracy,
-    }
+    assert report.controls["ensemble-64"] == {0.0: report.clean_accuracy, **report.robust_accuracy}
 
 
 def test_the_model_comes_back_and_no_control_leaves_a_trace():
@@ -352,11 +348,10 @@ def test_suites_without_an_attack_are_refused():
 
 def test_a_report_of_a_defence_needs_target_and_controls():
     report = run(Noise(), count=2)
-    with pytest.raises(ValueError, match="attack_target='static' says nothing of toy"):
-        replace(report, attack_target="static")
-    few = {name: own for name, own in report.defence["controls"].items() if name != "ensemble-64"}
-    with pytest.raises(ValueError, match="lacks ensemble-64"):
-        replace(report, defence={**report.defence, "controls": few})
+    with pytest.raises(ValueError, match="'static' says nothing of toy"):
+        replace(report, view=STATIC)
+    with pytest.raises(ValueError, match="controls ensemble-64"):
+        replace(report, measurements=[own for own in report.measurements if own.judge != "ensemble-64"])
     with pytest.raises(ValueError, match="defence is missing"):
         replace(report, defence=None)
     assert replace(report) == report

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_robust_clip.metrics import clean_and_robust_accuracy, robust_accuracy_path
-from hf_robust_clip.report.report import wilson_interval
+from hf_robust_clip.metrics import clean_and_robust_accuracy, robust_accuracy_path, wilson_interval
 
 CLEAN, ATTACKED, LABELS = [0, 0, 1, 2, 2, 0], [0, 1, 1, 2, 0, 1], [0, 0, 1, 2, 2, 1]
 PAIRS = [list(pair) for pair in zip(CLEAN, ATTACKED, strict=True)]

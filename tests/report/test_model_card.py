@@ -5,73 +5,21 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from test_report import make_defence, make_report
+from support.reports import BEFORE, INFO, OWN, SETTINGS, auto_attack, make_defence, make_report, write_folder
 
-from hf_robust_clip.objectives.pmg_aft import PMGAFT
-from hf_robust_clip.report.card import (
-    TARGETS,
-    CardInfo,
-    card_state,
-    contradiction,
+from hf_robust_clip.attacks.views import KNOWN_VIEWS
+from hf_robust_clip.report import (
+    Measurement,
+    blind_warning,
     load_card_info,
+    load_reports,
     make_card,
     make_unmeasured_card,
-    name_repository,
     regenerate_card,
 )
-from hf_robust_clip.report.report import blind_warning, load_reports, save_reports
+from hf_robust_clip.report.card import card_state, contradiction, eval_results, name_repository
 
-EXPECTED = Path(__file__).parent / "data" / "expected_card.md"
-SETTINGS = {
-    "method": "PMG-AFT",
-    "objective": {"alpha": 1.0, "temperature": None},
-    "threat_model": "L-inf eps=4/255",
-    "attack": {"num_steps": 2, "step_size": 1 / 255, "random_start": True, "keep_best": False},
-    "optimizer": "sgd",
-    "learning_rate": 5e-05,
-    "images_per_update": 256,
-}
-INFO = CardInfo(
-    repo_id="user/robust-clip",
-    base_model="user/clip",
-    training_data="user/pictures, split train, 1000 images of 4 classes (cat, dog, newt, owl), main",
-    paper=PMGAFT.paper,
-    settings=SETTINGS,
-    template="This is a photo of a {}",
-    class_names=("cat", "dog", "newt", "owl"),
-    limits="It knows four animals.",
-    datasets=["user/pictures"],
-    plot="accuracy.png",
-    license="apache-2.0",
-)
-OWN = [
-    make_report(name="PMG-AFT"),
-    make_report(
-        name="PMG-AFT",
-        task="held-out classes",
-        clean_accuracy=0.6,
-        robust_accuracy={1 / 255: 0.4, 4 / 255: 0.1},
-        zero_gradient_share=0.0,
-    ),
-]
-BEFORE = [make_report(name="undefended", clean_accuracy=1.0, robust_accuracy={1 / 255: 0.05})]
-
-
-def auto_attack(**changes):
-    """A report of a suite that had to leave a member out."""
-    values = dict(
-        name="PMG-AFT",
-        attack="AutoAttack",
-        attack_parameters={
-            "version": "standard",
-            "members": ("apgd-ce", "square"),
-            "queries": None,
-            "left_out": {"apgd-t": "needs 4 classes"},
-        },
-        robust_accuracy={1 / 255: 0.65, 4 / 255: 0.15},
-        after_each={1 / 255: {"apgd-ce": 0.65, "square": 0.65}, 4 / 255: {"apgd-ce": 0.2, "square": 0.15}},
-    )
-    return make_report(**{**values, **changes})
+EXPECTED = Path(__file__).parent.parent / "data" / "expected_card.md"
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -175,6 +123,53 @@ def test_bars_and_line_breaks_in_names_do_not_break_tables():
     assert [row[0] for row in results[1:]] == [r"PMG-AFT, in \| out", "PMG-AFT, two lines"]
 
 
+# ---- model-index
+
+
+def test_eval_results_tell_task_and_radius_apart():
+    rows = eval_results([make_report(task=task) for task in ("trained", "held-out")])
+    assert len({row.unique_identifier for row in rows}) == len(rows) == 6
+    values = [(row.dataset_config, row.metric_type, row.metric_value) for row in rows[:3]]
+    assert values == [
+        ("trained, clean, n=40", "accuracy", 0.9),
+        ("trained, PGD-20 L-inf eps=1/255, n=40", "robust_accuracy", 0.7),
+        ("trained, PGD-20 L-inf eps=4/255, n=40", "robust_accuracy", 0.25),
+    ]
+    assert rows[2].metric_args["eps"] == 4 / 255
+    assert rows[2].metric_args["step_size"] == 0.2
+    assert rows[2].metric_args["attack_target"] == "static"
+    assert rows[0].metric_args is None
+
+
+def test_eval_results_tell_attacks_targets_and_numbers_of_images_apart():
+    reports = [
+        make_report(),
+        make_report(attack="AutoAttack", attack_parameters={"version": "standard", "step_size": 0.5}),
+        make_report(attack_target="adaptive", defence=make_defence()),
+        make_report(num_images=20),
+    ]
+    rows = [row for report in reports for row in eval_results([report])]
+    robust = [row for row in rows if row.metric_type == "robust_accuracy"]
+    assert len({row.unique_identifier for row in robust}) == len(robust) == 8
+    assert robust[3].metric_args["step_size"] == 0.5
+    configs = [row.dataset_config for row in rows]
+    assert "trained classes, tapt, PGD-20 (adaptive) L-inf eps=1/255, n=40" in configs
+    assert "trained classes, tapt, clean, n=40" in configs
+    assert [row.metric_args.get("defence") for row in robust[3:6]] == [None, "tapt", "tapt"]
+    assert {row.metric_value for row in rows if row.dataset_config == "trained classes, clean, n=20"} == {0.9}
+
+
+def test_any_metric_becomes_a_row_and_a_column(tmp_path):
+    area = Measurement("detection_auroc", 0.75, 80, 4 / 255, counted=False)
+    report = replace(OWN[0], measurements=[*OWN[0].measurements, area])
+    card = make_card([report, OWN[1]], BEFORE, INFO)
+    row = card.data.eval_results[3]
+    assert (row.metric_type, row.metric_value, row.metric_args["eps"]) == ("detection_auroc", 0.75, 4 / 255)
+    results = tables(card.text + "\n")[1]
+    assert results[0][-1] == "detection auroc 4/255"
+    assert [line[-1] for line in results[1:]] == ["-", "75.0", "-"]
+
+
 # ---- several attacks
 
 
@@ -227,7 +222,7 @@ def test_other_parameters_targets_and_norms_make_other_tables():
     ]
     assert [len(table) for table in tables(text)[1:]] == [2, 3, 2, 2, 5]
     assert tables(text)[-2][0][-1] == "L2 eps=0.5"
-    assert f"Attack: {TARGETS['adaptive']} (`attack_target: adaptive`)" in text
+    assert f"Attack: {KNOWN_VIEWS['adaptive'].text} (`attack_target: adaptive`)" in text
     assert "before the attack: randomised **yes**, optimising no." in text
     assert len(card.data.eval_results) == len({row.unique_identifier for row in card.data.eval_results}) == 9
 
@@ -321,15 +316,6 @@ def test_l2_step_is_no_grey_level():
 
 
 # ---- the card from the files beside it
-
-
-def write_folder(folder: Path, info: CardInfo = INFO) -> str:
-    """What a run leaves in its folder, weights aside; returns the card."""
-    own = [*OWN, auto_attack()]
-    save_reports(folder / "report.json", own, BEFORE, card=info)
-    (folder / "recipe.yaml").write_text("method: pmg_aft\n")
-    make_card(own, BEFORE, info).save(folder / "README.md")
-    return (folder / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,10 @@ from html import unescape
 import pytest
 import yaml
 from markdown_it import MarkdownIt
-from test_model_card import BEFORE, INFO, SETTINGS
-from test_report import PER_CLASS, make_defence, make_report
+from support.reports import BEFORE, INFO, PER_CLASS, SETTINGS, make_defence, make_report
 
 from hf_robust_clip.paper import Paper
-from hf_robust_clip.report.card import make_card, make_unmeasured_card
-from hf_robust_clip.report.report import prompt_hash
+from hf_robust_clip.report import make_card, make_unmeasured_card, prompt_hash
 
 HOSTILE = (
     'x"); import os; os.abort() #\n\n# Owned\n\n```python\nimport antigravity\n```\n<script>alert(1)</script>'
@@ -49,8 +47,7 @@ def cards(text: str) -> dict[str, str]:
         INFO, repo_id=f"user/{text}", base_model=text, training_data=text, template=f"{text} {{}}",
         class_names=(text, "dog"), limits=" ".join(text.split()), datasets=[text], settings=settings, paper=paper,
     )  # fmt: skip
-    controls = make_defence()["controls"]
-    defence = make_defence(name=text, parameters={text: text}, controls=controls)
+    defence = make_defence(name=text, parameters={text: text})
     told = dict(
         name=text, task=text, model=text, dataset=text, split=text, attack=text, hardware=text, precision=text,
         attack_parameters={"steps": text, "left_out": {text: text}}, templates=(f"{text} {{}}",),
@@ -58,7 +55,7 @@ def cards(text: str) -> dict[str, str]:
     )  # fmt: skip
     own = make_report(**told)
     through = make_report(**{**told, "defence": defence, "attack_target": "adaptive_worst"})
-    prompts = replace(info, settings={**settings, "prompts": f"design VLI, 2 text tokens {text}"})
+    prompts = replace(info, settings={**settings, "prompts": f"design VLI {text}", "text_tokens": 2})
     return {
         "model": str(make_card([own], BEFORE, info)),
         "prompts": str(make_card([own], BEFORE, prompts)),

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from test_model_card import INFO, write_folder
+from support.reports import INFO, write_folder
 
-from hf_robust_clip.report.card import load_card_info, regenerate_card
-from hf_robust_clip.report.report import CONTROLS, load_reports
+from hf_robust_clip.report import CONTROLS, load_card_info, load_reports, regenerate_card
 
-ROOT = Path(__file__).parent.parent / "hub_cards"
+ROOT = Path(__file__).parent.parent.parent / "hub_cards"
 FILES = ("README.md", "report.json", "recipe.yaml")
 LARGEST = 5_000_000  # bytes; weights belong on the Hub
 
@@ -102,7 +101,7 @@ def test_attacks_through_a_defence_leave_no_more_than_blind_ones(file):
             key = report.name, report.defence["name"], str(report.defence["parameters"])
             found = rows.setdefault(key, {})
             found[report.attack_target, report.attack] = max(report.robust_accuracy.items())[1]
-            assert set(report.defence["controls"]) == set(CONTROLS)
+            assert set(report.controls) == set(CONTROLS)
             left = list(next(iter(report.after_each.values())).values())
             assert left == sorted(left, reverse=True)
     assert len(rows) == 12

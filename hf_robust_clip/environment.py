@@ -1,0 +1,35 @@
+"""Where something was measured: libraries and hardware."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def library_versions() -> dict[str, str]:
+    """The installed versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("hf_robust_clip", "torch", "transformers", "accelerate", "peft", "datasets", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def hardware() -> str:
+    """The accelerator's name, or the processor with its number of threads."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        processor = names[0] if names else processor
+    return f"CPU {processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

@@ -1,0 +1,285 @@
+"""Plots of reports, made of their `frame`, and pictures of attacked images."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..storage import whole_file
+from ..threat_model import ThreatModel, parse_radius
+from .report import CLEAN, CONTROLS, ROBUST, RobustnessReport
+from .tables import by_model, defence_figures, headlines, one_norm
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
+    from pandas import DataFrame
+
+_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", "#7A4FBF")
+_MARKERS, _DASHES = "osD^vP>X", ("-", "--", "-.", ":")
+
+
+def plot(path: str | Path, reports: Sequence[RobustnessReport]) -> None:
+    """Write the PNG that tells most of these reports: `plot_defences` where there is a defence, else `plot_accuracy`.
+
+    Raises ValueError as these do.
+    """
+    if any(report.defence for report in reports):
+        plot_defences(path, by_model(reports))
+    else:
+        plot_accuracy(path, reports)
+
+
+@contextmanager
+def _plain_text() -> Iterator[None]:
+    """Names are drawn as they are; matplotlib would read what stands between two $ as a formula."""
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False, "text.usetex": False}):
+        yield
+
+
+@_plain_text()
+def plot_accuracy(path: str | Path, reports: Sequence[RobustnessReport]) -> None:
+    """Write a PNG of accuracy against eps: a panel for each task (and attack, if they differ), a line for each model,
+    95 % bands.
+
+    A model has one colour, marker and dash in all panels. Raises ValueError for no reports, several norms, and a model
+    twice in a panel.
+    """
+    rows, norm = _panel_rows(reports, ["task", "full_attack"])
+    styles = _styles(report.name for report in reports)
+    attacks = list(dict.fromkeys(rows["full_attack"]))
+    panels = [(key, own) for key, own in rows.groupby(["task", "full_attack"], sort=False)]
+    titles = [task if len(attacks) == 1 else f"{task}, {attack}" for (task, attack), _ in panels]
+    figure, axes = _panels(titles, "accuracy under " + (attacks[0] if len(attacks) == 1 else "attack"))
+    for axis, (_, panel) in zip(axes, panels, strict=True):
+        for name, line in panel.groupby("name", sort=False):
+            points = line.sort_values("eps")
+            radii, style = points["eps"] * (255 if norm == "linf" else 1), styles[name]
+            axis.plot(radii, points["value"], markersize=4, label=name, **style)
+            axis.fill_between(radii, points["low"], points["high"], color=style["color"], alpha=0.12, linewidth=0)
+        sizes = sorted(set(panel["n"]))
+        axis.set_title(
+            f"{axis.get_title()}\nn = {' to '.join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))}", fontsize=10
+        )
+        axis.set_xlabel("L-inf eps (grey levels of 255)" if norm == "linf" else "L2 eps (units of [0, 1])")
+        chance = 1 / panel["num_classes"].iloc[0]
+        axis.axhline(chance, color="grey", linestyle=(0, (1, 3)), linewidth=1, label="chance")
+        axis.set_ylim(-0.02, 1.02)
+    _save(figure, axes, path)
+
+
+@_plain_text()
+def plot_tradeoff(path: str | Path, reports: Sequence[RobustnessReport], radius: float | str) -> None:
+    """Write a PNG of robust against clean accuracy: a panel for each task, a point for each model, 95 % intervals.
+
+    Args:
+        path: of the PNG.
+        reports: of several models, one for each model and task, under one norm.
+        radius: in units of [0, 1], such as `"4/255"`; every report must have it.
+
+    Raises ValueError for no reports, several norms, a model twice on a task, and a report without the radius.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    eps = parse_radius(radius, "radius")
+    rows, norm = _panel_rows(reports, ["task"])
+    for report in reports:
+        if not any(math.isclose(own, eps) for own in report.robust_accuracy):
+            raise ValueError(f"the report of {report.name}, {report.task} has no radius {radius}.")
+    styles = _styles(report.name for report in reports)
+    attacks = " or ".join(sorted(set(rows["full_attack"])))
+    panels = list(rows.groupby("task", sort=False))
+    threat = ThreatModel(eps, norm)  # type: ignore[arg-type]
+    figure, axes = _panels([task for task, _ in panels], f"accuracy under {attacks}\n{threat}")
+    for axis, (_, panel) in zip(axes, panels, strict=True):
+        for name, own in panel.groupby("name", sort=False):
+            near = own["eps"].map(lambda radius: math.isclose(radius, eps))
+            ends = [own[own["eps"] == 0].iloc[0], own[near].iloc[0]]
+            x, y = (end["value"] for end in ends)
+            bar_x, bar_y = ([[end["value"] - end["low"]], [end["high"] - end["value"]]] for end in ends)
+            style = {**styles[name], "linestyle": "none", "markersize": 8, "elinewidth": 0.8}
+            axis.errorbar([x], [y], xerr=bar_x, yerr=bar_y, label=name, **style)
+        axis.set_xlabel("clean accuracy")
+        axis.xaxis.set_major_formatter(_percent_label)
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), prune="both"))
+    _save(figure, axes, path)
+
+
+def _panel_rows(reports: Sequence[RobustnessReport], panel: list[str]) -> tuple[DataFrame, str]:
+    """Accuracies of the models themselves, and their norm. Raises ValueError for a model twice in a panel."""
+    norm = one_norm(reports)
+    rows = headlines(reports)
+    rows = rows[(rows["judge"] == "") & rows["metric"].isin([CLEAN, ROBUST])]
+    twice = rows[rows.duplicated([*panel, "name", "eps"])]
+    if len(twice):
+        first = twice.iloc[0]
+        raise ValueError(f"two reports of {first['name']}, {first['task']}; plot one attack at a time.")
+    return rows, norm
+
+
+def choose_examples(right: Sequence[bool], stands: Sequence[bool], count: int = 6) -> list[int]:
+    """Indices of images to show: those that fell, a third of `count` that withstood, then what there is.
+
+    Args:
+        right: whether each clean image is classified correctly.
+        stands: whether it still is under attack.
+        count: how many to show at most.
+    """
+    fates: dict[str, list[int]] = {"fell": [], "withstood": [], "wrong": []}
+    for index, (before, after) in enumerate(zip(right, stands, strict=True)):
+        fates["wrong" if not before else "withstood" if after else "fell"].append(index)
+    fell, withstood, wrong = fates.values()
+    few = min(len(withstood), count // 3)
+    return [*fell[: count - few], *withstood[:few], *fell[count - few :], *withstood[few:], *wrong][:count]
+
+
+@_plain_text()
+def plot_examples(
+    path: str | Path,
+    images: ArrayLike,
+    adversarials: ArrayLike,
+    truth: Sequence[str],
+    before: Sequence[str],
+    after: Sequence[str],
+) -> None:
+    """Write a PNG with a row for each image: clean, perturbation, adversarial, what the model saw in them, and whether
+    the image fell or withstood.
+
+    The perturbation d is drawn as 0.5 + factor * d, with one factor for all rows, given above the column: the largest
+    that keeps every value within [0, 1], rounded down to a whole number where it is above 1.
+
+    Args:
+        path: of the PNG.
+        images, adversarials: (N, C, H, W) in [0, 1], with C 1 or 3.
+        truth: class name of each image.
+        before, after: predicted class name of each clean and of each adversarial image; wrong ones are marked.
+
+    Raises ValueError for shapes that don't match, nothing to draw and values outside [0, 1].
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    clean, adversarial = (np.asarray(pictures, dtype=float) for pictures in (images, adversarials))
+    if clean.shape != adversarial.shape or clean.ndim != 4 or clean.size == 0 or clean.shape[1] not in (1, 3):
+        got = f"got {clean.shape} and {adversarial.shape}"
+        raise ValueError(f"images and adversarials must have one shape (N, 1 or 3, H, W), {got}.")
+    if not {len(truth), len(before), len(after)} == {len(clean)}:
+        raise ValueError(f"{len(clean)} images, but {len(truth)}, {len(before)} and {len(after)} class names.")
+    if not all(pictures.min() >= 0 and pictures.max() <= 1 for pictures in (clean, adversarial)):
+        raise ValueError("images and adversarials must be in [0, 1]; did you normalise them?")
+    largest = np.abs(adversarial - clean).max()
+    factor = 0.5 / largest if largest > 0 else 1.0
+    factor = math.floor(factor * 1.0001) if factor > 0.9999 else factor  # float32 has 7 digits
+    figure = Figure(figsize=(6.6, 0.5 + 2.35 * len(clean)), layout="constrained")
+    grid = figure.subplots(len(clean), 3, squeeze=False)
+    for axis, title in zip(grid[0], ("clean", f"perturbation x {factor:.3g}", "adversarial"), strict=True):
+        axis.set_title(title, fontsize=10)
+    smooth = "nearest" if max(clean.shape[2:]) <= 64 else "antialiased"
+    for axes, name, *names, image, attacked in zip(grid, truth, before, after, clean, adversarial, strict=True):
+        pictures = (image, np.clip(0.5 + factor * (attacked - image), 0, 1), attacked)
+        for axis, picture in zip(axes, pictures, strict=True):
+            axis.imshow(picture.transpose(1, 2, 0).squeeze(), cmap="grey", vmin=0, vmax=1, interpolation=smooth)
+            axis.set(xticks=[], yticks=[])
+        fate = "was wrong before" if names[0] != name else "withstood" if names[1] == name else "FELL"
+        axes[0].set_ylabel(f"{textwrap.fill(f'truth: {name}', 24)}\n{fate}", fontsize=9)
+        for axis, predicted in zip((axes[0], axes[2]), names, strict=True):
+            right = predicted == name
+            text = textwrap.fill(f"{predicted} ({'right' if right else 'WRONG'})", 25)
+            axis.set_xlabel(text, fontsize=9, fontweight="normal" if right else "bold")
+    _write(figure, path)
+
+
+@_plain_text()
+def plot_defences(path: str | Path, rows: Mapping[str, Sequence[RobustnessReport]]) -> None:
+    """Write a PNG of what `defence_figures` tells: for each label its clean accuracy, that under the first attack made
+    on the classifier alone, the controls on the same images, and the worst of all attacks.
+
+    Raises ValueError as `defence_figures` does.
+    """
+    from matplotlib.figure import Figure
+
+    found = 100 * defence_figures(rows)
+    blind = list(found.columns)[2 : found.columns.get_loc("adaptive worst")][:1]
+    figure = Figure(figsize=(8.2, 1.6 + 0.34 * len(found)), layout="constrained")
+    axis = figure.subplots()
+    full: dict[str, Any] = {"markersize": 6}
+    hollow: dict[str, Any] = {"markerfacecolor": "none", "markersize": 10, "zorder": 1}
+    places = {"clean": ("clean", "o", "#000000", full)}
+    places |= {f"{name}, made on the classifier alone": (name, "s", "#0072B2", full) for name in blind}
+    places["worst of all attacks"] = ("adaptive worst", "X", "#D55E00", full)
+    for name, marker, colour in zip(CONTROLS, "|xv", ("#009E73", "#CC79A7", "#8C6D00"), strict=True):
+        places[f"{name}, same images"] = (name, marker, colour, hollow)
+    for label, (column, marker, colour, style) in places.items():
+        points = [(value, y) for y, value in enumerate(found[column]) if value == value]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker, color=colour, label=label, **style)
+    axis.set_yticks(range(len(found)), list(found.index))
+    axis.set_ylim(len(found) - 0.5, -0.5)
+    axis.set_xlim(-2, 102)
+    axis.set_xlabel("accuracy in percent")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: str | Path) -> None:
+    with whole_file(path) as draft:
+        figure.savefig(draft, dpi=140)
+
+
+def _styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and dash by label; told apart in grey by the marker."""
+    return {
+        label: {
+            "color": _COLOURS[i % len(_COLOURS)],
+            "marker": _MARKERS[(i + i // len(_MARKERS)) % len(_MARKERS)],
+            "linestyle": _DASHES[i % len(_DASHES)],
+        }
+        for i, label in enumerate(dict.fromkeys(labels))
+    }
+
+
+def _panels(titles: Sequence[str], ylabel: str) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each title, at most three in a row."""
+    from matplotlib.figure import Figure
+
+    if not titles:
+        raise ValueError("there are no panels to plot.")
+    columns = min(3, len(titles))
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(3.9 * columns + 0.8, 3.3 * rows + 0.3), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[len(titles) :]:
+        axis.remove()
+    for i, (axis, title) in enumerate(zip(axes, titles, strict=False)):
+        axis.set_title(textwrap.fill(title, 40), fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.yaxis.set_major_formatter(_percent_label)
+        if i % columns == 0:
+            axis.set_ylabel(ylabel)
+    return figure, axes[: len(titles)]
+
+
+def _percent_label(value: float, _: float) -> str:
+    return f"{100 * value:.4g} %"
+
+
+def _save(figure: Figure, axes: Sequence[Axes], path: str | Path) -> None:
+    """Write the figure with one legend for all panels, below them."""
+    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if "chance" in handles:
+        handles["chance"] = handles.pop("chance")  # last
+    columns = max(1, int(figure.get_figwidth() * 13 / (max(map(len, handles)) + 8)))
+    figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(handles) // columns))
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=9, frameon=False
+    )
+    _write(figure, path)

@@ -1,0 +1,241 @@
+"""Tables of reports, made of their `frame`: one for each use, written for a terminal or as Markdown."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from ..threat_model import ThreatModel
+from .report import CLEAN, CONTROLS, ROBUST, RobustnessReport, frame, percent, templates_told
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from rich.console import RenderableType
+
+WIDTH = 80  # of what is printed, where the terminal is no wider
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A table as texts: heads and rows; with `grouped`, the first cell says what several rows have in common."""
+
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    grouped: bool = False
+
+
+def table(reports: Sequence[RobustnessReport], title: str) -> RenderableType:
+    """What `figures` tells, for `rich`; `print_table` prints it.
+
+    Raises ValueError for no reports and for several norms.
+    """
+    caption = f"accuracy in percent; radii in {one_norm(reports)}"
+    return as_text(figures(reports), title, ", ".join(filter(None, [caption, templates_told(reports)])))
+
+
+def markdown(reports: Sequence[RobustnessReport]) -> str:
+    """`table` as Markdown, without title and caption."""
+    return as_markdown(figures(reports))
+
+
+def print_table(shown: RenderableType) -> None:
+    """Print a table 80 columns wide, or as wide as the terminal or its numbers, none of which is cut."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console(highlight=False)
+    least = Measurement.get(console, console.options.update(max_width=10**4), shown).minimum
+    console.width = max(WIDTH, shutil.get_terminal_size().columns, least)
+    console.print(shown)
+
+
+def figures(reports: Sequence[RobustnessReport]) -> Cells:
+    """A row for each report, and below it one for each control of its defence: number of images, and in percent the
+    clean accuracy, those at each radius, and other metrics; milliseconds per image, if there are defences. Reports of
+    the same images under the same attack stand together.
+
+    Raises ValueError for no reports and for several norms, whose radii can't share columns.
+    """
+    norm = one_norm(reports)
+    rows = headlines(reports)
+    values = by_column(rows, rows["value"].map(_number))
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for (number, judge), texts in zip(values.index, values.to_numpy().tolist(), strict=True):
+        report = reports[number]
+        ms = "" if judge else f"{report.defence['ms_per_image']:.1f}" if report.defence else "-"
+        group = f"{report.task} under {report.full_attack}, chance {percent(1 / report.num_classes)}"
+        name = f"control: {judge}" if judge else titled(report)
+        line = group, name, str(report.num_images), *texts, ms
+        groups.setdefault(group, []).append(line)
+    heads = ("images and attack", "", "n", *(head(metric, eps, norm) for metric, eps in values), "ms")
+    columns = len(heads) - (not any(report.defence for report in reports))
+    return Cells(heads[:columns], tuple(row[:columns] for own in groups.values() for row in own), grouped=True)
+
+
+def figures_by_task(reports: Sequence[RobustnessReport]) -> Cells:
+    """A row for each model, a column for each task, with clean and robust accuracies in percent, divided by " / ".
+
+    Raises ValueError for no reports, several norms, and a model twice on a task.
+    """
+    norm = one_norm(reports)
+    rows = headlines(reports)
+    rows = rows[rows["judge"] == ""]
+    values = by_column(rows, rows["value"].map(_number))
+    told = " / ".join(head(metric, eps, norm) for metric, eps in values)
+    of: dict[tuple[str, str], tuple[int, str]] = {}
+    for (number, _), texts in zip(values.index, values.to_numpy().tolist(), strict=True):
+        report = reports[number]
+        if (report.name, report.task) in of:
+            raise ValueError(f"two reports of {report.name}, {report.task}; tell one attack at a time.")
+        of[report.name, report.task] = report.num_images, " / ".join(texts)
+    names, tasks = (list(dict.fromkeys(key[i] for key in of)) for i in (0, 1))
+    sizes = {task: next(n for (_, other), (n, _) in of.items() if other == task) for task in tasks}
+    lines = [(name, *(of[name, task][1] if (name, task) in of else "-" for task in tasks)) for name in names]
+    return Cells(("", *(f"{task} (n={sizes[task]}): {told}" for task in tasks)), tuple(lines))
+
+
+def defence_figures(rows: Mapping[str, Sequence[RobustnessReport]]) -> DataFrame:
+    """What a table and a plot of defences tell: a row for each label, accuracies in [0, 1], NaN for what there isn't.
+
+    A label's reports are of one defence (or of none) on the same images. The columns are `n`, `clean`, one for each
+    attack that was made on the classifier alone (`blind ...`: white box, where there is no defence), `adaptive worst`
+    (the lowest under any attack), each control on the images of the first of these attacks (`... clean` and attacked),
+    and `ms` per image. All are at the largest radius that every report has.
+
+    Raises ValueError for a label without reports, or with reports on several sets of images, and if the reports have
+    no radius in common.
+    """
+    from pandas import DataFrame
+
+    every = [report for reports in rows.values() for report in reports]
+    radii = set.intersection(*(set(report.robust_accuracy) for report in every)) if every else set()
+    if not radii:
+        raise ValueError("the reports have no radius in common; evaluate all of them at one.")
+    radius = max(radii)
+    lines = []
+    for name, reports in rows.items():
+        if len({(report.dataset, report.split, report.num_images) for report in reports}) != 1:
+            raise ValueError(f"the reports of {name!r} must be of one set of images, and at least one.")
+        told = next((report for report in reports if report.defence), None)
+        lines.append(
+            {"n": reports[0].num_images, "clean": reports[0].clean_accuracy}
+            | {f"blind {own.attack}": own.robust_accuracy[radius] for own in reports if own.view.alone}
+            | {"adaptive worst": min(own.robust_accuracy[radius] for own in reports)}
+            | {f"{who} clean": own[0.0] for who, own in (told.controls if told else {}).items()}
+            | {who: own[radius] for who, own in (told.controls if told else {}).items()}
+            | {"ms": told.defence["ms_per_image"] if told and told.defence else None}
+        )
+    blind = [f"blind {attack}" for attack in dict.fromkeys(own.attack for own in every if own.view.alone)]
+    controls = [column for who in CONTROLS for column in (f"{who} clean", who)]
+    found = DataFrame(lines, index=list(rows))
+    return found.reindex(columns=["n", "clean", *blind, "adaptive worst", *controls, "ms"]).astype(float)
+
+
+def figures_of_defences(rows: Mapping[str, Sequence[RobustnessReport]]) -> Cells:
+    """`defence_figures` in percent; a control's cell holds its clean and its robust accuracy, divided by " / "."""
+    found = defence_figures(rows)
+    texts = found.map(_number)
+    texts["n"] = found["n"].map("{:.0f}".format)
+    texts["ms"] = found["ms"].map(lambda value: "-" if value != value else f"{value:.1f}")
+    for control in CONTROLS:
+        both = texts.pop(f"{control} clean") + " / " + texts[control]
+        texts[control] = both.replace("- / -", "-")
+    return Cells(("", *texts), tuple(zip(texts.index, *(texts[column] for column in texts), strict=True)))
+
+
+def headlines(reports: Sequence[RobustnessReport]) -> DataFrame:
+    """The rows of `frame` that are of all images under all attacks at their radius; `judge` is "" for the model."""
+    rows = frame(reports)
+    rows = rows[rows["member"].isna() & rows["class_name"].isna()]
+    return rows.assign(judge=rows["judge"].fillna(""))
+
+
+def by_column(rows: DataFrame, texts: Any) -> DataFrame:
+    """Texts by report and judge (rows) and by metric and radius (columns): clean, radii ascending, other metrics; a
+    dash where nothing was measured.
+    """
+    from pandas import MultiIndex
+
+    index, columns = ["number", "judge"], ["metric", "eps"]
+    metrics = list(dict.fromkeys((CLEAN, ROBUST, *rows["metric"])))
+    pairs = sorted(set(zip(rows["metric"], rows["eps"], strict=True)), key=lambda pair: (metrics.index(pair[0]), pair))
+    wide = rows.assign(text=texts).pivot(index=index, columns=columns, values="text")
+    order = MultiIndex.from_frame(rows[index].drop_duplicates())
+    return wide.reindex(index=order, columns=MultiIndex.from_tuples(pairs)).fillna("-")
+
+
+def titled(report: RobustnessReport) -> str:
+    """The model's name, with that of its defence."""
+    return f"{report.name} with {report.defence['name']}" if report.defence else report.name
+
+
+def head(metric: str, eps: float, norm: str) -> str:
+    """The head of a column of figures."""
+    radius = ThreatModel(eps, norm).radius if eps else ""  # type: ignore[arg-type]
+    if metric == ROBUST:
+        return radius
+    return "clean" if metric == CLEAN else f"{metric.replace('_', ' ')} {radius}".rstrip()
+
+
+def one_norm(reports: Sequence[RobustnessReport]) -> str:
+    """The norm of all reports. Raises ValueError for none and for several."""
+    norms = sorted({report.norm for report in reports})
+    if len(norms) != 1:
+        found = ", ".join(norms) if norms else "no reports"
+        raise ValueError(f"one table or plot holds reports of one norm, got {found}; make one for each norm.")
+    return norms[0]
+
+
+def by_model(reports: Sequence[RobustnessReport]) -> dict[str, list[RobustnessReport]]:
+    """The reports of each model and task, by what tables call them."""
+    several = len({report.task for report in reports}) > 1
+    rows: dict[str, list[RobustnessReport]] = {}
+    for report in reports:
+        rows.setdefault(f"{report.name}, {report.task}" if several else report.name, []).append(report)
+    return rows
+
+
+def as_text(cells: Cells, title: str, caption: str = "") -> RenderableType:
+    """Cells for `rich`: words are wrapped, numbers never; no name is read as colours or pictures."""
+    from rich.cells import cell_len
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    first, indent = int(cells.grouped), "  " * cells.grouped
+    widths = [max(map(cell_len, column)) for column in zip(cells.heads, *cells.rows, strict=True)][first:]
+    widths[0] += len(indent)
+    widths[0] = min(widths[0], max(WIDTH - sum(widths[1:]) - 2 * len(widths), 12))
+
+    def lines(rows: Sequence[Sequence[str]]) -> Table:
+        shown = Table.grid(padding=(0, 2, 0, 0))
+        for i, width in enumerate(widths):
+            shown.add_column(justify="right" if i else "left", no_wrap=i > 0, width=width)
+        for row in rows:
+            shown.add_row(Text(indent + row[first]), *map(Text, row[first + 1 :]))
+        return shown
+
+    parts: list[RenderableType] = [Text(title, style="bold"), lines([cells.heads])]
+    for group, rows in groupby(cells.rows, key=lambda row: row[0] if cells.grouped else ""):
+        parts += [*([Text(), Text(group, style="italic")] if group else []), lines([*rows])]
+    return Group(*parts, *([Text(), Text(caption)] if caption else []))
+
+
+def as_markdown(cells: Cells) -> str:
+    """A Markdown table."""
+    lines = [cells.heads, *cells.rows]
+    texts = ["| " + " | ".join(map(cell, line)) + " |" for line in lines]
+    return "\n".join([texts[0], "|---" * len(cells.heads) + "|", *texts[1:]])
+
+
+def cell(value: Any) -> str:
+    """A value in one cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _number(value: float) -> str:
+    """In percent; a dash for what there isn't."""
+    return "-" if value != value else f"{100 * value:.1f}"
