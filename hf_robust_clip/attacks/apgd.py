@@ -11,7 +11,7 @@ from ..checks import checked_labels
 from ..prediction import Predict, by_logits, withstood
 from ..threat_model import ThreatModel
 from .losses import cross_entropy, dlr_targeted
-from .pgd import ClassificationLoss, LogitsFn, OnGradient, fallen, logits_and_gradient
+from .pgd import ClassificationLoss, LogitsFn, OnGradient, have_fallen, logits_and_gradient
 
 MOMENTUM = 0.75
 
@@ -205,7 +205,7 @@ class _Attack:
                 logits_BC, losses_B = self.gradient(s)
                 self.compare(s, losses_B)
                 until_check += 1
-            broken = fallen(logits_BC, s["adv"], s["labels"], self.confirm)
+            broken = have_fallen(logits_BC, s["adv"], s["labels"], self.confirm)
             if broken.any():
                 rows = s["row"][broken]
                 found_BCHW[rows], standing_B[rows] = s["adv"][broken], False

@@ -79,7 +79,7 @@ def logits_and_gradient(
     return seen[0], losses_B, grad_BCHW
 
 
-def fallen(logits_BC: Tensor, images_BCHW: Tensor, labels_B: Tensor, confirm: Predict | None) -> Tensor:
+def have_fallen(logits_BC: Tensor, images_BCHW: Tensor, labels_B: Tensor, confirm: Predict | None) -> Tensor:
     """Whether images fall by these logits and, where `confirm` is given, by its predictions too, (B,)."""
     fallen_B = ~Prediction(logits_BC).verdict(labels_B)
     if confirm is not None and fallen_B.any():
@@ -197,7 +197,7 @@ def pgd_until_misclassified(
         logits, _, grad = logits_and_gradient(logits_fn, loss, adv, labels)
         if on_gradient is not None:
             on_gradient(grad)
-        done = fallen(logits, adv, labels, confirm)
+        done = have_fallen(logits, adv, labels, confirm)
         following = threat_model.ascend(adv, grad, clean, settings.step_size)
         if deterministic:
             cycling = (following == saved).flatten(1).all(dim=1)

@@ -11,10 +11,10 @@ from peft import get_peft_model
 from torch.utils.data import Dataset
 
 from hf_robust_clip import (
+    BPDA,
     RTPT,
     TAPT,
     TTC,
-    BPDA,
     Adaptive,
     AdaptiveWorst,
     AlignmentTargets,
