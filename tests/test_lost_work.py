@@ -215,7 +215,7 @@ def test_a_folder_that_is_deleted_meanwhile_is_made_again(words, monkeypatch):
         shutil.rmtree("out")
         return found
 
-    monkeypatch.setattr(evaluation, "evaluate_robustness", evaluate_robustness)
+    monkeypatch.setattr(loop, "evaluate_robustness", evaluate_robustness)
     more = [] if words is EVALUATION else ["--training.save_strategy", "no"]
     Path("out").mkdir()
     assert run(words, *more) == 0
@@ -318,7 +318,7 @@ def test_an_interruption_is_one_line_with_the_way_on(brought, monkeypatch, capsy
             raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly") from None
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "evaluate_robustness", evaluate_robustness)
+        patch.setattr(loop, "evaluate_robustness", evaluate_robustness)
         before = signal.getsignal(signal.SIGINT)
         assert run(EVALUATION) == 130
         assert signal.getsignal(signal.SIGINT) == before

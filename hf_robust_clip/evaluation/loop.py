@@ -137,6 +137,7 @@ def adversarial_examples(
     images, labels = batch["pixel_values"].to(model.device), batch["labels"].to(model.device)
     threat_model, member = settings.threat_models()[-1], settings.attack.members(len(model.class_names))[0]
     with model.prepared_for(dataset), without_gradients(model), model.fixed_class_embeds():
+        model.check_pixels(images, values=True)
         victim = replace(plain_victim(lambda pixels: model(pixel_values=pixels).logits), seed=settings.seed)
         with torch.no_grad():
             clean = victim.predict(images)
@@ -235,7 +236,7 @@ class _Evaluation:
             )
         few = [self.dataset[i] for i in own[:4]] or [self.dataset[0]]
         images_BCHW = collate_images(few)["pixel_values"].to(self.model.device)
-        self.model.check_pixels(images_BCHW)
+        self.model.check_pixels(images_BCHW, values=True)
         self.flags = {
             "randomised": is_randomised(self.scene.logits, images_BCHW),
             "optimising": is_optimising(self.scene.logits, images_BCHW),
@@ -270,7 +271,7 @@ class _Evaluation:
         for batch in tqdm(loader, desc=title, disable=not self.show, leave=False):
             images, labels = batch["pixel_values"].to(self.model.device), batch["labels"].to(self.model.device)
             labels = checked_labels(labels, len(images), len(self.model.class_names))
-            self.model.check_pixels(images)
+            self.model.check_pixels(images, values=True)
             index = todo[place : place + len(labels)]
             place += len(labels)
             try:
