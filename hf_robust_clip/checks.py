@@ -122,11 +122,17 @@ class Blindness:
 
     def reset(self) -> None:
         """Begin anew."""
-        self.zeros = self.total = 0
+        self._zeros: Tensor | int = 0  # on the device: an attack's steps don't wait for it
+        self.total = 0
 
     def __call__(self, grad: Tensor) -> None:
-        self.zeros += int(((grad == 0) | ~grad.isfinite()).sum())
+        self._zeros = self._zeros + ((grad == 0) | ~grad.isfinite()).sum()
         self.total += grad.numel()
+
+    @property
+    def zeros(self) -> int:
+        """How many were zero or not finite."""
+        return int(self._zeros)
 
     @property
     def share(self) -> float:

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from .attacks.suites import Suite
     from .defences.base import Defence
     from .defences.tapt import TAPT
-    from .evaluation.loop import EvaluationSettings
+    from .evaluation.attack_views import AttackView
+    from .evaluation.settings import EvaluationSettings
     from .hub import Push
     from .modeling import CLIPForZeroShotClassification
     from .prompts import ClipPromptConfig
@@ -599,8 +600,10 @@ def build_adaptations(values: Mapping[str, Any] | None, presets: Sequence[str], 
 
 def defence_settings(evaluation: EvaluationSettings, defence: DefenceEvaluation) -> list[EvaluationSettings]:
     """How a defence is attacked: blind, and through it."""
+    from .evaluation.attack_views import DefenceBlind, Static
+
     radius = evaluation.radii[0] if defence.radius is None else defence.radius
-    shared = replace(evaluation, radii=[radius], batch_size=defence.batch_size, target="defence_blind")
+    shared = replace(evaluation, radii=[radius], batch_size=defence.batch_size, view=DefenceBlind())
     if shared.threat_models()[0] not in evaluation.threat_models():
         raise ValueError(
             f"defence_evaluation.radius={radius!r} must be one of evaluation.radii={list(evaluation.radii)!r}, at "
@@ -610,23 +613,35 @@ def defence_settings(evaluation: EvaluationSettings, defence: DefenceEvaluation)
     if not defence.worst.startswith("worst"):
         raise ValueError(f"defence_evaluation.worst={defence.worst!r} must be worst or worst-PGD-APGD-SQUARE.")
     worst = attack_suite(defence.worst)
-    return [shared, replace(shared, attack=worst, target="adaptive_worst", eot=defence.eot)]
+    return [shared, replace(shared, attack=worst, view=Static(), eot=defence.eot)]
 
 
 def build_evaluation(values: Mapping[str, Any] | None, attack: str | None = None) -> EvaluationSettings:
     """Evaluation settings; `attack` (or the key of that name) is a name such as `pgd-20` or `autoattack`."""
-    from .evaluation.loop import EvaluationSettings
+    from .evaluation.settings import EvaluationSettings
 
     values = dict(values or {})
     own = values.pop("attack", "pgd-20")
     own = own if attack is None else attack
     worst = str(own).lower().startswith("worst")
     suite = attack_suite(own, None if worst else values.pop("step_size", None))
-    values = {**values, "target": "adaptive_worst"} if worst else values
+    target = values.pop("target", None)
+    if target is not None and not worst:
+        values["view"] = view_of(target)
+    view = {"view": values.pop("view")} if "view" in values else {}
     given = checked(EvaluationSettings, {name: v for name, v in values.items() if name != "step_size"}, "evaluation")
     if "radii" not in given:
         raise ValueError("evaluation.radii is missing.")
-    return EvaluationSettings(**given, attack=suite)
+    return EvaluationSettings(**given, **view, attack=suite)
+
+
+def view_of(name: Any) -> AttackView:
+    """What attacks see, by its name."""
+    from .evaluation.attack_views import VIEWS
+
+    if name not in VIEWS:
+        raise ValueError(f"evaluation.target={name!r} must be one of {', '.join(VIEWS)}.")
+    return VIEWS[name]
 
 
 def attack_suite(name: Any, step_size: float | str | None = None) -> Suite:
@@ -637,7 +652,7 @@ def attack_suite(name: Any, step_size: float | str | None = None) -> Suite:
 
     match = re.fullmatch(r"worst((?:-\d+){3})?", str(name).lower())
     if match:
-        from .evaluation.loop import AdaptiveWorst
+        from .evaluation.attack_views import AdaptiveWorst
 
         if not match[1]:
             return AdaptiveWorst()
@@ -688,7 +703,6 @@ def check_max_images(data: DataSettings | StatisticsSettings | DefenceEvaluation
 def read_evaluation(settings: dict[str, Any]) -> EvaluationRecipe:
     """Check every section of an evaluation. Nothing is written or downloaded here."""
     from . import unused_settings as unused
-    from .evaluation.loop import THROUGH
     from .modeling import check_classes
     from .names import same_place
 
@@ -734,13 +748,13 @@ def read_evaluation(settings: dict[str, Any]) -> EvaluationRecipe:
         if how in evaluations[:i]:
             raise ValueError(f"evaluation.attacks={attacks!r} names {attacks[i]!r} twice.")
     for how in evaluations:
-        if defence and how.target == "static":
+        if defence and how.seen.name == "static":
             raise ValueError(
                 f"target='static' says nothing of {defence['method']}; choose another, or leave the section out."
             )
-        if not defence and how.target != "static":
-            raise ValueError(f"target={how.target!r} needs the section defence.")
-    unused.check_evaluation(given, evaluations, THROUGH)
+        if not defence and how.seen.name != "static":
+            raise ValueError(f"target={how.seen.name!r} needs the section defence.")
+    unused.check_evaluation(given, evaluations)
     adapter = build_defence(str(defence.pop("method")), defence) if defence else None
     if adapter is not None:
         unused.check_adapter("defence", defence, adapter)
@@ -946,7 +960,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
             if adaptation is trainer.adaptation:
                 reports += found
             else:
-                by_method[f"{title}, {how.target}"] = found
+                by_method[f"{title}, {how.seen.name}"] = found
     compared = [report for rows in by_method.values() for report in rows]
     if processes.is_main_process:
         own = {
@@ -1165,7 +1179,7 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
             remarks.append(other_prompt(called[name], trained, model.templates))
             for settings in recipe.evaluations:
                 attack = settings.attack.name(len(data.class_names))
-                through = "" if settings.target == "static" else f" {settings.target}"
+                through = "" if settings.seen.name == "static" else f" {settings.seen.name}"
                 prompt = f"prompt {quoted(model.templates)}"
                 about = f"{len(data)} images, {attack}, {settings.precision_with(model)}, {prompt}"
                 processes.print(f"{called[name]} on {title}: {about}")

@@ -151,16 +151,12 @@ def check_attacks(values: Values) -> None:
         )
 
 
-def check_evaluation(values: Values, evaluations: Sequence[Any], through: Sequence[str]) -> None:
-    """The section evaluation of an evaluation, against the settings that came of it.
-
-    Args:
-        through: targets whose gradients go through the defence.
-    """
-    if not any(how.target in through for how in evaluations):
-        targets = " or ".join(repr(how.target) for how in evaluations)
+def check_evaluation(values: Values, evaluations: Sequence[Any]) -> None:
+    """The section evaluation of an evaluation, against the settings that came of it."""
+    if not any(how.seen.goes_through for how in evaluations):
+        targets = " or ".join(repr(how.seen.name) for how in evaluations)
         idle("evaluation", values, "eot", f"with the target {targets}, which takes no gradient through a defence", 1)
-    if all(how.target == "adaptive_worst" for how in evaluations):
+    if all(how.attack.about is not None for how in evaluations):
         idle("evaluation", values, "target", "with the attack worst, which has its own", "adaptive_worst")
         idle("evaluation", values, "step_size", "with the attack worst, which has its own")
 

@@ -37,9 +37,10 @@ from hf_robust_clip.defences.statistics import AlignmentTargets
 from hf_robust_clip.defences.tapt import TAPT
 from hf_robust_clip.defences.tpt import TPT
 from hf_robust_clip.defences.ttc import TTC
-from hf_robust_clip.evaluation.loop import AdaptiveWorst, EvaluationSettings, evaluate_robustness
+from hf_robust_clip.evaluation.attack_views import AdaptiveWorst, AttackView, DefenceBlind, Static
+from hf_robust_clip.evaluation.loop import evaluate_robustness
+from hf_robust_clip.evaluation.settings import EvaluationSettings
 from hf_robust_clip.report import (
-    AttackTarget,
     RobustnessReport,
     as_markdown,
     figures_of_defences,
@@ -123,13 +124,13 @@ def statistics_of(name: str, benchmark: Benchmark, folder: Path) -> AlignmentTar
     return AlignmentTargets.load(folder)
 
 
-def attacks(defended: bool) -> dict[str, tuple[AttackTarget, Suite]]:
+def attacks(defended: bool) -> dict[str, tuple[AttackView, Suite]]:
     """What each row goes through."""
     apgd = AutoAttack(("apgd-ce", "apgd-t"), num_steps=25)
     if not defended:
-        return {"pgd": ("static", PGD(20)), "apgd": ("static", apgd)}
+        return {"pgd": (Static(), PGD(20)), "apgd": (Static(), apgd)}
     worst = AdaptiveWorst(pgd_steps=10, apgd_steps=10, num_queries=20, blind=(PGD(20), apgd))
-    return {"pgd": ("defence_blind", PGD(20)), "apgd": ("defence_blind", apgd), "worst": ("adaptive_worst", worst)}
+    return {"pgd": (DefenceBlind(), PGD(20)), "apgd": (DefenceBlind(), apgd), "worst": (Static(), worst)}
 
 
 def evaluate_row(benchmark: Benchmark, model: str, title: str, out: Path, make: Defence) -> list[RobustnessReport]:
@@ -142,8 +143,8 @@ def evaluate_row(benchmark: Benchmark, model: str, title: str, out: Path, make: 
         needs = title.startswith("TAPT")
         defence = make(AlignmentTargets.load(out / "statistics") if needs else None)  # type: ignore[arg-type]
         found = []
-        for name, (target, suite) in attacks(defence is not None).items():
-            settings = EvaluationSettings([benchmark.radius], attack=suite, target=target, batch_size=32)
+        for name, (view, suite) in attacks(defence is not None).items():
+            settings = EvaluationSettings([benchmark.radius], attack=suite, view=view, batch_size=32)
             report = evaluate_robustness(
                 classifier, data, settings, name=model, task=f"{data.dataset_id} test",
                 model_id=f"{OWNER}/{out.name}-{model.lower()}" if model != "CLIP" else out.name,

@@ -6,8 +6,9 @@ import torch
 
 from hf_robust_clip.attacks.auto_attack import AutoAttack, auto_attack
 from hf_robust_clip.attacks.losses import cross_entropy
-from hf_robust_clip.attacks.pgd import input_gradient, misclassified, pgd, pgd_until_misclassified
+from hf_robust_clip.attacks.pgd import input_gradient, pgd, pgd_until_misclassified
 from hf_robust_clip.checks import check_logits, checked_images, checked_labels
+from hf_robust_clip.prediction import by_logits, withstood
 from hf_robust_clip.threat_model import ThreatModel
 from hf_robust_clip.zero_shot_data.loading import collate_images
 
@@ -144,7 +145,7 @@ def test_logits_that_are_not_finite_name_no_class():
         with pytest.raises(FloatingPointError, match="1 of 3"):
             check_logits(logits)
         with pytest.raises(FloatingPointError):
-            misclassified(lambda _: logits, IMAGES[:3], torch.zeros(3))
+            withstood(by_logits(lambda _: logits), IMAGES[:3], torch.zeros(3))
 
 
 def test_a_model_without_a_gradient_by_the_pixels():

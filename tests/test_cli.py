@@ -554,7 +554,7 @@ def test_the_first_adaptation_is_saved_and_keys_change_every_preset():
     found = recipe(*words, config=config)
     assert [(a.gamma, a.crop.scale, a.num_views) for a in found.adaptations.values()] == [(1.0, (0.5, 1.0), 32)] * 2
     blind, worst = cli.defence_settings(found.evaluation, found.defence_evaluation)
-    assert [how.target for how in (blind, worst)] == ["defence_blind", "adaptive_worst"]
+    assert [how.seen.name for how in (blind, worst)] == ["defence_blind", "adaptive_worst"]
     assert (blind.attack, worst.attack.pgd_steps, worst.attack.num_queries) == (found.evaluation.attack, 10, 40)
     assert [threat.eps for threat in worst.threat_models()] == [8 / 255]
     assert list(recipe("--adaptation.preset", "null", config=config).adaptations) == ["TAPT-VLI", "TAPT-VLI released"]
@@ -593,8 +593,8 @@ def test_an_evaluation_takes_a_defence():
         "--defence.method", "ensemble", "--defence.num_views", "16", "--attacks", "[pgd-5, worst-5-0-9]"
     )
     assert (found.defence.name, found.defence.parameters()["num_views"]) == ("ensemble-16", 16)
-    assert [how.target for how in found.evaluations] == ["defence_blind", "adaptive_worst"]
-    assert evaluation("--defence.method", "ttc", "--evaluation.target", "bpda").evaluations[0].target == "bpda"
+    assert [how.seen.name for how in found.evaluations] == ["defence_blind", "adaptive_worst"]
+    assert evaluation("--defence.method", "ttc", "--evaluation.target", "bpda").evaluations[0].seen.name == "bpda"
     assert evaluation().defence is None
 
 

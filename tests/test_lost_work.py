@@ -18,8 +18,8 @@ import pytest
 from accelerate.state import AcceleratorState
 from test_evaluate_recipe import SCRIPT, TWO, start
 
-from hf_robust_clip import cli, report
-from hf_robust_clip.evaluation import loop as evaluation
+from hf_robust_clip import EvaluationSettings, cli, report
+from hf_robust_clip.evaluation import loop
 from hf_robust_clip.report import load_reports
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -208,14 +208,14 @@ def test_a_folder_that_can_not_be_written_is_found_before_any_work(words, monkey
 
 @pytest.mark.parametrize("words", [EVALUATION, TRAINING], ids=["evaluate", "train"])
 def test_a_folder_that_is_deleted_meanwhile_is_made_again(words, monkeypatch):
-    real = evaluation.evaluate_robustness
+    real = loop.evaluate_robustness
 
     def evaluate_robustness(*arguments, **more):
         found = real(*arguments, **more)
         shutil.rmtree("out")
         return found
 
-    monkeypatch.setattr(evaluation, "evaluate_robustness", evaluate_robustness)
+    monkeypatch.setattr(loop, "evaluate_robustness", evaluate_robustness)
     more = [] if words is EVALUATION else ["--training.save_strategy", "no"]
     Path("out").mkdir()
     assert run(words, *more) == 0
@@ -264,11 +264,11 @@ def test_a_name_that_can_not_be_shown_is_found_before_any_image(name, monkeypatc
     model = cli.load_model(cli.ModelSettings("digits-clip"))
     data = cli.load_data(cli.DataSettings("digits", "test"), model).first(2)
     model.set_classes(data.class_names)
-    monkeypatch.setattr(evaluation, "_Evaluation", lambda *a, **k: pytest.fail("work was begun"))
+    monkeypatch.setattr(loop, "_Evaluation", lambda *a, **k: pytest.fail("work was begun"))
     for argument in ("name", "task", "model_id"):
         given = {"name": "a", "task": "a", "model_id": "a", argument: name}
         with pytest.raises(ValueError, match=f"{argument}="):
-            evaluation.evaluate_robustness(model, data, evaluation.EvaluationSettings(["1/255"]), **given)
+            loop.evaluate_robustness(model, data, EvaluationSettings(["1/255"]), **given)
 
 
 # ---- cards
@@ -307,7 +307,7 @@ def interruptions_are_heard():
 @pytest.mark.parametrize("brought", [KeyboardInterrupt(), None], ids=["alone", "workers"])
 def test_an_interruption_is_one_line_with_the_way_on(brought, monkeypatch, capsys):
     """Workers that were interrupted too may bring up an error of their own first."""
-    real = evaluation.evaluate_robustness
+    real = loop.evaluate_robustness
 
     def evaluate_robustness(*arguments, **more):
         real(*arguments, **more)
@@ -319,7 +319,7 @@ def test_an_interruption_is_one_line_with_the_way_on(brought, monkeypatch, capsy
             raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly") from None
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "evaluate_robustness", evaluate_robustness)
+        patch.setattr(loop, "evaluate_robustness", evaluate_robustness)
         before = signal.getsignal(signal.SIGINT)
         assert run(EVALUATION) == 130
         assert signal.getsignal(signal.SIGINT) == before

@@ -14,6 +14,7 @@ from hf_robust_clip import (
     RTPT,
     TPT,
     CLIPForZeroShotClassification,
+    DefenceBlind,
     EvaluationSettings,
     digits_clip_path,
     evaluate_robustness,
@@ -54,7 +55,7 @@ def test_classes_other_than_the_models_are_refused(names, how, pair):
         "evaluate": lambda: evaluate_robustness(model, data, SETTINGS, **NAMES),
         "examples": lambda: adversarial_examples(model, data, SETTINGS),
         "defence": lambda: evaluate_robustness(
-            model, data, replace(SETTINGS, target="defence_blind"), defence=RTPT(num_views=2, selected=0.5), **NAMES
+            model, data, replace(SETTINGS, view=DefenceBlind()), defence=RTPT(num_views=2, selected=0.5), **NAMES
         ),
     }
     with pytest.raises(ValueError, match="class"):

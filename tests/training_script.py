@@ -28,9 +28,11 @@ from hf_robust_clip import (
     TPT,
     CLIPForZeroShotClassification,
     ClipPromptConfig,
+    DefenceBlind,
     EvaluationSettings,
     PMGAFTTrainer,
     RobustClipConfig,
+    Static,
     TAPTTrainer,
     digits_clip_path,
     evaluate_robustness,
@@ -152,8 +154,8 @@ def digits_report(suite, processes=None, state_dir=None):
     """What `evaluate_robustness` finds on nine digits."""
     model, data = digits(9)
     defence = TPT(num_views=4, selected=0.5, learning_rate=0.1) if suite == "defence" else None
-    target = "static" if defence is None else "defence_blind"
-    settings = EvaluationSettings(["4/255", "12/255"], attack=SUITES[suite], batch_size=2, target=target)
+    view = Static() if defence is None else DefenceBlind()
+    settings = EvaluationSettings(["4/255", "12/255"], attack=SUITES[suite], batch_size=2, view=view)
     where = dict(name="d", task="t", model_id="m", defence=defence, processes=processes, state_dir=state_dir)
     report = json.loads(json.dumps(asdict(evaluate_robustness(model, data, settings, **where))))
     if defence is not None:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..checks import checked_labels
+from ..prediction import Predict, by_logits, withstood
 from ..threat_model import ThreatModel
 from .losses import cross_entropy, dlr_targeted
-from .pgd import ClassificationLoss, LogitsFn, OnGradient, confirmed, logits_and_gradient, misclassified
+from .pgd import ClassificationLoss, LogitsFn, OnGradient, have_fallen, logits_and_gradient
 
 MOMENTUM = 0.75
 
@@ -52,7 +53,7 @@ def apgd(
     *,
     loss: ClassificationLoss = cross_entropy,
     seed: int = 0,
-    confirm: LogitsFn | None = None,
+    confirm: Predict | None = None,
     on_gradient: OnGradient | None = None,
 ) -> Tensor:
     """Images in the threat model that are misclassified where the attack succeeds.
@@ -74,7 +75,8 @@ def apgd(
         settings: default `APGDSettings()`.
         loss: of logits and labels, one value per image, maximised: `cross_entropy` (APGD-CE), `dlr` (APGD-DLR).
         seed: of the noise.
-        confirm: a more exact classifier; an iterate counts as misclassified only if this one says so too.
+        confirm: what decides, where `logits_fn` is cheaper or another; an iterate counts as misclassified only if this
+            prediction is wrong too, and not flagged.
         on_gradient: called with each gradient (B, C, H, W).
 
     Returns:
@@ -97,7 +99,7 @@ def apgd_targeted(
     *,
     num_targets: int = 9,
     seed: int = 0,
-    confirm: LogitsFn | None = None,
+    confirm: Predict | None = None,
     on_gradient: OnGradient | None = None,
 ) -> Tensor:
     """APGD-T: Auto-PGD on the targeted DLR loss, once for each of the `num_targets` classes next in clean logit.
@@ -126,7 +128,7 @@ class _Attack:
     threat_model: ThreatModel
     settings: APGDSettings
     loss: ClassificationLoss | None  # None: the targeted DLR
-    confirm: LogitsFn | None
+    confirm: Predict | None
     on_gradient: OnGradient | None
 
     def run(
@@ -138,7 +140,8 @@ class _Attack:
         if len(found_BCHW) == 0:
             return found_BCHW
         clean_BCHW = found_BCHW.clone()
-        rows = (~misclassified(self.confirm or self.logits_fn, clean_BCHW, labels_B)).nonzero().squeeze(1)
+        judge = self.confirm or by_logits(self.logits_fn)
+        rows = withstood(judge, clean_BCHW, labels_B).nonzero().squeeze(1)
         generator = torch.Generator().manual_seed(seed)
         for targets_B in targets_of_runs:
             if len(rows) == 0 or self.threat_model.eps == 0:
@@ -202,7 +205,7 @@ class _Attack:
                 logits_BC, losses_B = self.gradient(s)
                 self.compare(s, losses_B)
                 until_check += 1
-            broken = confirmed(logits_BC, s["adv"], s["labels"], self.confirm)
+            broken = have_fallen(logits_BC, s["adv"], s["labels"], self.confirm)
             if broken.any():
                 rows = s["row"][broken]
                 found_BCHW[rows], standing_B[rows] = s["adv"][broken], False

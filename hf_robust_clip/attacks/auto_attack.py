@@ -6,8 +6,8 @@ every image what theirs finds for that image alone, and lets go of an image at o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -16,17 +16,19 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor
 
-from ..checks import Blindness, check_logits, checked_labels
+from ..checks import Blindness, checked_labels
+from ..prediction import Predict, Prediction, by_logits, withstood
 from ..threat_model import ThreatModel
 from .apgd import APGDSettings, apgd, apgd_targeted
 from .losses import cross_entropy, cw_margin, dlr
-from .pgd import LogitsFn, misclassified
-from .suites import Member, Suite, Victim, run_member
+from .pgd import LogitsFn
+from .suites import Attack, Member, Suite, Victim, plain_victim, run_member
 
 AttackName = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square"]
 LEAST_CLASSES: dict[str, int] = {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 4, "fab-t": 2, "square": 2}
 STANDARD: tuple[AttackName, ...] = ("apgd-ce", "apgd-t", "fab-t", "square")
 RAND: tuple[AttackName, ...] = ("apgd-ce", "apgd-dlr")
+BY_QUERIES: tuple[AttackName, ...] = ("square",)
 _NORMS = {"linf": "Linf", "l2": "L2"}
 
 
@@ -79,11 +81,11 @@ class AutoAttack(Suite):
             if num_classes < LEAST_CLASSES[name]
         }
 
-    def members(self, num_classes: int) -> dict[str, Member]:
+    def members(self, num_classes: int) -> list[Member]:
         """Raises ValueError if no member is left."""
         settings = APGDSettings(self.num_steps, 1, self.eot)
         targets = min(self.num_targets, num_classes - 1)
-        known: dict[str, Member] = {
+        known: dict[str, Attack] = {
             "apgd-ce": partial(_apgd, settings, cross_entropy),
             "apgd-dlr": partial(_apgd, settings, dlr),
             "apgd-t": partial(_apgd_targeted, settings, targets),
@@ -93,11 +95,11 @@ class AutoAttack(Suite):
         out = self.left_out(num_classes)
         if len(out) == len(self.attacks):
             raise ValueError(f"no attack of {', '.join(self.attacks)} is defined for {num_classes} class(es).")
-        return {name: known[name] for name in self.attacks if name not in out}
+        return [Member(name, known[name], by_queries=name in BY_QUERIES) for name in self.attacks if name not in out]
 
     def name(self, num_classes: int) -> str:
         named = {STANDARD: "AutoAttack", RAND: "AutoAttack rand"}.get(tuple(self.attacks))
-        left = self.members(num_classes)
+        left = [member.name for member in self.members(num_classes)]
         whole = named or "+".join(name.upper() for name in self.attacks)
         return whole if len(left) == len(self.attacks) else f"{whole} ({', '.join(left)} only)"
 
@@ -147,20 +149,19 @@ def auto_attack(
     found_BCHW = images_BCHW.detach().clone()
     with torch.no_grad():
         logits_BC = torch.cat([logits_fn(images) for images in found_BCHW.split(batch_size)])
-    check_logits(logits_BC)
     labels_B = checked_labels(labels_B, *logits_BC.shape).to(images_BCHW.device)
     blindness = Blindness()
-    victim = Victim(logits_fn, fast_logits_fn, seed=seed, on_gradient=blindness)
-    rows = (logits_BC.argmax(dim=1) == labels_B).nonzero().squeeze(1)
+    victim = replace(plain_victim(logits_fn, fast_logits_fn), seed=seed, on_gradient=blindness)
+    rows = Prediction(logits_BC).right(labels_B).nonzero().squeeze(1)
     left = {"clean": len(rows) / len(labels_B)}
-    for name, member in suite.members(logits_BC.shape[1]).items():
+    for member in suite.members(logits_BC.shape[1]):
         standing = []
         for batch in rows.split(batch_size):
             adv_BCHW, stands_B = run_member(member, victim, images_BCHW[batch], labels_B[batch], threat_model)
             found_BCHW[batch[~stands_B]] = adv_BCHW[~stands_B]
             standing.append(batch[stands_B])
         rows = torch.cat(standing) if standing else rows
-        left[name] = len(rows) / len(labels_B)
+        left[member.name] = len(rows) / len(labels_B)
     blindness.warn("auto_attack")
     return found_BCHW, left
 
@@ -186,37 +187,40 @@ def _fab_targeted(
 ) -> Tensor:
     """FAB towards each target, without a random start: it draws nothing."""
 
-    def attack(logits_fn: LogitsFn, images: Tensor, labels: Tensor) -> Tensor:
+    def attack(predict: Predict, images: Tensor, labels: Tensor) -> Tensor:
         fab = FABAttack_PT(
-            logits_fn, norm=_NORMS[tm.norm], n_restarts=1, n_iter=num_steps, eps=tm.eps, seed=victim.seed,
-            targeted=True, device=images.device, n_target_classes=num_targets,
+            lambda pixels: predict(pixels).logits, norm=_NORMS[tm.norm], n_restarts=1, n_iter=num_steps, eps=tm.eps,
+            seed=victim.seed, targeted=True, device=images.device, n_target_classes=num_targets,
         )  # fmt: skip
         return fab.perturb(images, labels)
 
-    return _authors_code(attack, victim, images, labels, tm)
+    return _authors_code(attack, by_logits(victim.gradient_fn), victim, images, labels, tm)
 
 
 def _square(num_queries: int, victim: Victim, images: Tensor, labels: Tensor, tm: ThreatModel) -> Tensor:
-    def attack(logits_fn: LogitsFn, images: Tensor, labels: Tensor) -> Tensor:
+    def attack(predict: Predict, images: Tensor, labels: Tensor) -> Tensor:
         square = _SquareAlone(
-            logits_fn, norm=_NORMS[tm.norm], n_queries=num_queries, eps=tm.eps, p_init=0.8, n_restarts=1,
-            seed=victim.seed, verbose=False, device=images.device, resc_schedule=False,
+            lambda pixels: predict(pixels).logits, norm=_NORMS[tm.norm], n_queries=num_queries, eps=tm.eps, p_init=0.8,
+            n_restarts=1, seed=victim.seed, verbose=False, device=images.device, resc_schedule=False,
         )  # fmt: skip
+        square.judge = predict
         return square.perturb(images, labels)
 
-    return _authors_code(attack, victim, images, labels, tm)
+    return _authors_code(attack, victim.queried, victim, images, labels, tm)
 
 
 class _SquareAlone(SquareAttack):
     """Square that draws for each image what it would draw for this image alone, so that batches don't matter, and in
-    which an image falls exactly when the class of highest logit is another, ties included.
+    which an image falls exactly when the verdict of `judge` says so, ties and flags included.
     """
 
+    judge: Predict
+
     def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits_BC = self.predict(x)
-        margin_B = -cw_margin(logits_BC, y)
+        found = self.judge(x)
+        margin_B = -cw_margin(found.logits, y)
         tiny = torch.finfo(margin_B.dtype).tiny
-        stands_B = logits_BC.argmax(dim=1) == y
+        stands_B = found.verdict(y, attacked=True)
         margin_B = torch.where(stands_B, margin_B.clamp_min(tiny), margin_B.clamp_max(-tiny))
         return margin_B, margin_B
 
@@ -226,30 +230,39 @@ class _SquareAlone(SquareAttack):
         return super().random_choice(shape)
 
 
-def _authors_code(attack, victim: Victim, images: Tensor, labels: Tensor, tm: ThreatModel) -> Tensor:
-    """Run one of the authors' attacks: the global random state comes back, breaks of a fast classifier are confirmed.
+def _authors_code(
+    attack: Callable[[Predict, Tensor, Tensor], Tensor],
+    predict: Predict,
+    victim: Victim,
+    images: Tensor,
+    labels: Tensor,
+    tm: ThreatModel,
+) -> Tensor:
+    """Run one of the authors' attacks on `predict`: the global random state comes back, breaks of a surrogate are
+    confirmed.
 
-    FAB mixes its own float32 with what it is given, so all is float32 to it. Where the fast classifier claims a break
-    that the exact one denies, the image is attacked again, exactly.
+    FAB mixes its own float32 with what it is given, so all is float32 to it. Where the surrogate claims a break that
+    the victim's prediction denies, the image is attacked again, by the latter.
     """
     if tm.eps == 0 or len(images) == 0:
         return images.clone()
 
-    def in_float32(logits_fn: LogitsFn, some: Tensor, own: Tensor) -> Tensor:
-        def watched(pixels: Tensor) -> Tensor:
+    def in_float32(predict: Predict, some: Tensor, own: Tensor) -> Tensor:
+        def watched(pixels: Tensor) -> Prediction:
             if pixels.requires_grad and victim.on_gradient is not None:
                 pixels.register_hook(victim.on_gradient)
-            return logits_fn(pixels.to(some.dtype)).float()
+            found = predict(pixels.to(some.dtype))
+            return replace(found, logits=found.logits.float())
 
         adv = attack(watched, some.float(), own).detach()
         return torch.where(adv == some.float(), some, adv.to(some.dtype))
 
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        adv = in_float32(victim.gradient_fn, images, labels)
-        if victim.confirm is not None:
-            claimed, real = (misclassified(f, adv, labels) for f in (victim.gradient_fn, victim.confirm))
+        adv = in_float32(predict, images, labels)
+        if victim.surrogate is not None:
+            claimed, real = (~withstood(judge, adv, labels) for judge in (predict, victim.predict))
             again = (claimed & ~real).nonzero().squeeze(1)
             if len(again):
-                adv[again] = in_float32(victim.confirm, images[again], labels[again])
+                adv[again] = in_float32(victim.predict, images[again], labels[again])
     return adv

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import NO_GRADIENT, check_logits, checked_labels
+from ..checks import NO_GRADIENT, checked_labels
+from ..prediction import Predict, Prediction, by_logits, withstood
 from ..threat_model import ThreatModel, parse_radius
 
 LossFn = Callable[[Tensor], Tensor]
@@ -78,26 +79,13 @@ def logits_and_gradient(
     return seen[0], losses_B, grad_BCHW
 
 
-@torch.no_grad()
-def misclassified(logits_fn: LogitsFn, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
-    """Whether the class of highest logit is not the label, (B,). CLIP can't take a batch of none, so it gets none.
-
-    Raises FloatingPointError for logits that are not finite, which name no class; ValueError for labels beyond them.
-    """
-    if len(images_BCHW) == 0:
-        return torch.zeros(0, dtype=torch.bool, device=images_BCHW.device)
-    logits_BC = logits_fn(images_BCHW)
-    check_logits(logits_BC)
-    return logits_BC.argmax(dim=1) != checked_labels(labels_B, len(logits_BC), logits_BC.shape[1])
-
-
-def confirmed(logits_BC: Tensor, images_BCHW: Tensor, labels_B: Tensor, confirm: LogitsFn | None) -> Tensor:
-    """Whether images are misclassified by these logits and, where `confirm` is given, by its logits too, (B,)."""
-    broken_B = logits_BC.argmax(dim=1) != labels_B
-    if confirm is not None and broken_B.any():
-        rows = broken_B.nonzero().squeeze(1)
-        broken_B[rows] = misclassified(confirm, images_BCHW[rows], labels_B[rows])
-    return broken_B
+def have_fallen(logits_BC: Tensor, images_BCHW: Tensor, labels_B: Tensor, confirm: Predict | None) -> Tensor:
+    """Whether images fall by these logits and, where `confirm` is given, by its predictions too, (B,)."""
+    fallen_B = ~Prediction(logits_BC).verdict(labels_B)
+    if confirm is not None and fallen_B.any():
+        rows = fallen_B.nonzero().squeeze(1)
+        fallen_B[rows] = ~withstood(confirm, images_BCHW[rows], labels_B[rows])
+    return fallen_B
 
 
 def pgd(
@@ -171,7 +159,7 @@ def pgd_until_misclassified(
     step_size: float,
     random_start: bool = True,
     seed: int = 0,
-    confirm: LogitsFn | None = None,
+    confirm: Predict | None = None,
     deterministic: bool = True,
     on_gradient: OnGradient | None = None,
 ) -> Tensor:
@@ -186,7 +174,8 @@ def pgd_until_misclassified(
         images_BCHW, labels_B: float images within bounds, and their classes.
         loss: of logits and labels, one value per image, maximised: `cross_entropy`, `cw_margin`, `dlr`.
         num_steps, step_size, random_start, seed, on_gradient: as in `pgd`.
-        confirm: a more exact classifier; an iterate counts as misclassified only if this one says so too.
+        confirm: what decides, where `logits_fn` is cheaper or another; an iterate counts as misclassified only if this
+            prediction is wrong too, and not flagged.
         deterministic: False for classifiers that draw random numbers; cycles then mean nothing.
 
     Returns:
@@ -198,8 +187,7 @@ def pgd_until_misclassified(
     settings = PGDSettings(num_steps, step_size, random_start)
     found_BCHW = threat_model.checked(images_BCHW).detach().clone()
     labels_B = checked_labels(labels_B, len(found_BCHW)).to(found_BCHW.device)
-    exact = confirm or logits_fn
-    rows_B = (~misclassified(exact, found_BCHW, labels_B)).nonzero().squeeze(1)
+    rows_B = withstood(confirm or by_logits(logits_fn), found_BCHW, labels_B).nonzero().squeeze(1)
     if threat_model.eps == 0 or len(rows_B) == 0:
         return found_BCHW
     clean, labels = found_BCHW[rows_B], labels_B[rows_B]
@@ -209,7 +197,7 @@ def pgd_until_misclassified(
         logits, _, grad = logits_and_gradient(logits_fn, loss, adv, labels)
         if on_gradient is not None:
             on_gradient(grad)
-        done = confirmed(logits, adv, labels, confirm)
+        done = have_fallen(logits, adv, labels, confirm)
         following = threat_model.ascend(adv, grad, clean, settings.step_size)
         if deterministic:
             cycling = (following == saved).flatten(1).all(dim=1)

@@ -5,62 +5,99 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..checks import checked_labels
+from ..prediction import Predict, by_logits, withstood
 from ..threat_model import ThreatModel, parse_radius
 from .losses import cross_entropy, cw_margin
-from .pgd import (
-    ClassificationLoss,
-    LogitsFn,
-    OnGradient,
-    PGDSettings,
-    misclassified,
-    pgd,
-    pgd_until_misclassified,
-)
+from .pgd import ClassificationLoss, LogitsFn, OnGradient, PGDSettings, pgd, pgd_until_misclassified
+from .views import View
+
+if TYPE_CHECKING:
+    from ..evaluation.attack_views import AttackView
 
 
 @dataclass(frozen=True)
 class Victim:
-    """The classifier under attack.
+    """What is under attack.
 
     Args:
-        logits_fn: images (B, C, H, W) in [0, 1] to logits; decides what counts as misclassified.
-        fast_logits_fn: a cheaper, less exact one for gradients and queries (bfloat16, say); None uses `logits_fn`.
+        predict: images (B, C, H, W) in [0, 1] to their `Prediction`, whose verdict decides whether an image falls.
+        surrogate: images to logits, of which gradients and queries are taken in place of the prediction's own: a
+            cheaper classifier (bfloat16, say), or one with gradients. None: the prediction's.
+        logits_decide: the verdict is that of the very logits that a gradient is taken of, so nothing is asked twice.
         deterministic: False if the same image may get different logits.
         seed: of all that attacks draw.
         on_gradient: called with each gradient that PGD, APGD and FAB take.
-        to_the_end: PGD takes all its steps and gives the iterate of highest loss, whatever the classifier says of it:
+        to_the_end: PGD takes all its steps and gives the iterate of highest loss, whatever the verdict on it:
             for images that are then shown to another classifier.
     """
 
-    logits_fn: LogitsFn
-    fast_logits_fn: LogitsFn | None = None
+    predict: Predict
+    surrogate: LogitsFn | None = None
+    logits_decide: bool = False
     deterministic: bool = True
     seed: int = 0
     on_gradient: OnGradient | None = None
     to_the_end: bool = False
 
+    def logits(self, images_BCHW: Tensor) -> Tensor:
+        """Those that decide."""
+        return self.predict(images_BCHW).logits
+
     @property
     def gradient_fn(self) -> LogitsFn:
         """What gradients are taken of."""
-        return self.fast_logits_fn or self.logits_fn
+        return self.surrogate or self.logits
 
     @property
-    def confirm(self) -> LogitsFn | None:
-        """What must agree that an image is misclassified, where gradients come from another function."""
-        return None if self.fast_logits_fn is None else self.logits_fn
+    def queried(self) -> Predict:
+        """What queries are answered by."""
+        return self.predict if self.surrogate is None else by_logits(self.surrogate)
+
+    @property
+    def confirm(self) -> Predict | None:
+        """What must agree that an image fell; None where the logits of `gradient_fn` decide."""
+        return None if self.logits_decide else self.predict
 
 
-Member = Callable[[Victim, Tensor, Tensor, ThreatModel], Tensor]
+def plain_victim(logits_fn: LogitsFn, cheaper: LogitsFn | None = None) -> Victim:
+    """A classifier under attack: images to logits that decide, and if given others for gradients and queries."""
+    return Victim(by_logits(logits_fn), cheaper, logits_decide=cheaper is None)
+
+
+Attack = Callable[[Victim, Tensor, Tensor, ThreatModel], Tensor]  # of images and labels to images in the threat model
+
+
+@dataclass(frozen=True)
+class Member:
+    """One attack of a suite.
+
+    Args:
+        name: what reports call it.
+        run: the attack.
+        view: what it sees; None: what the evaluation's settings say.
+        by_queries: it takes no gradients.
+        keeps_rows: where the victim goes `to_the_end`, it asks about the whole batch each time; other attacks let go
+            of images.
+    """
+
+    name: str
+    run: Attack
+    view: AttackView | None = None
+    by_queries: bool = False
+    keeps_rows: bool = False
 
 
 class Suite(ABC):
     """Attacks with their settings."""
+
+    eot: int = 1  # gradients that its attacks average at each step
+    about: ClassVar[View | None] = None  # where the members bring views of their own: these in words
 
     @property
     def is_standard(self) -> bool:
@@ -68,7 +105,7 @@ class Suite(ABC):
         return False
 
     @abstractmethod
-    def members(self, num_classes: int) -> dict[str, Member]:
+    def members(self, num_classes: int) -> list[Member]:
         """The attacks in their order, those left out that are not defined for so few classes."""
 
     @abstractmethod
@@ -104,8 +141,8 @@ class PGD(Suite):
         own = self.step_size
         return 2.5 * threat_model.eps / self.num_steps if own is None else parse_radius(own, "step_size")
 
-    def members(self, num_classes: int) -> dict[str, Member]:
-        return {"cw" if self.loss is cw_margin else "pgd": self._run}
+    def members(self, num_classes: int) -> list[Member]:
+        return [Member("cw" if self.loss is cw_margin else "pgd", self._run, keeps_rows=True)]
 
     def _run(self, victim: Victim, images_BCHW: Tensor, labels_B: Tensor, threat_model: ThreatModel) -> Tensor:
         if victim.to_the_end:
@@ -152,7 +189,7 @@ def find_adversarial(
     """
     images_BCHW = threat_model.checked(images_BCHW)
     labels_B = checked_labels(labels_B, len(images_BCHW)).to(images_BCHW.device)
-    adv_BCHW = member(victim, images_BCHW, labels_B, threat_model)
+    adv_BCHW = member.run(victim, images_BCHW, labels_B, threat_model)
     low, high = threat_model.bounds
     furthest = float(threat_model.distance(adv_BCHW, images_BCHW).amax()) if len(adv_BCHW) else 0.0
     if furthest > threat_model.eps * (1 + 1e-4) + 1e-7 or bool(((adv_BCHW < low) | (adv_BCHW > high)).any()):
@@ -163,9 +200,9 @@ def find_adversarial(
 def run_member(
     member: Member, victim: Victim, images_BCHW: Tensor, labels_B: Tensor, threat_model: ThreatModel
 ) -> tuple[Tensor, Tensor]:
-    """What `find_adversarial` gives, and whether each still stands: classified correctly by `victim.logits_fn`."""
+    """What `find_adversarial` gives, and whether each still stands by `victim.predict`."""
     adv_BCHW = find_adversarial(member, victim, images_BCHW, labels_B, threat_model)
-    return adv_BCHW, ~misclassified(victim.logits_fn, adv_BCHW, labels_B)
+    return adv_BCHW, withstood(victim.predict, adv_BCHW, labels_B)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..checks import check_logits
 from ..modeling import CLIPForZeroShotClassification, without_gradients
 from ..paper import Paper
+from ..prediction import Prediction
 from ..processes import Processes
 
 if TYPE_CHECKING:
@@ -51,45 +51,6 @@ class Traits:
     episodic: bool = True
 
 
-@dataclass
-class Prediction:
-    """What a defence made of a batch.
-
-    Args:
-        logits: (B, C).
-        fell_back: (B,), images whose tuning was not finite: their logits are those without tuning.
-        prompts: by parameter name in the classifier, the prompts tuned for each image, (B, ...); empty if none are.
-        images: (B, C, H, W), what was classified in place of the given images, if anything was.
-        loss: (B,), the loss that was minimised, before the first step.
-        kept: (B, K), indices of the views that were kept, most confident first; 0 is the image itself.
-        score: (B,), of a detector: the higher, the more an image looks attacked.
-        flagged: (B,), of a detector: the images that it takes for attacked and gives no class.
-        state: of a defence with a stream state: what the next images begin from.
-    """
-
-    logits: Tensor
-    fell_back: Tensor | None = None
-    prompts: dict[str, Tensor] = field(default_factory=dict)
-    images: Tensor | None = None
-    loss: Tensor | None = None
-    kept: Tensor | None = None
-    score: Tensor | None = None
-    flagged: Tensor | None = None
-    state: Any = None
-
-    def right(self, labels_B: Tensor, *, attacked: bool = False) -> Tensor:
-        """Whether the verdict on each image is right, (B,): its class is the label, and it isn't flagged. An attacked
-        image that is flagged withstood the attack.
-
-        Raises FloatingPointError for logits that are not finite, which name no class.
-        """
-        check_logits(self.logits)
-        named_B = self.logits.argmax(dim=1) == labels_B
-        if self.flagged is None:
-            return named_B
-        return named_B | self.flagged if attacked else named_B & ~self.flagged
-
-
 @dataclass(frozen=True, kw_only=True)
 class Defence(ABC):
     """A test-time defence: a frozen dataclass of its hyperparameters with functions of a classifier and images.
@@ -107,6 +68,7 @@ class Defence(ABC):
     """
 
     __test__: ClassVar[bool] = False  # pytest: no test, for all its name
+    defends: ClassVar[bool] = True  # whether there is something to attack and to control beyond the classifier
     paper: ClassVar[Paper]
     needs_prompts: ClassVar[bool] = False
 

@@ -47,6 +47,26 @@ def check_indices(array: np.ndarray, name: str) -> None:
         raise ValueError(f"{name} must be class indices, integers, got {array.dtype}; take argmax of logits first.")
 
 
+def right_throughout(right_NS: Any) -> np.ndarray:
+    """Whether each image was right at a stage and at all before it, (N, S) bool, from whether it was right at each.
+
+    The first stage is the clean image, each other one an attack. This is what robust means here: right on the clean
+    image and under every attack up to there.
+
+    Raises ValueError for no images, no stages, and another shape.
+    """
+    right_NS = np.asarray(right_NS, dtype=bool)
+    if right_NS.ndim != 2 or right_NS.size == 0:
+        raise ValueError(f"right_NS has shape {right_NS.shape}; give verdicts (images, stages), at least one of each.")
+    return np.logical_and.accumulate(right_NS, axis=1)
+
+
+def accuracy_after_each(right_NS: Any) -> list[float]:
+    """The clean accuracy and the robust accuracy after each attack, S shares in [0, 1]: see `right_throughout`."""
+    throughout_NS = right_throughout(right_NS)
+    return [int(count) / len(throughout_NS) for count in throughout_NS.sum(axis=0)]
+
+
 def clean_and_robust_accuracy(
     attacked: Sequence[int],
     references: Sequence[int],
@@ -67,8 +87,8 @@ def clean_and_robust_accuracy(
 
     Raises ValueError for no images, unequal lengths, and classes that are no integers or outside [0, num_classes).
     """
-    columns = {"attacked": attacked, "references": references} | ({} if clean is None else {"clean": clean})
-    arrays = {name: as_array(values) for name, values in columns.items()}
+    given = {"attacked": attacked, "references": references} | ({} if clean is None else {"clean": clean})
+    arrays = {name: as_array(values) for name, values in given.items()}
     shapes = {name: array.shape for name, array in arrays.items()}
     if len(set(shapes.values())) > 1 or arrays["references"].ndim != 1:
         raise ValueError(f"one class index for each image is needed in every column, got the shapes {shapes}.")
@@ -82,9 +102,9 @@ def clean_and_robust_accuracy(
             )
     labels = arrays["references"]
     classes = num_classes or int(max(array.max() for array in arrays.values())) + 1
-    right = {"robust": arrays["attacked"] == labels}
-    if clean is not None:
-        right = {"clean": arrays["clean"] == labels, "robust": right["robust"] & (arrays["clean"] == labels)}
+    stages = {"robust": "attacked"} if clean is None else {"clean": "clean", "robust": "attacked"}
+    each_NS = np.stack([arrays[name] == labels for name in stages.values()], axis=1)
+    right = dict(zip(stages, right_throughout(each_NS).T, strict=True))
     images = np.bincount(labels, minlength=classes)
     found: dict[str, float | list[float] | list[float | None]] = {}
     for name, hits in right.items():

@@ -475,13 +475,14 @@ class CLIPForZeroShotClassification(CLIPModel):
             labels: (B,), class indices, for the mean cross-entropy in `loss`.
             interpolate_pos_encoding: accept another image size than the checkpoint's.
 
-        Raises ValueError if no classes are set, the shape is wrong, a label is out of range, or (in eval mode) values
-        lie outside [0, 1]. Compiled code doesn't look at values.
+        Raises ValueError if no classes are set, the shape is wrong, a label is out of range, or (in eval mode, outside
+        of `fixed_class_embeds`) values lie outside [0, 1]. Compiled code doesn't look at values.
         """
         if not self.class_names:
             raise ValueError("the model has no classes; call set_classes(class_names) first.")
         if not torch.compiler.is_compiling():
-            self.check_pixels(pixel_values, values=not self.training, any_size=interpolate_pos_encoding)
+            values = False if self.training else None
+            self.check_pixels(pixel_values, values=values, any_size=interpolate_pos_encoding)
         image_embeds_BD = self.encode_images(pixel_values, interpolate_pos_encoding)
         logits_BC, cosine_BC, image_embeds_BD = self.score(image_embeds_BD, self.class_embeds)
         loss = None
@@ -514,8 +515,10 @@ class CLIPForZeroShotClassification(CLIPModel):
             cosine_BC = _cosine(F.normalize(image_embeds_BD, dim=-1), class_embeds.to(head))
             return self.logit_scale.exp().to(head) * cosine_BC, cosine_BC, image_embeds_BD
 
-    def check_pixels(self, pixel_values: Tensor, *, values: bool = True, any_size: bool = False) -> None:
-        """Raise ValueError/TypeError unless the images fit this model: channels, size and (if asked) values."""
+    def check_pixels(self, pixel_values: Tensor, *, values: bool | None = None, any_size: bool = False) -> None:
+        """Raise ValueError/TypeError unless the images fit this model: channels, size and values in [0, 1]; of values
+        None asks outside of `fixed_class_embeds` alone, where attacks would wait for the device to look.
+        """
         expected = (self.config.vision_config.num_channels, self.input_size, self.input_size)
         given = tuple(pixel_values.shape[1:])
         if pixel_values.dim() != 4 or given[0] != expected[0] or (given != expected and not any_size):
@@ -523,7 +526,7 @@ class CLIPForZeroShotClassification(CLIPModel):
                 f"pixel_values have shape {tuple(pixel_values.shape)}; this model takes (batch, {expected[0]}, "
                 f"{expected[1]}, {expected[2]}): convert the images to RGB and resize them with the model's processor."
             )
-        if values:
+        if self._fixed is None if values is None else values:
             checked_images(pixel_values, "pixel_values")
 
     def text_parameters(self) -> list[torch.nn.Parameter]:

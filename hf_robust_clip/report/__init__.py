@@ -2,10 +2,9 @@
 
 from .card import CardInfo, load_card_info, make_card, make_unmeasured_card, regenerate_card
 from .files import load_reports, read_report_file, save_csv, save_reports
-from .plots import plot, plot_accuracy, plot_defences, plot_examples, plot_tradeoff
+from .plots import choose_examples, plot, plot_accuracy, plot_defences, plot_examples, plot_tradeoff
 from .report import (
     CONTROLS,
-    AttackTarget,
     Measurement,
     RobustnessReport,
     accuracies,
@@ -19,7 +18,6 @@ from .tables import as_markdown, by_model, figures_by_task, figures_of_defences,
 
 __all__ = [
     "CONTROLS",
-    "AttackTarget",
     "CardInfo",
     "Measurement",
     "RobustnessReport",
@@ -27,6 +25,7 @@ __all__ = [
     "as_markdown",
     "blind_warning",
     "by_model",
+    "choose_examples",
     "figures_by_task",
     "figures_of_defences",
     "frame",

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..attacks.views import KNOWN_VIEWS, View
 from ..checks import BLIND_ABOVE
@@ -18,7 +18,6 @@ from ..threat_model import ThreatModel
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-AttackTarget = Literal["static", "defence_blind", "adaptive", "bpda", "transfer_from_adapted", "adaptive_worst"]
 CONTROLS = ("static prompts", "random prompts", "ensemble-64")
 CLEAN, ROBUST = "accuracy", "robust_accuracy"
 

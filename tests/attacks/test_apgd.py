@@ -7,6 +7,7 @@ from victims import Curved, authors_apgd, curved, fallen, linear, recorded
 
 from hf_robust_clip.attacks.apgd import APGDSettings, apgd, apgd_targeted
 from hf_robust_clip.attacks.losses import cross_entropy, cw_margin, dlr
+from hf_robust_clip.prediction import by_logits
 from hf_robust_clip.threat_model import ThreatModel
 
 LOSSES = {"ce": cross_entropy, "dlr": dlr}
@@ -270,14 +271,22 @@ def test_a_fast_classifier_that_is_wrong_stops_nothing(loss):
     def wrong(pixels):
         return logits(pixels) - 1e3 * torch.nn.functional.one_hot(labels[:1], 10)
 
-    attack(wrong, images[:1], labels[:1], ThreatModel(0.001), loss=loss, confirm=logits, on_gradient=seen.append)
+    attack(
+        wrong,
+        images[:1],
+        labels[:1],
+        ThreatModel(0.001),
+        loss=loss,
+        confirm=by_logits(logits),
+        on_gradient=seen.append,
+    )
     assert len(seen) == 11 * (3 if loss == "targeted" else 1)
 
     def biased(pixels):  # constant: the same gradients
         return logits(pixels) - torch.linspace(0, 30, 10, dtype=torch.float64)
 
     plain = attack(logits, images, labels, RADII["linf"], loss="ce", num_steps=20)
-    found = attack(biased, images, labels, RADII["linf"], loss="ce", num_steps=20, confirm=logits)
+    found = attack(biased, images, labels, RADII["linf"], loss="ce", num_steps=20, confirm=by_logits(logits))
     assert fallen(biased, images, labels).any()
     assert 0 < fallen(logits, found, labels).sum() <= fallen(logits, plain, labels).sum() + 3
 
@@ -289,7 +298,7 @@ def test_targets_are_other_classes_even_if_the_fast_classifier_ranks_the_own_one
     seen = []
     settings = APGDSettings(3)
     apgd_targeted(lambda pixels: logits(pixels) + lift, images, labels, ThreatModel(0.001), settings, num_targets=1,
-                  confirm=logits, on_gradient=seen.append)  # fmt: skip
+                  confirm=by_logits(logits), on_gradient=seen.append)  # fmt: skip
     assert all(grad.abs().sum() > 0 for grad in seen)
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from victims import NORMS, Curved, curved, fallen, linear
 
 from hf_robust_clip.attacks.auto_attack import STANDARD, AutoAttack, auto_attack
 from hf_robust_clip.attacks.losses import cw_margin
-from hf_robust_clip.attacks.suites import PGD, Victim, is_optimising, is_randomised, run_member
+from hf_robust_clip.attacks.suites import PGD, Member, is_optimising, is_randomised, plain_victim, run_member
 from hf_robust_clip.threat_model import ThreatModel
 
 EVERY = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square")
@@ -43,7 +44,7 @@ def authors_suite(logits_fn, images, labels, threat_model, *, num_steps, num_tar
 
 
 def victim_of(member, classes, **settings):
-    return AutoAttack((member,), **{**TINY, **settings}).members(classes)[member]
+    return AutoAttack((member,), **{**TINY, **settings}).members(classes)[0]
 
 
 # ---- the authors' code
@@ -82,7 +83,7 @@ def test_each_member_alone_fells_what_the_authors_fells(member, norm):
             for i in range(len(images))
         ]
     attack = victim_of(member, 10, **budget)
-    adv, stands = run_member(attack, Victim(logits), images, labels, ThreatModel(eps, norm))
+    adv, stands = run_member(attack, plain_victim(logits), images, labels, ThreatModel(eps, norm))
     assert (~stands).tolist() == broken == fallen(logits, adv, labels).tolist()
     assert 0 < sum(broken) < len(broken)
 
@@ -118,7 +119,7 @@ def test_digits_fall_as_in_the_authors_suite():
 )
 def test_members_that_few_classes_allow_run_and_the_others_are_named(classes, members, name):
     suite = AutoAttack(EVERY, **TINY)
-    assert tuple(suite.members(classes)) == members
+    assert tuple(member.name for member in suite.members(classes)) == members
     assert suite.name(classes).endswith(name)
     parameters = suite.parameters([RADII["linf"]], classes)
     assert json.loads(json.dumps(parameters)) == parameters
@@ -154,7 +155,7 @@ def test_fab_finds_the_nearest_class_of_a_linear_classifier(classes, norm):
     for i, distance in enumerate(distances[norm].tolist()):
         for share, stands in ((1.01, False), (0.99, True)):
             threat_model = ThreatModel(share * distance, norm)
-            result = run_member(attack, Victim(logits), images[i : i + 1], labels[i : i + 1], threat_model)
+            result = run_member(attack, plain_victim(logits), images[i : i + 1], labels[i : i + 1], threat_model)
             assert bool(result[1]) == stands
 
 
@@ -239,7 +240,10 @@ def test_batches_and_the_global_random_state_play_no_part(member, norm):
 def test_the_seed_of_the_victim_is_squares():
     logits, images, labels = curved(size=4)
     attack = victim_of("square", 10)
-    runs = [run_member(attack, Victim(logits, seed=seed), images, labels, ThreatModel(0.01))[0] for seed in (0, 0, 1)]
+    runs = [
+        run_member(attack, replace(plain_victim(logits), seed=seed), images, labels, ThreatModel(0.01))[0]
+        for seed in (0, 0, 1)
+    ]
     queried = []
 
     def watched(pixels):
@@ -249,7 +253,7 @@ def test_the_seed_of_the_victim_is_squares():
     streams = []
     for seed in (0, 0, 1):
         queried.clear()
-        run_member(attack, Victim(watched, seed=seed), images, labels, ThreatModel(0.01))
+        run_member(attack, replace(plain_victim(watched), seed=seed), images, labels, ThreatModel(0.01))
         streams.append(torch.cat(queried))
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(streams[0], streams[1])
@@ -324,10 +328,12 @@ def test_an_attack_that_leaves_the_ball_is_stopped(norm):
         return torch.full_like(images, 1 + 1e-6)
 
     with pytest.raises(RuntimeError, match="an attack left"):
-        run_member(too_far, Victim(logits), images, labels, RADII[norm])
+        run_member(Member("far", too_far), plain_victim(logits), images, labels, RADII[norm])
     with pytest.raises(RuntimeError, match="an attack left"):
-        run_member(outside, Victim(logits), torch.ones_like(images), labels, RADII[norm])
-    adv, stands = run_member(lambda v, x, y, t: x.clone(), Victim(logits), images, labels, RADII[norm])
+        run_member(Member("outside", outside), plain_victim(logits), torch.ones_like(images), labels, RADII[norm])
+    adv, stands = run_member(
+        Member("still", lambda v, x, y, t: x.clone()), plain_victim(logits), images, labels, RADII[norm]
+    )
     assert stands.all() and torch.equal(adv, images)
 
 

@@ -5,7 +5,8 @@ import torch
 from victims import curved, fallen, recorded
 
 from hf_robust_clip.attacks.losses import cross_entropy, cw_margin
-from hf_robust_clip.attacks.pgd import confirmed, input_gradient, misclassified, pgd, pgd_until_misclassified
+from hf_robust_clip.attacks.pgd import have_fallen, input_gradient, pgd, pgd_until_misclassified
+from hf_robust_clip.prediction import by_logits, withstood
 from hf_robust_clip.threat_model import ThreatModel
 
 
@@ -212,13 +213,13 @@ def test_a_fast_classifier_that_is_wrong_breaks_and_stops_nothing():
     settings = dict(loss=cw_margin, num_steps=5, step_size=1e-4)
     seen = []
     adv = pgd_until_misclassified(
-        wrong, images, labels, ThreatModel(1e-3), confirm=logits, on_gradient=seen.append, **settings
+        wrong, images, labels, ThreatModel(1e-3), confirm=by_logits(logits), on_gradient=seen.append, **settings
     )
     assert [len(grad) for grad in seen] == [len(images)] * 5
     assert not fallen(logits, adv, labels).any()
     every = wrong(images)
-    assert not confirmed(every, images, labels, logits).any()
-    assert confirmed(every, images, labels, None).all()
+    assert not have_fallen(every, images, labels, by_logits(logits)).any()
+    assert have_fallen(every, images, labels, None).all()
 
 
 def test_a_classifier_that_takes_no_empty_batch_is_given_none():
@@ -233,7 +234,7 @@ def test_a_classifier_that_takes_no_empty_batch_is_given_none():
     for own in (labels[:0], (labels + 1) % 10):  # none given; none left
         adv = pgd_until_misclassified(strict, images[: len(own)], own, ThreatModel(0.1), **settings)
         assert torch.equal(adv, images[: len(own)])
-    assert misclassified(strict, images[:0], labels[:0]).tolist() == []
+    assert withstood(by_logits(strict), images[:0], labels[:0]).tolist() == []
 
 
 def test_until_misclassified_refuses_what_pgd_refuses():

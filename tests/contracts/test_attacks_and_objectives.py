@@ -16,7 +16,7 @@ from hf_robust_clip.attacks.apgd import APGDSettings, apgd, apgd_targeted
 from hf_robust_clip.attacks.auto_attack import LEAST_CLASSES, AutoAttack
 from hf_robust_clip.attacks.losses import cross_entropy, cw_margin, dlr, dlr_targeted, kl_divergence
 from hf_robust_clip.attacks.pgd import pgd, pgd_until_misclassified
-from hf_robust_clip.attacks.suites import Victim, run_member
+from hf_robust_clip.attacks.suites import plain_victim, run_member
 from hf_robust_clip.objectives.apt import APT
 from hf_robust_clip.objectives.base import Batch, Objective
 from hf_robust_clip.objectives.clean import Clean
@@ -275,9 +275,9 @@ def by_targets(logits_fn, images, labels, threat_model):
 
 
 def by_member(name):
-    member = AutoAttack((name,), num_steps=4, num_targets=2, num_queries=15).members(len(CLASS_NAMES))[name]
+    member = AutoAttack((name,), num_steps=4, num_targets=2, num_queries=15).members(len(CLASS_NAMES))[0]
     return lambda logits_fn, images, labels, threat_model: run_member(
-        member, Victim(logits_fn), images, labels, threat_model
+        member, plain_victim(logits_fn), images, labels, threat_model
     )[0]
 
 

@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from hf_robust_clip.metrics import clean_and_robust_accuracy, robust_accuracy_path, wilson_interval
+from hf_robust_clip.metrics import (
+    accuracy_after_each,
+    clean_and_robust_accuracy,
+    right_throughout,
+    robust_accuracy_path,
+    wilson_interval,
+)
 
 CLEAN, ATTACKED, LABELS = [0, 0, 1, 2, 2, 0], [0, 1, 1, 2, 0, 1], [0, 0, 1, 2, 2, 1]
 PAIRS = [list(pair) for pair in zip(CLEAN, ATTACKED, strict=True)]
@@ -167,3 +173,14 @@ def test_integers_of_any_kind_are_indices(dtype, metric):
 def test_the_function_refuses_the_same_itself(columns, message):
     with pytest.raises(ValueError, match=message):
         clean_and_robust_accuracy(*columns)
+
+
+def test_robust_is_right_clean_and_under_every_attack_up_to_there():
+    right = [[True, True, False], [True, False, True], [False, True, True], [True, True, True]]
+    assert right_throughout(right).tolist() == [
+        [True, True, False], [True, False, False], [False, False, False], [True, True, True],
+    ]  # fmt: skip
+    assert accuracy_after_each(right) == [0.75, 0.5, 0.25]
+    for wrong in ([], [True, False], [[]]):
+        with pytest.raises(ValueError, match="right_NS"):
+            right_throughout(wrong)

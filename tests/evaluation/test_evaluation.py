@@ -20,9 +20,10 @@ from hf_robust_clip import (
 )
 from hf_robust_clip.attacks.auto_attack import AutoAttack
 from hf_robust_clip.attacks.losses import cross_entropy, cw_margin
-from hf_robust_clip.attacks.suites import PGD, Suite, pgd_until_misclassified
+from hf_robust_clip.attacks.pgd import pgd_until_misclassified
+from hf_robust_clip.attacks.suites import PGD, Suite
 from hf_robust_clip.digests import unsigned
-from hf_robust_clip.evaluation.loop import _Found
+from hf_robust_clip.evaluation.state import Found
 
 NAMES = dict(name="name", task="task", model_id="id")
 TINY = AutoAttack(num_steps=2, num_targets=2, num_queries=5)
@@ -215,13 +216,13 @@ class Watched(Suite):
         return self.inner.is_standard
 
     def members(self, num_classes):
-        def run(name, member, victim, images, labels, threat_model):
+        def run(member, victim, images, labels, threat_model):
             if len(self.seen) == self.fails_at:
                 self.stop()
-            self.seen.append([(name, threat_model.eps, hash(image.numpy().tobytes())) for image in images])
-            return member(victim, images, labels, threat_model)
+            self.seen.append([(member.name, threat_model.eps, hash(image.numpy().tobytes())) for image in images])
+            return member.run(victim, images, labels, threat_model)
 
-        return {name: partial(run, name, member) for name, member in self.inner.members(num_classes).items()}
+        return [replace(member, run=partial(run, member)) for member in self.inner.members(num_classes)]
 
     def name(self, num_classes):
         return self.inner.name(num_classes)
@@ -324,7 +325,7 @@ def test_files_of_two_ranks_are_read_by_one_process_and_by_three(tmp_path):
 
 
 def test_a_batch_that_is_known_counts_once():
-    found = _Found()
+    found = Found()
     for _ in range(2):
         found.add({"stage": 0, "rows": [(0, 4, 1), (1, 2, 0)], "zeros": 3, "total": 7})
     assert (found.levels, found.zeros, found.total) == ({0: (4, 1), 1: (2, 0)}, 3, 7)

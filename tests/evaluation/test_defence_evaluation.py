@@ -21,13 +21,10 @@ from hf_robust_clip.defences.ensemble import Ensemble
 from hf_robust_clip.defences.tapt import TAPT
 from hf_robust_clip.defences.tpt import TPT
 from hf_robust_clip.defences.ttc import TTC
-from hf_robust_clip.evaluation.loop import (
-    ATTACKERS_SEED,
-    AdaptiveWorst,
-    EvaluationSettings,
-    _with_random_prompts,
-    evaluate_robustness,
-)
+from hf_robust_clip.evaluation.attack_views import ATTACKERS_SEED, VIEWS, AdaptiveWorst
+from hf_robust_clip.evaluation.controls import with_random_prompts
+from hf_robust_clip.evaluation.loop import evaluate_robustness
+from hf_robust_clip.evaluation.settings import EvaluationSettings
 from hf_robust_clip.paper import Paper
 from hf_robust_clip.report import CONTROLS
 from hf_robust_clip.threat_model import ThreatModel
@@ -108,7 +105,8 @@ def run(defence, target="defence_blind", attack=None, prompted=True, count=8, **
     model = make_prompted("V").get_base_model() if prompted else make_base()
     where = {name: changes.pop(name) for name in ("state_dir", "processes") if name in changes}
     attack = attack or (WORST if target == "adaptive_worst" else PGD(3))
-    settings = EvaluationSettings(**{"radii": RADII, "attack": attack, "target": target, **changes})
+    view = {} if isinstance(attack, AdaptiveWorst) else {"view": VIEWS[target]}
+    settings = EvaluationSettings(**{"radii": RADII, "attack": attack, **view, **changes})
     return evaluate_robustness(model, Images(model, count), settings, defence=defence, **NAMES, **where)
 
 
@@ -260,7 +258,7 @@ def test_the_model_comes_back_and_no_control_leaves_a_trace():
     modules, asked = [*model.named_modules()], [p.requires_grad for p in model.parameters()]
     data = Images(model.eval(), 3)
     model.train()
-    settings = EvaluationSettings(["2/255"], attack=PGD(2), target="adaptive")
+    settings = EvaluationSettings(["2/255"], attack=PGD(2), view=VIEWS["adaptive"])
     evaluate_robustness(model, data, settings, defence=Noise(), **NAMES)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert [*model.named_modules()] == modules
@@ -272,7 +270,7 @@ def test_the_random_control_has_no_adapters_of_the_model():
     """The same whatever prompts the model has, and not the plain classifier; the global random state is as it was."""
     images, base = make_images(4), make_base()
     state = torch.get_rng_state()
-    expected = _with_random_prompts(base)
+    expected = with_random_prompts(base)
     assert torch.equal(torch.get_rng_state(), state)
     prompts = [p for name, p in expected.named_parameters() if "clip_prompt_tokens" in name]
     assert [tuple(p.shape) for p in prompts] == [(2, 20)] * 3
@@ -282,7 +280,7 @@ def test_the_random_control_has_no_adapters_of_the_model():
         assert not torch.allclose(logits, base(images).logits, atol=1e-6)
         for row in ("V", "VLI", "pixel-border"):
             model = make_prompted(row).get_base_model()
-            assert torch.equal(_with_random_prompts(model)(images).logits, logits)
+            assert torch.equal(with_random_prompts(model)(images).logits, logits)
             assert not torch.allclose(model(images).logits, logits, atol=1e-3)
 
 
@@ -323,11 +321,10 @@ def test_the_state_of_another_defence_is_refused(defence, changes, tmp_path):
 @pytest.mark.parametrize(
     ("defence", "changes", "message"),
     [
-        (None, {"target": "adaptive"}, "target='adaptive' attacks a test-time defence, and there is none"),
-        (Toy(), {"target": "static"}, "target='static' says nothing of toy"),
-        (Toy(), {"target": "whitebox"}, "target='whitebox' is unknown"),
-        (Toy(), {"target": "adaptive_worst", "attack": PGD(1)}, "AdaptiveWorst.* belong together"),
-        (Toy(), {"target": "adaptive", "attack": WORST}, "AdaptiveWorst.* belong together"),
+        (None, {"target": "adaptive"}, "'adaptive'.*defence="),
+        (None, {"attack": WORST}, "'adaptive_worst'.*defence="),
+        (Toy(), {"target": "static"}, "'static'.*toy"),
+        (Toy(), {"attack": WORST, "view": VIEWS["adaptive"]}, "view=Adaptive"),
         (Toy(), {"target": "adaptive", "eot": 0}, "eot=0 must be"),
         (Toy(), {"target": "defence_blind", "eot": 2}, "eot=2"),
         (None, {"target": "static", "eot": 2}, "eot=2"),

@@ -1,0 +1,38 @@
+"""No defence: the classifier itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..modeling import CLIPForZeroShotClassification
+from ..paper import Paper
+from .base import Defence, GradientPath, Prediction, Traits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undefended(Defence):
+    """z = the classifier's logits: the defence that does nothing, so that one loop judges with and without one."""
+
+    defends: ClassVar[bool] = False
+    paper: ClassVar[Paper] = Paper(
+        method="undefended", title="No defence: the classifier itself", venue="no publication", arxiv="", bibtex=""
+    )
+
+    @property
+    def traits(self) -> Traits:
+        return Traits()
+
+    def _predict(
+        self,
+        classifier: CLIPForZeroShotClassification,
+        images_BCHW: Tensor,
+        state: Any,
+        seed: int,
+        path: GradientPath,
+    ) -> Prediction:
+        with torch.set_grad_enabled(path != "none"):
+            return Prediction(classifier(pixel_values=images_BCHW).logits)

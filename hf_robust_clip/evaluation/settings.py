@@ -1,0 +1,123 @@
+"""How hard to attack, and what the attacks see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from ..attacks.suites import PGD, Member, Suite
+from ..attacks.views import View
+from ..defences.base import Defence
+from ..modeling import CLIPForZeroShotClassification
+from ..threat_model import ThreatModel
+from .attack_views import AttackView, Static
+
+Precision = Literal["fp32", "fast"]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How hard to attack.
+
+    Args:
+        radii: radii in units of [0, 1], floats or fractions such as `"1/255"`.
+        norm: `"linf"` or `"l2"`.
+        attack: the attacks: `PGD(...)`, `AutoAttack(...)`, or `AdaptiveWorst(...)`, which brings its own views.
+        view: what the attacks see: `Static()`, the classifier alone, is for evaluations without a defence;
+            `DefenceBlind()`, `TransferFromAdapted()`, `BPDA()`, `Adaptive()` and `Queries()` are for those with one.
+            All judge by the defence.
+        batch_size: images per forward; results don't depend on it beyond rounding.
+        seed: of all that attacks draw.
+        precision: `"fp32"`, or `"fast"`: gradients and queries in bfloat16, every break confirmed in float32, so that
+            no image is counted as broken that isn't. Fewer breaks may be found.
+        num_workers: processes that load pictures ahead.
+        eot: draws of the defence whose logits are averaged before the loss, in each gradient through it: the gradient
+            is that of the mean prediction. Views that don't go through a defence take no such gradient.
+
+    Raises ValueError for a number out of range, and a view beside attacks that bring their own; TypeError for what is
+    no suite or no view.
+    """
+
+    radii: Sequence[float | str]
+    norm: str = "linf"
+    attack: Suite = field(default_factory=PGD)
+    view: AttackView = field(default_factory=Static)
+    batch_size: int = 128
+    seed: int = 0
+    precision: Precision = "fp32"
+    num_workers: int = 0
+    eot: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size!r} must be at least 1.")
+        if self.precision not in get_args(Precision):
+            raise ValueError(
+                f"precision={self.precision!r} is unknown; choose one of {', '.join(get_args(Precision))}."
+            )
+        if not isinstance(self.attack, Suite):
+            raise TypeError(f"attack={self.attack!r} must be a suite of attacks, such as PGD(20) or AutoAttack().")
+        if not isinstance(self.view, AttackView):
+            raise TypeError(f"view={self.view!r} must be a view of an attack, such as DefenceBlind() or Adaptive().")
+        if self.attack.about is not None and self.view != Static():
+            raise ValueError(f"view={self.view!r} does nothing: attack={self.attack!r} brings its own; leave it out.")
+        if not isinstance(self.eot, int) or self.eot < 1:
+            raise ValueError(f"eot={self.eot!r} must be an integer of at least 1.")
+        self.threat_models()
+
+    @property
+    def seen(self) -> View:
+        """What the attacks see, in words."""
+        return self.attack.about or self.view.about
+
+    def precision_with(self, model: CLIPForZeroShotClassification) -> str:
+        """The arithmetic of an evaluation of a model."""
+        own = str(model.dtype).removeprefix("torch.")
+        return own if self.precision == "fp32" else f"{own}, gradients in bfloat16"
+
+    def threat_models(self) -> list[ThreatModel]:
+        """One for each radius, ascending. Raises ValueError if there is none, or a radius is 0."""
+        if isinstance(self.radii, str) or not self.radii:
+            raise ValueError(f"radii={self.radii!r} must be a list of at least one radius, such as ['1/255'].")
+        threats = sorted({ThreatModel(r, self.norm) for r in self.radii}, key=lambda threat: threat.eps)  # type: ignore[arg-type]
+        if not threats[0].eps > 0:
+            raise ValueError(f"radii={self.radii!r} hold 0, which is the clean accuracy; leave it out.")
+        return threats
+
+    def plan(self, num_classes: int) -> list[tuple[AttackView, Member]]:
+        """The attacks of the suite in their order, each with what it sees."""
+        found = []
+        for member in self.attack.members(num_classes):
+            view = member.view or (self.view.asked if member.by_queries else self.view)
+            found.append((view, replace(member, view=view)))
+        return found
+
+    def attack_parameters(self, num_classes: int) -> dict[str, Any]:
+        """The suite's, with what the view makes of them, in JSON types."""
+        own = self.attack.parameters(self.threat_models(), num_classes)
+        if self.seen.goes_through:
+            return {**own, "eot": self.eot}
+        if self.view.to_the_end and "counts" in own:
+            return {**own, "counts": "the iterate of highest loss"}
+        return own
+
+    def check_against(self, defence: Defence) -> None:
+        """Raise ValueError unless what is attacked goes with what is judged."""
+        name = self.seen.name
+        if self.eot > 1 and not self.seen.goes_through:
+            raise ValueError(
+                f"eot={self.eot!r} averages gradients through a defence, and view {name!r} takes none; leave it at 1."
+            )
+        if self.seen.of_defence and not defence.defends:
+            raise ValueError(f"view {name!r} attacks a test-time defence, and there is none; give defence=...")
+        if defence.defends and not self.seen.of_defence:
+            raise ValueError(
+                f"view {name!r} says nothing of {defence.name}; choose DefenceBlind(), Adaptive(), BPDA() or "
+                "TransferFromAdapted(), or attack=AdaptiveWorst(...)."
+            )
+        if defence.defends and self.attack.eot > 1:
+            raise ValueError(
+                f"attack={self.attack!r} would average equal gradients: the draws of a defence follow from seed and "
+                "image. Set eot of EvaluationSettings."
+            )

@@ -1,0 +1,236 @@
+"""What an evaluation has found so far, in memory and in files from which a killed run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from ..defences.base import Defence
+from ..digests import signed, unsigned
+from ..environment import library_versions
+from ..metrics import accuracy_after_each
+from ..modeling import CLIPForZeroShotClassification
+from ..processes import Processes, everyone, together
+from ..report import prompt_hash
+from ..storage import disk_errors
+from ..zero_shot_data.fingerprint import dataset_digest
+from ..zero_shot_data.loading import ImageDataset
+from .settings import EvaluationSettings
+
+Line = dict[str, Any]
+
+
+@dataclass
+class Found:
+    """What is known so far: of each image its label and, for each judge, how many stages it withstood before the first
+    that it didn't; sums over gradients and over what the defence did.
+    """
+
+    levels: dict[int, tuple[int, ...]] = field(default_factory=dict)  # (label, one level per judge)
+    done: dict[int, int] = field(default_factory=dict)  # image to the number of stages it went through
+    zeros: int = 0
+    total: int = 0
+    fallbacks: int = 0
+    seconds: float = 0.0
+
+    def right(self, judge: int, stages: int) -> np.ndarray:
+        """Whether a judge (0: the defence) got each image right when clean and at each of `stages` attacks, as far as
+        the image went: (N, 1 + stages) bool.
+        """
+        rows = [
+            [row[1 + judge] > stage or row[1 + judge] == self.done[index] for stage in range(stages + 1)]
+            for index, row in self.levels.items()
+        ]
+        return np.array(rows, dtype=bool)
+
+    def accuracies(self, judge: int, stages: int) -> list[float]:
+        """The clean accuracy by a judge, and the robust accuracy after each of `stages` attacks."""
+        return accuracy_after_each(self.right(judge, stages))
+
+    def add(self, line: Line) -> None:
+        """One finished batch: `stage`, `rows` of (index, label, whether it stands for each judge), `zeros`, `total`,
+        and of a defence `fallbacks` and `seconds`.
+        """
+        if any(self.done.get(row[0], 0) != line["stage"] for row in line["rows"]):
+            return  # it is known already, or what came before it is lost
+        for index, label, *stands in line["rows"]:
+            before = self.levels.get(index, (label, *[0] * len(stands)))[1:]
+            after = (n + (right and n == line["stage"]) for n, right in zip(before, stands, strict=True))
+            self.levels[index] = (label, *after)
+            self.done[index] = line["stage"] + 1
+        self.zeros += line["zeros"]
+        self.total += line["total"]
+        self.fallbacks += line.get("fallbacks", 0)
+        self.seconds += line.get("seconds", 0.0) if line["stage"] == 0 else 0.0
+
+
+class State:
+    """The finished batches of all processes: read from a folder if there is one, and each new one written there.
+
+    Args:
+        folder: None keeps them in memory alone.
+        fingerprint: what must be the same for a folder's lines to be of use.
+        rank: of this process, which writes a file of its own.
+
+    Raises ValueError for a damaged line, for the state of another evaluation, and where processes evaluate different
+    things; `NotWritten` where the disk is full or closed.
+    """
+
+    def __init__(self, folder: str | Path | None, fingerprint: dict[str, str], rank: int, processes: Processes):
+        self.processes = processes
+        self.found = Found()
+        self.old_lines: list[Line] = []
+        self.new_lines: list[Line] = []
+        self.file: IO[str] | None = None
+        if folder is None:
+            return
+        _check_same_everywhere(fingerprint, processes)
+        own = together(lambda: _read_state(Path(folder), fingerprint), processes)
+        read = [line for lines in everyone(own, processes) for line in lines]  # folders may differ by machine
+        self.old_lines = sorted(read, key=lambda line: line["stage"])
+        for line in self.old_lines:
+            self.found.add(line)
+        with disk_errors(folder, "state_dir"):
+            self.file = _open_state(Path(folder), rank, fingerprint)
+
+    def note(self, line: Line) -> None:
+        """One finished batch of this process."""
+        self.found.add(line)
+        self.new_lines.append(line)
+        if self.file is not None:
+            with disk_errors(self.file.name, "state"):
+                self.file.write(signed(json.dumps(line)))
+                self.file.flush()
+
+    def close(self) -> None:
+        if self.file is not None:
+            with suppress(OSError):  # each line was flushed
+                self.file.close()
+
+    def gathered(self) -> Found:
+        """What all processes found together."""
+        if self.processes is None or self.processes.num_processes == 1:
+            return self.found
+        found = Found()
+        new = [line for lines in everyone(self.new_lines, self.processes) for line in lines]
+        for line in [*self.old_lines, *sorted(new, key=lambda line: line["stage"])]:  # as each process went on
+            found.add(line)
+        return found
+
+
+def fingerprint_of(
+    model: CLIPForZeroShotClassification, dataset: ImageDataset, settings: EvaluationSettings, defence: Defence
+) -> dict[str, str]:
+    """What must be the same for a state to be of use: weights, configuration and classes, images, attacks, the defence
+    with its statistics, and what the attacks see of it.
+
+    Nothing that is computed by the model, since its rounding differs between devices and numbers of threads.
+    """
+    tensors = [*model.parameters(), model.class_token_ids, model.image_mean, model.image_std]
+    adapters = [
+        (layer.active_adapters, layer.disable_adapters, getattr(layer, "scaling", None))
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+    ]
+    text = f"{_without_places(model.config.to_dict())} {adapters}"
+    threats, num_classes = settings.threat_models(), len(model.class_names)
+    own = library_versions()["hf_robust_clip"]  # another version may attack otherwise
+    attack = own, settings.attack.name(num_classes), settings.attack.parameters(threats, num_classes)
+    views = [view for view, _ in settings.plan(num_classes)]
+    batches = "" if defence.traits.episodic else f" batches of {settings.batch_size}"
+    return {
+        "model": f"{_digest(tensors)} {hashlib.sha256(text.encode()).hexdigest()[:16]}",
+        "classes": prompt_hash(model.class_names, model.templates),
+        "dataset": f"{dataset.dataset_id} {dataset.revision} {dataset.split}, {len(dataset)} images like "
+        f"{dataset_digest(dataset, every=True)}",
+        "attack": f"{attack} {settings.norm} {[t.eps for t in threats]} seed {settings.seed} {settings.precision}",
+        "defence": f"{defence.name} {defence.parameters()} {_digest(_tensors(defence))} {views} eot "
+        f"{settings.eot}{batches}",
+    }
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors inside a setting, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if is_dataclass(value):
+        value = [getattr(value, field.name) for field in fields(value)]
+    elif isinstance(value, dict):
+        value = [value[key] for key in sorted(value)]
+    return [t for v in value for t in _tensors(v)] if isinstance(value, list | tuple) else []
+
+
+def _without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, sorted, without what says where it was loaded from, how it was stored and by which version."""
+    passing = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "architectures")
+    return {
+        name: _without_places(value) if isinstance(value, dict) else value
+        for name, value in sorted(config.items())
+        if name not in passing
+    }
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    whole = hashlib.sha256()
+    for tensor in tensors:
+        whole.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()[:16]
+
+
+def _check_same_everywhere(fingerprint: dict[str, str], processes: Processes) -> None:
+    """Raise ValueError on every process unless all of them evaluate the same."""
+    first, *others = everyone(fingerprint, processes)
+    for rank, other in enumerate(others, start=1):
+        if wrong := [key for key in first if first[key] != other.get(key)]:
+            own = f"{other.get(wrong[0])!r}, not {first[wrong[0]]!r}"
+            raise ValueError(f"process {rank} was started with another {wrong[0]} than process 0: {own}.")
+
+
+def _read_state(folder: Path, fingerprint: dict[str, str]) -> list[Line]:
+    """The finished batches in all state files of a folder; a last line that was cut short is left out. Raises
+    ValueError for a damaged line, and for the state of another evaluation.
+    """
+    lines = []
+    for file in sorted(folder.glob("state-*.jsonl")):
+        for number, text in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                line = json.loads(unsigned(text))
+            except ValueError as error:
+                what = "the file" if number == 1 else "this line"
+                raise ValueError(
+                    f"{file}, line {number} is damaged or of another format; delete {what}, and its images are "
+                    "evaluated again."
+                ) from error
+            if number > 1:
+                lines.append(line)
+            elif other := [key for key in fingerprint if line.get(key) != fingerprint[key]]:
+                raise ValueError(
+                    f"{file} is the state of another evaluation: its {other[0]} is {line.get(other[0])!r}, now it "
+                    f"is {fingerprint[other[0]]!r}. Delete the folder, or choose another."
+                )
+    return lines
+
+
+def _open_state(folder: Path, rank: int, fingerprint: dict[str, str]) -> IO[str]:
+    """This process's state file, open for appending after its last complete line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"state-{rank}.jsonl"
+    whole = path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0
+    if whole:
+        os.truncate(path, whole)
+        return path.open("a", encoding="utf-8")
+    file = path.open("w", encoding="utf-8")
+    file.write(signed(json.dumps(fingerprint)))
+    file.flush()
+    return file
