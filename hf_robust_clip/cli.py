@@ -433,17 +433,16 @@ def build_defence(
     """A test-time defence from plain values, without statistics; `preset: paper|released` where the method has them.
 
     Args:
-        method: a name of `adaptation.DEFENCES`.
+        method: a name of `defences.defence_classes()`.
         design: of the prompts, on which the released preset of TAPT depends.
     """
     from .crops import RandomResizedCrop
-    from .defences import DEFENCES, defence_class
+    from .defences import defence_class, defence_classes
 
-    check_key(method, list(DEFENCES), f"{section}.method")
+    check_key(method, list(defence_classes()), f"{section}.method")
     if isinstance(values, Mapping) and isinstance(values.get("crop"), Mapping):
         values = {**values, "crop": build(RandomResizedCrop, values["crop"], f"{section}.crop")}
-    arguments = {} if design is None else {"design": design}
-    return build_from_preset(defence_class(method), values, section, arguments)
+    return build_from_preset(defence_class(method), values, section, {})
 
 
 def build_prompts(method: str, values: Mapping[str, Any] | None) -> ClipPromptConfig | None:

@@ -34,7 +34,8 @@ from prompt_speed import GIB, NUM_TOKENS, Ours, Released, Task, resident_peak, t
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_robust_clip.defences.statistics import AlignmentTargets, VisionStatistics
+from hf_robust_clip.defences.alignment import AlignmentTargets
+from hf_robust_clip.defences.moments import VisionStatistics
 from hf_robust_clip.defences.tapt import TAPT
 from hf_robust_clip.defences.views import draw_boxes
 

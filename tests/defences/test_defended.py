@@ -27,7 +27,9 @@ from hf_robust_clip import (
     digits_clip_path,
 )
 from hf_robust_clip.cli import DataSettings, load_data
-from hf_robust_clip.defences.defended import PROMPTS, SETTINGS, STATISTICS, adapter_from
+from hf_robust_clip.defences.defended import PROMPTS, SETTINGS, adapter_from
+
+STATISTICS = AlignmentTargets.file
 
 NAMES = ("zero", "one", "two")
 TEMPLATE = "a photo of a {}."
