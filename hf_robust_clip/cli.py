@@ -1273,19 +1273,19 @@ def with_statistics(recipe: EvaluationRecipe, model: ModelSettings) -> Defence |
     there, with the settings of that one: what the recipe asks for goes before them. Raises OSError without statistics.
     """
     defence = recipe.defence
-    if defence is None or not hasattr(defence, "targets"):
+    if defence is None or not defence.learns():
         return defence
     from .defences.defended import DefendedClassifier
 
     saved = DefendedClassifier.from_pretrained(model.name, revision=model.revision).adapter
-    targets = getattr(saved, "targets", None)
-    if targets is None:
+    fitted = {name: part for name, part in saved.fitted.items() if isinstance(part, defence.learns().get(name, ()))}
+    if not fitted:
         raise OSError(
             f"{model.name!r} holds no statistics, which {defence.name} needs; train it with recipes/tapt.py."
         )
     if type(saved) is type(defence) and recipe.defence_settings.get("preset") is None:
         return replace(saved, **{name: getattr(defence, name) for name in recipe.defence_settings if name != "preset"})
-    return replace(defence, targets=targets)  # type: ignore[call-arg]  # not every defence has them
+    return replace(defence, **fitted)
 
 
 def self_check(report: RobustnessReport) -> str:
