@@ -1285,7 +1285,7 @@ def with_statistics(recipe: EvaluationRecipe, model: ModelSettings) -> Defence |
         )
     if type(saved) is type(defence) and recipe.defence_settings.get("preset") is None:
         return replace(saved, **{name: getattr(defence, name) for name in recipe.defence_settings if name != "preset"})
-    return replace(defence, **fitted)
+    return replace(defence, **fitted)  # type: ignore[arg-type]
 
 
 def self_check(report: RobustnessReport) -> str:
