@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from ..checks import check_differentiable, checked_images, checked_labels
 from ..pictures import normalisation_of
+from ..prompts import ClipPromptConfig
 from .class_texts import ClassTexts
 from .texts import check_same_classes, parts_of, resolution_of
 from .untrusted import check_sizes
@@ -113,7 +114,7 @@ class ZeroShotClassifier(ClassTexts):
             image_processor.image_mean, image_processor.image_std = list(mean), list(std)
             image_processor.do_normalize = True
         for config in getattr(self, "peft_config", {}).values():
-            if hasattr(config, "image_mean"):  # prompts carry it, so that they are never loaded under another
+            if isinstance(config, ClipPromptConfig):  # prompts carry it, so that they are never loaded under another
                 config.image_mean, config.image_std = list(mean), list(std)
 
     def _normalisation_differs(self, mean: Sequence[float], std: Sequence[float]) -> bool:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +17,11 @@ from torch.nn import functional as F
 
 from hf_robust_clip.defences import fit
 from hf_robust_clip.defences.alignment import AlignmentTargets
+from hf_robust_clip.defences.ensemble import Ensemble
 from hf_robust_clip.defences.fit import collect_statistics, fingerprints
 from hf_robust_clip.defences.moments import RunningMoments, VisionStatistics, layer_inputs
+from hf_robust_clip.defences.prompt_align import PromptAlign
+from hf_robust_clip.defences.tapt import TAPT
 from hf_robust_clip.prompts.layer import ClipPromptLayer
 from hf_robust_clip.zero_shot_data.loading import ImageDataset
 
@@ -476,3 +480,33 @@ def test_clean_statistics_must_be_of_the_same_encoder_but_of_any_prompts(targets
     other_shape = collect_statistics(classifier("V"), examples(2), batch_size=2)
     with pytest.raises(ValueError, match="the clean statistics are of"):
         AlignmentTargets(targets.adversarial, other_shape).check_shapes(classifier())
+
+
+# ---- what a defence is fitted with
+
+
+@pytest.mark.parametrize(
+    ("defence", "needs"),
+    [(TAPT(), True), (TAPT(gamma=1.0), False), (TAPT(align_weight=0.0), False), (PromptAlign(), False)],
+)
+def test_a_defence_is_fitted_with_the_statistics_of_its_classifiers(defence, needs, tmp_path):
+    model, other = classifier(), classifier()
+    randomise(other, seed=5)
+    assert defence.needs == ({"clean_classifier"} if needs else set())
+    if needs:
+        with pytest.raises(ValueError, match="clean_classifier"):
+            defence.fit(model, examples())
+    else:
+        assert defence.fit(model, examples(), batch_size=4).targets.clean is None
+    fitted = defence.fit(model, examples(), clean_classifier=other, batch_size=4, state_dir=tmp_path)
+    assert defence.targets is None and replace(fitted, targets=None) == defence
+    assert {folder.name for folder in tmp_path.iterdir()} == {"adversarial", "clean"}
+    for found, source in ((fitted.targets.adversarial, model), (fitted.targets.clean, other)):
+        wanted = collect_statistics(source, examples(), batch_size=4)
+        assert torch.equal(found.mean, wanted.mean) and found.record == wanted.record
+    assert fitted.parameters()["statistics"] == fitted.targets.record == fitted.targets.adversarial.record
+
+
+def test_a_defence_that_learns_nothing_is_given_back():
+    defence = Ensemble(num_views=2)
+    assert defence.fit(classifier(), examples()) is defence and defence.fitted == defence.learns() == {}
