@@ -86,7 +86,7 @@ def test_reports_say_what_was_attacked(finished):
     assert worst.robust_accuracy[16 / 255] <= blind.robust_accuracy[16 / 255]
     assert set(blind.defence["controls"]) == set(CONTROLS)
     assert blind.defence["parameters"]["reset_to"] == "trained"
-    assert compared[-1].defence["parameters"]["reset_to"] == "random"
+    assert compared[-1].defence["parameters"]["reset_to"] == "released"
     with pytest.raises(ValueError, match="no radius in common"):
         defence_table([], "")
 
