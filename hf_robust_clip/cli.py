@@ -427,14 +427,11 @@ def build_objective(method: str, values: Mapping[str, Any] | None) -> Any:
     return build_from_preset(trainer_class(method).objective_cls, values, "objective")
 
 
-def build_defence(
-    method: str, values: Mapping[str, Any] | None, section: str = "defence", design: str | None = None
-) -> Defence:
+def build_defence(method: str, values: Mapping[str, Any] | None, section: str = "defence") -> Defence:
     """A test-time defence from plain values, without statistics; `preset: paper|released` where the method has them.
 
     Args:
         method: a name of `defences.defence_classes()`.
-        design: of the prompts, on which the released preset of TAPT depends.
     """
     from .crops import RandomResizedCrop
     from .defences import defence_class, defence_classes
@@ -442,7 +439,7 @@ def build_defence(
     check_key(method, list(defence_classes()), f"{section}.method")
     if isinstance(values, Mapping) and isinstance(values.get("crop"), Mapping):
         values = {**values, "crop": build(RandomResizedCrop, values["crop"], f"{section}.crop")}
-    return build_from_preset(defence_class(method), values, section, {})
+    return build_from_preset(defence_class(method), values, section)
 
 
 def build_prompts(method: str, values: Mapping[str, Any] | None) -> ClipPromptConfig | None:
@@ -588,13 +585,12 @@ def build_adaptations(values: Mapping[str, Any] | None, presets: Sequence[str], 
     """TAPT as it is saved and, by the presets' names, as it is evaluated beside; by what tables call it."""
     if isinstance(presets, str):
         raise ValueError(f"defence_evaluation.presets={presets!r} must be a list.")
-    own = build_defence("tapt", values, "adaptation", design)
+    own = build_defence("tapt", values, "adaptation")
     preset = (values or {}).get("preset")
     titles = {f"TAPT-{design}" + (f" {preset}" if preset else ""): own}
     for other in presets:
         if other != preset:
-            titles[f"TAPT-{design} {other}"] = build_defence("tapt", {**(values or {}), "preset": other}, "adaptation",
-                                                             design)  # fmt: skip
+            titles[f"TAPT-{design} {other}"] = build_defence("tapt", {**(values or {}), "preset": other}, "adaptation")
     return titles
 
 
