@@ -426,23 +426,19 @@ def build_objective(method: str, values: Mapping[str, Any] | None) -> Any:
     return build_from_preset(trainer_class(method).objective_cls, values, "objective")
 
 
-def build_defence(
-    method: str, values: Mapping[str, Any] | None, section: str = "defence", design: str | None = None
-) -> Defence:
+def build_defence(method: str, values: Mapping[str, Any] | None, section: str = "defence") -> Defence:
     """A test-time defence from plain values, without statistics; `preset: paper|released` where the method has them.
 
     Args:
-        method: a name of `adaptation.DEFENCES`.
-        design: of the prompts, on which the released preset of TAPT depends.
+        method: a name of `defences.defence_classes()`.
     """
     from .crops import RandomResizedCrop
-    from .defences import DEFENCES, defence_class
+    from .defences import defence_class, defence_classes
 
-    check_key(method, list(DEFENCES), f"{section}.method")
+    check_key(method, list(defence_classes()), f"{section}.method")
     if isinstance(values, Mapping) and isinstance(values.get("crop"), Mapping):
         values = {**values, "crop": build(RandomResizedCrop, values["crop"], f"{section}.crop")}
-    arguments = {} if design is None else {"design": design}
-    return build_from_preset(defence_class(method), values, section, arguments)
+    return build_from_preset(defence_class(method), values, section)
 
 
 def build_prompts(method: str, values: Mapping[str, Any] | None) -> ClipPromptConfig | None:
@@ -588,13 +584,12 @@ def build_adaptations(values: Mapping[str, Any] | None, presets: Sequence[str], 
     """TAPT as it is saved and, by the presets' names, as it is evaluated beside; by what tables call it."""
     if isinstance(presets, str):
         raise ValueError(f"defence_evaluation.presets={presets!r} must be a list.")
-    own = build_defence("tapt", values, "adaptation", design)
+    own = build_defence("tapt", values, "adaptation")
     preset = (values or {}).get("preset")
     titles = {f"TAPT-{design}" + (f" {preset}" if preset else ""): own}
     for other in presets:
         if other != preset:
-            titles[f"TAPT-{design} {other}"] = build_defence("tapt", {**(values or {}), "preset": other}, "adaptation",
-                                                             design)  # fmt: skip
+            titles[f"TAPT-{design} {other}"] = build_defence("tapt", {**(values or {}), "preset": other}, "adaptation")
     return titles
 
 
@@ -1241,19 +1236,19 @@ def with_statistics(recipe: EvaluationRecipe, model: ModelSettings) -> Defence |
     there, with the settings of that one: what the recipe asks for goes before them. Raises OSError without statistics.
     """
     defence = recipe.defence
-    if defence is None or not hasattr(defence, "targets"):
+    if defence is None or not defence.learns():
         return defence
     from .defences.defended import DefendedClassifier
 
     saved = DefendedClassifier.from_pretrained(model.name, revision=model.revision).adapter
-    targets = getattr(saved, "targets", None)
-    if targets is None:
+    fitted = {name: part for name, part in saved.fitted.items() if isinstance(part, defence.learns().get(name, ()))}
+    if not fitted:
         raise OSError(
             f"{model.name!r} holds no statistics, which {defence.name} needs; train it with recipes/tapt.py."
         )
     if type(saved) is type(defence) and recipe.defence_settings.get("preset") is None:
         return replace(saved, **{name: getattr(defence, name) for name in recipe.defence_settings if name != "preset"})
-    return replace(defence, targets=targets)  # type: ignore[call-arg]  # not every defence has them
+    return replace(defence, **fitted)  # type: ignore[arg-type]
 
 
 def self_check(report: RobustnessReport) -> str:

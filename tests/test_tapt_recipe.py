@@ -85,7 +85,7 @@ def test_reports_say_what_was_attacked(finished):
     assert worst.robust_accuracy[16 / 255] <= blind.robust_accuracy[16 / 255]
     assert set(blind.controls) == set(CONTROLS)
     assert blind.defence["parameters"]["reset_to"] == "trained"
-    assert compared[-1].defence["parameters"]["reset_to"] == "random"
+    assert compared[-1].defence["parameters"]["reset_to"] == "released"
 
 
 def test_the_folder_restores_the_defence_and_its_static_prompts(finished):

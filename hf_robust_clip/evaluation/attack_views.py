@@ -14,9 +14,10 @@ from ..attacks import views
 from ..attacks.auto_attack import AutoAttack
 from ..attacks.pgd import LogitsFn
 from ..attacks.suites import PGD, Member, Suite, Victim, plain_victim
-from ..defences.base import Defence, GradientPath, with_prompts
+from ..defences.base import Defence, GradientPath
 from ..modeling import CLIPForZeroShotClassification
 from ..prediction import Prediction
+from ..prompts.access import with_prompts
 from ..threat_model import ThreatModel
 
 ATTACKERS_SEED = 7919  # added to the evaluation's seed: an attack knows a defence, not its draws

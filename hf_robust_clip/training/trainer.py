@@ -23,13 +23,14 @@ from ..attacks.losses import cross_entropy
 from ..attacks.pgd import PGDSettings, pgd
 from ..checkpoint_notes import named_base
 from ..checks import Blindness, check_logits, checked_labels
+from ..defences.alignment import AlignmentTargets
 from ..defences.defended import DefendedClassifier
-from ..defences.statistics import AlignmentTargets, collect_statistics
+from ..defences.fit import collect_statistics
 from ..defences.tapt import TAPT
 from ..modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, without_gradients
-from ..modeling.normalisation import carry_normalisation, has_adapter
 from ..modeling.untrusted import ADAPTER
 from ..names import hub_name, is_path, shown_name
+from ..normalisation import carry_normalisation, has_adapter
 from ..objectives.apt import APT
 from ..objectives.base import Batch, Objective
 from ..objectives.clean import Clean

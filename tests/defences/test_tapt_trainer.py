@@ -17,9 +17,12 @@ from hf_robust_clip import (
     digits_clip_path,
 )
 from hf_robust_clip.cli import DataSettings, load_data
-from hf_robust_clip.defences.defended import SETTINGS, STATISTICS
-from hf_robust_clip.defences.statistics import collect_statistics
+from hf_robust_clip.defences.alignment import AlignmentTargets
+from hf_robust_clip.defences.defended import SETTINGS
+from hf_robust_clip.defences.fit import collect_statistics
 from hf_robust_clip.zero_shot_data.loading import collate_images
+
+STATISTICS = AlignmentTargets.file
 
 TEMPLATE = "a photo of a {}."
 SETTING = TAPT(num_views=8, selected=0.25, learning_rate=0.05)

@@ -1,7 +1,7 @@
 """Views of strangers, detectors, defences with a stream state, and what an attack's steps may look at."""
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -50,7 +50,7 @@ def test_no_defence_is_the_defence_that_does_nothing():
     for defence in (None, Undefended()):
         model, seen = make_base(), []
         model.visual_projection.register_forward_hook(lambda *_, seen=seen: seen.append(1))
-        reports.append(asdict(run(defence, Static(), PGD(3), model=model)))
+        reports.append(run(defence, Static(), PGD(3), model=model))
         forwards.append(len(seen))
     assert reports[0] == reports[1] and reports[0].defence is None
     assert 0 < reports[0].robust_accuracy[4 / 255] < 0.75
