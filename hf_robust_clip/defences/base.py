@@ -126,6 +126,11 @@ class Defence(ABC):
         """What tables call it."""
         return self.paper.method
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What `fit` needs beside classifier and images: nothing, or "clean_classifier"."""
+        return frozenset()
+
     def parameters(self) -> dict[str, Any]:
         """All settings as JSON types, for reports and saved folders."""
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.repr}
@@ -148,6 +153,7 @@ class Defence(ABC):
         classifier: CLIPForZeroShotClassification,
         dataset: ImageDataset,
         *,
+        clean_classifier: CLIPForZeroShotClassification | None = None,
         batch_size: int = 64,
         processes: Processes = None,
         state_dir: str | Path | None = None,
@@ -161,6 +167,7 @@ class Defence(ABC):
         Args:
             classifier: with its classes set.
             dataset: images that the defence is not judged on.
+            clean_classifier: the same model trained without an attack; see `needs`.
             batch_size: images per forward.
             processes: divides the images; each process gets the same defence.
             state_dir: a folder for what is done already, where fitting takes long.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
@@ -12,14 +13,16 @@ from torch import Tensor
 
 from ..modeling import CLIPForZeroShotClassification
 from ..paper import Paper
+from ..processes import Processes
 from .base import GradientPath, Prediction, Traits
-from .statistics import AlignmentTargets, VisionStatistics
+from .statistics import AlignmentTargets, VisionStatistics, collect_statistics
 from .tuning import Prompts, PromptTuning, Run, marginal_entropy
 from .views import Views
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from typing_extensions import Self
 
+    from ..zero_shot_data.dataset import ImageDataset
     from .defended import DefendedClassifier
 
 Reduction = Literal["norm", "mean"]
@@ -136,6 +139,38 @@ class TAPT(PromptTuning):
     @property
     def traits(self) -> Traits:
         return Traits(randomised=True, optimising=True, episodic=self.reset_every == 1)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"clean_classifier"}) if self.gamma < 1 else frozenset()
+
+    def fit(
+        self,
+        classifier: CLIPForZeroShotClassification,
+        dataset: ImageDataset,
+        *,
+        clean_classifier: CLIPForZeroShotClassification | None = None,
+        batch_size: int = 64,
+        processes: Processes = None,
+        state_dir: str | Path | None = None,
+        num_workers: int = 0,
+        progress: bool = False,
+    ) -> Self:
+        """The defence with the statistics of the images, under both kinds of prompts if both are given."""
+        found = {
+            kind: collect_statistics(
+                one,
+                dataset,
+                batch_size=batch_size,
+                processes=processes,
+                state_dir=None if state_dir is None else Path(state_dir) / kind,
+                num_workers=num_workers,
+                progress=progress,
+            )
+            for kind, one in (("adversarial", classifier), ("clean", clean_classifier))
+            if one is not None
+        }
+        return replace(self, targets=AlignmentTargets(found["adversarial"], found.get("clean")))
 
     def parameters(self) -> dict[str, Any]:
         """All settings, without the statistics; of these their record."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
+
+Verdicts = TypeVar("Verdicts", np.ndarray, Tensor)
 
 
 def robust_accuracy_path() -> str:
@@ -45,6 +47,11 @@ def check_indices(array: np.ndarray, name: str) -> None:
     """Raise ValueError for what are no class indices: probabilities, logits, texts, true and false."""
     if array.dtype.kind not in "iu":
         raise ValueError(f"{name} must be class indices, integers, got {array.dtype}; take argmax of logits first.")
+
+
+def robust_verdicts(clean: Verdicts, attacked: Verdicts) -> Verdicts:
+    """Which images are robust, (N,): those that are judged right as they are *and* under attack."""
+    return clean & attacked
 
 
 def clean_and_robust_accuracy(
@@ -84,7 +91,8 @@ def clean_and_robust_accuracy(
     classes = num_classes or int(max(array.max() for array in arrays.values())) + 1
     right = {"robust": arrays["attacked"] == labels}
     if clean is not None:
-        right = {"clean": arrays["clean"] == labels, "robust": right["robust"] & (arrays["clean"] == labels)}
+        clean_right = arrays["clean"] == labels
+        right = {"clean": clean_right, "robust": robust_verdicts(clean_right, right["robust"])}
     images = np.bincount(labels, minlength=classes)
     found: dict[str, float | list[float] | list[float | None]] = {}
     for name, hits in right.items():

@@ -22,7 +22,7 @@ from ..checks import check_differentiable, checked_images, checked_labels
 from ..digits_clip import EMBEDDED_MODEL, digits_clip_path
 from ..names import check_embedded
 from ..pictures import normalisation_of
-from ..shared_prefix import PackedTexts, can_run_packed, encode_packed, pack_texts
+from ..shared_prefix import PackedTexts, can_run_packed, encode_packed, end_positions, pack_texts
 from .checkpoints import (
     adapter_config,
     base_of,
@@ -71,12 +71,23 @@ class ZeroShotOutput(ModelOutput):
         logits: (B, C), s * cos(f(x), t_c) with s = exp(logit_scale).
         cosine: (B, C), the same without s: the logits at temperature 1.
         image_embeds: (B, D), f(x): projected, not normalised.
+        class_embeds: (C, D), t_c of unit length, or (G, C, D) for G groups of images; of captions, where these were
+            given, (B, D).
+        logit_scale: (), s.
     """
 
     loss: Tensor | None = None
     logits: Tensor = None  # type: ignore[assignment]  # always there; `ModelOutput` asks for defaults
     cosine: Tensor = None  # type: ignore[assignment]
     image_embeds: Tensor = None  # type: ignore[assignment]
+    class_embeds: Tensor = None  # type: ignore[assignment]
+    logit_scale: Tensor = None  # type: ignore[assignment]
+
+    def rows(self, index: slice) -> ZeroShotOutput:
+        """What belongs to some of the images; what all share stays."""
+        shared = ("loss", "class_embeds", "logit_scale")
+        own = {name: value if name in shared else value[index] for name, value in self.items()}
+        return ZeroShotOutput(**{**own, "loss": None})
 
 
 class CLIPForZeroShotClassification(CLIPModel):
@@ -466,28 +477,48 @@ class CLIPForZeroShotClassification(CLIPModel):
         return self._packed[key]
 
     def forward(  # pixels to logits, where CLIPModel pairs pixels with texts
-        self, pixel_values: Tensor, labels: Tensor | None = None, interpolate_pos_encoding: bool = False
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        captions: Tensor | None = None,
     ) -> ZeroShotOutput:
-        """Logits for each class.
+        """Logits for each class, or each caption.
 
         Args:
             pixel_values: (B, C, H, W), float in [0, 1], not normalised.
             labels: (B,), class indices, for the mean cross-entropy in `loss`.
             interpolate_pos_encoding: accept another image size than the checkpoint's.
+            captions: (N, L), token ids of texts that stand in the place of the classes, with a graph.
 
         Raises ValueError if no classes are set, the shape is wrong, a label is out of range, or (in eval mode) values
         lie outside [0, 1]. Compiled code doesn't look at values.
         """
-        if not self.class_names:
+        if not self.class_names and captions is None:
             raise ValueError("the model has no classes; call set_classes(class_names) first.")
         if not torch.compiler.is_compiling():
             self.check_pixels(pixel_values, values=not self.training, any_size=interpolate_pos_encoding)
         image_embeds_BD = self.encode_images(pixel_values, interpolate_pos_encoding)
-        logits_BC, cosine_BC, image_embeds_BD = self.score(image_embeds_BD, self.class_embeds)
+        class_embeds = self.class_embeds if captions is None else self.encode_captions(captions)
+        logits_BC, cosine_BC, image_embeds_BD = self.score(image_embeds_BD, class_embeds)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits_BC, checked_labels(labels, len(logits_BC), len(self.class_names)))
-        return ZeroShotOutput(loss=loss, logits=logits_BC, cosine=cosine_BC, image_embeds=image_embeds_BD)
+        return ZeroShotOutput(
+            loss=loss,
+            logits=logits_BC,
+            cosine=cosine_BC,
+            image_embeds=image_embeds_BD,
+            class_embeds=class_embeds,
+            logit_scale=self.logit_scale.exp(),
+        )
+
+    def encode_captions(self, ids_NL: Tensor) -> Tensor:
+        """Unit-length embeddings (N, D) of texts as token ids, cut behind the longest: what follows EOS counts for
+        nothing.
+        """
+        length = int(end_positions(ids_NL, self.text_model.eos_token_id).max()) + 1
+        return F.normalize(self.get_text_features(input_ids=ids_NL[:, :length]).pooler_output, dim=-1)
 
     def encode_images(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """f(x), (B, D): projected, not normalised. Images (B, C, H, W) in [0, 1] of `input_size`, or of the size that

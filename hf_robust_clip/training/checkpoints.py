@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from ..checkpoint_notes import CHECKPOINT
 from ..digests import damaged_file, digest, digests
 from ..hub import clear_checkpoint
+from ..modeling.normalisation import carry_normalisation
+from ..modeling.untrusted import ADAPTER
 from ..processes import Processes, everyone, together
-from ..storage import write_text
+from ..prompts import ClipPromptConfig
+from ..storage import write_text, written_whole
+from .preparation import classifier_in
 
 logger = logging.getLogger(__name__)
 RUN_FILE = "training_run.json"
@@ -64,6 +68,19 @@ def check_checkpoint(folder: str | Path, processes: Processes = None) -> None:
     state of this process, where there were as many as now.
     """
     _refuse(folder, _damage(folder) or _lack(folder, processes))
+
+
+def save_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Any] | None = None) -> None:
+    """Write an adapter, and beside it the image processor, whose normalisation it was trained with."""
+    classifier = classifier_in(model)
+    with written_whole(folder) as draft:
+        classifier.require_processor().image_processor.save_pretrained(draft)
+        # embedding layers are frozen: no need to look for them on the Hub
+        model.save_pretrained(str(draft), state_dict=state_dict, save_embedding_layers=False)
+        (draft / "README.md").unlink(missing_ok=True)  # a draft of a card, by PEFT
+        for name, config in model.peft_config.items():
+            if not isinstance(config, ClipPromptConfig):
+                carry_normalisation(classifier, draft / ("" if name == "default" else name) / ADAPTER)
 
 
 def check_fit(folder: str | Path, model: nn.Module) -> None:

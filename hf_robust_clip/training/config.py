@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from numbers import Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import trainer_log_levels
 
 from ..attacks.pgd import PGDSettings
@@ -187,6 +189,15 @@ def check_augmentation(args: RobustClipConfig, whole_pictures: bool) -> None:
             )
 
 
+def check_views(objective: Objective, whole_pictures: bool) -> None:
+    """Raise ValueError for an objective of several views where no random crops are made."""
+    if objective.num_views > 1 and not whole_pictures:
+        raise ValueError(
+            f"{type(objective).__name__} takes {objective.num_views} views of each image; give a train_dataset of "
+            "whole pictures (augment=True)."
+        )
+
+
 def check_trained_part(args: RobustClipConfig, adapter: bool) -> None:
     """Raise ValueError for a choice of layers where an adapter is trained alone."""
     if adapter and args.trainable_layers is not None:
@@ -203,6 +214,21 @@ def check_start_of_attack(args: RobustClipConfig, objective: Objective) -> None:
             f"attack_random_start=False: the gradient that {type(objective).__name__} attacks by is zero at the image "
             "itself; leave it True."
         )
+
+
+def on_its_own(args: RobustClipConfig, folder: Path | None = None) -> RobustClipConfig:
+    """The same settings for a run that evaluates and pushes nothing, and saves checkpoints only where it has a folder
+    of its own.
+    """
+    quiet = copy.copy(args)
+    if folder is None or args.save_strategy == SaveStrategy.BEST:  # which needs evaluations
+        quiet.set_save("no")
+    else:
+        quiet.output_dir = str(folder)
+    quiet.set_evaluate("no")
+    quiet.load_best_model_at_end = quiet.push_to_hub = False
+    quiet.resume_from_checkpoint = None
+    return quiet
 
 
 def gives_whole_pictures(dataset: Dataset | None) -> bool | None:

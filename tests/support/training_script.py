@@ -15,9 +15,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from conftest import CLASS_NAMES, make_clip, make_processor
 from peft import LoraConfig
 from safetensors.torch import save_file
+from tiny import CLASS_NAMES, make_clip, make_processor
 from transformers import TrainerCallback
 
 from hf_robust_clip import (
@@ -169,7 +169,7 @@ def tapt_trainer(folder, processes):
     torch.manual_seed(0)
     trainer = TAPTTrainer(
         tiny_model(), args, APT("adv_full"), tiny_data(), tiny_data(7), peft_config=tiny_prompts(),
-        adaptation=TAPT(num_views=4, selected=0.5),
+        defence=TAPT(num_views=4, selected=0.5),
     )  # fmt: skip
     trainer.train()
     targets = trainer.collect_statistics()
