@@ -1,13 +1,13 @@
 """Robust CLIP for the Hugging Face ecosystem: adversarial fine-tuning, prompts, attacks and honest evaluation.
 
 Public names are loaded on first use, so that importing the package stays cheap. The prompt method is registered with
-PEFT, and the defended pipeline with transformers, as soon as both packages are imported, in whichever order.
+PEFT, and the defended pipeline with transformers, when the package is imported after these, and with the first use of
+any public name. A program that imports the package before them, and uses nothing of it by name, imports
+`hf_robust_clip.prompts` or `hf_robust_clip.pipeline`, which register at once.
 """
 
 import sys
 from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from typing import Any
 
 _WHERE = {
@@ -34,8 +34,8 @@ _WHERE = {
     "Contrastive": "objectives.contrastive",
     "Defence": "defences.base",
     "DefendedClassifier": "defences.defended",
-    "AlignmentTargets": "defences.statistics",
-    "collect_statistics": "defences.statistics",
+    "AlignmentTargets": "defences.alignment",
+    "collect_statistics": "defences.fit",
     "TAPT": "defences.tapt",
     "TPT": "defences.tpt",
     "PromptAlign": "defences.prompt_align",
@@ -67,42 +67,26 @@ _WHERE = {
 __all__ = sorted(_WHERE)
 
 
+_REGISTERS = {"peft": ".prompts", "transformers.pipelines": ".pipeline"}  # their module, and ours that registers there
+
+
+def _register() -> None:
+    """With what is imported already."""
+    for theirs, ours in _REGISTERS.items():
+        if theirs in sys.modules:
+            import_module(ours, __name__)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    found = getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    _register()
+    return found
 
 
 def __dir__() -> list[str]:
     return __all__
 
 
-_REGISTERS = {"peft": ".prompts", "transformers.pipelines": ".pipeline"}  # their module, and ours that registers there
-
-
-class _AfterImport(MetaPathFinder):
-    """Lets the import of a module of `_REGISTERS` end with the registration there, without importing it before its
-    time.
-    """
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname not in _REGISTERS:
-            return None
-        finders = (finder for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in finders)), None)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def run_and_register(module: Any) -> None:
-                run(module)
-                import_module(_REGISTERS[fullname], __name__)
-
-            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec
-
-
-for _name, _own in _REGISTERS.items():
-    if _name in sys.modules:
-        import_module(_own, __name__)
-if not _REGISTERS.keys() <= sys.modules.keys():
-    sys.meta_path.insert(0, _AfterImport())
+_register()

@@ -435,17 +435,16 @@ def build_defence(
     """A test-time defence from plain values, without statistics; `preset: paper|released` where the method has them.
 
     Args:
-        method: a name of `adaptation.DEFENCES`.
+        method: a name of `defences.defence_classes()`.
         design: of the prompts, on which the released preset of TAPT depends.
     """
     from .crops import RandomResizedCrop
-    from .defences import DEFENCES, defence_class
+    from .defences import defence_class, defence_classes
 
-    check_key(method, list(DEFENCES), f"{section}.method")
+    check_key(method, list(defence_classes()), f"{section}.method")
     if isinstance(values, Mapping) and isinstance(values.get("crop"), Mapping):
         values = {**values, "crop": build(RandomResizedCrop, values["crop"], f"{section}.crop")}
-    arguments = {} if design is None else {"design": design}
-    return build_from_preset(defence_class(method), values, section, arguments)
+    return build_from_preset(defence_class(method), values, section, {})
 
 
 def build_prompts(method: str, values: Mapping[str, Any] | None) -> ClipPromptConfig | None:
@@ -1276,19 +1275,19 @@ def with_statistics(recipe: EvaluationRecipe, model: ModelSettings) -> Defence |
     there, with the settings of that one: what the recipe asks for goes before them. Raises OSError without statistics.
     """
     defence = recipe.defence
-    if defence is None or not hasattr(defence, "targets"):
+    if defence is None or not defence.learns():
         return defence
     from .defences.defended import DefendedClassifier
 
     saved = DefendedClassifier.from_pretrained(model.name, revision=model.revision).adapter
-    targets = getattr(saved, "targets", None)
-    if targets is None:
+    fitted = {name: part for name, part in saved.fitted.items() if isinstance(part, defence.learns().get(name, ()))}
+    if not fitted:
         raise OSError(
             f"{model.name!r} holds no statistics, which {defence.name} needs; train it with recipes/tapt.py."
         )
     if type(saved) is type(defence) and recipe.defence_settings.get("preset") is None:
         return replace(saved, **{name: getattr(defence, name) for name in recipe.defence_settings if name != "preset"})
-    return replace(defence, targets=targets)  # type: ignore[call-arg]  # not every defence has them
+    return replace(defence, **fitted)  # type: ignore[arg-type]
 
 
 def self_check(report: RobustnessReport) -> str:

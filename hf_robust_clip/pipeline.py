@@ -1,13 +1,11 @@
 """`pipeline("robust-zero-shot-image-classification")`: pictures and labels to probabilities, behind a defence.
 
-Importing this registers the task with transformers. It happens wherever `transformers.pipelines` is imported, so our
-own modules are imported only when a pipeline is made.
+Importing this registers the task with transformers; our other modules are imported only when a pipeline is made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,46 +18,34 @@ if TYPE_CHECKING:
 TASK = "robust-zero-shot-image-classification"
 
 
-@dataclass(frozen=True)
 class _Source:
     """A name that `pipeline` was given. The pipeline itself loads it, so that errors reach the user as they are."""
 
-    name: str
-    revision: str | None
-    token: str | bool | None
-    cache_dir: str | Path | None
-    local_files_only: bool
-    dtype: torch.dtype | None
+    def __init__(self, name: str, options: dict[str, Any]):
+        self.name, self.options = name, options
 
     @classmethod
     def from_pretrained(cls, name: str, **kwargs: Any) -> _Source:  # what transformers passes to a model's class
-        dtype, revision = kwargs.get("dtype"), kwargs.get("revision")
-        return cls(
-            name,
-            revision and str(revision),  # it may carry the base model's commit, as which it must not be taken
-            kwargs.get("token"),
-            kwargs.get("cache_dir"),
-            kwargs.get("local_files_only", False),
-            dtype if isinstance(dtype, torch.dtype) else None,
-        )
+        known = ("revision", "token", "cache_dir", "local_files_only", "dtype")
+        options = {key: kwargs[key] for key in known if kwargs.get(key) is not None}
+        if not isinstance(options.get("dtype"), torch.dtype):  # "auto": that of the checkpoint
+            options.pop("dtype", None)
+        if "revision" in options:  # it may carry the base model's commit, as which it must not be taken
+            options["revision"] = str(options["revision"])
+        return cls(name, options)
 
     def load(self) -> DefendedClassifier:
         from .defences.defended import DefendedClassifier
 
-        return DefendedClassifier.from_pretrained(
-            self.name,
-            revision=self.revision,
-            token=self.token,
-            cache_dir=self.cache_dir,
-            local_files_only=self.local_files_only,
-            dtype=self.dtype,
-        )
+        return DefendedClassifier.from_pretrained(self.name, **self.options)
 
 
 class RobustZeroShotImageClassificationPipeline(Pipeline):
     """Probabilities of labels for pictures, by a `DefendedClassifier`.
 
-        import hf_robust_clip
+        import hf_robust_clip.pipeline
+        from transformers import pipeline
+
         classify = pipeline("robust-zero-shot-image-classification", model=folder)  # or a Hub id, or the model
         classify("cat.png", candidate_labels=["cat", "dog"])  # [{"label": "cat", "score": 0.9}, {"label": ...}]
 

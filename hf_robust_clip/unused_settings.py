@@ -181,7 +181,7 @@ def check_adapter(section: str, values: Values, adapter: Any) -> None:
     if getattr(adapter, "align_weight", 1) == 0:
         for key in ALIGNMENT:
             idle(section, values, key, f"with {section}.align_weight=0", defaults.get(key))
-    if getattr(adapter, "reset_to", "random") != "random":
+    if getattr(adapter, "reset_to", "random") == "trained":
         idle(section, values, "random_seed", f"without {section}.reset_to=random", defaults.get("random_seed"))
 
 

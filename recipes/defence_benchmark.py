@@ -30,10 +30,10 @@ from hf_robust_clip.cli import (
     quiet_loading,
     read_recipe,
 )
+from hf_robust_clip.defences.alignment import AlignmentTargets
 from hf_robust_clip.defences.base import Defence
 from hf_robust_clip.defences.ensemble import Ensemble
 from hf_robust_clip.defences.r_tpt import RTPT
-from hf_robust_clip.defences.statistics import AlignmentTargets
 from hf_robust_clip.defences.tapt import TAPT
 from hf_robust_clip.defences.tpt import TPT
 from hf_robust_clip.defences.ttc import TTC

@@ -3,35 +3,57 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .base import Defence
 
-DEFENCES = {  # what settings and saved folders call them (`paper.method`): module and class
-    "tapt": ("tapt", "TAPT"),
-    "tpt": ("tpt", "TPT"),
-    "prompt_align": ("prompt_align", "PromptAlign"),
-    "r_tpt": ("r_tpt", "RTPT"),
-    "ttc": ("ttc", "TTC"),
-    "ensemble": ("ensemble", "Ensemble"),
-}
+
+def defence_classes() -> dict[str, type[Defence]]:
+    """The package's defences by what settings and saved folders call them, `paper.method`."""
+    return {key: cls for key, cls in _classes().items() if _is_own(cls)}
 
 
 def defence_class(key: str) -> type[Defence]:
-    """The class behind a name. Raises ValueError for an unknown one."""
-    if key not in DEFENCES:
-        raise ValueError(f"unknown test-time defence {key!r}; known: {', '.join(DEFENCES)}.")
-    module, name = DEFENCES[key]
-    return getattr(import_module(f".{module}", __name__), name)
+    """The class behind a name: `paper.method` of the package's, `module.Class` of others.
+
+    Names may come from files of strangers, so nothing is imported for their sake: a class of another package is found
+    only where the caller has imported it. Raises ValueError for an unknown one.
+    """
+    found = _classes()
+    if key not in found:
+        mend = f"; import {key.rpartition('.')[0]} first, if it is yours" if "." in key else ""
+        raise ValueError(f"unknown test-time defence {key!r}{mend}; known: {', '.join(found)}.")
+    return found[key]
 
 
-def defence_key(adapter: Defence) -> str:
-    """The name of an adapter's class. Raises ValueError for a class that isn't in the package."""
-    key = adapter.paper.method
-    if key not in DEFENCES or defence_class(key) is not type(adapter):
-        raise ValueError(
-            f"{type(adapter).__name__} is not one of the package's defences ({', '.join(DEFENCES)}); only these can "
-            "be saved."
-        )
+def defence_key(defence: Defence) -> str:
+    """By what name the defence's class is found again. Raises ValueError for a class that would not be."""
+    key = _key(type(defence))
+    if _classes().get(key) is not type(defence):
+        raise ValueError(f"the class {key} stands inside a function or twice; define it in a module, to save it.")
     return key
+
+
+def _classes() -> dict[str, type[Defence]]:
+    from .base import Defence
+
+    for module in iter_modules(__path__):
+        import_module(f".{module.name}", __name__)
+    found: dict[str, type[Defence]] = {}
+    left: list[Any] = [Defence]
+    while left:
+        cls = left.pop(0)
+        left += cls.__subclasses__()
+        if hasattr(cls, "paper") and not cls.__abstractmethods__:
+            found[_key(cls)] = cls
+    return dict(sorted(found.items(), key=lambda entry: (not _is_own(entry[1]), entry[0])))
+
+
+def _key(cls: type[Defence]) -> str:
+    return cls.paper.method if _is_own(cls) else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _is_own(cls: type[Defence]) -> bool:
+    return cls.__module__.startswith(f"{__name__}.")

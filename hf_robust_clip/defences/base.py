@@ -5,33 +5,29 @@ Shapes: B images, V views of each, K of them kept, C classes, D embedding width,
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..checks import check_logits
 from ..modeling import CLIPForZeroShotClassification, without_gradients
 from ..paper import Paper
 from ..processes import Processes
+from ..prompts.access import prompts_of
+from .memory import activation_bytes, in_parts
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from typing_extensions import Self
 
     from ..zero_shot_data.dataset import ImageDataset
 
-logger = logging.getLogger(__name__)
 GradientPath = Literal["none", "through", "identity"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,6 +86,33 @@ class Prediction:
         return named_B | self.flagged if attacked else named_B & ~self.flagged
 
 
+class Fitted(ABC):
+    """Something that a defence learned by `fit` and that is saved beside its settings, in a file of its own.
+
+    Numbers need none of it: plain fields (a threshold) are settings like others.
+    """
+
+    file: ClassVar[str]  # its name in a saved folder, `<what it is called>.safetensors`
+
+    @property
+    @abstractmethod
+    def record(self) -> dict[str, Any]:
+        """What it was made from and with, in JSON types, for reports and cards."""
+
+    @abstractmethod
+    def save(self, path: str | Path) -> None:
+        """Write `file` into a folder."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote. Raises OSError, or ValueError, for a file that can't be read."""
+
+    @abstractmethod
+    def check(self, classifier: CLIPForZeroShotClassification) -> None:
+        """Raise ValueError unless it belongs to this classifier."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Defence(ABC):
     """A test-time defence: a frozen dataclass of its hyperparameters with functions of a classifier and images.
@@ -126,14 +149,32 @@ class Defence(ABC):
         """What tables call it."""
         return self.paper.method
 
+    def parameters(self) -> dict[str, Any]:
+        """All settings as JSON types, for reports and saved folders; of what was fitted its record."""
+        settings = {
+            field.name: _plain(getattr(self, field.name))
+            for field in fields(self)
+            if field.repr and field.name not in self.learns()
+        }
+        for name, kind in self.learns().items():
+            part = getattr(self, name)
+            settings[Path(kind.file).stem] = None if part is None else part.record
+        return settings
+
+    @classmethod
+    def learns(cls) -> dict[str, type[Fitted]]:
+        """The fields that `fit` fills, and with what: those with `field(default=None, metadata={"fitted": Kind})`."""
+        return {field.name: field.metadata["fitted"] for field in fields(cls) if "fitted" in field.metadata}
+
+    @property
+    def fitted(self) -> dict[str, Fitted]:
+        """What was fitted, by field."""
+        return {name: part for name in self.learns() if (part := getattr(self, name)) is not None}
+
     @property
     def needs(self) -> frozenset[str]:
-        """What `fit` needs beside classifier and images: nothing, or "clean_classifier"."""
+        """What `fit` must be given beside classifier and images: `"clean_classifier"` or nothing."""
         return frozenset()
-
-    def parameters(self) -> dict[str, Any]:
-        """All settings as JSON types, for reports and saved folders."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.repr}
 
     @abstractmethod
     def _predict(
@@ -167,7 +208,7 @@ class Defence(ABC):
         Args:
             classifier: with its classes set.
             dataset: images that the defence is not judged on.
-            clean_classifier: the same model trained without an attack; see `needs`.
+            clean_classifier: the same model with what was trained in it trained on clean images; see `needs`.
             batch_size: images per forward.
             processes: divides the images; each process gets the same defence.
             state_dir: a folder for what is done already, where fitting takes long.
@@ -200,8 +241,9 @@ class Defence(ABC):
                 and the prediction, while the tuned prompts count as constants (BPDA). Which views are kept is
                 discrete and carries no gradient.
 
-        Raises ValueError for images of wrong shape or outside [0, 1], and a classifier without classes or without the
-        prompts that the method tunes.
+        Raises ValueError for images of wrong shape or (outside of `prepared`) outside [0, 1], and a classifier without
+        classes or without the prompts that the method tunes; TypeError or ValueError for a method whose prediction
+        isn't what `Prediction` says.
         """
         if not isinstance(classifier, CLIPForZeroShotClassification):
             raise TypeError(
@@ -223,15 +265,18 @@ class Defence(ABC):
             images_BCHW = images_BCHW.clone() if images_BCHW.is_inference() else images_BCHW
             if not self.traits.episodic and state is None:
                 state = self.start(classifier)
+                if state is None:
+                    raise TypeError(f"{type(self).__name__} isn't episodic, and its start() gives no state.")
             size = self._images_at_once(classifier, len(images_BCHW))
 
             def part(rows: slice) -> Prediction:
                 nonlocal state
                 found = self._predict(classifier, images_BCHW[rows], state, seed, path)
+                self._check_prediction(found, len(images_BCHW[rows]), len(classifier.class_names))
                 state = found.state
                 return _detached(found) if path == "none" else found
 
-            return _joined(_in_parts(part, len(images_BCHW), size, self._group))
+            return joined(in_parts(part, len(images_BCHW), size))
 
     def check(self, classifier: CLIPForZeroShotClassification) -> None:
         """Raise ValueError unless the classifier has what the method needs."""
@@ -248,11 +293,30 @@ class Defence(ABC):
                 "load an adapter with PeftModel.from_pretrained."
             )
 
+    def _check_prediction(self, found: Any, count: int, num_classes: int) -> None:
+        """Raise TypeError/ValueError unless a method gave what `Prediction` says."""
+        name = f"{type(self).__name__}._predict"
+        if not isinstance(found, Prediction):
+            raise TypeError(f"{name} gives a {type(found).__name__}; give a Prediction.")
+        shapes = {"logits": (count, num_classes), "score": (count,), "flagged": (count,), "fell_back": (count,)}
+        for key, shape in shapes.items():
+            value = getattr(found, key)
+            if key != "logits" and value is None:
+                continue
+            if not isinstance(value, Tensor) or value.shape != shape:
+                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name} gives {key} {given}; give a tensor {shape}.")
+            if key in ("flagged", "fell_back") and value.dtype != torch.bool:
+                raise TypeError(f"{name} gives {key} of {value.dtype}; give truth values (torch.bool).")
+        if not self.traits.episodic and found.state is None:
+            raise ValueError(f"{name} gives no state, and the method isn't episodic; give Prediction(state=...).")
+
     @contextmanager
     def prepared(self, classifier: CLIPForZeroShotClassification) -> Iterator[None]:
         """The classifier in eval mode, its parameters frozen, with gradients on, ready to be defended.
 
-        Enter it around many calls to spare each of them the preparation; it may be entered again inside.
+        Enter it around many calls, of images that were checked, to spare each of them the preparation; it may be
+        entered again inside.
         """
         training = [module for module in classifier.modules() if module.training]
         with ExitStack() as stack:
@@ -264,17 +328,11 @@ class Defence(ABC):
             stack.enter_context(torch.inference_mode(False))
             yield
 
-    @property
-    def _group(self) -> int:
-        """How many images depend on one another: batches are divided between such groups alone."""
-        return 1
-
     def _images_at_once(self, classifier: CLIPForZeroShotClassification, count: int) -> int:
         """How many images are defended together."""
         if self.memory_budget is None:
             return max(count, 1)
-        fit = int(self.memory_budget * 2**30 / self._bytes_per_image(classifier))
-        return self._group * max(1, fit // self._group)
+        return max(1, int(self.memory_budget * 2**30 / self._bytes_per_image(classifier)))
 
     def _bytes_per_image(self, classifier: CLIPForZeroShotClassification) -> float:
         """What the activations of one image take, roughly; for `memory_budget`."""
@@ -286,84 +344,12 @@ def _train_again(modules: Sequence[nn.Module]) -> None:
         module.training = True
 
 
-def prompts_of(classifier: CLIPForZeroShotClassification) -> dict[str, nn.Parameter]:
-    """The active adapter's prompts, and the maps that make prompts of others, by parameter name."""
-    found: dict[str, nn.Parameter] = {}
-    for name, module in classifier.named_modules():
-        if not hasattr(module, "put_prompts") or module.prompts() is None:
-            continue
-        active = module.active_adapters[0]
-        for own_name, parameter in module.named_parameters(prefix=name):
-            if ".clip_prompt_" in own_name and active in own_name.removeprefix(name).split("."):
-                found[own_name] = parameter
-    return found
-
-
-class _Inside(nn.Module):
-    """Runs any function of a classifier as a module's forward, which is what `functional_call` takes."""
-
-    def __init__(self, classifier: nn.Module):
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, function: Callable[[], Any]) -> Any:
-        return function()
-
-
-def with_prompts(
-    classifier: CLIPForZeroShotClassification, prompts: Mapping[str, Tensor], function: Callable[[], T]
-) -> T:
-    """`function()` while these tensors stand in the place of the classifier's parameters of the same names."""
-    if not prompts:
-        return function()
-    inside = {f"classifier.{name}": value for name, value in prompts.items()}
-    return functional_call(_Inside(classifier), inside, (function,))
-
-
-def differentiable_twice() -> Any:
-    """Attention whose gradient has a gradient: fused kernels have none."""
-    return sdpa_kernel(SDPBackend.MATH)
-
-
-def activation_bytes(classifier: CLIPForZeroShotClassification, graph: bool) -> float:
-    """Roughly what one picture's forward through the image encoder keeps: its peak, or with a graph all layers."""
-    vision = classifier.config.vision_config
-    tokens = (vision.image_size // vision.patch_size) ** 2 + 8
-    values = tokens * (8 * vision.hidden_size + 2 * vision.intermediate_size)
-    return values * (vision.num_hidden_layers if graph else 2) * torch.finfo(classifier.dtype).bits / 8
-
-
-def _in_parts(run: Callable[[slice], T], count: int, size: int, group: int = 1) -> list[T]:
-    """`run` on slices of at most `size` of `count` images; halved, down to one, where a GPU runs out of memory.
-
-    Raises RuntimeError with the mend if one image alone doesn't fit.
-    """
-    found: list[T] = []
-    start = 0
-    while start < count:
-        rows = slice(start, min(start + size, count))
-        try:
-            found.append(run(rows))
-        except torch.OutOfMemoryError as error:
-            if size <= group:
-                raise RuntimeError(
-                    "one image with its views doesn't fit into the memory; set memory_budget (GiB), fewer num_views, "
-                    "or load the model in bfloat16."
-                ) from error
-            size = group * max(1, min(size, rows.stop - rows.start) // (2 * group))
-            logger.info("out of memory: going on with %d images at a time", size)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            continue
-        start = rows.stop
-    return found
-
-
-def _joined(parts: Sequence[Prediction]) -> Prediction:
+def joined(parts: Sequence[Prediction]) -> Prediction:
+    """The predictions of the parts of a batch as one, with the state of the last."""
     if len(parts) == 1:
         return parts[0]
 
-    def joined(values: list[Any]) -> Any:
+    def whole_of(values: list[Any]) -> Any:
         if values[0] is None:
             return None
         if isinstance(values[0], dict):
@@ -371,7 +357,7 @@ def _joined(parts: Sequence[Prediction]) -> Prediction:
         return torch.cat(values)
 
     whole = {
-        f.name: joined([getattr(part, f.name) for part in parts]) for f in fields(Prediction) if f.name != "state"
+        f.name: whole_of([getattr(part, f.name) for part in parts]) for f in fields(Prediction) if f.name != "state"
     }
     return Prediction(**whole, state=parts[-1].state)
 

@@ -23,18 +23,17 @@ from ..hub import Push, check_base, check_folder, prepare_repository, upload
 from ..modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, ZeroShotOutput, base_of, with_adapter
 from ..modeling.freshness import weights_digest
 from ..names import hub_name, shown_name
+from ..prompts.access import active_adapter, prompts_of
 from ..report.card import CardInfo, make_unmeasured_card
 from ..secrets import without_tokens
 from ..storage import read_json, write_text, written_whole
 from . import defence_class, defence_key
-from .base import Defence, Prediction, prompts_of
-from .statistics import FILE as STATISTICS
-from .statistics import AlignmentTargets
+from .base import Defence, Prediction
 
 logger = logging.getLogger(__name__)
 SETTINGS, PROMPTS = "adaptation.json", "adapter_model.safetensors"
 FORMAT = 1
-FILES = (SETTINGS, STATISTICS, PROMPTS, "adapter_config.json", "config.json", "README.md")
+FILES = (SETTINGS, PROMPTS, "adapter_config.json", "config.json", "README.md")
 
 
 class DefendedClassifier(nn.Module):
@@ -107,9 +106,10 @@ class DefendedClassifier(nn.Module):
         return self.classifier.require_processor()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write prompts (`adapter_*`), `statistics.safetensors` and `adaptation.json`, whole or not at all.
+        """Write prompts (`adapter_*`), what was fitted (`statistics.safetensors`) and `adaptation.json`, whole or not
+        at all.
 
-        Other files in the folder stay. Raises ValueError for a defence that isn't one of the package's, and a base
+        Other files in the folder stay. Raises ValueError for a defence whose class can't be found again, and a base
         model that has no name or other weights than the classifier: weights aren't saved here.
         """
         folder = Path(folder)
@@ -120,6 +120,7 @@ class DefendedClassifier(nn.Module):
             "format": FORMAT,
             "method": defence_key(self.adapter),
             "parameters": {name: value for name, value in self.adapter.parameters().items() if name in own},
+            "fitted": sorted(self.adapter.fitted),
             "prompts": bool(getattr(self.classifier, "peft_config", None)),
             "seed": self.seed,
             "base_model": base,
@@ -133,9 +134,8 @@ class DefendedClassifier(nn.Module):
         }
         with written_whole(folder, SETTINGS) as draft:
             self._save_prompts(draft, base, revision)
-            targets = getattr(self.adapter, "targets", None)
-            if targets is not None:
-                targets.save(draft / STATISTICS)
+            for part in self.adapter.fitted.values():
+                part.save(draft)
             if base == EMBEDDED_MODEL:  # `transformers.pipeline` asks for a config before it asks us
                 self.config.__class__.from_dict({**self.config.to_dict(), "architectures": None}).save_pretrained(
                     draft
@@ -207,7 +207,7 @@ class DefendedClassifier(nn.Module):
         one, and for statistics that don't belong to the model.
         """
         where = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = _fetched(str(name), revision, where)
+        folder = _fetched(str(name), FILES, revision, where)
         settings = read_settings(folder, str(name))
         adapter_cls = defence_class(settings["method"])
         if method is not None and adapter_cls is not method:
@@ -215,17 +215,20 @@ class DefendedClassifier(nn.Module):
                 f"{str(name)!r} holds a defence by {adapter_cls.__name__}, not by {method.__name__}; load it with "
                 f"{adapter_cls.__name__}.from_pretrained or DefendedClassifier.from_pretrained."
             )
-        needed = [STATISTICS] if _has_targets(adapter_cls) else []
+        learned = adapter_cls.learns()
+        parts = {part: learned[part] for part in settings.get("fitted", learned) if part in learned}
+        if parts:
+            folder = _fetched(str(name), [*FILES, *(kind.file for kind in parts.values())], revision, where)
+        needed = [kind.file for kind in parts.values()]
         needed += [PROMPTS, "adapter_config.json"] if settings["prompts"] else []
         for file in needed:
             if not (folder / file).is_file():
                 raise OSError(
                     f"{str(name)!r} has no {file}, without which {adapter_cls.__name__} can't run; save it again."
                 )
-        values = dict(settings["parameters"])
-        if _has_targets(adapter_cls):
-            values["targets"] = AlignmentTargets.load(folder / STATISTICS)
-        adapter = adapter_from(adapter_cls, values)
+        found = {part: kind.load(folder) for part, kind in parts.items()}
+        plain = {key: value for key, value in settings["parameters"].items() if key not in learned}
+        adapter = adapter_from(adapter_cls, {**plain, **found})
         named = {"base_model_name_or_path": settings["base_model"], "revision": settings["base_revision"]}
         base, base_revision = base_of(name, named, where)
         classifier = CLIPForZeroShotClassification.from_pretrained(
@@ -238,8 +241,8 @@ class DefendedClassifier(nn.Module):
         if "image_mean" in settings:
             classifier.set_normalisation(settings["image_mean"], settings["image_std"])
         classifier.requires_grad_(False).eval().set_input_size(settings["input_size"])
-        if "targets" in values:
-            values["targets"].check(classifier)
+        for part in found.values():
+            part.check(classifier)
         if settings["class_names"]:
             classifier.set_classes(settings["class_names"], settings["templates"])
         return cls(classifier, adapter, seed=settings["seed"], base_model=base).eval()
@@ -294,6 +297,8 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
             f"lacks {missing[0]!r}" if missing else f"has format {settings['format']!r}, this version reads {FORMAT}"
         )
         raise ValueError(f"{SETTINGS} of {name!r} {what}; save it again, or take the version that wrote it.")
+    if not isinstance(settings.get("fitted", []), list):
+        raise ValueError(f"fitted={settings['fitted']!r} in {SETTINGS} of {name!r} must be a list of names.")
     if not isinstance(settings["seed"], int):
         raise ValueError(f"seed={settings['seed']!r} in {SETTINGS} of {name!r} must be a whole number.")
     return settings
@@ -314,22 +319,12 @@ def adapter_from(adapter_cls: type[Defence], values: Mapping[str, Any]) -> Defen
     return adapter_cls(**built)
 
 
-def active_adapter(classifier: nn.Module) -> str:
-    """The name of the adapter whose prompts are used."""
-    layers: list[Any] = [module for module in classifier.modules() if hasattr(module, "put_prompts")]
-    return layers[0].active_adapters[0]
-
-
-def _has_targets(adapter_cls: type[Defence]) -> bool:
-    return any(field.name == "targets" for field in fields(adapter_cls))
-
-
-def _fetched(name: str, revision: str | None, where: Mapping[str, Any]) -> Path:
+def _fetched(name: str, files: Sequence[str], revision: str | None, where: Mapping[str, Any]) -> Path:
     """The folder itself, or a copy of what the Hub has. Raises OSError if neither is there."""
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES), **where))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), **where))
     except (OSError, ValueError) as error:
         raise OSError(
             f"can't load {name!r}: no such folder, and the Hub could not give it: check the name, the connection and "

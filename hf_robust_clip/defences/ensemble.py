@@ -11,8 +11,10 @@ from torch import Tensor
 from ..crops import RandomResizedCrop
 from ..modeling import CLIPForZeroShotClassification
 from ..paper import Paper
-from .base import Defence, GradientPath, Prediction, Traits, activation_bytes
-from .tuning import check_views, embed_views, log_mean_softmax
+from .base import Defence, GradientPath, Prediction, Traits
+from .memory import activation_bytes
+from .prompted import embed_views
+from .tuning import check_views, log_mean_softmax
 from .views import draw_boxes
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..paper import Paper
-from .tuning import Prompts, Run, WordTuning, entropy
+from .prompted import Prompts, Run
+from .tuning import WordTuning, entropy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..modeling import CLIPForZeroShotClassification
 from ..paper import Paper
-from ..processes import Processes
-from .base import GradientPath, Prediction, Traits
-from .statistics import AlignmentTargets, VisionStatistics, collect_statistics
-from .tuning import Prompts, PromptTuning, Run, marginal_entropy
-from .views import Views
+from .alignment import AlignedTuning, AlignmentTargets, Reduction, alignment, views_moments
+from .base import GradientPath, Prediction, Traits, joined
+from .prompted import Prompts
+from .tuning import marginal_entropy
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from pathlib import Path
 
-    from ..zero_shot_data.dataset import ImageDataset
     from .defended import DefendedClassifier
 
-Reduction = Literal["norm", "mean"]
-Reset = Literal["trained", "random"]
+Reset = Literal["trained", "random", "released"]
+TaptState = tuple[int, Prompts]  # how many images were tuned one from the other, and the prompts of the last
 
 
 @dataclass(frozen=True, kw_only=True)
-class TAPT(PromptTuning):
+class TAPT(AlignedTuning):
     """Tunes adversarially trained prompts on each test image, so that its views agree, and look inside like the views
     of clean training images.
 
@@ -45,37 +41,29 @@ class TAPT(PromptTuning):
     The defaults are `paper_preset`; `released_preset` is what the authors' code computes.
 
     Args:
-        targets: statistics to align with; made by `TAPTTrainer.collect_statistics` or `collect_statistics`.
         gamma: weight in [0, 1] of the adversarial against the clean statistics. 1 needs no clean ones.
-        align_weight: of the alignment, against the entropy. 0 leaves it out.
-        align_layers: the first so many layers of the encoder; all of a tower that has fewer.
+        align_reduction: see above.
         unbiased: divide the views' variance by K - 1 in place of K.
         reset_to: where tuning begins: `"trained"`, the prompts in the classifier; `"random"`, vision prompts and deep
-            text prompts ~ N(0, 0.02^2) while the first text context stays trained. The released code does the latter
-            for designs V and VLI, by a slip: it notes the initial values before it loads the checkpoint.
+            text prompts ~ N(0, 0.02^2) while the first text context stays trained. `"released"` is what the released
+            code does: random for designs V and VLI, by a slip (it notes the initial values before it loads the
+            checkpoint), trained for VLJ.
         reset_every: 1 begins anew for every image. k > 1 lets the prompts of an image be where the next one begins,
-            for k images, counted in each batch; then batches and the order of images matter. (The released code's
+            for k images; the method then isn't episodic and takes images one after the other. (The released code's
             first group has k - 1 images.)
         random_seed: of the random prompts, which are drawn once for all images.
 
-    Raises ValueError for numbers out of range, and for targets that are missing where the loss needs them, or belong
-    to another model or other prompts.
-    Source: arXiv 2411.13136 and its released code.
+    All others are those of `AlignedTuning`. Source: arXiv 2411.13136 and its released code.
     """
 
-    targets: AlignmentTargets | None = field(default=None, repr=False)
     learning_rate: float = 5e-4
     gamma: float = 0.5
-    align_weight: float = 1.0
-    align_layers: int = 9
     align_reduction: Reduction = "norm"
     unbiased: bool = True
     reset_to: Reset = "trained"
     reset_every: int = 1
     random_seed: int = 0
 
-    aligns: ClassVar[bool] = True
-    needs_prompts: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
         method="tapt",
         title="TAPT: Test-Time Adversarial Prompt Tuning for Robust Inference in Vision-Language Models",
@@ -93,12 +81,8 @@ class TAPT(PromptTuning):
         super().__post_init__()
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma={self.gamma!r} must be in [0, 1].")
-        if not 0 <= self.align_weight < math.inf:
-            raise ValueError(f"align_weight={self.align_weight!r} must be at least 0.")
-        for name in ("align_layers", "reset_every"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+        if not isinstance(self.reset_every, int) or self.reset_every < 1:
+            raise ValueError(f"reset_every={self.reset_every!r} must be an integer of at least 1.")
         for name, choices in (("align_reduction", get_args(Reduction)), ("reset_to", get_args(Reset))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(choices)}.")
@@ -114,15 +98,15 @@ class TAPT(PromptTuning):
         return cls(targets=targets)
 
     @classmethod
-    def released_preset(cls, targets: AlignmentTargets | None = None, design: str = "VLI") -> TAPT:
-        """As the authors' code computes it for prompts of this design, the slip for V and VLI included."""
+    def released_preset(cls, targets: AlignmentTargets | None = None) -> TAPT:
+        """As the authors' code computes it, the slip for designs V and VLI included."""
         return cls(
             targets=targets,
             align_weight=100 / 9,
             align_layers=8,
             align_reduction="mean",
             unbiased=False,
-            reset_to="trained" if design == "VLJ" else "random",
+            reset_to="released",
         )
 
     @classmethod
@@ -142,64 +126,12 @@ class TAPT(PromptTuning):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"clean_classifier"}) if self.gamma < 1 else frozenset()
-
-    def fit(
-        self,
-        classifier: CLIPForZeroShotClassification,
-        dataset: ImageDataset,
-        *,
-        clean_classifier: CLIPForZeroShotClassification | None = None,
-        batch_size: int = 64,
-        processes: Processes = None,
-        state_dir: str | Path | None = None,
-        num_workers: int = 0,
-        progress: bool = False,
-    ) -> Self:
-        """The defence with the statistics of the images, under both kinds of prompts if both are given."""
-        found = {
-            kind: collect_statistics(
-                one,
-                dataset,
-                batch_size=batch_size,
-                processes=processes,
-                state_dir=None if state_dir is None else Path(state_dir) / kind,
-                num_workers=num_workers,
-                progress=progress,
-            )
-            for kind, one in (("adversarial", classifier), ("clean", clean_classifier))
-            if one is not None
-        }
-        return replace(self, targets=AlignmentTargets(found["adversarial"], found.get("clean")))
-
-    def parameters(self) -> dict[str, Any]:
-        """All settings, without the statistics; of these their record."""
-        record = None if self.targets is None else self.targets.adversarial.record
-        return {**super().parameters(), "statistics": record}
-
-    @property
-    def _group(self) -> int:
-        return self.reset_every
-
-    def check(self, classifier: CLIPForZeroShotClassification) -> None:
-        super().check(classifier)
-        if self.align_weight == 0:
-            return
-        if self.targets is None:
-            raise ValueError(
-                "targets is missing: tapt aligns views with the statistics of training images; make them with "
-                "collect_statistics, or set align_weight=0."
-            )
-        if self.gamma < 1 and self.targets.clean is None:
-            raise ValueError(
-                f"gamma={self.gamma!r} needs the statistics of clean-trained prompts, and targets.clean is missing; "
-                "collect them, or set gamma=1."
-            )
-        self.targets.check(classifier)
+        return frozenset({"clean_classifier"} if self.gamma < 1 and self.align_weight > 0 else ())
 
     def initial(self, classifier: CLIPForZeroShotClassification, own: Prompts) -> Prompts:
         """The trained prompts, or the released code's random ones."""
-        if self.reset_to == "trained":
+        coupled = any(".clip_prompt_projection." in name for name in own)
+        if self.reset_to == "trained" or (self.reset_to == "released" and coupled):
             return own
         first = "text_model.embeddings.token_embedding.clip_prompt_tokens."
         generator = torch.Generator().manual_seed(self.random_seed)
@@ -221,51 +153,26 @@ class TAPT(PromptTuning):
                 loss_B = loss_B + self.align_weight * weight * distance_B
         return loss_B
 
+    def start(self, classifier: CLIPForZeroShotClassification) -> TaptState | None:
+        """No image yet."""
+        return None if self.reset_every == 1 else (0, {})
+
     def _predict(
         self,
         classifier: CLIPForZeroShotClassification,
         images_BCHW: Tensor,
-        state: Any,
+        state: TaptState | None,
         seed: int,
         path: GradientPath,
     ) -> Prediction:
-        if self.reset_every == 1:
+        if state is None:
             return super()._predict(classifier, images_BCHW, state, seed, path)
-        whole = self.run(classifier, images_BCHW, seed, path)
-        start, count = self.initial(classifier, whole.own), len(images_BCHW)
-        steps: list[tuple[Tensor, Prediction]] = []
-        for place in range(min(self.reset_every, count)):  # the images at this place of their group, all at once
-            rows = torch.arange(place, count, self.reset_every, device=images_BCHW.device)
-            views = Views(whole.views.boxes[rows], whole.views.mirrored[rows])
-            run = Run(classifier, images_BCHW[rows], views, whole.own, path, self.chunk_size)
-            start = {name: p if p.dim() == whole.own[name].dim() else p[: len(rows)] for name, p in start.items()}
-            found = self.tune(run, start)
-            steps.append((rows, found))
-            start = found.prompts
-        order = torch.cat([rows for rows, _ in steps]).argsort()
-        parts = [found for _, found in steps]
-        return Prediction(
-            logits=torch.cat([part.logits for part in parts])[order],
-            fell_back=torch.cat([part.fell_back for part in parts])[order],  # type: ignore[misc]
-            prompts={name: torch.cat([part.prompts[name] for part in parts])[order] for name in start},
-            loss=torch.cat([part.loss for part in parts])[order],  # type: ignore[misc]
-            kept=torch.cat([part.kept for part in parts])[order],  # type: ignore[misc]
-        )
-
-
-def views_moments(layer_inputs: Sequence[Tensor], num_images: int, unbiased: bool) -> list[tuple[Tensor, Tensor]]:
-    """Mean and variance (B, tokens, width) over each image's views, for every layer."""
-    rows = [hidden.unflatten(0, (num_images, -1)) for hidden in layer_inputs]
-    return [(hidden.mean(dim=1), hidden.var(dim=1, correction=int(unbiased))) for hidden in rows]
-
-
-def alignment(moments: Sequence[tuple[Tensor, Tensor]], statistics: VisionStatistics, reduction: Reduction) -> Tensor:
-    """The distance of moments from statistics, (B,): see `TAPT`."""
-    distance_B = 0.0
-    for (mean, variance), mu, s2 in zip(moments, statistics.mean, statistics.variance, strict=False):
-        parts = (mean - mu.to(mean)).abs(), (variance - s2.to(variance)).abs()
-        if reduction == "norm":
-            distance_B = distance_B + sum(part.flatten(1).sum(dim=1) for part in parts) / len(moments)
-        else:
-            distance_B = distance_B + sum(0.5 * part.flatten(1).mean(dim=1) for part in parts)
-    return distance_B  # type: ignore[return-value]  # there is a layer
+        found = []
+        for image_1CHW in images_BCHW.split(1):
+            run = self.run(classifier, image_1CHW, seed, path)
+            count, before = state
+            found.append(self.tune(run, before if count % self.reset_every else self.initial(classifier, run.own)))
+            state = count + 1, {name: value.detach() for name, value in found[-1].prompts.items()}
+        whole = joined(found)
+        whole.state = state
+        return whole

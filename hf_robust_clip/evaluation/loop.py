@@ -26,11 +26,12 @@ from ..attacks.auto_attack import AutoAttack
 from ..attacks.pgd import LogitsFn, misclassified
 from ..attacks.suites import PGD, Member, Suite, Victim, find_adversarial, is_optimising, is_randomised, run_member
 from ..checks import Blindness, check_logits, checked_labels
-from ..defences.base import Defence, GradientPath, Prediction, with_prompts
+from ..defences.base import Defence, GradientPath, Prediction
 from ..digests import signed, unsigned
 from ..modeling import CLIPForZeroShotClassification, without_gradients
 from ..names import check_shown
 from ..processes import Processes, everyone, together
+from ..prompts.access import with_prompts
 from ..report.report import (
     CONTROLS,
     AttackTarget,

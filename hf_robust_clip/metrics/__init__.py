@@ -8,12 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from torch import Tensor
-
-Verdicts = TypeVar("Verdicts", np.ndarray, Tensor)
 
 
 def robust_accuracy_path() -> str:
@@ -49,9 +47,24 @@ def check_indices(array: np.ndarray, name: str) -> None:
         raise ValueError(f"{name} must be class indices, integers, got {array.dtype}; take argmax of logits first.")
 
 
-def robust_verdicts(clean: Verdicts, attacked: Verdicts) -> Verdicts:
-    """Which images are robust, (N,): those that are judged right as they are *and* under attack."""
-    return clean & attacked
+def right_throughout(right_NS: Any) -> np.ndarray:
+    """Whether each image was right at a stage and at all before it, (N, S) bool, from whether it was right at each.
+
+    The first stage is the clean image, each other one an attack. This is what robust means here: right on the clean
+    image and under every attack up to there.
+
+    Raises ValueError for no images, no stages, and another shape.
+    """
+    right_NS = np.asarray(right_NS, dtype=bool)
+    if right_NS.ndim != 2 or right_NS.size == 0:
+        raise ValueError(f"right_NS has shape {right_NS.shape}; give verdicts (images, stages), at least one of each.")
+    return np.logical_and.accumulate(right_NS, axis=1)
+
+
+def accuracy_after_each(right_NS: Any) -> list[float]:
+    """The clean accuracy and the robust accuracy after each attack, S shares in [0, 1]: see `right_throughout`."""
+    throughout_NS = right_throughout(right_NS)
+    return [int(count) / len(throughout_NS) for count in throughout_NS.sum(axis=0)]
 
 
 def clean_and_robust_accuracy(
@@ -74,8 +87,8 @@ def clean_and_robust_accuracy(
 
     Raises ValueError for no images, unequal lengths, and classes that are no integers or outside [0, num_classes).
     """
-    columns = {"attacked": attacked, "references": references} | ({} if clean is None else {"clean": clean})
-    arrays = {name: as_array(values) for name, values in columns.items()}
+    given = {"attacked": attacked, "references": references} | ({} if clean is None else {"clean": clean})
+    arrays = {name: as_array(values) for name, values in given.items()}
     shapes = {name: array.shape for name, array in arrays.items()}
     if len(set(shapes.values())) > 1 or arrays["references"].ndim != 1:
         raise ValueError(f"one class index for each image is needed in every column, got the shapes {shapes}.")
@@ -89,10 +102,9 @@ def clean_and_robust_accuracy(
             )
     labels = arrays["references"]
     classes = num_classes or int(max(array.max() for array in arrays.values())) + 1
-    right = {"robust": arrays["attacked"] == labels}
-    if clean is not None:
-        clean_right = arrays["clean"] == labels
-        right = {"clean": clean_right, "robust": robust_verdicts(clean_right, right["robust"])}
+    stages = {"robust": "attacked"} if clean is None else {"clean": "clean", "robust": "attacked"}
+    each_NS = np.stack([arrays[name] == labels for name in stages.values()], axis=1)
+    right = dict(zip(stages, right_throughout(each_NS).T, strict=True))
     images = np.bincount(labels, minlength=classes)
     found: dict[str, float | list[float] | list[float | None]] = {}
     for name, hits in right.items():

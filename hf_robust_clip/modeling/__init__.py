@@ -1,12 +1,14 @@
 """CLIP as a classifier of pixels in [0, 1], with the class names as a part of the model."""
 
 from .checkpoints import adapter_config, base_of, with_adapter
-from .classifier import CLIPForZeroShotClassification, ZeroShotOutput, without_gradients
+from .classifier import ZeroShotClassifier, ZeroShotOutput, without_gradients
+from .clip import CLIPForZeroShotClassification
 from .texts import PAPER_TEMPLATE, check_classes, check_same_classes, resolution_of, tokenize_prompts
 
 __all__ = [
     "PAPER_TEMPLATE",
     "CLIPForZeroShotClassification",
+    "ZeroShotClassifier",
     "ZeroShotOutput",
     "adapter_config",
     "base_of",

@@ -15,9 +15,9 @@ from transformers import PretrainedConfig
 from transformers.utils import cached_file, find_adapter_config_file
 from transformers.utils.hub import extract_commit_hash
 
+from ..normalisation import agree_on_normalisation, has_adapter, without_normalisation
 from ..pictures import normalisation_of
 from ..storage import read_json
-from .normalisation import agree_on_normalisation, has_adapter, without_normalisation
 from .untrusted import ADAPTER, ADAPTER_CONFIG, NO_CODE, WHOLE, check_adapter_file, present
 
 T = TypeVar("T")

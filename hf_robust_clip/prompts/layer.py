@@ -50,9 +50,14 @@ class ClipPromptLayer(nn.Module, BaseTunerLayer):
         if projection is not None:
             self.clip_prompt_projection[adapter_name] = projection
 
+    @property
+    def active_names(self) -> list[str]:
+        """Of the active adapters."""
+        return list(self.active_adapters)  # type: ignore[arg-type]  # PEFT doesn't say what it is
+
     def prompts(self) -> Tensor | None:
         """The active adapter's prompts here, (n, D) or (B, n, D); None if it has none here or adapters are off."""
-        active: list[str] = self.active_adapters  # type: ignore[assignment]  # PEFT doesn't say
+        active = self.active_names
         if self.disable_adapters or not active:
             return None
         if len(active) > 1:
@@ -72,9 +77,8 @@ class ClipPromptLayer(nn.Module, BaseTunerLayer):
         """Parameters of the other tower that these prompts are made from."""
         if self.disable_adapters or not self.partner:
             return []
-        active: list[str] = self.active_adapters  # type: ignore[assignment]
         own = self.clip_prompt_projection
-        return [self.partner[0].clip_prompt_tokens[name] for name in active if name in own]
+        return [self.partner[0].clip_prompt_tokens[name] for name in self.active_names if name in own]
 
     def put_prompts(self, hidden_BTD: Tensor) -> Tensor:
         """The hidden states with the prompts in their place; as they are if there are none."""
@@ -99,8 +103,7 @@ class ClipPromptLayer(nn.Module, BaseTunerLayer):
         if prompts is None:
             return pixels_BCHW
         pixels_BCN, prompts = match_rows(pixels_BCHW.flatten(2), prompts)
-        active: list[str] = self.active_adapters  # type: ignore[assignment]
-        where = self.pixel_index[active[0]].to(pixels_BCHW.device)
+        where = self.pixel_index[self.active_names[0]].to(pixels_BCHW.device)
         return pixels_BCN.index_add(2, where, prompts).view(-1, *pixels_BCHW.shape[1:])
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # whatever the wrapped module takes

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, CLIPVisionModel
 
-from ..modeling.normalisation import agree_on_normalisation
+from ..normalisation import agree_on_normalisation
 from ..pictures import normalisation_of
 from .config import ClipPromptConfig
 from .layer import MERGE, ClipPromptLayer, Place

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..checkpoint_notes import CHECKPOINT
 from ..digests import damaged_file, digest, digests
 from ..hub import clear_checkpoint
-from ..modeling.normalisation import carry_normalisation
 from ..modeling.untrusted import ADAPTER
+from ..normalisation import carry_normalisation
 from ..processes import Processes, everyone, together
 from ..prompts import ClipPromptConfig
 from ..storage import write_text, written_whole

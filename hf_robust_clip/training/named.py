@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import Dataset
 
-    from ..defences.statistics import AlignmentTargets
+    from ..defences.alignment import AlignmentTargets
 
 
 class CleanTrainer(RobustClipTrainer):

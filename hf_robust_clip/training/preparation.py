@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from ..modeling import CLIPForZeroShotClassification
-from ..modeling.normalisation import has_adapter
+from ..normalisation import has_adapter
 from ..prompts import ClipPromptConfig, check_prompts
 from .config import RobustClipConfig, check_trained_part
 
@@ -100,11 +100,11 @@ def select_trainable(
     if last_layers is not None and not 1 <= last_layers <= len(layers):
         raise ValueError(f"trainable_layers={last_layers!r} must be None or in 1 .. {len(layers)}.")
     model.requires_grad_(False)
-    trained: list[nn.Module] = [model.vision_model, model.visual_projection]
+    trained: tuple[nn.Module, ...] = model.image_modules
     if last_layers is not None:
-        trained = [*layers[-last_layers:], model.vision_model.post_layernorm, model.visual_projection]
+        trained = (*layers[-last_layers:], model.vision_model.post_layernorm, model.visual_projection)
     if texts_too:
-        trained += [model.text_model, model.text_projection]
+        trained += model.text_modules
         model.logit_scale.requires_grad_(True)
     for module in trained:
         module.requires_grad_(True)
@@ -130,7 +130,7 @@ def make_teacher(model: nn.Module, teacher: CLIPForZeroShotClassification | None
         return copy.deepcopy(model).unload().eval().requires_grad_(False)
     model = classifier_in(model)
     if teacher is None:
-        frozen = () if model.text_is_trainable() else (model.text_model, model.text_projection)
+        frozen = () if model.text_is_trainable() else model.text_modules
         teacher = copy.deepcopy(model, {id(part): part for part in (*frozen, model.processor)})
         return teacher.eval().requires_grad_(False)
     if not isinstance(teacher, CLIPForZeroShotClassification):

@@ -22,7 +22,7 @@ from ..checkpoint_notes import named_base
 from ..checks import Blindness, check_logits, checked_labels
 from ..defences.base import Defence, Prediction
 from ..defences.defended import DefendedClassifier
-from ..metrics import robust_verdicts
+from ..metrics import accuracy_after_each
 from ..modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, tokenize_prompts, without_gradients
 from ..names import hub_name, is_path, shown_name
 from ..objectives.base import Batch, Objective
@@ -68,12 +68,12 @@ def robust_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     labels = torch.as_tensor(prediction.label_ids)
     parts = [torch.as_tensor(part) for part in prediction.predictions]
     flags = [flag.bool() for flag in parts[2:]] if len(parts) > 2 else (None, None)
-    clean, attacked = (
+    right_2 = [
         Prediction(logits, flagged=flag).right(labels, attacked=under_attack)
         for logits, flag, under_attack in zip(parts[:2], flags, (False, True), strict=True)
-    )
-    robust = robust_verdicts(clean, attacked)
-    return {"clean_accuracy": float(clean.double().mean()), "robust_accuracy": float(robust.double().mean())}
+    ]
+    clean, robust = accuracy_after_each(torch.stack(right_2, dim=1))
+    return {"clean_accuracy": clean, "robust_accuracy": robust}
 
 
 class RobustClipTrainer(ResumingTrainer):
@@ -399,7 +399,7 @@ class RobustClipTrainer(ResumingTrainer):
     def _begin_evaluation(self) -> None:
         self._blindness = Blindness()
         self._streams: dict[str, Any] = {}  # where the defence stands among the clean and the attacked images
-        self._shown = torch.zeros(3)  # images, right, and right under attack, so far
+        self._right: list[Tensor] = []  # verdicts so far, (B, 2): as they are, under attack
 
     def evaluation_loop(
         self,
@@ -457,7 +457,7 @@ class RobustClipTrainer(ResumingTrainer):
         for found in (clean, attacked):
             check_logits(found.logits, "the model")
         if self.defence is not None and not self.is_in_train:
-            self._show(clean.right(labels), attacked.right(labels, attacked=True))
+            self._show(torch.stack([clean.right(labels), attacked.right(labels, attacked=True)], dim=1))
         loss = cross_entropy(attacked.logits, labels).mean()
         flags = [found.flagged.long() for found in (clean, attacked) if found.flagged is not None]
         return (loss, None, None) if prediction_loss_only else (loss, (clean.logits, attacked.logits, *flags), labels)
@@ -473,13 +473,13 @@ class RobustClipTrainer(ResumingTrainer):
         self._streams[stream] = found.state
         return replace(found, logits=found.logits.float())
 
-    def _show(self, clean: Tensor, attacked: Tensor) -> None:
+    def _show(self, right_B2: Tensor) -> None:
         """The accuracy so far of this process beside the bar: a defence takes its time."""
-        self._shown += torch.tensor([len(clean), clean.sum(), robust_verdicts(clean, attacked).sum()])
-        count, *right = self._shown.tolist()
+        self._right.append(right_B2.cpu())
+        shares = zip(("clean", "robust"), accuracy_after_each(torch.cat(self._right)), strict=True)
+        so_far = {name: f"{share:.1%}" for name, share in shares}
         for callback in self.callback_handler.callbacks:
             if getattr(callback, "prediction_bar", None) is not None:
-                so_far = {name: f"{n / count:.1%}" for name, n in zip(("clean", "robust"), right, strict=True)}
                 callback.prediction_bar.set_postfix(so_far)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:

@@ -34,9 +34,11 @@ from prompt_speed import GIB, NUM_TOKENS, Ours, Released, Task, resident_peak, t
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_robust_clip.defences.statistics import AlignmentTargets, VisionStatistics
+from hf_robust_clip.defences.alignment import AlignmentTargets
+from hf_robust_clip.defences.moments import VisionStatistics
 from hf_robust_clip.defences.tapt import TAPT
 from hf_robust_clip.defences.views import draw_boxes
+from hf_robust_clip.prompts.access import prompt_layers
 
 LAYERS = 8
 SEED = 0
@@ -82,9 +84,8 @@ class OursAtTestTime(Ours):
         self.args, self.adapter = args, make_adapter(task, args)
         self.adapter_images = task.images_BCHW
         if args.design == "V":
-            for module in self.core.text_model.modules():  # no prompts there: the plain tower
-                if hasattr(module, "put_prompts"):
-                    module.clip_prompt_tokens.clear()
+            for layer in prompt_layers(self.core.text_model):  # no prompts there: the plain tower
+                layer.clip_prompt_tokens.clear()
         self.core.requires_grad_(False)
 
     def adapt(self) -> tuple[Tensor, Tensor, list[Tensor]]:

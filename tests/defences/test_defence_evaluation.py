@@ -1,21 +1,20 @@
 """Attacks through defences, their controls, and what a report of a defence must hold."""
 
 import json
-import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from support.prompted_clip import make_base, make_images, make_prompted
 from test_evaluation import Rank, Watched, crash
 
 from hf_robust_clip.attacks.auto_attack import AutoAttack
 from hf_robust_clip.attacks.losses import cross_entropy
 from hf_robust_clip.attacks.pgd import pgd
 from hf_robust_clip.attacks.suites import PGD
-from hf_robust_clip.defences.base import Defence, Prediction, Traits, with_prompts
+from hf_robust_clip.defences.base import Defence, Prediction, Traits
 from hf_robust_clip.defences.ensemble import Ensemble
 from hf_robust_clip.defences.tapt import TAPT
 from hf_robust_clip.defences.tpt import TPT
@@ -28,12 +27,9 @@ from hf_robust_clip.evaluation.loop import (
     evaluate_robustness,
 )
 from hf_robust_clip.paper import Paper
+from hf_robust_clip.prompts.access import with_prompts
 from hf_robust_clip.report.report import CONTROLS
 from hf_robust_clip.threat_model import ThreatModel
-
-sys.path.append(str(Path(__file__).parents[1] / "prompts"))
-
-from prompted_clip import make_base, make_images, make_prompted
 
 NAMES = dict(name="name", task="task", model_id="id")
 TARGETS = ("defence_blind", "transfer_from_adapted", "bpda", "adaptive")

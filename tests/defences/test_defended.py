@@ -27,7 +27,9 @@ from hf_robust_clip import (
     digits_clip_path,
 )
 from hf_robust_clip.cli import DataSettings, load_data
-from hf_robust_clip.defences.defended import PROMPTS, SETTINGS, STATISTICS, adapter_from
+from hf_robust_clip.defences.defended import PROMPTS, SETTINGS, adapter_from
+
+STATISTICS = AlignmentTargets.file
 
 NAMES = ("zero", "one", "two")
 TEMPLATE = "a photo of a {}."
@@ -95,7 +97,8 @@ def test_another_process_and_the_hub_give_equal_logits(saved, tmp_path):
         environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))},
             "HF_ENDPOINT": server.url, "HF_TOKEN": "hf_dummy", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path),
-            "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONPATH": str(TESTS),
+            "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+            "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
         }  # fmt: skip
         command = [sys.executable, __file__, str(folder), str(tmp_path / "found.json")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

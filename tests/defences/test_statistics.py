@@ -1,5 +1,4 @@
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,23 +10,16 @@ from conftest import make_processor
 from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.plain_forward import block
+from support.prompted_clip import make_base, make_images, make_prompted, randomise
 from torch.nn import functional as F
 
-from hf_robust_clip.defences import statistics
-from hf_robust_clip.defences.statistics import (
-    AlignmentTargets,
-    RunningMoments,
-    VisionStatistics,
-    collect_statistics,
-    fingerprints,
-    layer_inputs,
-)
+from hf_robust_clip.defences import fit
+from hf_robust_clip.defences.alignment import AlignmentTargets
+from hf_robust_clip.defences.fit import collect_statistics, fingerprints
+from hf_robust_clip.defences.moments import RunningMoments, VisionStatistics, layer_inputs
 from hf_robust_clip.prompts.layer import ClipPromptLayer
 from hf_robust_clip.zero_shot_data.loading import ImageDataset
-
-sys.path.append(str(Path(__file__).parents[1] / "prompts"))
-from plain_forward import block
-from prompted_clip import make_base, make_images, make_prompted, randomise
 
 CLOSE = dict(rtol=0, atol=1e-10)
 
@@ -180,7 +172,7 @@ class Killed(list):
 
 
 def test_a_resumed_run_is_bitwise_that_without_a_break(tmp_path, monkeypatch):
-    monkeypatch.setattr(statistics, "BATCHES_PER_STATE", 2)
+    monkeypatch.setattr(fit, "BATCHES_PER_STATE", 2)
     model, settings = classifier(), dict(batch_size=2, state_dir=tmp_path / "state")
     expected = collect_statistics(model, examples(), batch_size=2)
     with pytest.raises(KeyboardInterrupt):
@@ -414,7 +406,7 @@ def test_what_is_saved_is_restored(parts, as_file, targets, tmp_path):
     place = tmp_path / "new" / "own.safetensors" if as_file else tmp_path / "new"
     targets.save(place)
     targets.save(place)  # over itself
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["own.safetensors" if as_file else statistics.FILE]
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["own.safetensors" if as_file else AlignmentTargets.file]
     found = AlignmentTargets.load(place)
     assert (found.clean is None) == (parts == 1)
     for name, own in targets._parts().items():
@@ -423,7 +415,7 @@ def test_what_is_saved_is_restored(parts, as_file, targets, tmp_path):
         assert other.mean.dtype == torch.float64
         assert (other.count, other.record) == (own.count, own.record)
     found.check(classifier())
-    tensors = load_file(place if as_file else place / statistics.FILE)
+    tensors = load_file(place if as_file else place / AlignmentTargets.file)
     assert set(tensors) == {f"{k}.{v}" for k in ("adversarial", "clean")[:parts] for v in ("mean", "variance")}
 
 
@@ -434,10 +426,10 @@ def test_a_save_that_fails_leaves_what_was_there(targets, tmp_path, monkeypatch)
         Path(path).write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(statistics, "save_file", broken)
+    monkeypatch.setattr(fit, "save_file", broken)
     with pytest.raises(OSError, match="no space left"):
         AlignmentTargets(targets.adversarial).save(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [statistics.FILE]
+    assert [path.name for path in tmp_path.iterdir()] == [AlignmentTargets.file]
     assert AlignmentTargets.load(tmp_path).clean is not None
 
 
@@ -448,7 +440,7 @@ def test_files_that_are_no_statistics(targets, tmp_path):
     with pytest.raises(ValueError, match="holds no statistics"):
         AlignmentTargets.load(tmp_path / "other.safetensors")
     targets.save(tmp_path)
-    file = tmp_path / statistics.FILE
+    file = tmp_path / AlignmentTargets.file
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(OSError, match="cut short or damaged"):
         AlignmentTargets.load(tmp_path)

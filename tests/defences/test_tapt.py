@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from naive import (
+from support.naive import (
     CONTEXT,
     Alignment,
     NaiveCLIP,
@@ -16,7 +16,7 @@ from naive import (
     targets_of,
     tune,
 )
-from prompted_clip import make_images, make_prompted
+from support.prompted_clip import make_images, make_prompted
 
 from hf_robust_clip.defences.tapt import TAPT
 from hf_robust_clip.defences.views import draw_boxes
@@ -43,7 +43,7 @@ def grey_images(count: int, seed: int = 0):
 
 def preset_of(name: str, classifier, design: str = "VLI", **changes) -> TAPT:
     targets = targets_of(classifier)
-    made = TAPT.paper_preset(targets) if name == "paper" else TAPT.released_preset(targets, design=design)
+    made = TAPT.paper_preset(targets) if name == "paper" else TAPT.released_preset(targets)
     return replace(made, **{**FEWER, **changes})
 
 
@@ -149,9 +149,7 @@ def test_presets_are_those_of_the_paper_and_of_the_released_code():
     rows = {
         "paper": (TAPT.paper_preset(), paper),
         "default": (TAPT(), paper),
-        "V": (TAPT.released_preset(design="V"), {**released, "reset_to": "random"}),
-        "VLI": (TAPT.released_preset(), {**released, "reset_to": "random"}),
-        "VLJ": (TAPT.released_preset(design="VLJ"), {**released, "reset_to": "trained"}),
+        "released": (TAPT.released_preset(), {**released, "reset_to": "released"}),
     }
     for made, wanted in rows.values():
         found = made.parameters()
@@ -250,6 +248,16 @@ def test_prompts_are_carried_on_inside_a_group(reset_to, every):
         assert_equal(found, b, wanted)
     for changes in (dict(chunk_size=3), dict(memory_budget=1e-9)):
         assert_same(replace(tapt, **changes).predict(classifier, images, seed=SEED), found)
+
+
+@pytest.mark.parametrize(("design", "reset_to"), [("V", "random"), ("VLI", "random"), ("VLJ", "trained")])
+def test_the_released_code_resets_by_the_design_of_the_prompts(design, reset_to):
+    classifier = classifier_of(design)
+    tapt = preset_of("released", classifier)
+    own, wanted = own_prompts(classifier), starts_of(replace(tapt, reset_to=reset_to), classifier)
+    found = starts_of(tapt, classifier)
+    assert all(torch.equal(found[name], wanted[name]) for name in own)
+    assert all(torch.equal(found[name], own[name]) for name in own) == (reset_to == "trained")
 
 
 # ---- what isn't finite

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 
-from hf_robust_clip.modeling import classifier
+from hf_robust_clip.modeling import CLIPForZeroShotClassification, class_texts
 from hf_robust_clip.modeling.freshness import content_key, device_key, module_key, weights_digest
 
 NEAR = dict(rtol=0, atol=1e-12)
@@ -140,9 +140,9 @@ def test_every_change_of_a_frozen_text_side_is_seen(name, compiled, tiny_clip, i
 
 def test_nothing_is_computed_twice_while_nothing_changes(tiny_clip, images, monkeypatch):
     calls = []
-    own = classifier.CLIPForZeroShotClassification.encode_classes
+    own = CLIPForZeroShotClassification.encode_classes
     monkeypatch.setattr(
-        classifier.CLIPForZeroShotClassification, "encode_classes", lambda self, *a: calls.append(1) or own(self, *a)
+        CLIPForZeroShotClassification, "encode_classes", lambda self, *a: calls.append(1) or own(self, *a)
     )
     model = frozen(tiny_clip)
     calls.clear()
@@ -264,12 +264,12 @@ def test_many_prompts_are_encoded_in_parts_with_the_same_values(tiny_clip, monke
     sizes = []
     own = model._encode
     monkeypatch.setattr(model, "_encode", lambda classes, *rest: sizes.append(classes) or own(classes, *rest))
-    monkeypatch.setattr(classifier, "TEXT_MEMORY", 2 * 4 * model.class_token_ids.shape[2] * 500 * 8)
+    monkeypatch.setattr(class_texts, "TEXT_MEMORY", 2 * 4 * model.class_token_ids.shape[2] * 500 * 8)
     for shared in (True, False):
         sizes.clear()
         torch.testing.assert_close(model.encode_classes(shared), whole, **NEAR)
         assert len(sizes) == 4 and sizes[0] == slice(0, 2) and sizes[-1].stop == 7
-    monkeypatch.setattr(classifier, "TEXT_MEMORY", 1)
+    monkeypatch.setattr(class_texts, "TEXT_MEMORY", 1)
     torch.testing.assert_close(model.encode_classes(), whole, **NEAR)
     model.text_projection.weight.requires_grad_(True)
     sizes.clear()

@@ -13,7 +13,8 @@ from child_script import train_steps
 from conftest import CONTEXT_LENGTH, make_processor, through_transformers_adapters
 from hub_server import HubServer
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from prompted_clip import (
+from safetensors.torch import load_file
+from support.prompted_clip import (
     NAMES,
     ROWS,
     TEMPLATE,
@@ -27,7 +28,6 @@ from prompted_clip import (
     prompt_parameters,
     randomise,
 )
-from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -45,8 +45,8 @@ from transformers import (
 )
 
 from hf_robust_clip.modeling import CLIPForZeroShotClassification
+from hf_robust_clip.modeling.shared_prefix import end_positions
 from hf_robust_clip.prompts import ClipPromptConfig, ClipPromptLayer
-from hf_robust_clip.shared_prefix import end_positions
 
 HERE = Path(__file__).parent
 VISION_ROWS = [name for name, row in ROWS.items() if row["design"] in ("V", "pixel")]

@@ -19,9 +19,12 @@ from hf_robust_clip import (
     digits_clip_path,
 )
 from hf_robust_clip.cli import DataSettings, load_data
-from hf_robust_clip.defences.defended import SETTINGS, STATISTICS
-from hf_robust_clip.defences.statistics import collect_statistics
+from hf_robust_clip.defences.alignment import AlignmentTargets
+from hf_robust_clip.defences.defended import SETTINGS
+from hf_robust_clip.defences.fit import collect_statistics
 from hf_robust_clip.zero_shot_data.loading import collate_images
+
+STATISTICS = AlignmentTargets.file
 
 TEMPLATE = "a photo of a {}."
 SETTING = TAPT(num_views=8, selected=0.25, learning_rate=0.05)
@@ -103,7 +106,7 @@ def test_a_collection_that_was_killed_goes_on(killed_in, trained, tmp_path, monk
     changes = dict(save_strategy="steps", save_steps=1, logging_steps=1)
     trainer = make_trainer(tmp_path, **changes)
     trainer.train()
-    monkeypatch.setattr("hf_robust_clip.defences.tapt.collect_statistics", killed)
+    monkeypatch.setattr("hf_robust_clip.defences.alignment.collect_statistics", killed)
     with pytest.raises(KeyboardInterrupt):
         trainer.collect_statistics(state_dir=tmp_path / "state")
     monkeypatch.undo()

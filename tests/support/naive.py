@@ -6,21 +6,18 @@ the parameters have in the classifier.
 """
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.append(str(Path(__file__).parents[1] / "prompts"))
-
-from plain_forward import block, text_feature
-from prompted_clip import make_images
-
-from hf_robust_clip.defences.statistics import AlignmentTargets, VisionStatistics, fingerprints
+from hf_robust_clip.defences.alignment import AlignmentTargets
+from hf_robust_clip.defences.fit import fingerprints
+from hf_robust_clip.defences.moments import VisionStatistics
+from support.plain_forward import block, text_feature
+from support.prompted_clip import make_images
 
 CONTEXT = "text_model.embeddings.token_embedding.clip_prompt_tokens.default"
 Prompts = dict[str, Tensor]

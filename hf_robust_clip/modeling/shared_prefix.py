@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModel
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
+
+from ..prompts.access import plain_layer
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,10 @@ def can_run_packed(text_model: CLIPTextModel) -> bool:
     )
 
 
-def plain_layer(layer: nn.Module) -> nn.Module:
-    """A layer without the prompts around it."""
-    return layer.base_layer if hasattr(layer, "put_prompts") else layer  # type: ignore[return-value]
-
-
 def encode_packed(text_model: CLIPTextModel, texts: PackedTexts) -> Tensor:
     """The pooled states (G, R, D) of the texts, before the projection: equal to the tower's own forward.
 
-    Layers that carry prompts (they have a method `put_prompts(hidden)`) overwrite positions 1 .. n of the prefix.
+    Layers that carry prompts overwrite positions 1 .. n of the prefix.
     """
     embeddings = text_model.embeddings
     hidden_GTD = embeddings.token_embedding(texts.ids_T[None]) + embeddings.position_embedding(texts.positions_T)

@@ -15,7 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..pictures import normalisation_of
+from .pictures import normalisation_of
 
 logger = logging.getLogger(__name__)
 TENSORS = ("image_mean", "image_std")
