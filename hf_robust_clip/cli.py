@@ -878,7 +878,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
         push = prepare_repository(push, "model" if recipe.prompts is None else "adapter", "run.push_to_hub")
     mixed = recipe.training.mixed_precision
     say(f"{recipe.method}: {len(train_data)} images, {len(train_data.class_names)} classes, "
-        f"{what_runs(processes, fsdp=bool(recipe.training.fsdp))}, "
+        f"{what_runs(processes)}, "
         f"{mixed if mixed != 'no' else str(model.dtype).removeprefix('torch.')}")  # fmt: skip
 
     def evaluate(
@@ -1158,7 +1158,7 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
     from .evaluation.loop import adversarial_examples, evaluate_robustness
     from .hub import clear_states, dump_recipe
     from .names import task_titles, titles
-    from .processes import check_sharding, join_processes, what_runs
+    from .processes import join_processes, what_runs
     from .report.report import (
         blind_warning,
         percent,
@@ -1175,7 +1175,6 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
     check_writable(folder)
     processes = join_processes(use_cpu(recipe.run.device))
     saving = Saving(folder, processes.print)
-    check_sharding(processes, evaluation=True)
     processes.print(f"evaluation: {what_runs(processes)}")
     if processes.is_local_main_process and recipe.run.overwrite:
         clear_states(folder)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoint_notes import CHECKPOINT
 from ..digests import damaged_file, digest, digests
@@ -27,7 +27,6 @@ from .preparation import classifier_in
 logger = logging.getLogger(__name__)
 RUN_FILE = "training_run.json"
 WEIGHTS = r"(adapter_)?model(-\d+-of-\d+)?\.safetensors"
-SHARDED_WEIGHTS = "pytorch_model_fsdp"  # a file or a folder
 
 
 class NothingToResume(ValueError):
@@ -206,19 +205,12 @@ def checkpoint_to_resume(
 
 
 def first_not_finite(model: nn.Module) -> str | None:
-    """The name of the first trained parameter that holds NaN or infinity, or None. Of sharded ones this process's
-    part is looked at.
-    """
-    trained = [(name, own_part(p.detach())) for name, p in model.named_parameters() if p.requires_grad]
+    """The name of the first trained parameter that holds NaN or infinity, or None."""
+    trained = [(name, p.detach()) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         return None
     finite = torch.stack([tensor.isfinite().all() for _, tensor in trained])
     return None if finite.all() else trained[int((~finite).int().argmax())][0]
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor that may be sharded."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _refuse(folder: str | Path, fault: str | None) -> None:
@@ -239,7 +231,7 @@ def _lack(folder: str | Path, processes: Processes) -> str | None:
     note = read_note(folder)
     rank, count = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
     random_state = "rng_state.pth" if count == 1 else f"rng_state_{rank}.pth"
-    needed = {"weights": f"{WEIGHTS}|{SHARDED_WEIGHTS}", "optimizer": "optimizer", "schedule": r"scheduler\.pt",
+    needed = {"weights": WEIGHTS, "optimizer": "optimizer", "schedule": r"scheduler\.pt",
               "state": r"trainer_state\.json"}  # fmt: skip
     if note["processes"] == count:
         needed["random state of this process"] = re.escape(random_state)

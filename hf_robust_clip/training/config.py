@@ -20,7 +20,7 @@ from transformers.training_args import trainer_log_levels
 
 from ..attacks.pgd import PGDSettings
 from ..crops import RandomResizedCrop
-from ..processes import check_sharding, join_processes
+from ..processes import join_processes
 from ..threat_model import ThreatModel
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ FREE = _names("""
     include_for_metrics save_only_model save_on_each_node save_total_limit enable_jit_checkpoint
     push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
     restore_callback_states_from_checkpoint resume_from_checkpoint do_train do_eval do_predict
-    use_cpu local_rank fsdp fsdp_config
+    use_cpu local_rank
     activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend ddp_timeout
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
@@ -81,9 +81,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_names": ((["labels"], None), "labels are called 'labels'"),
     "length_column_name": (("length",), "images have no length"),
     "accelerator_config": ((), "it changes which images make an update; only non_blocking may be set"),
-    "parallelism_config": ((None,), "it is not supported; use DDP or FSDP"),
+    "fsdp": ((None, False, "", []), "it is not supported; use DDP"),
+    "fsdp_config": ((None, {}), "FSDP is not supported; use DDP"),
+    "parallelism_config": ((None,), "it is not supported; use DDP"),
     "ddp_static_graph": ((None, False), "accumulated batches fail with it"),
-    "deepspeed": ((None,), "it is not supported; use DDP or FSDP"),
+    "deepspeed": ((None,), "it is not supported; use DDP"),
 }
 _CHOOSES_BY_EVALUATION = _names("""
     metric_for_best_model greater_is_better eval_strategy eval_steps eval_delay eval_attack_steps
@@ -135,7 +137,7 @@ class RobustClipConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        _check_refused(self, ("deepspeed",))  # before transformers looks for its package
+        _check_refused(self, ("deepspeed", "fsdp", "fsdp_config"))  # before transformers looks for its package
         for name in ("log_level", "log_level_replica"):
             if getattr(self, name) not in trainer_log_levels:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(trainer_log_levels)}.")
@@ -332,7 +334,6 @@ def _check_trackers(args: RobustClipConfig) -> None:
 
 
 def _check_accelerator(args: RobustClipConfig) -> None:
-    check_sharding(args.distributed_state, fsdp=bool(args.fsdp))
     default = {**AcceleratorConfig().to_dict(), "non_blocking": args.accelerator_config.non_blocking}
     for name, value in vars(args.accelerator_config).items():
         if value != default[name]:

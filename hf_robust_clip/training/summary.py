@@ -8,14 +8,36 @@ from typing import TYPE_CHECKING, Any
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from ..names import shown_name
+from ..checkpoint_notes import named_base
+from ..modeling import PAPER_TEMPLATE
+from ..names import hub_name, is_path, shown_name
 from ..prompts import ClipPromptConfig
+from ..report.card import CardInfo
 from .checkpoints import step_of
 from .config import RobustClipConfig, images_per_update
 
 if TYPE_CHECKING:
     from ..defences.base import Defence
     from .trainer import RobustClipTrainer
+
+
+def card_info(trainer: RobustClipTrainer, repo_id: str) -> CardInfo:
+    """What a card tells of the model as it is now."""
+    base, core, data = trainer.adapter_base(), trainer.classifier(), trainer.train_dataset
+    start = str(core.name_or_path) if base is None else base
+    published, dataset = hub_name(start) or "", str(getattr(data, "dataset_id", ""))
+    return CardInfo(
+        repo_id=repo_id,
+        base_model=published,
+        ancestor=None if published else named_base(start),
+        training_data=f"{shown_name(dataset)}, split {data.split}, {len(data)} images" if dataset else "",
+        datasets=[dataset] if dataset and not is_path(dataset) else [],
+        paper=trainer.training_objective.paper,
+        settings=trainer.settings(),
+        template=core.templates[0] if core.templates else PAPER_TEMPLATE,
+        class_names=core.class_names,
+        limits="",
+    )
 
 
 def training_settings(trainer: RobustClipTrainer) -> dict[str, Any]:

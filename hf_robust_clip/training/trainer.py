@@ -18,16 +18,15 @@ from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
 from ..attacks.losses import cross_entropy
 from ..attacks.pgd import PGDSettings, pgd
-from ..checkpoint_notes import named_base
 from ..checks import Blindness, check_logits, checked_labels
 from ..defences.base import Defence, Prediction
 from ..defences.defended import DefendedClassifier
+from ..hub import Kind
 from ..metrics import accuracy_after_each
-from ..modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, tokenize_prompts, without_gradients
-from ..names import hub_name, is_path, shown_name
+from ..modeling import CLIPForZeroShotClassification, tokenize_prompts, without_gradients
 from ..objectives.base import Batch, Objective
 from ..objectives.clean import Clean
-from ..report.card import CardInfo, make_unmeasured_card
+from ..report.card import make_unmeasured_card
 from ..threat_model import ThreatModel
 from ..zero_shot_data.loading import collate_images
 from .batches import (
@@ -51,7 +50,7 @@ from .config import (
 from .identity import model_identity, training_identity
 from .preparation import check_teacher, classifier_in, prepare, twin_of
 from .resuming import ResumingTrainer
-from .summary import defence_settings, training_settings
+from .summary import card_info, defence_settings, training_settings
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -615,21 +614,5 @@ class RobustClipTrainer(ResumingTrainer):
 
     def unmeasured_card(self, repo_id: str) -> ModelCard:
         """The card of the model as it is now, of which nothing was measured."""
-        base, core = self.adapter_base(), self.classifier()
-        start = str(core.name_or_path) if base is None else base
-        published = hub_name(start) or ""
-        data = self.train_dataset
-        dataset = str(getattr(data, "dataset_id", ""))
-        info = CardInfo(
-            repo_id=repo_id,
-            base_model=published,
-            ancestor=None if published else named_base(start),
-            training_data=f"{shown_name(dataset)}, split {data.split}, {len(data)} images" if dataset else "",
-            datasets=[dataset] if dataset and not is_path(dataset) else [],
-            paper=self.training_objective.paper,
-            settings=self.settings(),
-            template=core.templates[0] if core.templates else PAPER_TEMPLATE,
-            class_names=core.class_names,
-            limits="",
-        )
-        return make_unmeasured_card(info, "model" if base is None else "adapter", loads_defence=self._saves_defence())
+        kind: Kind = "model" if self.adapter_base() is None else "adapter"
+        return make_unmeasured_card(card_info(self, repo_id), kind, loads_defence=self._saves_defence())
