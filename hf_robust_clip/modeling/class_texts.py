@@ -145,10 +145,13 @@ class ClassTexts(Model):
         return embeds_GCD if groups else embeds_GCD[0]
 
     def encode_captions(self, ids_NL: Tensor) -> Tensor:
-        """Unit-length embeddings (N, D) of texts as token ids; of a causal tower without what follows the longest."""
+        """Unit-length embeddings (N, D) of texts as token ids, equal ones encoded once; for a causal tower without what
+        follows the longest.
+        """
+        ids_NL, place_N = ids_NL.unique(dim=0, return_inverse=True)
         if self.can_pack_texts():
             ids_NL = ids_NL[:, : int(end_positions(ids_NL, self.text_model.eos_token_id).max()) + 1]
-        return F.normalize(self.encode_texts(ids_NL, 1)[0], dim=-1)
+        return F.normalize(self.encode_texts(ids_NL, 1)[0], dim=-1)[place_N]
 
     def _encode(self, classes: slice, shared_prefix: bool, groups: int) -> Tensor:
         """The embeddings (G, C, D) of some classes in one piece."""

@@ -70,6 +70,8 @@ USELESS = {
     "parallelism_config": "tensor parallel",
     "ddp_static_graph": True,
     "deepspeed": {},
+    "fsdp": True,
+    "fsdp_config": {"fsdp_version": 2},
 }
 
 
