@@ -145,8 +145,8 @@ class ClassTexts(Model):
         return embeds_GCD if groups else embeds_GCD[0]
 
     def encode_captions(self, ids_NL: Tensor) -> Tensor:
-        """Unit-length embeddings (N, D) of texts as token ids, equal ones encoded once; for a causal tower without what
-        follows the longest.
+        """Unit-length embeddings (N, D) of texts as token ids: equal ones are encoded once, and of a causal tower's
+        texts nothing beyond the longest.
         """
         ids_NL, place_N = ids_NL.unique(dim=0, return_inverse=True)
         if self.can_pack_texts():

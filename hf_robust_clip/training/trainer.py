@@ -29,13 +29,7 @@ from ..objectives.clean import Clean
 from ..report.card import make_unmeasured_card
 from ..threat_model import ThreatModel
 from ..zero_shot_data.loading import collate_images
-from .batches import (
-    count_images,
-    gathering,
-    own_images_of_last_batch,
-    share_of_update,
-    without_fill,
-)
+from .batches import count_images, gathering, own_images_of_last_batch, share_of_update, without_fill
 from .checkpoints import NothingToResume
 from .config import (
     RobustClipConfig,
@@ -272,7 +266,6 @@ class RobustClipTrainer(ResumingTrainer):
     def make_batch(self, inputs: dict[str, Any], student: nn.Module, images_per_update: int = 0) -> Batch:
         """What the objective sees of a batch, with `student` behind its images."""
         several = self.accelerator.num_processes > 1
-        own = count_images(inputs)
         return Batch(
             views=inputs.get("views", (inputs["pixel_values"],)),
             labels=inputs.get("labels"),  # type: ignore[arg-type]  # checked: objectives that need them have them
@@ -280,7 +273,7 @@ class RobustClipTrainer(ResumingTrainer):
             student=self._asked(student),
             teacher=None if self.teacher is None else self._asked(self.teacher),
             images_per_update=images_per_update,
-            gather=gathering(own, self.accelerator) if several else None,
+            gather=gathering(count_images(inputs), self.accelerator) if several else None,
         )
 
     def _asked(self, model: nn.Module) -> Callable[..., Any]:
@@ -580,7 +573,10 @@ class RobustClipTrainer(ResumingTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save and self._saves_defence():
-            self.defended().save_pretrained(output_dir or self.args.output_dir)
+            folder, defended = output_dir or self.args.output_dir, self.defended()
+            if self.adapter_base() is None:  # it stands on the weights beside it
+                defended.base_model = str(folder)
+            defended.save_pretrained(folder)
 
     # ---- what is told of it
 
