@@ -5,6 +5,7 @@ Nothing heavy is imported before the settings have been read, so that `--help` a
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import os
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from .evaluation.settings import EvaluationSettings
     from .hub import Push
     from .modeling import CLIPForZeroShotClassification
+    from .objectives.base import Objective
     from .prompts import ClipPromptConfig
     from .report.report import RobustnessReport
     from .training.config import RobustClipConfig
@@ -423,7 +425,7 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
 
 def build_objective(method: str, values: Mapping[str, Any] | None) -> Any:
     """The method's objective; `preset: paper|released` (PMG-AFT) chooses what the other keys start from."""
-    return build_from_preset(trainer_class(method).objective_cls, values, "objective")
+    return build_from_preset(objective_class(method), values, "objective")
 
 
 def build_defence(method: str, values: Mapping[str, Any] | None, section: str = "defence") -> Defence:
@@ -443,7 +445,7 @@ def build_defence(method: str, values: Mapping[str, Any] | None, section: str = 
 
 def build_prompts(method: str, values: Mapping[str, Any] | None) -> ClipPromptConfig | None:
     """The method's prompts: its own (none for the methods that train the image encoder), changed by `values`."""
-    default = trainer_class(method).default_peft_config()
+    default = copy.deepcopy(objective_class(method).peft_config)
     if values is None:
         return default
     if not isinstance(values, Mapping):
@@ -461,10 +463,17 @@ def build_prompts(method: str, values: Mapping[str, Any] | None) -> ClipPromptCo
     return config
 
 
+def objective_class(method: str) -> type[Objective]:
+    """The objective of a method's name. Raises ValueError for an unknown one."""
+    found = trainer_class(method).objective_cls
+    assert found is not None
+    return found
+
+
 def trainer_class(method: str) -> type[RobustClipTrainer]:
     """The trainer of a method's name. Raises ValueError for an unknown one."""
     check_key(method, list(METHODS), "method")
-    return getattr(import_module(".training.trainer", __package__), METHODS[method])
+    return getattr(import_module(".training.named", __package__), METHODS[method])
 
 
 def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
@@ -494,7 +503,7 @@ def read_recipe(method: str, settings: dict[str, Any]) -> Recipe:
         raise ValueError(f"compare={compare!r} must be a method or a list of methods.")
     for other in compare:
         check_key(other, [name for name in METHODS if name != "tapt"], "method in compare")
-    with_prompts = [name for name in compare if trainer_class(name).default_peft_config() is not None]
+    with_prompts = [name for name in compare if objective_class(name).peft_config is not None]
     unused.check_methods(method, compare, lora=model.lora_rank is not None, with_prompts=with_prompts)
     unused.check_training_evaluation(settings.get("evaluation"))
     evaluation = build_evaluation(settings.get("evaluation"))
@@ -876,7 +885,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
         push = prepare_repository(push, "model" if recipe.prompts is None else "adapter", "run.push_to_hub")
     mixed = recipe.training.mixed_precision
     say(f"{recipe.method}: {len(train_data)} images, {len(train_data.class_names)} classes, "
-        f"{what_runs(processes, fsdp=bool(recipe.training.fsdp))}, "
+        f"{what_runs(processes)}, "
         f"{mixed if mixed != 'no' else str(model.dtype).removeprefix('torch.')}")  # fmt: skip
 
     def evaluate(
@@ -952,7 +961,7 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
     for title, adaptation in reversed(adaptations.items()):  # the one that is saved comes last
         for how in defence_settings(recipe.evaluation, recipe.defence_evaluation):
             found = evaluate(tuned, title, repo_id, how, adaptation)
-            if adaptation is trainer.adaptation:
+            if adaptation is trainer.defence:
                 reports += found
             else:
                 by_method[f"{title}, {how.seen.name}"] = found
@@ -992,7 +1001,9 @@ def train(recipe: Recipe) -> list[RobustnessReport]:
             ancestor=None if base else named_base(recipe.model.name),
             training_data=f"{train_data.dataset_id}, split {train_data.split}, {len(train_data)} images of "
             f"{len(train_data.class_names)} classes ({classes}), {train_data.revision}",
-            paper=replace(trainer.adaptation.paper, method="TAPT") if adaptations else recipe.objective.paper,
+            paper=replace(next(iter(adaptations.values())).paper, method="TAPT")
+            if adaptations
+            else recipe.objective.paper,
             settings=settings,
             template=recipe.prompt.template,
             class_names=train_data.class_names,
@@ -1037,7 +1048,7 @@ def add_statistics(recipe: Recipe, trainer: RobustClipTrainer, data: ImageDatase
     """The recipe's adaptations with the statistics of trained prompts, which are made here; the first is given to the
     trainer. None for other methods.
     """
-    from .training.trainer import TAPTTrainer
+    from .training.named import TAPTTrainer
 
     if not isinstance(trainer, TAPTTrainer):
         return {}
@@ -1046,7 +1057,7 @@ def add_statistics(recipe: Recipe, trainer: RobustClipTrainer, data: ImageDatase
         state_dir=Path(recipe.run.output_dir) / "state/statistics",
     )
     adaptations = {title: replace(adaptation, targets=targets) for title, adaptation in recipe.adaptations.items()}
-    trainer.adaptation = next(iter(adaptations.values()))
+    trainer.defence = next(iter(adaptations.values()))
     return adaptations
 
 
@@ -1054,7 +1065,7 @@ def save_trained(trained: Any, folder: Path) -> None:
     """Write a classifier, an adapter or a defended classifier."""
     from peft import PeftModel
 
-    from .training.trainer import save_adapter
+    from .training.checkpoints import save_adapter
 
     if isinstance(trained, PeftModel):
         save_adapter(trained, folder)
@@ -1082,12 +1093,12 @@ def make_trainer(
 
         targets = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj)"
         peft_config = LoraConfig(r=recipe.model.lora_rank, lora_alpha=recipe.model.lora_alpha, target_modules=targets)
-    from .training.trainer import TAPTTrainer, on_its_own
+    from .training.config import on_its_own
 
     training = recipe.training if save else on_its_own(recipe.training)
     trainer = trainer_class(recipe.method)(model, training, recipe.objective, data, peft_config=peft_config)
-    if isinstance(trainer, TAPTTrainer):
-        trainer.adaptation = next(iter(recipe.adaptations.values()))
+    if trainer.defence is not None:
+        trainer.defence = next(iter(recipe.adaptations.values()))
     start = recipe.model.name
     if start != EMBEDDED_MODEL and Path(start).is_dir():
         start = str(Path(start).resolve())  # from another folder a relative one might be taken for the Hub's
@@ -1102,20 +1113,11 @@ def plain_model(trainer: RobustClipTrainer, folder: Path) -> tuple[CLIPForZeroSh
     That is the classifier itself, LoRA merged into it; of prompts, which can't be merged, the adapter, with its
     defence if it has one. Sharded weights go through `folder`.
     """
-    from accelerate.utils import DistributedType
+    from .training.preparation import classifier_in
 
-    from .training.trainer import TAPTTrainer, classifier_in
-
-    if trainer.accelerator.distributed_type == DistributedType.FSDP:
-        from .modeling import CLIPForZeroShotClassification
-
-        trainer.save_model(str(folder), _internal_call=True)  # which pushes nothing
-        trainer.accelerator.wait_for_everyone()
-        whole = CLIPForZeroShotClassification.from_pretrained(folder).eval()
-        return whole, whole
     core = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
     if "prompts" in trainer.settings():
-        to_save = trainer.defended() if isinstance(trainer, TAPTTrainer) else core
+        to_save = trainer.defended() if trainer.defence is not None else core
         return classifier_in(core).requires_grad_(False), to_save
     core = core.merge_and_unload() if hasattr(core, "merge_and_unload") else core
     return core, core
@@ -1130,7 +1132,7 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
     from .evaluation.loop import adversarial_examples, evaluate_robustness
     from .hub import clear_states, dump_recipe
     from .names import task_titles, titles
-    from .processes import check_sharding, join_processes, what_runs
+    from .processes import join_processes, what_runs
     from .report import (
         blind_warning,
         percent,
@@ -1148,7 +1150,6 @@ def evaluate(recipe: EvaluationRecipe) -> list[RobustnessReport]:
     check_writable(folder)
     processes = join_processes(use_cpu(recipe.run.device))
     saving = Saving(folder, processes.print)
-    check_sharding(processes, evaluation=True)
     processes.print(f"evaluation: {what_runs(processes)}")
     if processes.is_local_main_process and recipe.run.overwrite:
         clear_states(folder)

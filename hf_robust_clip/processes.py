@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 Processes: TypeAlias = "Accelerator | PartialState | None"  # None: this one alone
 Found = TypeVar("Found")
 TIMEOUT = 1800  # seconds, as the Trainer's `ddp_timeout`
-USE_FSDP = "ACCELERATE_USE_FSDP"
 ALONE = "ACCELERATE_USE_CPU"  # what `accelerate launch` sets where it starts one process, however many are asked for
 UNSUPPORTED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
@@ -40,7 +40,7 @@ def join_processes(cpu: bool, timeout: int = TIMEOUT, backend: str | None = None
 
     for variable, name in UNSUPPORTED.items():
         if _is_set(variable):
-            raise ValueError(f"the launch file asks for {name}, which is not supported; use DDP or FSDP.")
+            raise ValueError(f"the launch file asks for {name}, which is not supported; use DDP.")
     about = get_cpu_distributed_information()  # by the variables of torchrun and of MPI
     launched, joined = about.world_size, torch.distributed.is_available() and torch.distributed.is_initialized()
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -64,25 +64,13 @@ def join_processes(cpu: bool, timeout: int = TIMEOUT, backend: str | None = None
     return processes
 
 
-def check_sharding(processes: PartialState, *, fsdp: bool = False, evaluation: bool = False) -> None:
-    """Raise ValueError where FSDP is asked for, by the launch file or `fsdp`, and something else would run."""
-    if (fsdp or _is_set(USE_FSDP)) and (evaluation or not _can_shard(processes)):
-        where = "in an evaluation" if evaluation else f"by {what_runs(processes)}"
-        raise ValueError(
-            f"FSDP is asked for, and nothing is sharded {where}; take a launch file without it, such as "
-            "recipes/accelerate/multi_gpu_ddp.yaml or two_cpu_processes.yaml."
-        )
-
-
-def what_runs(processes: PartialState, *, fsdp: bool | None = None) -> str:
-    """How many processes run on which device, and how they share a training (`fsdp`: whether it asks for that)."""
+def what_runs(processes: PartialState) -> str:
+    """How many processes run on which device."""
     if processes.num_processes == 1:
         return f"one process on {processes.device.type}"
     from torch.distributed import get_backend
 
-    kind = "FSDP" if (fsdp or _is_set(USE_FSDP)) and _can_shard(processes) else "DDP"
-    shared = "" if fsdp is None else f"{kind}, "
-    return f"{processes.num_processes} processes on {processes.device.type} ({shared}{get_backend()})"
+    return f"{processes.num_processes} processes on {processes.device.type} ({get_backend()})"
 
 
 def everyone(value: Found, processes: Processes) -> list[Found]:
@@ -112,10 +100,6 @@ def together(check: Callable[[], Found], processes: Processes) -> Found:
         if other is not None:
             raise kinds[other[0]](f"process {rank}: {other[1]}") from error
     return found  # type: ignore[return-value]  # it was found, since nothing was raised
-
-
-def _can_shard(processes: PartialState) -> bool:
-    return processes.distributed_type.value not in ("NO", "MULTI_CPU")
 
 
 def _is_set(variable: str) -> bool:

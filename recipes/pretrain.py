@@ -2,30 +2,43 @@
 
     python recipes/pretrain.py --config recipes/configs/mini-clip/pretrain.yaml --output_dir out/mini-clip
 
-Seeded, and resumable: a run that was killed goes on from `<output_dir>/pretraining.safetensors`. Writes a complete
-checkpoint (config, safetensors, tokenizer, image processor) that plain `CLIPModel` and `CLIPProcessor` load.
+Seeded, and resumable: a run that was killed goes on from the checkpoints in `<output_dir>/cycle-<n>`. Writes a
+complete checkpoint (config, safetensors, tokenizer, image processor) that plain `CLIPModel` and `CLIPProcessor` load.
 """
 
-import argparse
 import json
 import math
+import random
 from dataclasses import dataclass
-from itertools import accumulate
-from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
-from safetensors import safe_open
-from safetensors.torch import save_file
+from jsonargparse import ArgumentParser
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer, set_seed
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from hf_robust_clip.cli import build
-from hf_robust_clip.zero_shot_data.loading import load_image_dataset
+from hf_robust_clip import (
+    CLIPForZeroShotClassification,
+    Contrastive,
+    RobustClipConfig,
+    RobustClipTrainer,
+    load_image_dataset,
+)
+from hf_robust_clip.training.checkpoints import NothingToResume
+from hf_robust_clip.zero_shot_data.dataset import ImageDataset
 
 
 @dataclass(frozen=True)
@@ -34,17 +47,31 @@ class Source:
 
     dataset: str
     per_batch: int
-    class_names: list | None = None
+    class_names: list[str] | None = None
     flip: bool = False
     split: str = "train"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is trained, on what, and for how long."""
+    """What is trained, on what, and for how long.
 
-    sources: list
-    captions: list
+    Args:
+        output_dir: where the checkpoint goes.
+        sources: the sets of pictures.
+        captions: templates with `{}` for the class name; in a batch each class has one of them.
+        image_size, patch_size, width, layers, heads, context_length, vocab_size: of the model; both towers are alike.
+        steps: updates; a list: cycles, each with its own peak learning rate and fresh moments.
+        learning_rate: peak after three tenths of a cycle, from which a cosine leads to zero.
+        weight_decay, max_grad_norm: of AdamW; 0 clips no gradients.
+        shift: pictures are moved by up to so many pixels, the edge filled with black.
+        seed: of everything.
+        save_every: updates between checkpoints.
+    """
+
+    output_dir: str
+    sources: list[Source]
+    captions: list[str]
     image_size: int
     patch_size: int
     width: int
@@ -52,12 +79,75 @@ class Settings:
     heads: int
     context_length: int = 32
     vocab_size: int = 800
-    steps: int | list = 3000  # a list: cycles, each with its own peak learning rate and fresh moments
-    learning_rate: float | list = 1e-3
+    steps: int | list[int] = 3000
+    learning_rate: float | list[float] = 1e-3
     weight_decay: float = 0.1
-    shift: int = 1  # pictures are moved by up to so many pixels
+    max_grad_norm: float = 1.0
+    shift: int = 1
     seed: int = 0
     save_every: int = 500
+
+    def cycles(self) -> list[tuple[int, float]]:
+        """Updates and peak learning rate of each; a single number of steps takes the highest rate."""
+        rates = self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
+        if isinstance(self.steps, int):
+            return [(self.steps, max(rates))]
+        return list(zip(self.steps, rates, strict=True))
+
+
+class CaptionedPictures(Dataset):
+    """Batches of so many pictures of each source with captions. Example i follows from the seed and i alone, so that a
+    training that goes on sees what it would have seen; in a batch all pictures of a class have one caption.
+    """
+
+    def __init__(self, settings: Settings, seed: int, steps: int, sources: list[ImageDataset]):
+        self.settings, self.seed, self.steps = settings, seed, steps
+        self.places = [k for k, source in enumerate(settings.sources) for _ in range(source.per_batch)]
+        self.names = [[name.lower() for name in data.class_names] for data in sources]
+        self.pictures = [as_bytes(data) for data in sources]
+
+    def __len__(self) -> int:
+        return self.steps * len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} examples.")
+        batch, place = divmod(index, len(self.places))
+        source, draw = self.places[place], random.Random(f"{self.seed} {index}")
+        images, labels = self.pictures[source]
+        row = draw.randrange(len(images))
+        image = shifted(images[row], self.settings.shift, draw)
+        if self.settings.sources[source].flip and draw.random() < 0.5:
+            image = image.flip(-1)
+        name = self.names[source][labels[row]]
+        caption = random.Random(f"{self.seed} {batch} {name}").choice(self.settings.captions)
+        return {"pixel_values": image.float() / 255, "captions": caption.format(name)}
+
+
+class LimitScale(TrainerCallback):
+    """Keeps exp(logit_scale) at 100 or below, as CLIP does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(100))
+
+
+def as_bytes(data: ImageDataset) -> tuple[Tensor, list[int]]:
+    """All pictures as bytes (N, 3, H, W), and their labels."""
+    blocks = [range(i, min(i + 1000, len(data))) for i in range(0, len(data), 1000)]
+    pixels, labels = [], []
+    for block in tqdm(blocks, desc=f"{data.dataset_id}, {data.split}"):
+        rows = data.__getitems__(block)
+        pixels.append(torch.stack([(255 * row["pixel_values"]).round().byte() for row in rows]))
+        labels += [row["labels"] for row in rows]
+    return torch.cat(pixels), labels
+
+
+def shifted(image_CHW: Tensor, most: int, draw: random.Random) -> Tensor:
+    """A picture moved by up to `most` pixels in both directions, the edge filled with black."""
+    height, width = image_CHW.shape[1:]
+    y, x = draw.randint(0, 2 * most), draw.randint(0, 2 * most)
+    return F.pad(image_CHW, (most, most, most, most))[:, y : y + height, x : x + width]
 
 
 def make_tokenizer(corpus: list[str], vocab_size: int, context_length: int) -> CLIPTokenizer:
@@ -92,179 +182,83 @@ def make_model(tokenizer: CLIPTokenizer, settings: Settings) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=settings.width))
 
 
-def make_image_processor(side: int) -> CLIPImageProcessorPil:
-    """Pictures of `side` x `side` pixels, normalised as CLIP's are."""
-    return CLIPImageProcessorPil(
+def make_processor(settings: Settings, corpus: list[str]) -> CLIPProcessor:
+    """Pictures of `image_size` x `image_size` pixels, normalised as CLIP's are, and a tokenizer of the corpus."""
+    side = settings.image_size
+    images = CLIPImageProcessorPil(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
         image_mean=OPENAI_CLIP_MEAN,
         image_std=OPENAI_CLIP_STD,
     )
+    return CLIPProcessor(images, make_tokenizer(corpus, settings.vocab_size, settings.context_length))
 
 
-def contrastive_loss(logits_NC: Tensor, concepts_N: Tensor) -> Tensor:
-    """CLIP's symmetric loss of N pictures and one caption per concept that the batch shows.
-
-    Every picture of a concept matches its caption, so a caption's target is the mean over them.
-    """
-    shown_C, own_N = concepts_N.unique(return_inverse=True)
-    logits_NC = logits_NC[:, shown_C]
-    match_CN = F.one_hot(own_N, len(shown_C)).T.float()
-    match_CN = match_CN / match_CN.sum(dim=1, keepdim=True)
-    return (F.cross_entropy(logits_NC, own_N) + F.cross_entropy(logits_NC.T, match_CN)) / 2
-
-
-def shifted(images_BCHW: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Each picture moved by up to `most` pixels in both directions, the edge filled with black."""
-    size = images_BCHW.shape[-1]
-    padded = F.pad(images_BCHW, (most, most, most, most))
-    offsets = torch.randint(0, 2 * most + 1, (len(images_BCHW), 2), generator=generator).tolist()
-    return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, offsets, strict=True)])
-
-
-def load_pictures(source: Source, split: str, processor: CLIPProcessor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """All pictures as bytes (N, 3, H, W), their labels, and the class names."""
-    data = load_image_dataset(source.dataset, split, processor, class_names=source.class_names)
-    blocks = [range(i, min(i + 1000, len(data))) for i in range(0, len(data), 1000)]
-    pixels, labels = [], []
-    for block in tqdm(blocks, desc=f"{source.dataset}, {split}"):
-        rows = data.__getitems__(list(block))
-        pixels.append(torch.stack([(255 * row["pixel_values"]).round().byte() for row in rows]))
-        labels += [row["labels"] for row in rows]
-    return torch.cat(pixels), torch.tensor(labels), data.class_names
-
-
-def as_list(value) -> list:
-    return value if isinstance(value, list) else [value]
-
-
-def learning_rates(settings: Settings) -> list[float]:
-    """The learning rate of every update. Each cycle: linear warm-up over three tenths, then a cosine to zero."""
-    rates = []
-    for steps, peak in zip(as_list(settings.steps), as_list(settings.learning_rate), strict=True):
-        warm = max(1, steps * 3 // 10)
-        rates += [float(peak) * max(step / warm, 1e-3) for step in range(warm)]
-        rates += [float(peak) * (1 + math.cos(math.pi * step / (steps - warm))) / 2 for step in range(steps - warm)]
-    return rates
-
-
-def save_state(
-    file: Path, step: int, model: CLIPModel, optimizer: torch.optim.Optimizer, generator: torch.Generator
-) -> None:
-    """Weights, moments and random state after `step` updates, whole or not at all."""
-    moments = {
-        f"{i}.{k}": v for i, row in optimizer.state_dict()["state"].items() for k, v in row.items() if k != "step"
-    }
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {
-        f"optimizer.{k}": v for k, v in moments.items()
-    }
-    partial = file.with_suffix(".part")
-    save_file(
-        {k: v.contiguous() for k, v in tensors.items()} | {"generator": generator.get_state()},
-        partial,
-        {"step": str(step)},
+def train_cycle(model: CLIPForZeroShotClassification, data: CaptionedPictures, folder: str, rate: float) -> None:
+    """One warm-up and cosine, from where its checkpoints in `folder` end."""
+    settings = data.settings
+    args = RobustClipConfig(
+        output_dir=folder,
+        max_steps=data.steps,
+        per_device_train_batch_size=len(data.places),
+        train_sampling_strategy="sequential",
+        optim="adamw_torch",
+        learning_rate=rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=0.3,
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=50,
+        save_steps=settings.save_every,
+        save_total_limit=1,
+        seed=settings.seed,
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
     )
-    partial.replace(file)
+    trainer = RobustClipTrainer(model, args, Contrastive(), data, callbacks=[LimitScale()])
+    try:
+        trainer.train(resume_from_checkpoint=True)
+    except NothingToResume:
+        trainer.train()
 
 
-def load_state(file: Path, model: CLIPModel, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
-    """The opposite of `save_state`; returns the number of updates done."""
-    with safe_open(file, "pt") as stored:
-        step = int(stored.metadata()["step"])
-        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118  # not a dict
-    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    rows: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".")
-            rows.setdefault(int(index), {"step": torch.tensor(float(step))})[name] = tensor
-    optimizer.load_state_dict({"state": rows, "param_groups": optimizer.state_dict()["param_groups"]})
-    generator.set_state(tensors["generator"])
-    return step
+@torch.no_grad()
+def accuracy(model: CLIPForZeroShotClassification, data: ImageDataset, template: str) -> float:
+    """Zero-shot accuracy in [0, 1] on whole batches of pictures."""
+    images, labels = as_bytes(data)
+    with model.prepared_for(data, template):
+        logits = [model(block.to(model.device) / 255).logits.cpu() for block in images.split(500)]
+    return (torch.cat(logits).argmax(1) == torch.tensor(labels)).float().mean().item()
+
+
+def pretrain(settings: Settings) -> CLIPForZeroShotClassification:
+    """Make tokenizer and model, train, say how accurate it is, and save it."""
+    set_seed(settings.seed)
+
+    def load(source: Source, split: str, processor: CLIPProcessor) -> ImageDataset:
+        return load_image_dataset(source.dataset, split, processor, class_names=source.class_names)
+
+    letters_only = make_processor(settings, ["a"])
+    sources = [load(source, source.split, letters_only) for source in settings.sources]
+    names = dict.fromkeys(name.lower() for data in sources for name in data.class_names)
+    processor = make_processor(settings, [caption.format(name) for name in names for caption in settings.captions])
+    model = CLIPForZeroShotClassification.from_clip(make_model(processor.tokenizer, settings), processor)
+    for number, (steps, rate) in enumerate(settings.cycles()):
+        data = CaptionedPictures(settings, settings.seed + number, steps, sources)
+        train_cycle(model, data, f"{settings.output_dir}/cycle-{number + 1}", rate)
+    for source in settings.sources:
+        test = load(source, "test", processor)
+        share = accuracy(model, test, settings.captions[0])
+        print(f"zero-shot accuracy on {len(test)} test pictures of {source.dataset}: {share:.1%}")
+    model.eval().save_pretrained(settings.output_dir)
+    return model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, help="one cycle of so many, in place of the config's")
-    options = parser.parse_args()
-    values = yaml.safe_load(options.config.read_text(encoding="utf-8"))
-    if options.steps is not None:
-        values |= {"steps": options.steps, "learning_rate": max(as_list(values["learning_rate"]))}
-    settings: Settings = build(Settings, values, "pretraining")
-    sources: list[Source] = [build(Source, row, f"sources[{i}]") for i, row in enumerate(settings.sources)]
-
-    set_seed(settings.seed)
-    generator = torch.Generator().manual_seed(settings.seed)
-    image_processor = make_image_processor(settings.image_size)
-    mean_C11, std_C11 = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    letters_only = CLIPProcessor(image_processor, make_tokenizer(["a"], 1, settings.context_length))
-    pictures = [load_pictures(source, source.split, letters_only) for source in sources]
-    concepts = list(dict.fromkeys(name.lower() for _, _, names in pictures for name in names))
-    texts = [caption.format(name) for name in concepts for caption in settings.captions]
-    tokenizer = make_tokenizer(texts, settings.vocab_size, settings.context_length)
-    processor = CLIPProcessor(image_processor, tokenizer)
-    tokens = tokenizer(texts, padding=True, return_tensors="pt").input_ids
-    tokens_CTL = tokens.view(len(concepts), len(settings.captions), -1)
-    concept_of = [torch.tensor([concepts.index(name.lower()) for name in names]) for _, _, names in pictures]
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = make_model(tokenizer, settings).to(device)
-    tokens_CTL, mean_C11, std_C11 = (tensor.to(device) for tensor in (tokens_CTL, mean_C11, std_C11))
-    rates = learning_rates(settings)
-    starts = [0, *accumulate(as_list(settings.steps))]
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=settings.weight_decay)
-    state = options.output_dir / "pretraining.safetensors"
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    done = load_state(state, model, optimizer, generator) if state.is_file() else 0
-    model.train()
-    for step in tqdm(range(done, len(rates)), desc="pretraining", initial=done, total=len(rates)):
-        if step in starts:
-            optimizer = torch.optim.AdamW(model.parameters(), weight_decay=settings.weight_decay)
-            generator.manual_seed(settings.seed + starts.index(step))
-        optimizer.param_groups[0]["lr"] = rates[step]
-        pixels, labels = [], []
-        for source, (images, own, _), to_concept in zip(sources, pictures, concept_of, strict=True):
-            rows = torch.randint(0, len(images), (source.per_batch,), generator=generator)
-            batch = shifted(images[rows], settings.shift, generator)
-            if source.flip:
-                mirrored = torch.rand(len(rows), generator=generator) < 0.5
-                batch = torch.where(mirrored[:, None, None, None], batch.flip(-1), batch)
-            pixels.append(batch.float() / 255)
-            labels.append(to_concept[own[rows]])
-        template = torch.randint(0, len(settings.captions), (len(concepts),), generator=generator)
-        output = model(
-            input_ids=tokens_CTL[torch.arange(len(concepts)), template],
-            pixel_values=(torch.cat(pixels).to(device) - mean_C11) / std_C11,
-        )
-        loss = contrastive_loss(output.logits_per_image, torch.cat(labels).to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=math.log(100))  # as CLIP does
-        if (step + 1) % settings.save_every == 0 and step + 1 < len(rates):
-            save_state(state, step + 1, model, optimizer, generator)
-
-    model.eval()
-    for source, to_concept in zip(sources, concept_of, strict=True):
-        images, labels, _ = load_pictures(source, "test", processor)
-        with torch.no_grad():
-            logits = torch.cat(
-                [
-                    model(
-                        input_ids=tokens_CTL[to_concept, 0], pixel_values=(block.to(device) / 255 - mean_C11) / std_C11
-                    ).logits_per_image
-                    for block in images.split(500)
-                ]
-            )
-        accuracy = (logits.argmax(1).cpu() == labels).float().mean().item()
-        print(f"zero-shot accuracy on {len(labels)} test pictures of {source.dataset}: {accuracy:.1%}")
-    model.save_pretrained(options.output_dir)
-    processor.save_pretrained(options.output_dir)
-    state.unlink(missing_ok=True)
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--config", action="config", help="A YAML file of the settings below.")
+    parser.add_class_arguments(Settings)
+    values = parser.instantiate(parser.parse_args())
+    pretrain(Settings(**{name: value for name, value in vars(values).items() if name != "config"}))
 
 
 if __name__ == "__main__":

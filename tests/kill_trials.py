@@ -18,6 +18,8 @@ import time
 import traceback
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).with_name("support")))
+
 import test_recipes
 import test_tapt_recipe
 from safetensors import SafetensorError

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.reports import INFO, write_folder
+from reports import INFO, write_folder
 
 from hf_robust_clip.checkpoint_notes import known_templates, named_base, other_prompt, trained_templates
 

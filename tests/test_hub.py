@@ -67,7 +67,7 @@ def hub(tmp_path_factory):
     """The server, what the client saw, and the folder that it pushed."""
     from conftest import make_clip, make_processor
     from hub_server import HubServer
-    from support.reports import make_report
+    from reports import make_report
 
     from hf_robust_clip.modeling import CLIPForZeroShotClassification
     from hf_robust_clip.objectives.tecoa import TeCoA

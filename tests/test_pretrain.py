@@ -1,10 +1,14 @@
 """The recipe that made the embedded model makes it again, as accurate."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPModel
 
 from hf_robust_clip import (
     CLIPForZeroShotClassification,
@@ -14,7 +18,8 @@ from hf_robust_clip import (
     load_image_dataset,
 )
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "pretrain_digits.py"
+RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPE = [str(RECIPES / "pretrain.py"), "--config", str(RECIPES / "configs/digits-clip/pretrain.yaml")]
 
 
 def accuracy(folder: str) -> tuple[float, float]:
@@ -37,7 +42,25 @@ def test_the_embedded_model_is_accurate_small_and_undefended():
 
 @pytest.mark.slow
 def test_pretraining_again_is_as_accurate(tmp_path):
-    subprocess.run([sys.executable, str(RECIPE), "--output_dir", str(tmp_path / "model")], check=True)
+    subprocess.run([sys.executable, *RECIPE, "--output_dir", str(tmp_path / "model")], check=True)
     shipped, again = accuracy(digits_clip_path()), accuracy(str(tmp_path / "model"))
     assert abs(again[0] - shipped[0]) <= 0.01
     assert again[1] < 0.05
+
+
+def test_a_few_steps_leave_a_checkpoint_and_going_on_changes_nothing(tmp_path):
+    """Two cycles of two updates; a second run finds both done, and a third one again the last."""
+
+    def run():
+        flags = ["--output_dir", str(tmp_path), "--steps", "[2, 2]", "--learning_rate", "[1e-3, 1e-4]"]
+        done = subprocess.run([sys.executable, *RECIPE, *flags], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "zero-shot accuracy on 500 test pictures of digits:" in done.stdout
+        return load_file(tmp_path / "model.safetensors")
+
+    first = run()
+    assert {folder.name for folder in tmp_path.glob("*/checkpoint-*")} == {"checkpoint-2"}
+    shutil.rmtree(tmp_path / "cycle-2")
+    again = run()
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+    CLIPModel.from_pretrained(tmp_path)

@@ -119,7 +119,7 @@ def client(base: Path, work: Path, control: str) -> dict:
 
     trainer = TAPTTrainer(
         model(), args("user/tapt"), train_dataset=data, peft_config=prompts,
-        adaptation=TAPT(num_views=4, selected=0.5, gamma=1.0),
+        defence=TAPT(num_views=4, selected=0.5, gamma=1.0),
     )  # fmt: skip
     trainer.train()
     trainer.collect_statistics()
@@ -183,9 +183,9 @@ def client(base: Path, work: Path, control: str) -> dict:
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """The server, what the client saw, its folder, what it printed, and the environment for another."""
-    from conftest import make_clip, make_processor
     from hub_server import HubServer
-    from support.reports import INFO, OWN, write_folder
+    from reports import INFO, OWN, write_folder
+    from tiny import make_clip, make_processor
 
     from hf_robust_clip.modeling import CLIPForZeroShotClassification
     from hf_robust_clip.report import make_card

@@ -1,4 +1,4 @@
-"""A small real CLIP (0.35 M parameters, 8 px) pretrained on handwritten digits by `recipes/pretrain_digits.py`."""
+"""A small real CLIP (0.35 M parameters, 8 px) pretrained on handwritten digits by `recipes/pretrain.py`."""
 
 from pathlib import Path
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..prompts.access import active_prompts, coupled_parameters
 from .freshness import module_key
-from .shared_prefix import PackedTexts, pack_texts
+from .shared_prefix import PackedTexts, end_positions, pack_texts
 from .texts import PAPER_TEMPLATE, check_classes, check_told_apart, tokenize_prompts
 
 if TYPE_CHECKING:
@@ -143,6 +143,15 @@ class ClassTexts(Model):
             parts = self._class_slices(classes, groups)
             embeds_GCD = torch.cat([self._encode(part, shared_prefix, groups) for part in parts], dim=1)
         return embeds_GCD if groups else embeds_GCD[0]
+
+    def encode_captions(self, ids_NL: Tensor) -> Tensor:
+        """Unit-length embeddings (N, D) of texts as token ids: equal ones are encoded once, and of a causal tower's
+        texts nothing beyond the longest.
+        """
+        ids_NL, place_N = ids_NL.unique(dim=0, return_inverse=True)
+        if self.can_pack_texts():
+            ids_NL = ids_NL[:, : int(end_positions(ids_NL, self.text_model.eos_token_id).max()) + 1]
+        return F.normalize(self.encode_texts(ids_NL, 1)[0], dim=-1)[place_N]
 
     def _encode(self, classes: slice, shared_prefix: bool, groups: int) -> Tensor:
         """The embeddings (G, C, D) of some classes in one piece."""

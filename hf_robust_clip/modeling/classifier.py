@@ -33,6 +33,9 @@ class ZeroShotOutput(ModelOutput):
         class_embeds: (C, D), t_c: of unit length; (G, C, D) where G groups of images have classes of their own.
         patch_embeds: (B, P, D), the patch tokens, projected like the image, without class and prompt tokens; None
             unless they were asked for.
+        logit_scale: (), s.
+
+    Of captions in the place of classes the same, (B, N) and (N, D).
     """
 
     loss: Tensor | None = None
@@ -41,6 +44,7 @@ class ZeroShotOutput(ModelOutput):
     image_embeds: Tensor = None  # type: ignore[assignment]
     class_embeds: Tensor = None  # type: ignore[assignment]
     patch_embeds: Tensor | None = None
+    logit_scale: Tensor = None  # type: ignore[assignment]
 
     def rows(self, index: Any) -> ZeroShotOutput:
         """The output of some images: a slice, a list or tensor of whole numbers, or a mask (B,). Without the loss,
@@ -51,7 +55,7 @@ class ZeroShotOutput(ModelOutput):
             classes = classes.repeat_interleave(len(self.logits) // len(classes), dim=0)[index]
         own: Any = (self.logits, self.cosine, self.image_embeds, self.patch_embeds)
         logits, cosine, images, patches = (None if value is None else value[index] for value in own)
-        return ZeroShotOutput(None, logits, cosine, images, classes, patches)
+        return ZeroShotOutput(None, logits, cosine, images, classes, patches, self.logit_scale)
 
 
 class ZeroShotClassifier(ClassTexts):
@@ -177,19 +181,21 @@ class ZeroShotClassifier(ClassTexts):
         labels: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         output_patches: bool = False,
+        captions: Tensor | None = None,
     ) -> ZeroShotOutput:
-        """Logits for each class.
+        """Logits for each class, or each caption.
 
         Args:
             pixel_values: (B, C, H, W), float in [0, 1], not normalised.
             labels: (B,), class indices, for the mean cross-entropy in `loss`.
             interpolate_pos_encoding: accept another image size than the checkpoint's.
             output_patches: give `patch_embeds`.
+            captions: (N, L), token ids of texts that stand in the place of the classes, with a graph.
 
         Raises ValueError if no classes are set, the shape is wrong, a label is out of range, or (in eval mode, outside
         of `fixed_class_embeds`) values lie outside [0, 1]. Compiled code doesn't look at values.
         """
-        if not self.class_names:
+        if not self.class_names and captions is None:
             raise ValueError("the model has no classes; call set_classes(class_names) first.")
         if not torch.compiler.is_compiling():
             values = False if self.training else None
@@ -198,12 +204,13 @@ class ZeroShotClassifier(ClassTexts):
             image_embeds_BD, patch_embeds_BPD = self.encode_patches(pixel_values, interpolate_pos_encoding)
         else:
             image_embeds_BD, patch_embeds_BPD = self.encode_images(pixel_values, interpolate_pos_encoding), None
-        class_embeds = self.class_embeds
+        class_embeds = self.class_embeds if captions is None else self.encode_captions(captions)
         logits_BC, cosine_BC, image_embeds_BD = self.score(image_embeds_BD, class_embeds)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits_BC, checked_labels(labels, len(logits_BC), len(self.class_names)))
-        return ZeroShotOutput(loss, logits_BC, cosine_BC, image_embeds_BD, class_embeds, patch_embeds_BPD)
+        scale = self.logit_scale.exp()
+        return ZeroShotOutput(loss, logits_BC, cosine_BC, image_embeds_BD, class_embeds, patch_embeds_BPD, scale)
 
     def encode_images(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """f(x), (B, D): projected, not normalised. Images (B, C, H, W) in [0, 1] of `input_size`, or of the size that

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 
 from ..attacks.losses import cross_entropy
+from ..prompts import ClipPromptConfig
 from .base import Batch, Objective, Paper
 from .trades import TRADES
 
@@ -39,6 +40,7 @@ class APT(Objective):
 
     batch_mix: BatchMix = "adv_half"
     beta: float = 6.0
+    peft_config: ClassVar[ClipPromptConfig] = ClipPromptConfig(design="VLI")  # two in nine layers of each tower
     paper: ClassVar[Paper] = Paper(
         "APT",
         "TAPT: Test-Time Adversarial Prompt Tuning for Robust Inference in Vision-Language Models",

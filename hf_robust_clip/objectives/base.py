@@ -4,43 +4,86 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
 import torch
+from peft import PeftConfig
 from torch import Tensor
 
 from ..attacks.losses import cross_entropy
 from ..modeling import ZeroShotOutput
 from ..paper import Paper
 
-Classifier = Callable[[Tensor], ZeroShotOutput]
+Classifier = Callable[..., ZeroShotOutput]
+NEEDS = frozenset({"labels", "classes", "teacher", "patches", "captions"})
 
 
 @dataclass
 class Batch:
-    """What an objective may look at.
+    """What an objective may look at: one for each step, which attack and loss share.
 
     Args:
-        images: (B, C, H, W), clean, in [0, 1]. For `attack_loss` those of `attacked_rows` alone.
-        labels: (B,), class indices; may be None for objectives with `needs_labels = False`.
-        student: the model being trained, pixels to `ZeroShotOutput`.
-        teacher: the frozen pretrained model, if the objective has `needs_teacher = True`.
+        views: V tensors (B, C, H, W), clean, in [0, 1]: crops of the same B images.
+        labels: (B,), class indices; None where the objective doesn't need them.
+        captions: (B, L), token ids, one text for each image; None where the objective doesn't need them.
+        student: the model being trained, pixels to `ZeroShotOutput`, with patch embeddings where the objective needs
+            them. `student(pixels, captions=ids)` takes texts in the place of classes: `class_embeds` are theirs.
+        teacher: the frozen pretrained model, if the objective needs it, called in the same way.
         images_per_update: images that one optimiser step sees over all processes and accumulated batches, those of a
             short last one included; 0 where these are all.
+        gather: what `gathered` does; None where there is one process.
     """
 
-    images: Tensor
+    views: tuple[Tensor, ...]
     labels: Tensor
+    captions: Tensor | None
     student: Classifier
     teacher: Classifier | None = None
     images_per_update: int = 0
+    gather: Callable[[Tensor], Tensor] | None = None
+    _of: tuple[Batch, slice] | None = field(default=None, repr=False)
+
+    @property
+    def images(self) -> Tensor:
+        """The first view."""
+        return self.views[0]
+
+    @cached_property
+    def stacked(self) -> Tensor:
+        """All first views, then all second ones, ...: (V * B, C, H, W). This is what attacks work on."""
+        return self.views[0] if len(self.views) == 1 else torch.cat(self.views)
+
+    def rows(self, rows: slice) -> Batch:
+        """Some rows of `stacked` as a batch of one view, with their labels and captions. `whole` is this batch."""
+        count = len(self.views)
+        labels, captions = (
+            None if values is None else values.repeat(count, *[1] * (values.dim() - 1))[rows]
+            for values in (self.labels, self.captions)
+        )
+        part = {"views": (self.stacked[rows],), "labels": labels, "captions": captions}
+        return replace(self, **part, _of=(self, rows))  # type: ignore[arg-type]
+
+    @property
+    def whole(self) -> Batch:
+        """That of which these are rows, with its other views; a batch that is no part of another is itself."""
+        return self if self._of is None else self._of[0]
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """The rows (B, ...) of all processes in their order, with gradients to each; these ones where there is one.
+
+        Of a loss over gathered rows every process takes the whole: the update is that of one process with all images.
+        """
+        return tensor if self.gather is None else self.gather(tensor)
 
     @cached_property
     def teacher_on_clean(self) -> ZeroShotOutput:
-        """The frozen model's output for the clean images, computed once, without a graph."""
-        return self.ask_teacher(self.images)
+        """The frozen model's output for `stacked`, computed once in a step, without a graph."""
+        if self._of is not None:
+            whole, rows = self._of
+            return whole.teacher_on_clean.rows(rows)
+        return self.ask_teacher(self.stacked)
 
     @torch.no_grad()
     def ask_teacher(self, images_BCHW: Tensor) -> ZeroShotOutput:
@@ -50,13 +93,10 @@ class Batch:
         return self.teacher(images_BCHW)
 
     def student_on_both(self, adv_BCHW: Tensor) -> tuple[ZeroShotOutput, ZeroShotOutput]:
-        """The student's outputs for adversarial and clean images, in one forward of 2B images."""
-        both = self.student(torch.cat([adv_BCHW, self.images]))
+        """The student's outputs for adversarial and clean images (`stacked`), in one forward."""
+        both = self.student(torch.cat([adv_BCHW, self.stacked]))
         half = len(adv_BCHW)
-        return tuple(  # type: ignore[return-value]
-            ZeroShotOutput(logits=both.logits[rows], cosine=both.cosine[rows], image_embeds=both.image_embeds[rows])
-            for rows in (slice(half), slice(half, None))
-        )
+        return both.rows(slice(half)), both.rows(slice(half, None))
 
 
 @dataclass(frozen=True)
@@ -67,21 +107,33 @@ class Objective(ABC):
     Terms are means over the images of the batch (or such means times `batch.images_per_update`): batches are weighed
     by their images.
 
+    `needs`: of "labels", "classes" (of the model, without labels), "teacher" (the frozen pretrained model), "patches"
+    (patch embeddings of student and teacher) and "captions" (a text for each image; the text tower is trained).
+    `num_views`: random crops of each picture in a batch; more than one takes a dataset of whole pictures.
     `couples_images`: whether the loss, or the choice of attacked images, depends on which images share a forward
-    batch; then it matters how an update is divided over accumulated batches and processes.
+    batch; then it matters how an update is divided over accumulated batches, and over processes unless
+    `batch.gathered` is asked for the images of all.
+    `peft_config`: the adapter that is trained where none is given; None trains the image encoder itself.
+    `attacked`: whether there is an attack at all.
     `needs_random_start`: whether the attack's loss has no gradient at the image itself, so that without a random start
     the attack would go nowhere.
+
+    Several views: the attack works on `batch.stacked`, all first views, then all second ones. `attacked_rows` chooses
+    among its V * B rows; `attack_loss` gets these rows alone as its batch, with their labels, and finds all others in
+    `batch.whole`; `__call__` gets the whole batch, and of `stacked` the rows attacked where they were chosen, clean
+    elsewhere.
     """
 
     paper: ClassVar[Paper]
-    needs_teacher: ClassVar[bool] = False
-    needs_labels: ClassVar[bool] = True
-    attacked: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"labels"})
+    num_views: ClassVar[int] = 1
     couples_images: ClassVar[bool] = False
+    peft_config: ClassVar[PeftConfig | None] = None
+    attacked: ClassVar[bool] = True
     needs_random_start: ClassVar[bool] = False
 
     def attacked_rows(self, count: int) -> slice:
-        """Which images of a batch of `count` are attacked; the others reach `__call__` as they are."""
+        """Which of the `count` rows of `batch.stacked` are attacked; the others reach `__call__` as they are."""
         return slice(None)
 
     @property
@@ -90,7 +142,9 @@ class Objective(ABC):
         return None
 
     def attack_loss(self, batch: Batch) -> Callable[[Tensor], Tensor]:
-        """The loss that the attack maximises: adversarial images (B, C, H, W) to one value per image (B,)."""
+        """The loss that the attack maximises: adversarial images (B, C, H, W), those of `batch.rows(attacked_rows)`,
+        to one value per image (B,).
+        """
         return lambda adv_BCHW: cross_entropy(batch.student(adv_BCHW).logits, batch.labels)
 
     @abstractmethod

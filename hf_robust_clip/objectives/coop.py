@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from ..prompts import ClipPromptConfig
 from .base import Paper
 from .clean import Clean
 
@@ -19,6 +21,7 @@ class CoOp(Clean):
     Source: arXiv 2109.01134.
     """
 
+    peft_config: ClassVar[ClipPromptConfig] = ClipPromptConfig(design="T", num_text_tokens=4, text_depth=1)
     paper = Paper(
         "CoOp",
         "Learning to Prompt for Vision-Language Models",

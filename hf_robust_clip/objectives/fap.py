@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..attacks.losses import cross_entropy, kl_divergence
+from ..prompts import ClipPromptConfig
 from .base import Batch, Objective, Paper
 from .trades import TRADES
 
@@ -35,6 +36,7 @@ class FAP(Objective):
 
     weight: float = 1.5
     needs_random_start: ClassVar[bool] = True
+    peft_config: ClassVar[ClipPromptConfig] = ClipPromptConfig(design="VLJ", coupling="vision_to_text")
     paper = Paper(
         "FAP",
         "Few-Shot Adversarial Prompt Learning on Vision-Language Models",

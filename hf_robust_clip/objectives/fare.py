@@ -20,8 +20,7 @@ class FARE(Objective):
     start: before the first update the gradient at x itself is zero, because f = f0.
     """
 
-    needs_teacher: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
     needs_random_start: ClassVar[bool] = True
     paper = Paper(
         "FARE",

@@ -53,7 +53,7 @@ class PMGAFT(Objective):
     image_mean: Sequence[float] | None = None
     image_std: Sequence[float] | None = None
 
-    needs_teacher: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"labels", "teacher"})
     paper = Paper(
         "PMG-AFT",
         "Pre-trained Model Guided Fine-Tuning for Zero-Shot Adversarial Robustness",

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 OWN_IMAGES = "own_images"  # key of a batch that was filled up: how many of its images belong to this process's share
 
@@ -43,3 +50,22 @@ def share_of_update(images: int, images_in_update: int, processes: int) -> float
     processes, those of the mean over all images of the update.
     """
     return images * processes / images_in_update
+
+
+def gathering(own: int, processes: Accelerator) -> Callable[[Tensor], Tensor]:
+    """A function from the rows (B, ...) of this process, the first `own` of which belong to the update, to those of
+    all processes that do, in their order, with gradients to each. All processes must call it alike.
+    """
+    counts: list[list[int]] = []
+
+    def gather(rows: Tensor) -> Tensor:
+        from torch.distributed.nn.functional import all_gather
+
+        if not counts:
+            told = torch.tensor([[own, len(rows)]], device=rows.device)
+            counts.extend(processes.gather(told).tolist())
+        longest = max(length for _, length in counts)
+        padded = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, longest - len(rows)))
+        return torch.cat([part[:count] for part, (count, _) in zip(all_gather(padded), counts, strict=True)])
+
+    return gather

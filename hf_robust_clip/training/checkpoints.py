@@ -12,18 +12,21 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoint_notes import CHECKPOINT
 from ..digests import damaged_file, digest, digests
 from ..hub import clear_checkpoint
+from ..modeling.untrusted import ADAPTER
+from ..normalisation import carry_normalisation
 from ..processes import Processes, everyone, together
-from ..storage import write_text
+from ..prompts import ClipPromptConfig
+from ..storage import write_text, written_whole
+from .preparation import classifier_in
 
 logger = logging.getLogger(__name__)
 RUN_FILE = "training_run.json"
 WEIGHTS = r"(adapter_)?model(-\d+-of-\d+)?\.safetensors"
-SHARDED_WEIGHTS = "pytorch_model_fsdp"  # a file or a folder
 
 
 class NothingToResume(ValueError):
@@ -64,6 +67,19 @@ def check_checkpoint(folder: str | Path, processes: Processes = None) -> None:
     state of this process, where there were as many as now.
     """
     _refuse(folder, _damage(folder) or _lack(folder, processes))
+
+
+def save_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Any] | None = None) -> None:
+    """Write an adapter, and beside it the image processor, whose normalisation it was trained with."""
+    classifier = classifier_in(model)
+    with written_whole(folder) as draft:
+        classifier.require_processor().image_processor.save_pretrained(draft)
+        # embedding layers are frozen: no need to look for them on the Hub
+        model.save_pretrained(str(draft), state_dict=state_dict, save_embedding_layers=False)
+        (draft / "README.md").unlink(missing_ok=True)  # a draft of a card, by PEFT
+        for name, config in model.peft_config.items():
+            if not isinstance(config, ClipPromptConfig):
+                carry_normalisation(classifier, draft / ("" if name == "default" else name) / ADAPTER)
 
 
 def check_fit(folder: str | Path, model: nn.Module) -> None:
@@ -189,19 +205,12 @@ def checkpoint_to_resume(
 
 
 def first_not_finite(model: nn.Module) -> str | None:
-    """The name of the first trained parameter that holds NaN or infinity, or None. Of sharded ones this process's
-    part is looked at.
-    """
-    trained = [(name, own_part(p.detach())) for name, p in model.named_parameters() if p.requires_grad]
+    """The name of the first trained parameter that holds NaN or infinity, or None."""
+    trained = [(name, p.detach()) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         return None
     finite = torch.stack([tensor.isfinite().all() for _, tensor in trained])
     return None if finite.all() else trained[int((~finite).int().argmax())][0]
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor that may be sharded."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _refuse(folder: str | Path, fault: str | None) -> None:
@@ -222,7 +231,7 @@ def _lack(folder: str | Path, processes: Processes) -> str | None:
     note = read_note(folder)
     rank, count = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
     random_state = "rng_state.pth" if count == 1 else f"rng_state_{rank}.pth"
-    needed = {"weights": f"{WEIGHTS}|{SHARDED_WEIGHTS}", "optimizer": "optimizer", "schedule": r"scheduler\.pt",
+    needed = {"weights": WEIGHTS, "optimizer": "optimizer", "schedule": r"scheduler\.pt",
               "state": r"trainer_state\.json"}  # fmt: skip
     if note["processes"] == count:
         needed["random state of this process"] = re.escape(random_state)

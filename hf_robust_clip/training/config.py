@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from numbers import Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +15,12 @@ from torch.utils.data import Dataset, Subset
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import trainer_log_levels
 
 from ..attacks.pgd import PGDSettings
 from ..crops import RandomResizedCrop
-from ..processes import check_sharding, join_processes
+from ..processes import join_processes
 from ..threat_model import ThreatModel
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ FREE = _names("""
     include_for_metrics save_only_model save_on_each_node save_total_limit enable_jit_checkpoint
     push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
     restore_callback_states_from_checkpoint resume_from_checkpoint do_train do_eval do_predict
-    use_cpu local_rank fsdp fsdp_config
+    use_cpu local_rank
     activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend ddp_timeout
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
@@ -79,9 +81,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_names": ((["labels"], None), "labels are called 'labels'"),
     "length_column_name": (("length",), "images have no length"),
     "accelerator_config": ((), "it changes which images make an update; only non_blocking may be set"),
-    "parallelism_config": ((None,), "it is not supported; use DDP or FSDP"),
+    "fsdp": ((None, False, "", []), "it is not supported; use DDP"),
+    "fsdp_config": ((None, {}), "FSDP is not supported; use DDP"),
+    "parallelism_config": ((None,), "it is not supported; use DDP"),
     "ddp_static_graph": ((None, False), "accumulated batches fail with it"),
-    "deepspeed": ((None,), "it is not supported; use DDP or FSDP"),
+    "deepspeed": ((None,), "it is not supported; use DDP"),
 }
 _CHOOSES_BY_EVALUATION = _names("""
     metric_for_best_model greater_is_better eval_strategy eval_steps eval_delay eval_attack_steps
@@ -133,7 +137,7 @@ class RobustClipConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        _check_refused(self, ("deepspeed",))  # before transformers looks for its package
+        _check_refused(self, ("deepspeed", "fsdp", "fsdp_config"))  # before transformers looks for its package
         for name in ("log_level", "log_level_replica"):
             if getattr(self, name) not in trainer_log_levels:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(trainer_log_levels)}.")
@@ -187,6 +191,15 @@ def check_augmentation(args: RobustClipConfig, whole_pictures: bool) -> None:
             )
 
 
+def check_views(objective: Objective, whole_pictures: bool) -> None:
+    """Raise ValueError for an objective of several views where no random crops are made."""
+    if objective.num_views > 1 and not whole_pictures:
+        raise ValueError(
+            f"{type(objective).__name__} takes {objective.num_views} views of each image; give a train_dataset of "
+            "whole pictures (augment=True)."
+        )
+
+
 def check_trained_part(args: RobustClipConfig, adapter: bool) -> None:
     """Raise ValueError for a choice of layers where an adapter is trained alone."""
     if adapter and args.trainable_layers is not None:
@@ -203,6 +216,21 @@ def check_start_of_attack(args: RobustClipConfig, objective: Objective) -> None:
             f"attack_random_start=False: the gradient that {type(objective).__name__} attacks by is zero at the image "
             "itself; leave it True."
         )
+
+
+def on_its_own(args: RobustClipConfig, folder: Path | None = None) -> RobustClipConfig:
+    """The same settings for a run that evaluates and pushes nothing, and saves checkpoints only where it has a folder
+    of its own.
+    """
+    quiet = copy.copy(args)
+    if folder is None or args.save_strategy == SaveStrategy.BEST:  # which needs evaluations
+        quiet.set_save("no")
+    else:
+        quiet.output_dir = str(folder)
+    quiet.set_evaluate("no")
+    quiet.load_best_model_at_end = quiet.push_to_hub = False
+    quiet.resume_from_checkpoint = None
+    return quiet
 
 
 def gives_whole_pictures(dataset: Dataset | None) -> bool | None:
@@ -306,7 +334,6 @@ def _check_trackers(args: RobustClipConfig) -> None:
 
 
 def _check_accelerator(args: RobustClipConfig) -> None:
-    check_sharding(args.distributed_state, fsdp=bool(args.fsdp))
     default = {**AcceleratorConfig().to_dict(), "non_blocking": args.accelerator_config.non_blocking}
     for name, value in vars(args.accelerator_config).items():
         if value != default[name]:

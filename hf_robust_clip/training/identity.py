@@ -21,7 +21,7 @@ from ..processes import Processes, everyone
 from ..threat_model import parse_radius
 from ..zero_shot_data.fingerprint import dataset_digest
 from ..zero_shot_data.loading import ImageDataset
-from .checkpoints import own_part, read_note
+from .checkpoints import read_note
 from .config import chooses_by_evaluation, compared_arguments, images_per_update
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def weights_digest(model: nn.Module, without_trained: bool = False) -> str:
     found = blake2b(digest_size=8)
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor) and not (without_trained and name in trained):
-            tensor = own_part(tensor.detach()).cpu().contiguous()
+            tensor = tensor.detach().cpu().contiguous()
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             found.update(tensor.flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()

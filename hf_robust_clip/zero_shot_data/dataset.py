@@ -201,11 +201,12 @@ class ImageDataset(Dataset):
 
 
 def collate_images(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Collect examples into a batch: `{"pixel_values": (B, 3, H, W), "labels": (B,)}`, without labels if none has any.
+    """Collect examples into a batch: `{"pixel_values": (B, 3, H, W), "labels": (B,)}`, without labels if none has any;
+    with `"captions"`, a list of B texts, where the examples have them.
 
     Whole pictures (`ImageDataset.augment`) stay a list of B tensors (3, H, W), `"pictures"`, in place of pixel_values.
     Raises DatasetError, a ValueError, for pixels outside [0, 1], for images of unequal size, whole pictures among
-    prepared ones, examples with labels among others, and those without pixels.
+    prepared ones, examples with labels or captions among others, captions that are no texts, and those without pixels.
     """
     try:
         return _collated(examples)
@@ -228,9 +229,10 @@ def _collated(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
             raise ValueError(
                 f"{key} of an example is a {type(example[key]).__name__}{of}; give a {kind} tensor (3, H, W)."
             )
-    labelled = sum("labels" in example for example in examples)
-    if 0 < labelled < len(examples):
-        raise ValueError(f"{labelled} of {len(examples)} examples of a batch have labels; give all of them, or none.")
+    for key in ("labels", "captions"):
+        count = sum(key in example for example in examples)
+        if 0 < count < len(examples):
+            raise ValueError(f"{count} of {len(examples)} examples of a batch have {key}; give all of them, or none.")
     whole = sum("picture" in example for example in examples)
     if 0 < whole < len(examples):
         raise ValueError(
@@ -248,6 +250,12 @@ def _collated(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
             )
         pixels_BCHW = torch.stack([example["pixel_values"] for example in examples])
         batch = {"pixel_values": checked_images(pixels_BCHW, "pixel_values")}
-    if labelled:
+    if "captions" in examples[0]:
+        batch["captions"] = [example["captions"] for example in examples]
+        if not all(isinstance(caption, str) and caption.strip() for caption in batch["captions"]):
+            raise ValueError(
+                f"captions={batch['captions'][:3]!r} must be texts, one for each image, none of them empty."
+            )
+    if "labels" in examples[0]:
         batch["labels"] = checked_labels([np.asarray(example["labels"]) for example in examples])
     return batch

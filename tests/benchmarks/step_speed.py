@@ -144,7 +144,7 @@ class Ours:
 
     def batch(self) -> Batch:
         student, teacher = self.classifiers
-        return Batch(self.task.images_BCHW, self.task.labels_B, student, teacher, len(self.task.images_BCHW))
+        return Batch((self.task.images_BCHW,), self.task.labels_B, None, student, teacher, len(self.task.images_BCHW))
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.task.device.type, self.dtype, enabled=self.dtype != torch.float32)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from support.naive import targets_of
-from support.prompted_clip import NAMES, make_base, make_images, make_prompted
+from naive import targets_of
+from prompted_clip import NAMES, make_base, make_images, make_prompted
 
 from hf_robust_clip.defences import defence_classes
 from hf_robust_clip.defences.base import Defence, Prediction, Traits

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.naive import (
+from naive import (
     CONTEXT,
     NaiveCLIP,
     PromptAlignLoss,
@@ -19,7 +19,7 @@ from support.naive import (
     targets_of,
     tune,
 )
-from support.prompted_clip import NAMES, make_base, make_images, make_prompted
+from prompted_clip import NAMES, make_base, make_images, make_prompted
 
 from hf_robust_clip.defences.ensemble import Ensemble
 from hf_robust_clip.defences.prompt_align import PromptAlign

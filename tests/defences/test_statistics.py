@@ -10,9 +10,9 @@ import torch
 from conftest import make_processor
 from datasets import ClassLabel, Dataset, Features
 from PIL import Image
+from plain_forward import block
+from prompted_clip import make_base, make_images, make_prompted, randomise
 from safetensors.torch import load_file, save_file
-from support.plain_forward import block
-from support.prompted_clip import make_base, make_images, make_prompted, randomise
 from torch.nn import functional as F
 
 from hf_robust_clip.defences import fit

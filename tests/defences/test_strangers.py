@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from prompted_clip import NAMES, make_base, make_images
 from safetensors.torch import load_file, save_file
-from support.prompted_clip import NAMES, make_base, make_images
 
 from hf_robust_clip import CLIPForZeroShotClassification, DefendedClassifier, digits_clip_path
 from hf_robust_clip.defences import defence_class, defence_classes, defence_key

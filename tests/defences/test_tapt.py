@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.naive import (
+from naive import (
     CONTEXT,
     Alignment,
     NaiveCLIP,
@@ -16,7 +16,7 @@ from support.naive import (
     targets_of,
     tune,
 )
-from support.prompted_clip import make_images, make_prompted
+from prompted_clip import make_images, make_prompted
 
 from hf_robust_clip.defences.tapt import TAPT
 from hf_robust_clip.defences.views import draw_boxes

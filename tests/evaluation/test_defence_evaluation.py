@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from support.prompted_clip import make_base, make_images, make_prompted
+from prompted_clip import make_base, make_images, make_prompted
 from test_evaluation import Rank, Watched, crash
 
 from hf_robust_clip.attacks.auto_attack import AutoAttack

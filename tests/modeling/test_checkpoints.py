@@ -17,7 +17,7 @@ from transformers import CLIPModel
 from hf_robust_clip import RTPT, ClipPromptConfig, DefendedClassifier, cli, digits_clip_path
 from hf_robust_clip.modeling import CLIPForZeroShotClassification, with_adapter
 from hf_robust_clip.modeling.checkpoints import UnfitWeights
-from hf_robust_clip.training.trainer import save_adapter
+from hf_robust_clip.training.checkpoints import save_adapter
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 LORA = LoraConfig(r=2, target_modules=r".*vision_model.*q_proj", init_lora_weights=False)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.prompted_clip import NAMES, ROWS, make_base, make_images, make_prompted
+from prompted_clip import NAMES, ROWS, make_base, make_images, make_prompted
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_robust_clip.attacks.losses import cross_entropy

@@ -17,7 +17,7 @@ def student(images):
 
 def batch_of(count=4):
     images = torch.tensor([[0.0, 0.5, 1.0]] * count, dtype=torch.float64).view(count, 3, 1, 1)
-    return Batch(images, torch.tensor([0, 1, 2, 0][:count]), student)
+    return Batch((images,), torch.tensor([0, 1, 2, 0][:count]), None, student)
 
 
 def plain_cross_entropy(rows, labels):

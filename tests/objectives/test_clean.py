@@ -16,7 +16,7 @@ def test_loss_looks_at_the_clean_images_alone():
         return ZeroShotOutput(logits=torch.stack([torch.zeros_like(bright), math.log(9) * bright], dim=1))
 
     images = torch.tensor([1.0, 0.0])[:, None, None, None].expand(2, 3, 2, 2)
-    batch = Batch(images, torch.tensor([1, 1]), student)
+    batch = Batch((images,), torch.tensor([1, 1]), None, student)
     terms = Clean()(batch, torch.full_like(images, torch.nan))
     assert list(terms) == ["ce"]
     assert terms["ce"].item() == pytest.approx((math.log(10 / 9) + math.log(2)) / 2, rel=1e-12)

@@ -26,7 +26,7 @@ def worked_out(clean, adv, label):
 def test_terms_are_those_worked_out_by_hand():
     clean, adv = [[0.1, 0.9, 0.3, 0.4], [0.5, 0.2, 0.0, 1.0]], [[0.6, 0.2, 0.4, 0.1], [0.3, 0.3, 0.7, 0.7]]
     images, attacked = (torch.tensor(rows, dtype=torch.float64).view(2, 4, 1, 1) for rows in (clean, adv))
-    batch = Batch(images, torch.tensor([1, 0]), student)
+    batch = Batch((images,), torch.tensor([1, 0]), None, student)
     found = [worked_out(*rows) for rows in zip(clean, adv, (1, 0), strict=True)]
     for weight in (1.5, 0.0, 2.0):
         terms = FAP(weight)(batch, attacked)
@@ -37,14 +37,14 @@ def test_terms_are_those_worked_out_by_hand():
 def test_gradients_flow_through_both_images_and_the_factor():
     images = torch.tensor([[0.1, 0.9, 0.3, 0.4]], dtype=torch.float64).view(1, 4, 1, 1).requires_grad_(True)
     adv = torch.tensor([[0.6, 0.2, 0.4, 0.1]], dtype=torch.float64).view(1, 4, 1, 1).requires_grad_(True)
-    terms = FAP()(Batch(images, torch.tensor([1]), student), adv)
+    terms = FAP()(Batch((images,), torch.tensor([1]), None, student), adv)
     for grad in torch.autograd.grad(terms["kl_cos"], (images, adv)):
         assert (grad != 0).all()
 
 
 def test_attack_maximises_the_divergence_from_the_clean_prediction():
     images = torch.tensor([[0.1, 0.9, 0.3, 0.4]], dtype=torch.float64).view(1, 4, 1, 1)
-    loss = FAP().attack_loss(Batch(images, torch.tensor([1]), student))
+    loss = FAP().attack_loss(Batch((images,), torch.tensor([1]), None, student))
     p = [math.exp(v) / (math.exp(0.1) + math.exp(0.9)) for v in (0.1, 0.9)]
     wanted = sum(a * math.log(a / 0.5) for a in p)
     assert loss(torch.full_like(images, 0.5)).item() == pytest.approx(wanted, abs=1e-12)

@@ -19,13 +19,13 @@ def test_loss_is_the_summed_square_to_the_teachers_clean_embedding():
 
     clean = torch.tensor([0.5, 1.0])[:, None, None, None].expand(2, 3, 2, 2)
     adv = torch.tensor([1.0, 0.5])[:, None, None, None].expand(2, 3, 2, 2)
-    batch = Batch(clean, None, student, teacher)
+    batch = Batch((clean,), None, None, student, teacher)
     expected = [1.5**2 + 0.5**2 + 1, 0 + 0.5**2 + 1]
     assert FARE().attack_loss(batch)(adv).tolist() == pytest.approx(expected, rel=1e-12)
     terms = FARE()(batch, adv)
     assert list(terms) == ["embedding_l2"]
     assert terms["embedding_l2"].item() == pytest.approx(sum(expected) / 2, rel=1e-12)
-    assert not FARE.needs_labels
+    assert FARE.needs == {"teacher"}
 
 
 def test_teacher_is_asked_once_and_without_a_graph(tiny_clip, tiny_batch):
@@ -37,7 +37,7 @@ def test_teacher_is_asked_once_and_without_a_graph(tiny_clip, tiny_batch):
         calls.append(torch.is_grad_enabled())
         return teacher(images)
 
-    batch = Batch(images, None, student, asked)
+    batch = Batch((images,), None, None, student, asked)
     objective = FARE()
     attack_loss = objective.attack_loss(batch)
     attack_loss(images), attack_loss(images)

@@ -94,7 +94,7 @@ def make_batch(pair, images, labels, objective=None, **kwargs):
     if objective is not None and objective.normalisation is not None:
         student.set_normalisation(*objective.normalisation)
         teacher.set_normalisation(*objective.normalisation)
-    return Batch(images, labels, student, teacher, **kwargs)
+    return Batch((images,), labels, None, student, teacher, **kwargs)
 
 
 @pytest.mark.parametrize("direction", ["clean_first", "adv_first"])
@@ -149,7 +149,7 @@ def test_without_weights_it_is_tecoa_and_asks_no_teacher(pair, tiny_batch):
     def refuse(images):
         raise AssertionError("the teacher was asked")
 
-    batch = Batch(images, labels, student, refuse)
+    batch = Batch((images,), labels, None, student, refuse)
     objective, tecoa = PMGAFT(alpha=0, beta=0), TeCoA()
     settings = dict(images_BCHW=images, threat_model=ThreatModel(EPS), num_steps=2, step_size=STEP)
     adv = pgd(objective.attack_loss(batch), **settings)
@@ -172,7 +172,7 @@ def test_a_weight_of_zero_leaves_out_its_pass(pair, tiny_batch, alpha, beta, lef
 
         return ask
 
-    batch = Batch(images, labels, counted("student", student), counted("teacher", teacher))
+    batch = Batch((images,), labels, None, counted("student", student), counted("teacher", teacher))
     adv = ThreatModel(EPS).random_start(images, 0)
     terms = PMGAFT(alpha=alpha, beta=beta)(batch, adv)
     full = PMGAFT()(make_batch(pair, images, labels), adv)
@@ -187,7 +187,7 @@ def test_both_divergences_vanish_for_an_unmoved_model_on_clean_images(tiny_clip,
     """With student = teacher and x_adv = x both terms are at their minimum: value 0, gradient 0."""
     images, labels = tiny_batch()
     student = tiny_clip()
-    batch = Batch(images, labels, student, copy.deepcopy(student).requires_grad_(False))
+    batch = Batch((images,), labels, None, student, copy.deepcopy(student).requires_grad_(False))
     terms = PMGAFT(kl_direction=direction)(batch, images)
     ce_size = max(
         grad.abs().max() for grad in torch.autograd.grad(terms["ce"], student.vision_parameters(), retain_graph=True)
@@ -242,7 +242,7 @@ def test_sum_over_accumulated_halves_averages_to_the_whole_batch(pair, tiny_batc
 def test_a_missing_teacher_is_named(pair, tiny_batch):
     images, labels = tiny_batch()
     with pytest.raises(ValueError, match="teacher"):
-        PMGAFT()(Batch(images, labels, pair[0]), images)
+        PMGAFT()(Batch((images,), labels, None, pair[0]), images)
 
 
 @pytest.mark.parametrize(

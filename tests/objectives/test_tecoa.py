@@ -17,7 +17,7 @@ def test_loss_is_the_mean_cross_entropy_of_the_adversarial_images():
         return ZeroShotOutput(logits=torch.stack([white if image.mean() > 0.5 else black for image in images]))
 
     clean, adv = torch.zeros(2, 3, 1, 1), torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 3, 1, 1)
-    batch = Batch(clean, torch.tensor([0, 1]), student)
+    batch = Batch((clean,), torch.tensor([0, 1]), None, student)
     terms = TeCoA()(batch, adv)
     assert list(terms) == ["ce"]
     assert terms["ce"].item() == pytest.approx((math.log(4) + math.log(8)) / 2, rel=1e-12)

@@ -19,7 +19,7 @@ def student(images):
 @pytest.fixture
 def white_attacked_to_black():
     white = torch.ones(1, 3, 2, 2)
-    return Batch(white, torch.tensor([1]), student), torch.zeros_like(white)
+    return Batch((white,), torch.tensor([1]), None, student), torch.zeros_like(white)
 
 
 def test_loss_is_clean_cross_entropy_plus_weighted_divergence(white_attacked_to_black):

@@ -59,7 +59,7 @@ def push(repo: str) -> None:
     """Push an adapter and its base to the Hub and load them again."""
     import torch
     from peft import PeftModel, get_peft_model
-    from support.prompted_clip import NAMES, TEMPLATE, make_base, make_config, make_images, randomise
+    from prompted_clip import NAMES, TEMPLATE, make_base, make_config, make_images, randomise
     from transformers import CLIPModel
 
     from hf_robust_clip.modeling import CLIPForZeroShotClassification
@@ -85,7 +85,7 @@ def push(repo: str) -> None:
 def train_steps(row: str, rank: int, world: int, wrap=lambda model: model) -> dict:
     """Three SGD steps on this rank's share of every batch; the trained parameters."""
     import torch
-    from support.prompted_clip import NAMES, make_images, make_prompted, prompt_parameters
+    from prompted_clip import NAMES, make_images, make_prompted, prompt_parameters
 
     model = make_prompted(row).train()
     parameters = prompt_parameters(model)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import CONTEXT_LENGTH, make_processor
 from peft import PeftModel, get_peft_model
-from support.prompted_clip import (
+from prompted_clip import (
     NAMES,
     TEMPLATE,
     make_base,

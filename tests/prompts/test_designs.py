@@ -3,8 +3,8 @@
 import pytest
 import torch
 from peft import PeftModel
-from support.plain_forward import image_feature, text_feature
-from support.prompted_clip import (
+from plain_forward import image_feature, text_feature
+from prompted_clip import (
     NAMES,
     ROWS,
     TEMPLATE,

@@ -13,8 +13,7 @@ from child_script import train_steps
 from conftest import CONTEXT_LENGTH, make_processor, through_transformers_adapters
 from hub_server import HubServer
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from support.prompted_clip import (
+from prompted_clip import (
     NAMES,
     ROWS,
     TEMPLATE,
@@ -28,6 +27,7 @@ from support.prompted_clip import (
     prompt_parameters,
     randomise,
 )
+from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 from torch.func import functional_call
 from torch.nn import functional as F

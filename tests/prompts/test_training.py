@@ -15,6 +15,7 @@ from hf_robust_clip import (
     PMGAFT,
     APTTrainer,
     CLIPForZeroShotClassification,
+    CoOp,
     CoOpTrainer,
     EvaluationSettings,
     FAPTrainer,
@@ -27,7 +28,6 @@ from hf_robust_clip import (
 )
 from hf_robust_clip.objectives.base import Objective
 
-CONFIGS = {CoOpTrainer: CoOpTrainer.default_peft_config()}
 METHODS = {
     "apt-v": (APTTrainer, APT(), dict(design="V")),
     "apt-vli": (APTTrainer, APT("adv_full"), dict(design="VLI")),
@@ -69,14 +69,13 @@ def test_prompts_train_and_nothing_else(method, tmp_path):
     ],
 )
 def test_methods_bring_the_prompts_they_were_published_with(trainer_cls, expected):
-    config = trainer_cls.default_peft_config()
+    config = trainer_cls.objective_cls.peft_config
     found = config and (config.design, config.num_text_tokens, config.text_depth, config.coupling)
     assert found == expected
 
 
 def test_coop_trains_four_words_where_no_prompts_are_named(tmp_path, monkeypatch):
-    letters = replace(CONFIGS[CoOpTrainer], context_init="this")
-    monkeypatch.setattr(CoOpTrainer, "default_peft_config", staticmethod(lambda: letters))
+    monkeypatch.setattr(CoOp, "peft_config", replace(CoOp.peft_config, context_init="this"))
     model = tiny_model()
     trainer = CoOpTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=tiny_data())
     assert trainer.settings()["prompts"] == 'design T, 4 text tokens in 1 layer from "this"'

@@ -8,7 +8,7 @@ from html import unescape
 import pytest
 import yaml
 from markdown_it import MarkdownIt
-from support.reports import BEFORE, INFO, PER_CLASS, SETTINGS, make_defence, make_report
+from reports import BEFORE, INFO, PER_CLASS, SETTINGS, make_defence, make_report
 
 from hf_robust_clip.paper import Paper
 from hf_robust_clip.report import make_card, make_unmeasured_card, prompt_hash

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from support.reports import INFO, write_folder
+from reports import INFO, write_folder
 
 from hf_robust_clip.report import CONTROLS, load_card_info, load_reports, regenerate_card
 

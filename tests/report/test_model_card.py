@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from support.reports import BEFORE, INFO, OWN, SETTINGS, auto_attack, make_defence, make_report, write_folder
+from reports import BEFORE, INFO, OWN, SETTINGS, auto_attack, make_defence, make_report, write_folder
 
 from hf_robust_clip.attacks.views import KNOWN_VIEWS
 from hf_robust_clip.report import (

@@ -1,7 +1,7 @@
 from dataclasses import MISSING, fields, replace
 
 import pytest
-from support.reports import PER_CLASS, make_controls, make_defence, make_report
+from reports import PER_CLASS, make_controls, make_defence, make_report
 
 from hf_robust_clip.attacks.views import KNOWN_VIEWS, View
 from hf_robust_clip.metrics import wilson_interval

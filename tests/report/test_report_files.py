@@ -3,7 +3,7 @@ from dataclasses import MISSING, fields
 
 import pandas
 import pytest
-from support.reports import make_defence, make_report
+from reports import make_defence, make_report
 
 from hf_robust_clip.metrics import wilson_interval
 from hf_robust_clip.report import RobustnessReport, load_reports, save_csv, save_reports

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
-from support.reports import defence_rows, make_report
+from reports import defence_rows, make_report
 
 from hf_robust_clip.metrics import wilson_interval
 from hf_robust_clip.report import plot, plot_accuracy, plot_defences, plot_examples, plot_tradeoff, table

@@ -2,8 +2,8 @@ from dataclasses import replace
 from io import StringIO
 
 import pytest
+from reports import defence_rows, make_defence, make_report
 from rich.console import Console
-from support.reports import defence_rows, make_defence, make_report
 
 from hf_robust_clip.report import (
     Measurement,

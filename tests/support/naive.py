@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from plain_forward import block, text_feature
+from prompted_clip import make_images
 from torch import Tensor
 from torch.nn import functional as F
 
 from hf_robust_clip.defences.alignment import AlignmentTargets
 from hf_robust_clip.defences.fit import fingerprints
 from hf_robust_clip.defences.moments import VisionStatistics
-from support.plain_forward import block, text_feature
-from support.prompted_clip import make_images
 
 CONTEXT = "text_model.embeddings.token_embedding.clip_prompt_tokens.default"
 Prompts = dict[str, Tensor]

@@ -13,7 +13,7 @@ import training_script
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
-from training_script import arguments, digits, long_run, state, tiny_data, tiny_model
+from training_script import arguments, digits, long_run, state, tiny_data, tiny_model, tiny_prompts
 from transformers import CLIPModel, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_robust_clip import (
@@ -67,7 +67,7 @@ def test_vision_encoder_trains_and_nothing_else(method, tmp_path):
     model = tiny_model()
     before = state(model)
     trainer = trainer_cls(model, arguments(tmp_path), objective, tiny_data())
-    assert objective.needs_teacher == (trainer.teacher is not None)
+    assert ("teacher" in objective.needs) == (trainer.teacher is not None)
     trainer.train()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name in before if name.startswith(("vision_model", "visual_projection"))}
@@ -208,7 +208,7 @@ def test_an_update_is_that_of_all_its_images_however_they_are_divided(method, im
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
         )
-        teacher = tiny_model(seed=5) if objective.needs_teacher else None
+        teacher = tiny_model(seed=5) if "teacher" in objective.needs else None
         trainer = trainer_cls(tiny_model(), args, objective, tiny_data(count), teacher=teacher)
         trainer.train()
         assert trainer.state.global_step == updates
@@ -227,7 +227,10 @@ def test_batches_that_no_update_counts_are_taken_as_they_are(tmp_path):
     trainer = TeCoATrainer(tiny_model(), arguments(tmp_path), None, tiny_data())
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     loss = trainer.compute_loss(trainer.model, dict(inputs))
-    adv = trainer.perturb(trainer.model, inputs, None, 2, trainer.seed_of_step())
+    batch = trainer.make_batch(inputs, trainer.model)
+    with trainer.attacking(trainer.model):
+        loss_fn = trainer.training_objective.attack_loss(batch)
+        adv = trainer.perturb(loss_fn, batch.images, 2, trainer.seed_of_step())
     assert loss.item() == pytest.approx(cross_entropy(trainer.model(adv).logits, inputs["labels"]).mean().item())
 
 
@@ -470,7 +473,8 @@ def test_coupled_images_are_said_where_they_are(objective, couples, tmp_path, ca
         args = arguments(
             tmp_path, max_steps=2, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
         )
-        trainer = RobustClipTrainer(tiny_model(), args, objective, tiny_data())
+        prompts = tiny_prompts() if objective.peft_config else None
+        trainer = RobustClipTrainer(tiny_model(), args, objective, tiny_data(), peft_config=prompts)
         trainer.train()
         assert [record.levelname for record in caplog.records if "forward batches" in record.message] == [
             "INFO"
@@ -553,7 +557,7 @@ def test_robust_needs_both_clean_and_adversarial_right():
 def test_logs_name_the_terms_that_make_up_the_loss(method, names, tmp_path):
     trainer_cls, objective = METHODS[method]
     args = arguments(tmp_path, max_steps=4, logging_steps=2, gradient_accumulation_steps=2)
-    teacher = tiny_model(seed=5) if objective.needs_teacher else None  # another model, so that no term is near 0
+    teacher = tiny_model(seed=5) if "teacher" in objective.needs else None  # another model: no term is near 0
     trainer = trainer_cls(tiny_model(), args, objective, tiny_data(64), teacher=teacher)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]

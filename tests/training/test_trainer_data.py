@@ -13,7 +13,7 @@ from training_script import arguments, tiny_model
 
 from hf_robust_clip import FARETrainer, PMGAFTTrainer, TeCoATrainer, image_dataset
 from hf_robust_clip.modeling import CLIPForZeroShotClassification
-from hf_robust_clip.training.trainer import save_adapter
+from hf_robust_clip.training.checkpoints import save_adapter
 from hf_robust_clip.zero_shot_data.dataset import ImageDataset
 
 NAMES = ("one", "two", "three")

@@ -9,7 +9,9 @@ from accelerate.state import AcceleratorState
 from transformers import ProgressCallback
 
 from hf_robust_clip import (
+    APT,
     TAPT,
+    TPT,
     CLIPForZeroShotClassification,
     ClipPromptConfig,
     RobustClipConfig,
@@ -40,7 +42,7 @@ def digits(split, count):
     return load_data(DataSettings("digits", split=split, max_images=count), model)
 
 
-def make_trainer(folder, adaptation=SETTING, design="VLI", **changes):
+def make_trainer(folder, defence=SETTING, design="VLI", objective=None, **changes):
     model = CLIPForZeroShotClassification.from_pretrained(digits_clip_path())
     model.set_classes(digits("train", 24).class_names, TEMPLATE)
     args = RobustClipConfig(
@@ -49,8 +51,8 @@ def make_trainer(folder, adaptation=SETTING, design="VLI", **changes):
     )  # fmt: skip
     config = ClipPromptConfig(design=design, vision_depth=2, text_depth=2)
     return TAPTTrainer(
-        model, args, train_dataset=digits("train", 24), eval_dataset=digits("test", 20), peft_config=config,
-        adaptation=adaptation,
+        model, args, objective, train_dataset=digits("train", 24), eval_dataset=digits("test", 20), peft_config=config,
+        defence=defence,
     )  # fmt: skip
 
 
@@ -66,18 +68,18 @@ def trained(tmp_path_factory):
 def test_nothing_is_defended_before_the_statistics_are_there(tmp_path):
     trainer = make_trainer(tmp_path)
     for act in (trainer.evaluate, lambda: trainer.predict(trainer.eval_dataset), trainer.defended):
-        with pytest.raises(ValueError, match=r"statistics are missing: call collect_statistics\(\)"):
+        with pytest.raises(ValueError, match="targets is missing"):
             act()
 
 
 def test_statistics_are_those_of_both_kinds_of_prompts(trained):
-    targets = trained.adaptation.targets
+    targets = trained.defence.targets
     assert (targets.adversarial.mean - targets.clean.mean).abs().max() > 1e-4
     assert targets.adversarial.count == targets.clean.count == 24
     given = trained.collect_statistics(clean_model=trained.model)
     assert given.clean.mean.equal(targets.adversarial.mean)
-    assert trained.adaptation.targets is given
-    trained.adaptation = replace(trained.adaptation, targets=targets)
+    assert trained.defence.targets is given
+    trained.defence = replace(trained.defence, targets=targets)
 
 
 def test_clean_prompts_leave_the_trained_ones_alone(tmp_path):
@@ -104,7 +106,7 @@ def test_a_collection_that_was_killed_goes_on(killed_in, trained, tmp_path, monk
     changes = dict(save_strategy="steps", save_steps=1, logging_steps=1)
     trainer = make_trainer(tmp_path, **changes)
     trainer.train()
-    monkeypatch.setattr("hf_robust_clip.training.trainer.collect_statistics", killed)
+    monkeypatch.setattr("hf_robust_clip.defences.alignment.collect_statistics", killed)
     with pytest.raises(KeyboardInterrupt):
         trainer.collect_statistics(state_dir=tmp_path / "state")
     monkeypatch.undo()
@@ -113,7 +115,7 @@ def test_a_collection_that_was_killed_goes_on(killed_in, trained, tmp_path, monk
     again = make_trainer(tmp_path, **changes)
     again.train(resume_from_checkpoint=True)
     found = again.collect_statistics(state_dir=tmp_path / "state")
-    targets = trained.adaptation.targets
+    targets = trained.defence.targets
     assert torch.equal(found.adversarial.mean, targets.adversarial.mean)
     assert torch.equal(found.clean.variance, targets.clean.variance)
     assert {file: file.stat().st_mtime_ns for file in checkpoint.iterdir()} == before
@@ -121,20 +123,17 @@ def test_a_collection_that_was_killed_goes_on(killed_in, trained, tmp_path, monk
 
 def test_evaluation_tunes_every_image(trained):
     found = trained.predict(trained.eval_dataset)
-    defended, blind, static, attacked = map(torch.tensor, found.predictions)
+    defended, attacked = map(torch.tensor, found.predictions)
     labels = torch.tensor(found.label_ids)
     images = collate_images([trained.eval_dataset[i] for i in range(20)])["pixel_values"]
     torch.testing.assert_close(defended, trained.defended().predict(images).logits, rtol=0, atol=1e-4)
     with torch.no_grad():
-        torch.testing.assert_close(static, trained.classifier()(images).logits, rtol=0, atol=1e-4)
-    assert (defended - static).abs().max() > 1e-2
-    right = [logits.argmax(1) == labels for logits in (defended, blind, static, attacked)]
+        assert (defended - trained.classifier()(images).logits).abs().max() > 1e-2
+    right = [logits.argmax(1) == labels for logits in (defended, attacked)]
     metrics = trained.evaluate()
     for name, wanted in {
         "clean_accuracy": right[0],
-        "blind_accuracy": right[0] & right[1],
-        "static_clean_accuracy": right[2],
-        "static_robust_accuracy": right[2] & right[3],
+        "robust_accuracy": right[0] & right[1],
     }.items():
         assert metrics[f"eval_{name}"] == pytest.approx(wanted.float().mean().item()), name
 
@@ -151,7 +150,7 @@ def test_the_bar_shows_the_accuracy_so_far(trained):
     metrics = trained.evaluate()
     trained.remove_callback(Watch)
     assert len(seen) == 3
-    assert seen[-1] == f"clean={metrics['eval_clean_accuracy']:.1%}, blind={metrics['eval_blind_accuracy']:.1%}"
+    assert seen[-1] == f"clean={metrics['eval_clean_accuracy']:.1%}, robust={metrics['eval_robust_accuracy']:.1%}"
 
 
 def test_save_model_writes_what_tapt_restores(trained, tmp_path):
@@ -162,12 +161,15 @@ def test_save_model_writes_what_tapt_restores(trained, tmp_path):
     assert torch.equal(restored(images).logits, trained.defended()(images).logits)
 
 
-def test_evaluations_while_training_are_static(tmp_path):
+def test_evaluations_while_training_are_those_of_the_classifier(tmp_path, monkeypatch):
+    def defended(*args, **settings):
+        raise AssertionError("an image was defended")
+
+    monkeypatch.setattr(TAPT, "predict", defended)
     trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=1)
     trainer.train()
     seen = [row for row in trainer.state.log_history if "eval_robust_accuracy" in row]
     assert len(seen) == 2
-    assert "eval_blind_accuracy" not in seen[0]
 
 
 def test_without_clean_statistics_where_they_are_not_used(tmp_path):
@@ -176,6 +178,17 @@ def test_without_clean_statistics_where_they_are_not_used(tmp_path):
     assert trainer.evaluate()["eval_clean_accuracy"] <= 1
 
 
-def test_another_adaptation_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="give a TAPT"):
-        make_trainer(tmp_path, adaptation="tapt")
+def test_another_defence_is_refused(tmp_path):
+    for other in ("tapt", TPT()):
+        with pytest.raises(TypeError, match="defence"):
+            make_trainer(tmp_path, defence=other)
+
+
+def test_clean_prompts_are_those_of_training_without_an_attack(tmp_path):
+    """As APT's clean mix trains them, bit for bit."""
+    clean = make_trainer(tmp_path / "a")._train_clean()
+    other = make_trainer(tmp_path / "b", objective=APT("clean"))
+    other.train()
+    own, expected = clean.state_dict(), other.classifier().state_dict()
+    assert own.keys() == expected.keys()
+    assert all(torch.equal(own[name], expected[name]) for name in own)

@@ -9,6 +9,7 @@ from training_script import arguments, state, tiny_data, tiny_model
 from transformers import Trainer, TrainerCallback
 
 from hf_robust_clip import APTTrainer, PMGAFTTrainer, TAPTTrainer, TeCoA, TeCoATrainer
+from hf_robust_clip.training.resuming import ResumingTrainer
 from hf_robust_clip.training.trainer import RobustClipTrainer
 
 
@@ -29,7 +30,7 @@ def new_model():
 
 def test_no_attribute_is_the_trainers_own():
     """Those that are set here and there, on purpose: after `train`, before it, and in place of a count of labels."""
-    ours = (RobustClipTrainer, TAPTTrainer)
+    ours = (RobustClipTrainer, ResumingTrainer, TAPTTrainer)
     theirs = assigned(Trainer) | set(dir(Trainer)) | {"objective"}  # set from outside too, for each trial
     assert assigned(*ours) & theirs == {"is_in_train", "model_accepts_loss_kwargs", "_train_batch_size"}
     own = {name for cls in ours for name in vars(cls)} - set(dir(Trainer))
@@ -81,9 +82,9 @@ class Keep(TrainerCallback):
 class Measured(TeCoATrainer):
     """Knows how far the images of its last update were moved."""
 
-    def perturb(self, model, inputs, *rest):
-        adv = super().perturb(model, inputs, *rest)
-        self.moved = float((adv - inputs["pixel_values"]).abs().max()) if model.training else self.moved
+    def perturb(self, loss_fn, images, *rest):
+        adv = super().perturb(loss_fn, images, *rest)
+        self.moved = float((adv - images).abs().max()) if self.model.training else self.moved
         return adv
 
 

@@ -15,9 +15,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from conftest import CLASS_NAMES, make_clip, make_processor
 from peft import LoraConfig
 from safetensors.torch import save_file
+from tiny import CLASS_NAMES, make_clip, make_processor
 from transformers import TrainerCallback
 
 from hf_robust_clip import (
@@ -28,6 +28,7 @@ from hf_robust_clip import (
     TPT,
     CLIPForZeroShotClassification,
     ClipPromptConfig,
+    Contrastive,
     DefenceBlind,
     EvaluationSettings,
     PMGAFTTrainer,
@@ -50,6 +51,7 @@ CASES = {
     "coupled prompts": dict(objective=APT("adv_full"), accumulation=2, prompts=dict(design="VLJ")),
     "short last update": dict(objective=PMGAFT.released_preset(), images=21),  # 8, 8, and 4 with 1
     "dropped last batches": dict(objective=PMGAFT(), images=21, dataloader_drop_last=True),
+    "captions": dict(objective=Contrastive(), images=21, captions=True),
     "resumed before it": dict(objective=PMGAFT(), accumulation=2, images=19, resumed=True),  # 2 with 1, twice
 }
 GLOBAL_BATCH = 8
@@ -69,10 +71,13 @@ def tiny_prompts(design="VLI", depth=2, **changes):
     return ClipPromptConfig(design=design, **{**settings, **changes})
 
 
-def tiny_data(size=24, dtype=torch.float64):
+def tiny_data(size=24, dtype=torch.float64, captions=False):
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(size, 3, 8, 8, generator=generator, dtype=dtype)
-    return [{"pixel_values": image, "labels": i % len(CLASS_NAMES)} for i, image in enumerate(images)]
+    data = [{"pixel_values": image, "labels": i % len(CLASS_NAMES)} for i, image in enumerate(images)]
+    if captions:
+        data = [{**row, "captions": f"a {CLASS_NAMES[row['labels']]} {'x' * (i % 3)}"} for i, row in enumerate(data)]
+    return data
 
 
 def arguments(folder, **changes):
@@ -123,7 +128,10 @@ def case_trainer(name, folder, processes):
     if "prompts" in case:
         adapter = tiny_prompts(**case["prompts"])
     torch.manual_seed(0)
-    data = dict(train_dataset=tiny_data(case.get("images", 24)), eval_dataset=tiny_data(7))
+    data = dict(
+        train_dataset=tiny_data(case.get("images", 24), captions=case.get("captions", False)),
+        eval_dataset=tiny_data(7),
+    )
     return PMGAFTTrainer(
         tiny_model(), args, case["objective"], **data, teacher=tiny_model(seed=5), peft_config=adapter
     )
@@ -171,7 +179,7 @@ def tapt_trainer(folder, processes):
     torch.manual_seed(0)
     trainer = TAPTTrainer(
         tiny_model(), args, APT("adv_full"), tiny_data(), tiny_data(7), peft_config=tiny_prompts(),
-        adaptation=TAPT(num_views=4, selected=0.5),
+        defence=TAPT(num_views=4, selected=0.5),
     )  # fmt: skip
     trainer.train()
     targets = trainer.collect_statistics()

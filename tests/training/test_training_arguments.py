@@ -3,7 +3,7 @@ from dataclasses import dataclass, fields
 import pytest
 import torch
 from torch.utils.data import Subset
-from training_script import arguments, tiny_data, tiny_model
+from training_script import arguments, tiny_data, tiny_model, tiny_prompts
 
 from hf_robust_clip import FARE, RobustClipConfig, RobustClipTrainer, TeCoATrainer
 from hf_robust_clip.objectives.apt import APT
@@ -70,6 +70,8 @@ USELESS = {
     "parallelism_config": "tensor parallel",
     "ddp_static_graph": True,
     "deepspeed": {},
+    "fsdp": True,
+    "fsdp_config": {"fsdp_version": 2},
 }
 
 
@@ -230,4 +232,4 @@ def test_attacks_that_begin_without_a_gradient_need_a_random_start(objective, tm
     args = arguments(tmp_path, attack_random_start=False)
     with pytest.raises(ValueError, match=f"attack_random_start=False.*{type(objective).__name__}"):
         RobustClipTrainer(tiny_model(), args, objective, tiny_data())
-    TeCoATrainer(tiny_model(), args, APT("adv_full"), tiny_data())
+    TeCoATrainer(tiny_model(), args, APT("adv_full"), tiny_data(), peft_config=tiny_prompts())

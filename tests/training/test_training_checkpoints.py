@@ -182,7 +182,7 @@ def test_an_older_checkpoint_stays_until_the_next_is_whole(tmp_path, monkeypatch
             raise KeyboardInterrupt
         note_checkpoint(folder, *more)
 
-    monkeypatch.setattr("hf_robust_clip.training.trainer.note_checkpoint", kill)
+    monkeypatch.setattr("hf_robust_clip.training.resuming.note_checkpoint", kill)
     with pytest.raises(KeyboardInterrupt):
         run_again(tmp_path, save_total_limit=1).train()
     assert newest_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"

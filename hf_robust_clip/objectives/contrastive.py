@@ -1,0 +1,48 @@
+"""Contrast of images with their captions: how CLIP is pretrained (Radford et al., ICML 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import Batch, Objective, Paper
+from .clean import Clean
+
+
+@dataclass(frozen=True)
+class Contrastive(Objective):
+    """L = (L_image + L_text) / 2 over N images x_i with captions c_i, both towers and s being trained:
+
+        z_ij    = s * cos(f(x_i), t(c_j))
+        L_image = -mean_i log( e^{z_ii} / (e^{z_ii} + sum_{j: c_j != c_i} e^{z_ij}) )
+        L_text  = -mean_i log( e^{z_ii} / (e^{z_ii} + sum_{j: c_j != c_i} e^{z_ji}) )
+
+    Images with the same caption are no negatives of one another. N are the images of a forward batch over all
+    processes; those of accumulated batches don't meet. There is no attack.
+
+    Source: arXiv 2103.00020, section 2.3; the mask is ours.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"captions"})
+    couples_images: ClassVar[bool] = True
+    attacked: ClassVar[bool] = False
+    paper: ClassVar[Paper] = replace(Clean.paper, method="Contrastive")
+
+    def __call__(self, batch: Batch, adv_BCHW: Tensor) -> dict[str, Tensor]:
+        if batch.captions is None:
+            raise ValueError("this objective contrasts images with captions, but the batch has none.")
+        output = batch.student(batch.images, captions=batch.captions)
+        images_ND, texts_ND = batch.gathered(output.image_embeds), batch.gathered(output.class_embeds)
+        ids_NL = batch.gathered(batch.captions)
+        same_NN = (ids_NL[:, None] == ids_NL[None]).all(dim=2).fill_diagonal_(False)
+        with torch.autocast(images_ND.device.type, enabled=False):  # bfloat16 would leave two digits of 100 * cos
+            logits_NN = output.logit_scale * F.normalize(images_ND, dim=1) @ texts_ND.to(images_ND).T
+        targets_N = torch.arange(len(ids_NL), device=ids_NL.device)
+        by_image, by_text = (
+            F.cross_entropy(z_NN.masked_fill(same_NN, -torch.inf), targets_N) for z_NN in (logits_NN, logits_NN.T)
+        )
+        return {"image": by_image / 2, "text": by_text / 2}

@@ -1,0 +1,198 @@
+"""From a model to what is trained: its adapter, its frozen parts, its teacher."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from ..modeling import CLIPForZeroShotClassification
+from ..normalisation import has_adapter
+from ..prompts import ClipPromptConfig, check_prompts
+from .config import RobustClipConfig, check_trained_part
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from ..objectives.base import Objective
+
+ARCHITECTURE = ("hidden_size", "num_hidden_layers", "patch_size", "image_size")  # of the image encoder
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is trained, its teacher if the objective has one, and whether the adapter follows from its settings and the
+    seed.
+    """
+
+    student: nn.Module
+    teacher: CLIPForZeroShotClassification | None
+    adapter_is_new: bool
+
+
+def prepare(
+    model: nn.Module,
+    args: RobustClipConfig,
+    objective: Objective,
+    peft_config: PeftConfig | None = None,
+    teacher: CLIPForZeroShotClassification | None = None,
+) -> Prepared:
+    """The model as it is trained: with classes, the objective's normalisation, frozen parts and adapter.
+
+    Raises TypeError/ValueError for a model of another class or without classes that the objective needs, a teacher of
+    another architecture, and adapters that don't fit.
+    """
+    student, core, texts_too = model, classifier_in(model), "captions" in objective.needs
+    if not core.class_names:
+        if objective.needs & {"labels", "classes"}:
+            raise ValueError("model has no classes; call model.set_classes(class_names) first.")
+        if not texts_too:
+            core.set_classes(["image"])  # such objectives never look at the logits
+    if objective.normalisation is not None:
+        core.set_normalisation(*objective.normalisation)
+    check_adapters(student, core)
+    if student is not core:
+        for name, value in (("peft_config", peft_config), ("trainable_layers", args.trainable_layers)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r} goes with a plain model; this one has its adapter already.")
+    else:
+        check_trained_part(args, adapter=peft_config is not None)
+        if peft_config is None and args.trainable_layers is None:
+            peft_config = objective.peft_config
+        select_trainable(core, args.trainable_layers, texts_too)
+    with torch.random.fork_rng([core.device] if core.device.type == "cuda" else []):
+        torch.manual_seed(args.seed)  # what an adapter begins from follows the seed, not what ran before
+        if isinstance(peft_config, ClipPromptConfig):
+            check_prompts(core, peft_config)
+            student = get_peft_model(core, copy.deepcopy(peft_config))
+        reference = make_teacher(student, teacher) if "teacher" in objective.needs else None
+        if peft_config is not None and student is core:  # after the teacher, which shares the text tower
+            student = add_adapter(core, peft_config, texts_too)
+    if reference is not None:
+        reference.to(args.device)
+    return Prepared(student, reference, adapter_is_new=peft_config is not None)
+
+
+def classifier_in(model: nn.Module) -> CLIPForZeroShotClassification:
+    """The classifier itself, or that inside a `PeftModel`. Raises TypeError for any other model."""
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(core, CLIPForZeroShotClassification):
+        raise TypeError(
+            f"model is a {type(core).__name__}; give a CLIPForZeroShotClassification "
+            "(from_pretrained(path), or from_clip(model, processor) for a CLIPModel in memory)."
+        )
+    return core
+
+
+def select_trainable(
+    model: CLIPForZeroShotClassification, last_layers: int | None = None, texts_too: bool = False
+) -> None:
+    """Freeze everything but the vision encoder with its projection, or but its last layers, final norm and projection;
+    with `texts_too` the text tower with its projection and the logit scale are trained as well.
+
+    Raises ValueError if `last_layers` is not in 1 .. the encoder's number of layers.
+    """
+    layers = model.vision_model.encoder.layers
+    if last_layers is not None and not 1 <= last_layers <= len(layers):
+        raise ValueError(f"trainable_layers={last_layers!r} must be None or in 1 .. {len(layers)}.")
+    model.requires_grad_(False)
+    trained: tuple[nn.Module, ...] = model.image_modules
+    if last_layers is not None:
+        trained = (*layers[-last_layers:], model.vision_model.post_layernorm, model.visual_projection)
+    if texts_too:
+        trained += model.text_modules
+        model.logit_scale.requires_grad_(True)
+    for module in trained:
+        module.requires_grad_(True)
+
+
+def add_adapter(model: CLIPForZeroShotClassification, peft_config: PeftConfig, texts_too: bool = False) -> PeftModel:
+    """The model with a new adapter in it, which stays out of the text tower unless that is trained too."""
+    peft_config = copy.deepcopy(peft_config)
+    if not texts_too and getattr(peft_config, "exclude_modules", "") is None:
+        peft_config.exclude_modules = r".*text_(model|projection).*"
+    student = get_peft_model(model, peft_config)
+    if model.text_is_trainable() and not texts_too:
+        raise ValueError("peft_config reaches the text tower; restrict target_modules to the vision encoder.")
+    return student
+
+
+def make_teacher(model: nn.Module, teacher: CLIPForZeroShotClassification | None) -> CLIPForZeroShotClassification:
+    """A frozen copy of the model without adapters (its frozen text tower shared), or the given one, comparable.
+
+    Raises TypeError for one of another class, ValueError for one of another architecture.
+    """
+    if isinstance(model, PeftModel) and teacher is None:
+        return copy.deepcopy(model).unload().eval().requires_grad_(False)
+    model = classifier_in(model)
+    if teacher is None:
+        frozen = () if model.text_is_trainable() else model.text_modules
+        teacher = copy.deepcopy(model, {id(part): part for part in (*frozen, model.processor)})
+        return teacher.eval().requires_grad_(False)
+    if not isinstance(teacher, CLIPForZeroShotClassification):
+        raise TypeError(f"teacher is a {type(teacher).__name__}; give a CLIPForZeroShotClassification, as for model.")
+    own, other = (
+        {f"vision {name}": getattr(m.config.vision_config, name) for name in ARCHITECTURE}
+        | {"projection_dim": m.config.projection_dim}
+        for m in (model, teacher)
+    )
+    for name, value in own.items():
+        if other[name] != value:
+            raise ValueError(
+                f"teacher has another architecture: its {name} is {other[name]}, the model's is {value}; give the "
+                "checkpoint that the model starts from."
+            )
+    teacher = copy.deepcopy(teacher)
+    teacher.set_normalisation(model.image_mean.flatten().tolist(), model.image_std.flatten().tolist())
+    teacher.set_classes(model.class_names, model.templates)
+    return teacher.eval().requires_grad_(False)
+
+
+def check_adapters(student: nn.Module, core: CLIPForZeroShotClassification) -> None:
+    """Raise ValueError for adapters that a training would not train, or not save as they are."""
+    if student is core:
+        if has_adapter(core):
+            raise ValueError(
+                "the model has an adapter inside; give its PeftModel (PeftModel.from_pretrained(base, adapter, "
+                "is_trainable=True)), or merge it into the weights first (merge_and_unload)."
+            )
+        return
+    if list(student.peft_config) != ["default"]:  # type: ignore[arg-type]
+        raise ValueError(
+            f"the model has the adapters {list(student.peft_config)}; one is trained and saved, named 'default'."  # type: ignore[arg-type]
+        )
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError("the adapter is not trainable; load it with is_trainable=True.")
+
+
+def check_teacher(teacher: CLIPForZeroShotClassification, core: CLIPForZeroShotClassification) -> None:
+    """Raise ValueError where the teacher has other classes or another normalisation: its logits would be of other
+    things than the student's.
+    """
+    told_apart = [(teacher.class_names, core.class_names), (teacher.templates, core.templates)]
+    same_pixels = all(
+        torch.equal(a.cpu(), b.cpu())
+        for a, b in ((teacher.image_mean, core.image_mean), (teacher.image_std, core.image_std))
+    )
+    if any(a != b for a, b in told_apart) or not same_pixels:
+        raise ValueError(
+            "model got other classes, templates or another normalisation after the trainer was made, and the teacher "
+            "has the old ones; make the trainer when the model is ready."
+        )
+
+
+def twin_of(model: nn.Module, core: CLIPForZeroShotClassification) -> tuple[nn.Module, PeftConfig]:
+    """The frozen model that an adapter stands in, without it (its frozen weights shared), and the adapter's settings,
+    for another one like it. Raises ValueError for a model without an adapter.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError("clean_model is missing: the model has no adapter of which a clean one could be trained.")
+    shared = [p for p in model.parameters() if not p.requires_grad]
+    base = copy.deepcopy(model.base_model, {id(part): part for part in (*shared, core.processor)}).unload()
+    peft_config = copy.deepcopy(model.active_peft_config)
+    peft_config.inference_mode, peft_config.base_model_name_or_path = False, None
+    return base, peft_config
