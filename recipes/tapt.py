@@ -10,7 +10,7 @@ Writes adapter, statistics, report, plot and model card; `TAPT.from_pretrained(f
 
 from pathlib import Path
 
-from hf_robust_clip.cli import run_recipe
+from hf_robust_clip.cli import run
 
 if __name__ == "__main__":
-    run_recipe("tapt", Path(__file__).parent / "configs/digits-clip/tapt.yaml", __doc__)
+    run("train", Path(__file__).parent / "configs/digits-clip/tapt.yaml", __doc__)

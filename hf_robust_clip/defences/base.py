@@ -130,6 +130,10 @@ class Defence(ABC):
         """All settings as JSON types, for reports and saved folders."""
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.repr}
 
+    def idle_settings(self) -> dict[str, str]:
+        """Settings that do nothing beside the others, by name, with why."""
+        return {}
+
     @abstractmethod
     def _predict(
         self,

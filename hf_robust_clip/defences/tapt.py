@@ -137,6 +137,11 @@ class TAPT(PromptTuning):
     def traits(self) -> Traits:
         return Traits(randomised=True, optimising=True, episodic=self.reset_every == 1)
 
+    def idle_settings(self) -> dict[str, str]:
+        alignment = ("gamma", "align_layers", "align_reduction", "unbiased") if self.align_weight == 0 else ()
+        drawn = {} if self.reset_to == "random" else {"random_seed": "without reset_to=random"}
+        return {**dict.fromkeys(alignment, "with align_weight=0"), **drawn}
+
     def parameters(self) -> dict[str, Any]:
         """All settings, without the statistics; of these their record."""
         record = None if self.targets is None else self.targets.adversarial.record

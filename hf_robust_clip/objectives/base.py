@@ -80,6 +80,10 @@ class Objective(ABC):
     couples_images: ClassVar[bool] = False
     needs_random_start: ClassVar[bool] = False
 
+    def title(self, design: str | None = None) -> str:
+        """What tables call it. `design` is that of the prompts, where some are trained."""
+        return self.paper.method
+
     def attacked_rows(self, count: int) -> slice:
         """Which images of a batch of `count` are attacked; the others reach `__call__` as they are."""
         return slice(None)
