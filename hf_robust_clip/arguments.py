@@ -257,7 +257,7 @@ class TrainingRunArguments:
     tasks: Sequence[Images] | None = None
     defence: Defence | None = None
     fit_images: int | None = None
-    compare: Sequence[str] | str = ()
+    compare: Sequence[str] = ()
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -288,7 +288,7 @@ class EvaluationRunArguments:
     output_dir: str | None = None
     template: str | None = None
     tasks: Sequence[Images] | None = None
-    compare: Sequence[str] | str = ()
+    compare: Sequence[str] = ()
     reference: str | None = None
     defence: Defence | None = None
     use_cpu: bool = False

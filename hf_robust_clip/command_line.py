@@ -17,6 +17,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from types import NoneType, UnionType
@@ -39,13 +40,13 @@ class ClassFlag:
 
     Args:
         base: what the class must be of.
-        package: where classes are found by their names alone.
+        packages: where classes are found by their names alone.
         names: whether a text that names no class has a meaning of its own.
         several: whether the value is a list of such.
     """
 
     base: type
-    package: str
+    packages: tuple[str, ...]
     names: bool = False
     several: bool = False
 
@@ -59,15 +60,14 @@ class CommandLine:
         classes: flags whose values are classes, by name.
         required: flags that a run can't do without.
         skip: fields that have no flags, with their prefix.
-        description: what `--help` begins with.
     """
 
     groups: Mapping[str, Sequence[type]]
     classes: Mapping[str, ClassFlag]
     required: Sequence[str]
     skip: frozenset[str] = frozenset()
-    description: str = ""
 
+    @cached_property
     def hints(self) -> dict[str, Any]:
         """The types of all flags, by name."""
         return {
@@ -82,12 +82,13 @@ class CommandLine:
         """The fields of a dataclass that have flags."""
         return [f.name for f in fields(cls) if f.init and _dotted(prefix, f.name) not in self.skip]
 
+    @cached_property
     def parser(self) -> ArgumentParser:
         """The parser, with a help text for each flag."""
         set_loader("texts", typed_text, exceptions=(yaml.YAMLError, ValueError))
         set_parsing_settings(subclasses_enabled=[flag.base for flag in self.classes.values()])
         parser = ArgumentParser(
-            prog="hf-robust-clip", description=self.description, exit_on_error=False, parser_mode="texts",
+            prog="hf-robust-clip", exit_on_error=False, parser_mode="texts",
             allow_abbrev=False,
         )  # fmt: skip
         parser.add_argument("--config", help="YAML file of these flags in place of the default one")
@@ -139,8 +140,9 @@ class Given:
             spec = values[flag]
             start = preset_of(class_at(spec["class_path"]), preset, flag, arguments)
             own = spec.get("init_args") or Namespace()
+            plain = type(start)()
             for field in fields(start):
-                if field.init and field.name not in own and getattr(start, field.name) != field.default:
+                if field.init and field.name not in own and getattr(start, field.name) != getattr(plain, field.name):
                     own[field.name] = getattr(start, field.name)
             values[flag] = Namespace(class_path=spec["class_path"], init_args=own)
         try:
@@ -167,19 +169,22 @@ def read_command(
     command: CommandLine,
     words: Sequence[str],
     default_config: Path,
+    description: str = "",
     prepare: Callable[[dict[str, Any], dict[str, str]], None] = lambda file, options: None,
 ) -> Given:
     """A command line to settings: the YAML file, then the flags, each of which has one value.
 
     Args:
+        description: what `--help` begins with.
         prepare: changes the file's settings where flags ask for others, before both are put together.
 
     Raises ValueError for an unknown flag or key, a value of another type, a flag that stands twice, one without a
     value, a class that isn't there, a token in any place, and where required flags are missing; OSError for a missing
     file.
     """
-    parser = command.parser()
+    parser = command.parser
     if {"-h", "--help"} & set(words):
+        parser.description = description.strip()
         parser.print_help()
         raise SystemExit(0)
     options = split_words(words, parser, command)
@@ -201,6 +206,8 @@ def read_command(
         preset = settle_class(flag, kind, file, options)
         if preset is not None:
             presets[flag] = preset
+    for flag in options:
+        _drop(file, flag)  # jsonargparse would put lists and mappings of both together
     hidden = [str(value) for told in (file, options) for key, value in told.items() if is_token_key(key) and value]
     values = parsed(lambda: parser.parse_object(file, defaults=False), hidden, str(config))
     flags = [f"--{key}={text}" for key, text in options.items()]
@@ -225,7 +232,7 @@ def checked(
     Mappings of anything get numbers and truth values, there and in `values`.
     """
     settings = values.as_dict()
-    for name, hint in command.hints().items():
+    for name, hint in command.hints.items():
         asked = _inner(settings, name)
         if name in values and asked is None and not _takes_none(hint):
             raise ValueError(f"{name}=null must not be empty.")
@@ -240,7 +247,7 @@ def checked(
 def split_words(words: Sequence[str], parser: ArgumentParser, command: CommandLine) -> dict[str, str]:
     """Flags with their values. A switch may stand without one."""
     switches = {action.dest for action in parser._actions if getattr(action, "_typehint", None) is bool}
-    switches |= {name for name, hint in command.hints().items() if hint is bool} | {"print_config"}
+    switches |= {name for name, hint in command.hints.items() if hint is bool} | {"print_config"}
     found: dict[str, str] = {}
     rest = list(words)
     while rest:
@@ -291,7 +298,14 @@ def parsed(parse: Callable[[], Namespace], hidden: Iterable[str], where: str) ->
 
 def one_line(message: str) -> str:
     """A message of jsonargparse without what its own types are called."""
-    left_out = ("Does not validate", "Subtypes:", "Errors:", "Given value type", "- Expected a <class 'NoneType'>")
+    left_out = (
+        "Given value: NestedArg",
+        "Does not validate",
+        "Subtypes:",
+        "Errors:",
+        "Given value type",
+        "- Expected a <class 'NoneType'>",
+    )
     lines = [line.strip() for line in message.splitlines()]
     kept = [line.removeprefix("- ") for line in lines if line and not line.startswith(left_out)]
     text = "; ".join(dict.fromkeys(kept)).replace(":; ", ": ")
@@ -317,20 +331,45 @@ def settle_class(flag: str, kind: ClassFlag, file: dict[str, Any], options: dict
         _put(file, flag, spec)
     if text is not None and text != "null":
         own = resolved(typed_text(text), kind, flag)
-        path = own["class_path"] if isinstance(own, dict) else own
-        options[flag] = json.dumps(own) if isinstance(own, dict) and "init_args" in own else path
-        if not isinstance(spec, dict) or spec["class_path"] != path:
-            spec = None
-            _put(file, flag, None)
-    preset = None
-    if isinstance(spec, dict) and isinstance(spec.get("init_args"), dict):
-        preset = spec["init_args"].pop("preset", None)
+        if isinstance(own, str):
+            _put(file, flag, spec := None)
+            options[flag] = own
+        elif "init_args" in own or not isinstance(spec, dict) or own["class_path"] != spec["class_path"]:
+            _put(file, flag, spec := own)
+            del options[flag]
+        else:
+            del options[flag]
+    arguments = (spec.get("init_args") if isinstance(spec, dict) else None) or {}
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{flag}.init_args={arguments!r} must hold the settings of the class.")
+    preset = arguments.pop("preset", None)
     preset = options.pop(f"{flag}.preset", preset)
-    if _inner(file, flag) is None and "." in flag and isinstance(_inner(file, flag.rpartition(".")[0]), dict):
-        _inner(file, flag.rpartition(".")[0]).pop(flag.rpartition(".")[2], None)
-    elif _inner(file, flag) is None:
-        file.pop(flag, None)
+    own_flags = [key for key in options if key.startswith(f"{flag}.")]
+    if own_flags and not isinstance(spec, dict):
+        raise ValueError(f"--{own_flags[0]} is a setting of a class; give --{flag} CLASS.")
+    if isinstance(spec, dict):
+        cls = class_at(spec["class_path"], flag)
+        check_arguments(flag, cls, arguments)
+        for key in own_flags:
+            nested: dict[str, Any] = {}
+            _put(nested, key.removeprefix(f"{flag}."), typed_text(options[key]))
+            check_arguments(flag, cls, nested)
+    if spec is None:
+        _drop(file, flag)
     return None if preset == "null" else preset
+
+
+def check_arguments(flag: str, cls: type, arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError, with the nearest known name, for settings that a class, or a class inside it, doesn't have."""
+    known = list(inspect.signature(cls).parameters)
+    for name, value in arguments.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}."
+            raise ValueError(f"unknown setting {flag}.{name}: {cls.__name__} has no {name!r}; {hint}")
+        inside = next((own for own in _options(_hints(cls).get(name)) if is_dataclass(own)), None)
+        if isinstance(value, Mapping) and isinstance(inside, type) and "class_path" not in value:
+            check_arguments(f"{flag}.{name}", inside, value)
 
 
 def resolved(spec: Any, kind: ClassFlag, flag: str) -> Any:
@@ -339,13 +378,17 @@ def resolved(spec: Any, kind: ClassFlag, flag: str) -> Any:
     Raises ValueError for anything else.
     """
     if isinstance(spec, str):
-        known = {plain_name(name) for name in classes_in(kind.package, kind.base)}
+        known = {plain_name(name) for name in classes_in(kind)}
         if kind.names and "." not in spec and plain_name(spec) not in known:
             return spec
         spec = {"class_path": spec}
     if not isinstance(spec, dict) or not isinstance(spec.get("class_path"), str):
         raise ValueError(f"{flag}={spec!r} must be a class, or a mapping with class_path and init_args.")
-    return {**spec, "class_path": class_path(spec["class_path"], kind, flag)}
+    unknown = [key for key in spec if key not in ("class_path", "init_args")]
+    if unknown:
+        raise ValueError(f"{flag}.{unknown[0]} is no key beside class_path; settings stand under init_args.")
+    arguments = {} if spec.get("init_args") is None else {"init_args": spec["init_args"]}
+    return {"class_path": class_path(spec["class_path"], kind, flag), **arguments}
 
 
 def class_path(name: str, kind: ClassFlag, flag: str) -> str:
@@ -354,7 +397,7 @@ def class_path(name: str, kind: ClassFlag, flag: str) -> str:
     Raises ValueError for a name that there is no class of, a path that can't be imported, and a class of another kind.
     """
     if "." not in name:
-        known = classes_in(kind.package, kind.base)
+        known = classes_in(kind)
         found = next((cls for own, cls in known.items() if plain_name(own) == plain_name(name)), None)
         if found is None:
             near = difflib.get_close_matches(plain_name(name), [plain_name(own) for own in known], n=1)
@@ -367,7 +410,7 @@ def class_path(name: str, kind: ClassFlag, flag: str) -> str:
         raise ValueError(f"{flag}={name!r} is no {kind.base.__name__}; name a class that is one.")
     if inspect.isabstract(found):
         raise ValueError(f"{flag}={name!r} is abstract; name a class that fills it in.")
-    return name
+    return f"{found.__module__}.{found.__qualname__}"
 
 
 def class_at(path: str, flag: str = "class") -> Any:
@@ -383,13 +426,14 @@ def class_at(path: str, flag: str = "class") -> Any:
         sys.path.remove(os.getcwd())
 
 
-def classes_in(package: str, base: type) -> dict[str, type]:
-    """The classes of a package's modules that are of a kind and can be made, by name."""
+def classes_in(kind: ClassFlag) -> dict[str, type]:
+    """The classes of a kind that can be made, in the modules of its packages, by name."""
     found = {}
-    for module in pkgutil.iter_modules(import_module(package).__path__, f"{package}."):
-        for name, cls in vars(import_module(module.name)).items():
-            if isinstance(cls, type) and issubclass(cls, base) and cls.__module__ == module.name:
-                found[name] = cls
+    for package in kind.packages:
+        for module in pkgutil.iter_modules(import_module(package).__path__, f"{package}."):
+            for name, cls in vars(import_module(module.name)).items():
+                if isinstance(cls, type) and issubclass(cls, kind.base) and cls.__module__ == module.name:
+                    found[name] = cls
     return {name: cls for name, cls in found.items() if not name.startswith("_") and not inspect.isabstract(cls)}
 
 
@@ -444,8 +488,9 @@ def packaged_config(name: str) -> Path:
     for own in (name, f"digits-clip/{name}"):
         if own in known:
             return known[own]
-    near = difflib.get_close_matches(name, [*known, *(own.partition("/")[2] for own in known)], n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
+    short = [own.removeprefix("digits-clip/") for own in known]
+    near = difflib.get_close_matches(name, [*known, *short], n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(own for own in short if '/' not in own)}."
     raise ValueError(f"there is no config {name!r}; {hint}")
 
 
@@ -461,6 +506,14 @@ def _dotted(prefix: str, name: str) -> str:
 
 def _options(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a class's settings; none where they can't be told."""
+    try:
+        return get_type_hints(cls)
+    except NameError:  # a type that is imported for checkers alone
+        return {}
 
 
 def _takes_none(hint: Any) -> bool:
@@ -481,6 +534,17 @@ def _put(settings: dict[str, Any], flag: str, value: Any) -> None:
     for part in parents:
         settings = settings.setdefault(part, {})
     settings[last] = value
+
+
+def _drop(settings: Any, flag: str) -> None:
+    """Take out what stands under a dotted flag."""
+    *parents, last = flag.split(".")
+    for part in parents:
+        settings = _inner(settings, part)
+    if isinstance(settings, dict) and "class_path" in settings and last not in settings:
+        settings = settings.get("init_args")
+    if isinstance(settings, dict):
+        settings.pop(last, None)
 
 
 def _with(settings: dict[str, Any], flag: str, value: Any) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from ..storage import check_writable, write_text
 from ..threat_model import ThreatModel
 from . import shared
 from .interruptions import one_line_errors
+from .shared import SUITES
 
 COMMAND = CommandLine(
     groups={
@@ -45,9 +46,9 @@ COMMAND = CommandLine(
         "evaluation": (EvaluationArguments,),
     },
     classes={
-        "defence": ClassFlag(Defence, "hf_robust_clip.defences"),
-        "evaluation.attack": ClassFlag(Suite, "hf_robust_clip.attacks", names=True),
-        "evaluation.attacks": ClassFlag(Suite, "hf_robust_clip.attacks", names=True, several=True),
+        "defence": ClassFlag(Defence, ("hf_robust_clip.defences",)),
+        "evaluation.attack": ClassFlag(Suite, SUITES, names=True),
+        "evaluation.attacks": ClassFlag(Suite, SUITES, names=True, several=True),
     },
     required=("output_dir", "evaluation.radii"),
     skip=frozenset(["use_peft", "lora_r", "lora_alpha", "dataset_train_split", "augment"]),
@@ -115,11 +116,11 @@ def main(words: Sequence[str], default_config: Path, description: str = "") -> N
 
 def read(words: Sequence[str], default_config: Path, description: str = "") -> EvaluationRun:
     """Check every setting. Nothing is written or downloaded here."""
-    given = read_command(replace(COMMAND, description=description), words, default_config, prepare=_drop_tasks)
+    given = read_command(COMMAND, words, default_config, description, _prepare_settings)
     made = given.made()
     model, data, about = (given.group(cls, made) for cls in (ModelArguments, DataArguments, EvaluationRunArguments))
     check_output(str(about.output_dir), model, about)
-    others = [about.compare] if isinstance(about.compare, str) else list(about.compare)
+    others = list(about.compare)
     name = model.model_name_or_path
     unused.check_compared(name, others)
     reference = about.reference
@@ -169,8 +170,9 @@ def check_targets(evaluations: Sequence[EvaluationSettings], defence: Defence | 
             raise ValueError(f"evaluation.target={how.target!r} needs a defence; give --defence.")
 
 
-def _drop_tasks(file: dict[str, Any], options: dict[str, str]) -> None:
-    """`--dataset_name` takes the place of the file's tasks."""
+def _prepare_settings(file: dict[str, Any], options: dict[str, str]) -> None:
+    """`compare` as a list; `--dataset_name` takes the place of the file's tasks."""
+    shared.as_list("compare", file, options)
     if "dataset_name" in options and "tasks" not in options:
         file.pop("tasks", None)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..arguments import Images
 from ..modeling import CLIPForZeroShotClassification, adapter_config, base_of, with_adapter
@@ -16,6 +17,16 @@ from ..zero_shot_data.loading import ImageDataset, class_names_of, load_image_da
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+SUITES = ("hf_robust_clip.attacks", "hf_robust_clip.evaluation")  # where classes of attacks are
+
+
+def as_list(name: str, file: dict[str, Any], options: dict[str, str]) -> None:
+    """Let one text stand where a list of texts may."""
+    if isinstance(file.get(name), str):
+        file[name] = [file[name]]
+    if name in options and options[name][:1] not in ("[", "{"):
+        options[name] = json.dumps([options[name]])
 
 
 def load_model(name: str, revision: str | None = None) -> CLIPForZeroShotClassification:

@@ -58,9 +58,10 @@ from ..zero_shot_data.loading import ImageDataset
 from . import shared
 from .interruptions import one_line_errors
 from .methods import default_prompts, defended, fit_defences, make_trainer
+from .shared import SUITES
 
 LORA_TARGETS = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj)"
-OBJECTIVE = ClassFlag(Objective, "hf_robust_clip.objectives")
+OBJECTIVE = ClassFlag(Objective, ("hf_robust_clip.objectives",))
 COMMAND = CommandLine(
     groups={
         "": (ModelArguments, DataArguments, TrainingRunArguments, RobustClipConfig),
@@ -70,9 +71,9 @@ COMMAND = CommandLine(
     },
     classes={
         "objective": OBJECTIVE,
-        "defence": ClassFlag(Defence, "hf_robust_clip.defences"),
-        "evaluation.attack": ClassFlag(Suite, "hf_robust_clip.attacks", names=True),
-        "defence_evaluation.attack": ClassFlag(Suite, "hf_robust_clip.evaluation"),
+        "defence": ClassFlag(Defence, ("hf_robust_clip.defences",)),
+        "evaluation.attack": ClassFlag(Suite, SUITES, names=True),
+        "defence_evaluation.attack": ClassFlag(Suite, SUITES),
     },
     required=("dataset_name", "objective", "output_dir", "evaluation.radii"),
     skip=frozenset(
@@ -192,7 +193,7 @@ def main(words: Sequence[str], default_config: Path, description: str = "") -> N
 
 def read(words: Sequence[str], default_config: Path, description: str = "") -> TrainingRun:
     """Check every setting. Nothing is written or downloaded here."""
-    given = read_command(replace(COMMAND, description=description), words, default_config, prepare=_drop_other_design)
+    given = read_command(COMMAND, words, default_config, description, _prepare_settings)
     made = given.made()
     model, data, about = (given.group(cls, made) for cls in (ModelArguments, DataArguments, TrainingRunArguments))
     resume = given.asked("resume_from_checkpoint") not in (None, "false")
@@ -282,8 +283,9 @@ def _own_test(data: DataArguments) -> Images:
     )  # fmt: skip
 
 
-def _drop_other_design(file: dict[str, Any], options: dict[str, str]) -> None:
-    """Where the command line takes another design of prompts than the file: drop what only the file's design has."""
+def _prepare_settings(file: dict[str, Any], options: dict[str, str]) -> None:
+    """`compare` as a list; and where the flags ask for another design of prompts than the file, nothing of its own."""
+    shared.as_list("compare", file, options)
     prompts = file.get("prompts")
     if isinstance(prompts, dict) and options.get("prompts.design") not in (None, prompts.get("design")):
         for key in unused.unused_by_design(options["prompts.design"], prompts):
@@ -311,7 +313,7 @@ def _rivals(about: TrainingRunArguments, method: Method, given: Given) -> tuple[
 
     Raises ValueError for one that is there twice, one that LoRA would displace, and one that tables call the same.
     """
-    names = [about.compare] if isinstance(about.compare, str) else list(about.compare)
+    names = list(about.compare)
     found: list[Method] = []
     for name in names:
         cls = class_at(class_path(name, OBJECTIVE, "compare"))
@@ -338,7 +340,12 @@ def _defences(
     """The defence as it is saved and, by the presets' names, as it is evaluated beside; by what tables call it."""
     if defence is None:
         return {}
-    design = method.adapter.design if isinstance(method.adapter, ClipPromptConfig) else None
+    if not isinstance(method.adapter, ClipPromptConfig):
+        raise ValueError(
+            f"defence={type(defence).__name__} is saved with prompts, and {method.title} trains none here; evaluate "
+            "it on the finished model by `hf-robust-clip evaluate --defence`."
+        )
+    design = method.adapter.design
     own = given.presets.get("defence")
     presets = list(evaluation.presets)
     for name in presets:
@@ -346,11 +353,10 @@ def _defences(
             raise ValueError(
                 f"defence_evaluation.presets={presets!r} names {name!r}, which is evaluated already; name others."
             )
-    called = f"{type(defence).__name__}-{design}" if design else f"{type(defence).__name__} on {method.title}"
-    arguments = {} if design is None else {"design": design}
+    called = f"{type(defence).__name__}-{design}"
     found = {}
     for preset in (own, *presets):
-        again = given.with_preset("defence", preset).made(**arguments).defence
+        again = given.with_preset("defence", preset).made(design=design).defence
         unused.check_defence(given, again)
         found[f"{called} {preset}" if preset else called] = again
     return found
