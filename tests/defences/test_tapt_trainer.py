@@ -16,9 +16,10 @@ from hf_robust_clip import (
     TAPTTrainer,
     digits_clip_path,
 )
-from hf_robust_clip.cli import DataSettings, load_data
+from hf_robust_clip.arguments import Images
 from hf_robust_clip.defences.defended import SETTINGS, STATISTICS
 from hf_robust_clip.defences.statistics import collect_statistics
+from hf_robust_clip.runs.shared import load_data
 from hf_robust_clip.zero_shot_data.loading import collate_images
 
 TEMPLATE = "a photo of a {}."
@@ -34,7 +35,7 @@ def no_precision_of_others():
 @functools.cache
 def digits(split, count):
     model = CLIPForZeroShotClassification.from_pretrained(digits_clip_path())
-    return load_data(DataSettings("digits", split=split, max_images=count), model)
+    return load_data(Images("digits", split=split, max_images=count), model)
 
 
 def make_trainer(folder, adaptation=SETTING, design="VLI", **changes):
