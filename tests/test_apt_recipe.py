@@ -149,7 +149,7 @@ WRONG = {
     "too many tokens": (["--prompts.num_text_tokens", "40"], "num_text_tokens=40 leaves no place"),
     "too few words": (["--prompts.context_init", "photo"], "context_init='photo' has 1 tokens for num_text_tokens=2"),
     "prompts over class names": (["--template", "a {}"], "has only 1 before the class name"),
-    "unknown design": (["--prompts.design", "W"], "prompts.design='W' must be"),
+    "unknown design": (["--prompts.design", "W"], '"prompts.design"'),
     "too many shots": (["--shots", "5000"], "5000"),
     "no shots": (["--shots", "0"], "0"),
 }

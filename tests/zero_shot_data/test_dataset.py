@@ -443,14 +443,14 @@ def test_the_background_goes_all_the_way(tmp_path, tiny_clip):
     digests = set()
     for background, colour in (("white", (1, 1, 1)), ("lime", (0, 1, 0)), ([0, 0, 255], (0, 0, 1))):
         for augment in (False, True):
-            data = load_data(Images(folder, background=background, augment=augment), model)
+            data = load_data(Images(folder, "train", background=background, augment=augment), model)
             example = data[1]
             pixel = example["picture"][:, 3, 3] / 255 if augment else example["pixel_values"][:, 3, 3]
             assert tuple(pixel.tolist()) == colour
             digests.add(dataset_digest(data))
     assert len(digests) == 6
     with pytest.raises(ValueError, match="background='limes'"):
-        load_data(Images(folder, background="limes"), model)
+        load_data(Images(folder, "train", background="limes"), model)
 
 
 def test_settings_of_the_command_line_reach_the_loading(tmp_path, tiny_clip):
@@ -459,7 +459,7 @@ def test_settings_of_the_command_line_reach_the_loading(tmp_path, tiny_clip):
     with_mask(["mask", "depth"]).rename_column("label", "kind").to_parquet(folder / "train-0.parquet")
     (tmp_path / "full").mkdir()
     with_mask(["mask", "depth"]).to_parquet(tmp_path / "full" / "train-0.parquet")
-    settings = Images(str(tmp_path), config="plain", image_column="depth", label_column="kind",
+    settings = Images(str(tmp_path), "train", config="plain", image_column="depth", label_column="kind",
                             class_names={"ant": "Ameise", "bee": "Biene"})  # fmt: skip
     data = load_data(settings, tiny_clip())
     assert (reds(data), data.class_names) == ([7, 7], ("Ameise", "Biene"))
