@@ -24,7 +24,6 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer, set_seed
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from hf_robust_clip.cli import build
 from hf_robust_clip.zero_shot_data.loading import load_image_dataset
 
 
@@ -192,8 +191,8 @@ def main() -> None:
     values = yaml.safe_load(options.config.read_text(encoding="utf-8"))
     if options.steps is not None:
         values |= {"steps": options.steps, "learning_rate": max(as_list(values["learning_rate"]))}
-    settings: Settings = build(Settings, values, "pretraining")
-    sources: list[Source] = [build(Source, row, f"sources[{i}]") for i, row in enumerate(settings.sources)]
+    settings = Settings(**values)
+    sources = [Source(**row) for row in settings.sources]
 
     set_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -250,9 +249,9 @@ def main() -> None:
 
     model.eval()
     for source, to_concept in zip(sources, concept_of, strict=True):
-        images, labels, _ = load_pictures(source, "test", processor)
+        images, own, _ = load_pictures(source, "test", processor)
         with torch.no_grad():
-            logits = torch.cat(
+            logits_BC = torch.cat(
                 [
                     model(
                         input_ids=tokens_CTL[to_concept, 0], pixel_values=(block.to(device) / 255 - mean_C11) / std_C11
@@ -260,8 +259,8 @@ def main() -> None:
                     for block in images.split(500)
                 ]
             )
-        accuracy = (logits.argmax(1).cpu() == labels).float().mean().item()
-        print(f"zero-shot accuracy on {len(labels)} test pictures of {source.dataset}: {accuracy:.1%}")
+        accuracy = (logits_BC.argmax(1).cpu() == own).float().mean().item()
+        print(f"zero-shot accuracy on {len(own)} test pictures of {source.dataset}: {accuracy:.1%}")
     model.save_pretrained(options.output_dir)
     processor.save_pretrained(options.output_dir)
     state.unlink(missing_ok=True)

@@ -107,8 +107,8 @@ def test_the_card_names_the_method(finished):
 
 
 def test_a_saved_defence_is_evaluated_by_the_evaluation_recipe(finished):
-    words = ["--model_name_or_path", finished[0], "--dataset_name", "digits", "--max_images", "2", "--evaluation.attacks",
-             f"[pgd-1, {WORST}]",
+    words = ["--model_name_or_path", finished[0], "--dataset_name", "digits", "--max_images", "2",
+             "--evaluation.attacks", f"[pgd-1, {WORST}]",
              "--evaluation.radii", "[16/255]", "--output_dir", "again", "--defence", "tapt"]  # fmt: skip
     run_command("evaluate", CONFIGS / "evaluate.yaml", "", [*map(str, words)])
     own, _ = load_reports("again/report.json")
