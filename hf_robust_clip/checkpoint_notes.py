@@ -25,14 +25,12 @@ def trained_templates(name: str, revision: str | None = None) -> tuple[str, ...]
     Raises OSError if the Hub can't be asked, ValueError for a file that says it in a way that can't be read.
     """
     recipe = _content(name, "recipe.yaml", revision)
-    if recipe is not None:
-        prompt = recipe.get("prompt") or {}
-        if isinstance(prompt, dict) and prompt.get("template") is not None:
-            return _templates(prompt["template"], name, "recipe.yaml")
+    if recipe is not None and recipe.get("template") is not None:
+        return _templates(recipe["template"], name, "recipe.yaml")
     report = _content(name, "report.json", revision)
     if report is not None and isinstance(report.get("card"), dict) and report["card"].get("template"):
         return _templates(report["card"]["template"], name, "report.json")
-    if recipe is not None and "training" in recipe:  # a recipe that leaves it out trains with this one
+    if recipe is not None and "objective" in recipe:  # a recipe that leaves it out trains with this one
         return (PAPER_TEMPLATE,)
     defence = _content(name, "adaptation.json", revision)
     return () if defence is None else _templates(defence.get("templates") or [], name, "adaptation.json")
@@ -80,9 +78,7 @@ def named_base(folder: str | Path) -> str | None:
 def _templates(value: Any, name: str, file: str) -> tuple[str, ...]:
     templates = (value,) if isinstance(value, str) else value
     if not isinstance(templates, list | tuple) or not all(isinstance(t, str) and "{}" in t for t in templates):
-        raise ValueError(
-            f"{file} of {name!r} names the template {value!r}, which has no '{{}}'; give prompt.template."
-        )
+        raise ValueError(f"{file} of {name!r} names the template {value!r}, which has no '{{}}'; give template.")
     return tuple(templates)
 
 
@@ -94,7 +90,7 @@ def _content(name: str, file: str, revision: str | None) -> dict[str, Any] | Non
     try:
         content = read_json(path) if file.endswith(".json") else parse_yaml(read_text(path), file)
     except ValueError as error:
-        raise ValueError(f"{file} of {name!r} is damaged; mend it, or give prompt.template.") from error
+        raise ValueError(f"{file} of {name!r} is damaged; mend it, or give template.") from error
     return content if isinstance(content, dict) else {}
 
 
@@ -111,4 +107,4 @@ def _found(name: str, file: str, revision: str | None) -> Path | None:
     except (EntryNotFoundError, OSError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
-        raise OSError(f"can't ask the Hub which prompt {name!r} was trained with; give prompt.template.") from error
+        raise OSError(f"can't ask the Hub which prompt {name!r} was trained with; give template.") from error

@@ -20,7 +20,7 @@ from .names import cached_revision, hub_name, paths_in, without_paths
 from .report.card import LIBRARY, name_repository
 from .secrets import holds_token, without_token_keys, without_tokens
 from .storage import delete, read_json, written_whole
-from .typed_settings import parse_yaml, read_text
+from .typed_settings import OneMeaning, parse_yaml, read_text
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -212,7 +212,7 @@ def published(folder: str | Path, file: str) -> bytes | Path:
     """
     path = Path(folder, file)
     if file == "recipe.yaml":
-        recipe = without_paths(without_token_keys(parse_yaml(read_text(path), file)))
+        recipe = without_paths(without_token_keys(parse_yaml(read_text(path), file, OneMeaning)))
         return dump_recipe(recipe).encode()
     keys = {"adapter_config.json": ("base_model_name_or_path", "revision"),
             "adaptation.json": ("base_model", "base_revision")}.get(file)  # fmt: skip

@@ -72,7 +72,10 @@ def left_by_training(folder: str | Path) -> str:
     newest = newest_whole_checkpoint(folder)
     if newest is None:
         return f"no checkpoint in {str(folder)!r} is whole, so it would begin anew."
-    return f"{str(newest)!r} is whole: the same command goes on from there with --resume, without --overwrite."
+    return (
+        f"{str(newest)!r} is whole: the same command goes on from there with "
+        "--resume_from_checkpoint true, without --overwrite."
+    )
 
 
 def left_by_evaluation(folder: str | Path) -> str:

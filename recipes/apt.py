@@ -9,7 +9,7 @@ model card. `--prompts.design V` chooses another design, `--compare coop` trains
 
 from pathlib import Path
 
-from hf_robust_clip.cli import run_recipe
+from hf_robust_clip.cli import run
 
 if __name__ == "__main__":
-    run_recipe("apt", Path(__file__).parent / "configs/digits-clip/apt.yaml", __doc__)
+    run("train", Path(__file__).parent / "configs/digits-clip/apt.yaml", __doc__)

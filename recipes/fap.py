@@ -6,7 +6,7 @@ accelerate launch recipes/fap.py --config recipes/configs/clip-vit-base-patch32/
 
 from pathlib import Path
 
-from hf_robust_clip.cli import run_recipe
+from hf_robust_clip.cli import run
 
 if __name__ == "__main__":
-    run_recipe("fap", Path(__file__).parent / "configs/digits-clip/fap.yaml", __doc__)
+    run("train", Path(__file__).parent / "configs/digits-clip/fap.yaml", __doc__)

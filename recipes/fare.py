@@ -6,7 +6,7 @@ accelerate launch recipes/fare.py --config recipes/configs/clip-vit-large-patch1
 
 from pathlib import Path
 
-from hf_robust_clip.cli import run_recipe
+from hf_robust_clip.cli import run
 
 if __name__ == "__main__":
-    run_recipe("fare", Path(__file__).parent / "configs/digits-clip/fare.yaml", __doc__)
+    run("train", Path(__file__).parent / "configs/digits-clip/fare.yaml", __doc__)

@@ -9,7 +9,7 @@ and model card. `--compare tecoa` trains a second method on the same data and se
 
 from pathlib import Path
 
-from hf_robust_clip.cli import run_recipe
+from hf_robust_clip.cli import run
 
 if __name__ == "__main__":
-    run_recipe("pmg_aft", Path(__file__).parent / "configs/digits-clip/pmg_aft.yaml", __doc__)
+    run("train", Path(__file__).parent / "configs/digits-clip/pmg_aft.yaml", __doc__)

@@ -5,12 +5,12 @@
 
 Trains prompts (adversarially, and clean ones for their statistics), collects the statistics, evaluates the static
 prompts and the defence: under an attack that doesn't know it, under attacks through it, and beside its controls.
-Writes adapter, statistics, report, plot and model card; `TAPT.from_pretrained(folder)` restores the defence.
+Writes adapter, statistics, report, plot and model card; `DefendedClassifier.from_pretrained(folder)` restores it.
 """
 
 from pathlib import Path
 
-from hf_robust_clip.cli import run_recipe
+from hf_robust_clip.cli import run
 
 if __name__ == "__main__":
-    run_recipe("tapt", Path(__file__).parent / "configs/digits-clip/tapt.yaml", __doc__)
+    run("train", Path(__file__).parent / "configs/digits-clip/tapt.yaml", __doc__)

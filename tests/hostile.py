@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import datasets
 import torch
 from accelerate.state import AcceleratorState
+from command_words import last_of_each
 from conftest import CLASS_NAMES, make_clip, make_processor
 from datasets import ClassLabel, Dataset, Features, Image
 from peft import LoraConfig, get_peft_model
@@ -38,11 +39,22 @@ from transformers import CLIPTokenizer
 
 from hf_robust_clip import TTC, CLIPForZeroShotClassification, DefendedClassifier, cli
 from hf_robust_clip.report import load_reports
+from hf_robust_clip.runs.shared import load_model
 from hf_robust_clip.zero_shot_data.loading import load_image_dataset
 
 CONFIGS = Path(__file__).parents[1] / "recipes/configs"
 EVALUATION, TRAINING = CONFIGS / "evaluate.yaml", CONFIGS / "digits-clip/pmg_aft.yaml"
-SMALL = ("--dataset", "digits", "--max_images", "2", "--attacks", "pgd-1", "--radii", "[1/255]", "--device", "cpu")
+SMALL = (
+    "--dataset_name",
+    "digits",
+    "--max_images",
+    "2",
+    "--evaluation.attacks",
+    "pgd-1",
+    "--evaluation.radii",
+    "[1/255]",
+    "--use_cpu",
+)
 ERRORS = (ValueError, TypeError, OSError, FloatingPointError)
 LONGEST = 900  # characters of a line that refuses
 ROWS: dict[str, Callable[[], object]] = {}
@@ -98,12 +110,12 @@ def command(*words: str) -> tuple[int, str, str]:
 
 
 def evaluate(*words: str, config: Path | str = EVALUATION) -> tuple[int, str, str]:
-    return command("evaluate", "--config", str(config), *SMALL, *words)
+    return command("evaluate", *last_of_each("--config", config, *SMALL, *words))
 
 
 def train(*words: str, config: Path | str = TRAINING) -> tuple[int, str, str]:
-    small = ("--data.max_images", "8", "--training.max_steps", "1", "--device", "cpu")
-    return command("train", "pmg_aft", "--config", str(config), *small, *words)
+    small = ("--max_images", "8", "--max_steps", "1", "--use_cpu")
+    return command("train", *last_of_each("--config", config, *small, *words))
 
 
 def ends(done: tuple[int, str, str], *words: str) -> None:
@@ -146,7 +158,7 @@ def load(name: Path | str) -> CLIPForZeroShotClassification:
 def refuses_model(folder: Path, *words: str) -> None:
     """A folder that neither of the two ways to load takes."""
     refused(lambda: load(folder), *words)
-    refused(lambda: cli.load_model(cli.ModelSettings(str(folder))), *words)
+    refused(lambda: load_model(str(folder)), *words)
 
 
 def picture(path: str | Path, size: tuple[int, int] = (8, 8)) -> Path:
@@ -182,7 +194,7 @@ def an_output_folder_is_what_was_typed(text: str) -> None:
 def an_output_folder_in_a_file_is_what_was_written(text: str) -> None:
     Path(text).mkdir()
     Path(text, "mine").touch()
-    own = EVALUATION.read_text().partition("\nrun:")[0] + f"\nrun: {{output_dir: {text}}}\n"
+    own = EVALUATION.read_text().partition("\noutput_dir:")[0] + f"\noutput_dir: {text}\n"
     Path("own.yaml").write_text(own)
     ends(evaluate(config="own.yaml"), repr(text), "not empty")
 
@@ -194,24 +206,30 @@ def the_name_of_a_task_is_what_was_written(text: str) -> None:
 
 
 @row(
-    list_for_a_section="run: [a]",
-    text_for_a_section="run: a",
-    repeated_key="run: {output_dir: a, output_dir: b}",
-    repeated_section="run: {output_dir: a}\nrun: {output_dir: b}",
+    list_for_a_text="output_dir: [a]",
+    mapping_for_a_text="output_dir: {a: b}",
+    text_for_a_section="evaluation: a",
+    list_for_a_section="evaluation: [a]",
+    repeated_key="output_dir: a\noutput_dir: b",
+    repeated_inner_key="evaluation: {seed: 1, seed: 2}",
     number="12",
-    cut_short="run: {output_dir: ",
-    tag="run: !!python/object/apply:os.system [touch owned]",
-    unknown_alias="run: *nothing",
-    holds_itself="run: &a {output_dir: *a}",
-    two_documents="run: {output_dir: a}\n---\nrun: {output_dir: b}",
-    control="run: {output_dir: a\x01}",
-    tab="run:\n\toutput_dir: a",
-    deep="run: " + "[" * 3000 + "]" * 3000,
-    long_integer="run: {output_dir: out}\nevaluation: {seed: " + "9" * 10000 + "}",
+    cut_short="tasks: {dataset: ",
+    tag="output_dir: !!python/object/apply:os.system [touch owned]",
+    unknown_alias="output_dir: *nothing",
+    holds_itself="evaluation: &a {radii: *a}",
+    two_documents="output_dir: a\n---\noutput_dir: b",
+    control="output_dir: a\x01",
+    tab="evaluation:\n\tradii: a",
+    deep="tasks: " + "[" * 3000 + "]" * 3000,
+    long_integer="output_dir: out\nevaluation: {seed: " + "9" * 10000 + "}",
     key_that_is_a_list="? [a, b]\n: c",
-    null_byte='run: {output_dir: "a\\0b"}',
-    half_a_character='run: {output_dir: "\\ud800"}',
-    nested_value="evaluation: {batch_size: {a: {b: 1}}}\nrun: {output_dir: out}",
+    null_byte='output_dir: "a\\0b"',
+    half_a_character='output_dir: "\\ud800"',
+    nested_value="evaluation: {batch_size: {a: {b: 1}}}\noutput_dir: out",
+    no_class="output_dir: out\ndefence: {class_path: no_such.Class}",
+    class_of_another_kind="output_dir: out\ndefence: {class_path: hf_robust_clip.PMGAFT}",
+    unknown_setting_of_a_class="output_dir: out\ndefence: {class_path: TTC, init_args: {no_such: 1}}",
+    function_for_a_class="output_dir: out\ndefence: os.getcwd",
 )
 def a_config_that_is_wrong(text: str) -> None:
     Path("own.yaml").write_text(text)
@@ -229,7 +247,7 @@ def aliases_nine_deep() -> None:
     assert time.perf_counter() - begun < 2
 
 
-@row(latin="run: {output_dir: café}".encode("latin-1"), utf16="run: {}".encode("utf-16"), bytes=bytes(range(256)))
+@row(latin="output_dir: café".encode("latin-1"), utf16="seed: 1".encode("utf-16"), bytes=bytes(range(256)))
 def a_config_in_another_encoding(content: bytes) -> None:
     Path("own.yaml").write_bytes(content)
     ends(evaluate(config="own.yaml"), "own.yaml")
@@ -261,7 +279,7 @@ def a_config_that_is_a_folder() -> None:
     ("log_level", "no_such"), ("neftune_noise_alpha", "1"), ("gradient_checkpointing", "[]"), ("max_steps", "1.5"),
 ))  # fmt: skip
 def a_setting_of_a_training(pair: tuple[str, str]) -> None:
-    done = train(f"--training.{pair[0]}", pair[1], "--output_dir", "out")
+    done = train(f"--{pair[0]}", pair[1], "--output_dir", "out")
     ends(done)
     assert pair[0] in done[2] or pair[1].lower() in done[2].lower(), done[2]
     assert not Path("out").exists()
@@ -386,7 +404,7 @@ def a_processor(change: tuple[str, object]) -> None:
     edit(folder / "processor_config.json", "image_processor", change[0], value=change[1])
     picture("set/test/a/1.png"), picture("set/test/b/1.png")
     refused(lambda: load_image_dataset("set", "test", load(folder).require_processor())[0])
-    ends(evaluate("--model", "model", "--dataset", "set", "--output_dir", "out"))
+    ends(evaluate("--model_name_or_path", "model", "--dataset_name", "set", "--output_dir", "out"))
 
 
 @row
@@ -447,7 +465,7 @@ def a_saved_defence(change: tuple[str, object]) -> None:
 @row(**each("no such", "-x", "a/b/c", "..", "\x00", "a" * 300, "http://localhost:1/x", "hf://x", "~root", "", "a\nb"))
 def the_name_of_a_model(name: str) -> None:
     refused(lambda: load(name))
-    ends(evaluate("--model", name, "--output_dir", "out"))
+    ends(evaluate("--model_name_or_path", name, "--output_dir", "out"))
 
 
 # ---- code, and files elsewhere
@@ -570,7 +588,7 @@ def a_card_of_a_damaged_report(text: str) -> None:
 )
 def a_task_of_a_strange_name(name: str) -> None:
     tasks = json.dumps([{"name": name, "dataset": "digits", "split": "test", "max_images": 2}])
-    small = ("--attacks", "pgd-1", "--radii", "[1/255]", "--device", "cpu", "--output_dir", "mine")
+    small = ("--evaluation.attacks", "pgd-1", "--evaluation.radii", "[1/255]", "--use_cpu", "--output_dir", "mine")
     status, out, error = command("evaluate", "--config", str(EVALUATION), "--tasks", tasks, *small)
     if "\t" in name:
         ends((status, out, error), "name")
@@ -590,7 +608,7 @@ def a_task_of_a_name_that_is_refused(name: str) -> None:
 @row
 def a_model_in_the_current_folder() -> None:
     load("digits-clip").save_pretrained(".")
-    assert evaluate("--model", ".", "--output_dir", "mine")[0] == 0
+    assert evaluate("--model_name_or_path", ".", "--output_dir", "mine")[0] == 0
     assert load_reports("mine/report.json")[0][0].name
 
 

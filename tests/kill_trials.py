@@ -22,20 +22,21 @@ sys.path.append(str(Path(__file__).with_name("support")))
 
 import test_recipes
 import test_tapt_recipe
+from command_words import last_of_each
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from training_script import digits_report, long_run, state
 
-from hf_robust_clip.cli import run_recipe
+from hf_robust_clip.cli import run as run_command
 from hf_robust_clip.digests import digest
 from hf_robust_clip.report import read_report_file
 from hf_robust_clip.training.checkpoints import RUN_FILE, NothingToResume
 
 RECIPES = {
-    "pmg_aft": (test_recipes.DEFAULT, [*test_recipes.SMALL, "--training.save_steps", "1"]),
+    "pmg_aft": (test_recipes.DEFAULT, [*test_recipes.SMALL, "--save_steps", "1"]),
     "tapt": (
         test_tapt_recipe.CONFIGS / "digits-clip/tapt.yaml",
-        [*test_tapt_recipe.SMALL, "--training.save_steps", "1"],
+        [*test_tapt_recipe.SMALL, "--save_steps", "1"],
     ),
 }
 FEW = 10  # files, at which alone killing would leave most of a run out
@@ -98,13 +99,13 @@ def evaluate(folder, at=None, result=None):
         result.write_text(json.dumps(found))
 
 
-def recipe(folder, at=None, result=None, method="pmg_aft", words=("--resume",)):
+def recipe(folder, at=None, result=None, method="pmg_aft", words=("--resume_from_checkpoint", "true")):
     """A training script; what is kept of it are all weights and figures."""
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)  # from where a card names the output folder
     watch_files(folder, at)
     default, small = RECIPES[method]
-    run_recipe(method, default, "", [*small, "--output_dir", str(folder / "out"), *words])
+    run_command("train", default, "", last_of_each(*small, "--output_dir", folder / "out", *words))
     if result is not None:
         result.write_text(json.dumps(weights_and_figures(folder / "out")))
 
@@ -137,7 +138,7 @@ def tensor_digests(file):
 def overwrites(folder, count):
     """Kill a script at `count` points while it trains over a finished folder, and look what lies there."""
     folder.mkdir(parents=True)
-    more = ("--training.max_steps", "3", "--overwrite")
+    more = ("--max_steps", "3", "--overwrite")
     child(lambda: recipe(folder / "old"))
     shutil.copytree(folder / "old", folder / "new")
     child(lambda: recipe(folder / "new", words=more))

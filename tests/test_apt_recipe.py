@@ -11,26 +11,28 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from command_words import last_of_each
 from huggingface_hub import ModelCard
 from peft import PeftModel
 
 from hf_robust_clip import CLIPForZeroShotClassification, digits_clip_path
-from hf_robust_clip.cli import ModelSettings, load_model, run_evaluation, run_recipe
+from hf_robust_clip.cli import run as run_command
 from hf_robust_clip.report import load_reports, regenerate_card
+from hf_robust_clip.runs.shared import load_model
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "recipes/configs"
-SMALL = ["--data.shots", "3", "--training.max_steps", "2", "--training.logging_steps", "1",
-         "--training.per_device_train_batch_size", "8", "--evaluation.attack", "pgd-2",
+SMALL = ["--shots", "3", "--max_steps", "2", "--logging_steps", "1",
+         "--per_device_train_batch_size", "8", "--evaluation.attack", "pgd-2",
          "--evaluation.radii", "[16/255]", "--tasks", "[{name: few, dataset: digits, split: test, max_images: 20}]",
-         "--training.learning_rate", "1.0"]  # fmt: skip
+         "--learning_rate", "1.0"]  # fmt: skip
 
 
-def run(*words, method="apt"):
+def run(*words):
     AcceleratorState._reset_state(reset_partial_state=True)
-    run_recipe(method, CONFIGS / "digits-clip/apt.yaml", "", [*SMALL, *map(str, words)])
+    run_command("train", CONFIGS / "digits-clip/apt.yaml", "", last_of_each(*SMALL, *words))
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +86,10 @@ def test_the_figures_are_those_of_the_saved_adapter(finished):
     assert [(r.name, r.num_images) for r in own] == [("APT-VLI", 20)]
     assert [r.name for r in compared] == ["undefended", "CoOp"]
     again = Path("again")
-    words = ["--model", folder, "--dataset", "digits", "--max_images", "20", "--attacks", "pgd-2",
-             "--radii", "[16/255]", "--template", "a photo of a {}.", "--output_dir", again,
+    words = ["--model_name_or_path", folder, "--dataset_name", "digits", "--max_images", "20", "--evaluation.attacks",
+             "pgd-2", "--evaluation.radii", "[16/255]", "--template", "a photo of a {}.", "--output_dir", again,
              "--compare", "digits-clip"]  # fmt: skip
-    run_evaluation(CONFIGS / "evaluate.yaml", "", [*map(str, words)])
+    run_command("evaluate", CONFIGS / "evaluate.yaml", "", [*map(str, words)])
     found, others = load_reports(again / "report.json")
     assert (found[0].clean_accuracy, found[0].robust_accuracy) == (own[0].clean_accuracy, own[0].robust_accuracy)
     assert others[0].clean_accuracy == compared[0].clean_accuracy
@@ -96,7 +98,7 @@ def test_the_figures_are_those_of_the_saved_adapter(finished):
 
 def test_an_adapter_is_loaded_on_its_base(finished):
     folder, _ = finished
-    found = load_model(ModelSettings(str(folder)))
+    found = load_model(str(folder))
     base = CLIPForZeroShotClassification.from_pretrained(digits_clip_path()).eval()
     wanted = PeftModel.from_pretrained(
         CLIPForZeroShotClassification.from_pretrained(digits_clip_path()), folder
@@ -110,15 +112,15 @@ def test_an_adapter_is_loaded_on_its_base(finished):
 
 def test_a_recipe_does_not_start_from_an_adapter(finished, capsys):
     with pytest.raises(SystemExit):
-        run("--output_dir", "out", "--model.name", finished[0])
+        run("--output_dir", "out", "--model_name_or_path", finished[0])
     assert "is an adapter; name the model that it stands on" in capsys.readouterr().err
     assert not Path("out").exists()
 
 
 def test_the_saved_recipe_gives_the_same_adapter(finished):
     folder, _ = finished
-    run_recipe("apt", CONFIGS / "digits-clip/apt.yaml", "", ["--config", str(folder / "recipe.yaml"), "--output_dir",
-               "again", "--compare", "[]"])  # fmt: skip
+    words = ["--config", str(folder / "recipe.yaml"), "--output_dir", "again", "--compare", "[]"]
+    run_command("train", CONFIGS / "digits-clip/apt.yaml", "", words)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (folder / name).read_bytes() == Path("again", name).read_bytes(), name
 
@@ -126,7 +128,7 @@ def test_the_saved_recipe_gives_the_same_adapter(finished):
 @pytest.mark.parametrize("design", ["V", "VLJ", "T", "pixel"])
 def test_other_designs_run_too(design):
     border = ["--prompts.border_width", "1"] if design == "pixel" else []  # of other designs it is refused
-    run("--output_dir", "out", "--prompts.design", design, *border, "--training.max_steps", "1")
+    run("--output_dir", "out", "--prompts.design", design, *border, "--max_steps", "1")
     assert load_reports("out/report.json")[0][0].name == f"APT-{design}"
     saved = yaml.safe_load(Path("out/recipe.yaml").read_text())["prompts"]
     assert saved["design"] == design
@@ -134,7 +136,7 @@ def test_other_designs_run_too(design):
 
 
 def test_random_crops_of_whole_pictures():
-    run("--output_dir", "out", "--data.augment", "true", "--training.max_steps", "1")
+    run("--output_dir", "out", "--augment", "true", "--max_steps", "1")
     assert Path("out/adapter_model.safetensors").is_file()
 
 
@@ -145,10 +147,10 @@ WRONG = {
     ),
     "too many tokens": (["--prompts.num_text_tokens", "40"], "num_text_tokens=40 leaves no place"),
     "too few words": (["--prompts.context_init", "photo"], "context_init='photo' has 1 tokens for num_text_tokens=2"),
-    "prompts over class names": (["--prompt.template", "a {}"], "has only 1 before the class name"),
-    "unknown design": (["--prompts.design", "W"], "prompts.design='W' must be"),
-    "too many shots": (["--data.shots", "5000"], "5000"),
-    "no shots": (["--data.shots", "0"], "0"),
+    "prompts over class names": (["--template", "a {}"], "has only 1 before the class name"),
+    "unknown design": (["--prompts.design", "W"], '"prompts.design"'),
+    "too many shots": (["--shots", "5000"], "5000"),
+    "no shots": (["--shots", "0"], "0"),
 }
 
 

@@ -20,11 +20,14 @@ def folder(tmp_path):
     ("files", "expected"),
     [
         ({}, ()),
-        ({"recipe.yaml": "prompt: {template: 'a {}'}\ntraining: {}\n"}, ("a {}",)),
-        ({"recipe.yaml": "training: {eps: 1/255}\n"}, (PAPER,)),  # what a recipe takes that says nothing
+        ({"recipe.yaml": "template: 'a {}'\nobjective: TeCoA\n"}, ("a {}",)),
+        ({"recipe.yaml": "objective: TeCoA\neps: 1/255\n"}, (PAPER,)),  # what a recipe takes that says nothing
         ({"recipe.yaml": "sources: []\n"}, ()),  # of a pretraining
         ({"report.json": json.dumps({"card": {"template": "one {}"}})}, ("one {}",)),
-        ({"recipe.yaml": "training: {}\n", "report.json": json.dumps({"card": {"template": "one {}"}})}, ("one {}",)),
+        (
+            {"recipe.yaml": "objective: TeCoA\n", "report.json": json.dumps({"card": {"template": "one {}"}})},
+            ("one {}",),
+        ),
         ({"adaptation.json": json.dumps({"templates": ["a {}", "one {}"]})}, ("a {}", "one {}")),
     ],
     ids=["nothing", "recipe", "recipe without", "other recipe", "card", "card and recipe without", "defence"],
@@ -36,7 +39,7 @@ def test_the_prompt_of_the_training(folder, files, expected):
 
 
 def test_a_checkpoint_inside_a_runs_folder_has_its_prompt(folder):
-    (folder / "recipe.yaml").write_text("prompt: {template: 'a {}'}\n")
+    (folder / "recipe.yaml").write_text("template: 'a {}'\n")
     (folder / "checkpoint-20").mkdir()
     (folder / "other").mkdir()
     assert trained_templates(str(folder / "checkpoint-20/")) == ("a {}",)
@@ -49,7 +52,7 @@ def test_the_embedded_model_has_none_and_asks_nobody():
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("recipe.yaml", "prompt: {template: 'a photo'}"), ("recipe.yaml", "prompt: ["), ("report.json", "{")],
+    [("recipe.yaml", "template: 'a photo'"), ("recipe.yaml", "template: ["), ("report.json", "{")],
 )
 def test_what_can_not_be_read_is_refused_by_its_file(folder, name, text):
     (folder / name).write_text(text)
@@ -61,7 +64,7 @@ def test_what_can_not_be_read_is_refused_by_its_file(folder, name, text):
 def test_offline_nobody_guesses_the_prompt_of_a_repository(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(OSError, match=r"'org/robust'.*prompt\.template"):
+    with pytest.raises(OSError, match=r"'org/robust'.*template"):
         trained_templates("org/robust")
     assert known_templates("org/robust") == ()
 

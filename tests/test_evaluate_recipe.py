@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hf_robust_clip.cli import EVALUATION_SECTIONS, load_data, load_model, main, parse_arguments, read_evaluation
+from hf_robust_clip.cli import main
 from hf_robust_clip.report import load_reports
+from hf_robust_clip.runs.evaluate import read
+from hf_robust_clip.runs.shared import load_data, load_model
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "recipes/evaluate.py")
 TWO = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/two_cpu_processes.yaml"),
        "--main_process_port", "0"]  # fmt: skip
-WORDS = ["--dataset", "digits", "--max_images", "16", "--attacks", "[pgd-5, apgd-ce]", "--radii", "[8/255, 16/255]",
+WORDS = ["--dataset_name", "digits", "--max_images", "16", "--evaluation.attacks", "[pgd-5, apgd-ce]",
+         "--evaluation.radii", "[8/255, 16/255]",
          "--evaluation.batch_size", "4", "--reference", "digits-clip"]  # fmt: skip
 
 
@@ -102,25 +105,19 @@ def test_a_stream_is_read_no_further_than_asked(tmp_path):
         (tmp_path / "pictures/test" / name).mkdir(parents=True)
         for i in range(3):
             Image.new("RGB", (8, 8), (40 * i, 80, 120)).save(tmp_path / "pictures/test" / name / f"{i}.png")
-    words = ["--dataset", str(tmp_path / "pictures"), "--max_images", "4", "--streaming", "true"]
-    recipe = read_evaluation(
-        parse_arguments(
-            [*words, "--output_dir", str(tmp_path / "out")],
-            ROOT / "recipes/configs/evaluate.yaml",
-            EVALUATION_SECTIONS,
-        )
-    )
-    data = load_data(recipe.tasks[0], load_model(recipe.model))
+    words = ["--dataset_name", str(tmp_path / "pictures"), "--max_images", "4", "--streaming", "true"]
+    run = read([*words, "--output_dir", str(tmp_path / "out")], ROOT / "recipes/configs/evaluate.yaml")
+    data = load_data(run.tasks[0], load_model(run.model.model_name_or_path))
     assert (len(data), data.class_names) == (4, ("one", "zero"))
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "no/such-model"], "can't load 'no/such-model'"),
-        (["--dataset", "no/such-data"], "can't load dataset"),
-        (["--dataset", "digits", "--class_names", "no-such-file"], "no-such-file"),
-        (["--attacks", "pdg-3"], "unknown attack"),
+        (["--model_name_or_path", "no/such-model"], "can't load 'no/such-model'"),
+        (["--dataset_name", "no/such-data"], "can't load dataset"),
+        (["--dataset_name", "digits", "--class_names", "no-such-file"], "no-such-file"),
+        (["--evaluation.attacks", "pdg-3"], "attack='pdg-3'"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(words, message, tmp_path, monkeypatch, capsys):

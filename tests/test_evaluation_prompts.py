@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from command_words import last_of_each
 
 from hf_robust_clip import CLIPForZeroShotClassification, digits_clip_path
-from hf_robust_clip.cli import run_evaluation
+from hf_robust_clip.cli import run as run_command
 from hf_robust_clip.report import load_reports, prompt_hash
 
 CONFIG = Path(__file__).parents[1] / "recipes/configs/evaluate.yaml"
@@ -23,7 +24,7 @@ def models(tmp_path_factory):
     """a/robust and b/robust, trained with other prompts, and one whose gradients vanish."""
     root = tmp_path_factory.mktemp("models")
     model = CLIPForZeroShotClassification.from_pretrained(digits_clip_path())
-    for name, recipe in (("a/robust", f"prompt: {{template: '{TRAINED}'}}"), ("b/robust", "training: {}")):
+    for name, recipe in (("a/robust", f"template: '{TRAINED}'"), ("b/robust", "objective: TeCoA")):
         model.save_pretrained(root / name)
         (root / name / "recipe.yaml").write_text(recipe)
     with torch.no_grad():
@@ -42,14 +43,23 @@ def workplace(models, monkeypatch):
 
 
 def run(*words):
-    few = ["--dataset", "digits", "--max_images", "6", "--attacks", "pgd-1", "--radii", "[8/255]"]
-    run_evaluation(CONFIG, "", [*few, "--output_dir", "out", *words])
+    few = [
+        "--dataset_name",
+        "digits",
+        "--max_images",
+        "6",
+        "--evaluation.attacks",
+        "pgd-1",
+        "--evaluation.radii",
+        "[8/255]",
+    ]
+    run_command("evaluate", CONFIG, "", last_of_each(*few, "--output_dir", "out", *words))
     own, others = load_reports("out/report.json")
     return [*own, *others]
 
 
 def test_the_prompt_of_the_training_is_taken_and_named(capsys):
-    (report,) = run("--model", "a/robust/")
+    (report,) = run("--model_name_or_path", "a/robust/")
     assert report.templates == (TRAINED,)
     names = list(report.per_class)
     assert report.prompt_hash == prompt_hash(names, [TRAINED]) != prompt_hash(names, [PAPER])
@@ -63,7 +73,7 @@ def test_the_prompt_of_the_training_is_taken_and_named(capsys):
 
 
 def test_a_prompt_that_is_asked_for_goes_before_it(capsys):
-    (report,) = run("--model", "a/robust", "--template", "one {}")
+    (report,) = run("--model_name_or_path", "a/robust", "--template", "one {}")
     assert report.templates == ("one {}",)
     assert f'NOTE: robust was trained with the prompt "{TRAINED}", and is evaluated with "one {{}}".' in (
         capsys.readouterr().out
@@ -71,13 +81,13 @@ def test_a_prompt_that_is_asked_for_goes_before_it(capsys):
 
 
 def test_where_nobody_says_it_the_datasets_own_is_taken(capsys):
-    (report,) = run("--model", "digits-clip")
+    (report,) = run("--model_name_or_path", "digits-clip")
     assert report.templates == (PAPER,)
     assert f'prompt "{PAPER}"' in capsys.readouterr().out
 
 
 def test_models_of_one_name_and_of_other_prompts_are_told_apart(capsys):
-    reports = run("--model", "b/../a/robust/.", "--compare", "[./b/robust/]", "--reference", "b/robust")
+    reports = run("--model_name_or_path", "b/../a/robust/.", "--compare", "[./b/robust/]", "--reference", "b/robust")
     assert [report.name for report in reports] == ["a/robust", "b/robust"]
     assert [report.templates for report in reports] == [(TRAINED,)] * 2
     printed = capsys.readouterr().out
@@ -90,7 +100,7 @@ def test_models_of_one_name_and_of_other_prompts_are_told_apart(capsys):
 
 
 def test_a_blind_attack_is_told_loudly(capsys):
-    seeing, masked = run("--model", "a/robust", "--compare", "[masked]")
+    seeing, masked = run("--model_name_or_path", "a/robust", "--compare", "[masked]")
     assert seeing.zero_gradient_share < 0.05 < masked.zero_gradient_share
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
     assert f"PGD-1 on masked, digits: {100 * masked.zero_gradient_share:.1f} %" in line

@@ -16,20 +16,24 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from command_words import last_of_each
 from test_evaluate_recipe import SCRIPT, TWO, start
 
 from hf_robust_clip import EvaluationSettings, cli, report
+from hf_robust_clip.arguments import Images
 from hf_robust_clip.evaluation import loop
 from hf_robust_clip.report import load_reports
+from hf_robust_clip.runs import evaluate, shared
+from hf_robust_clip.runs.shared import load_data, load_model
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 CONFIGS = Path(__file__).parents[1] / "recipes/configs"
-EVALUATION = ["evaluate", "--config", str(CONFIGS / "evaluate.yaml"), "--dataset", "digits", "--max_images", "4",
-              "--attacks", "pgd-1", "--radii", "[1/255]", "--device", "cpu"]  # fmt: skip
-TRAINING = ["train", "pmg_aft", "--config", str(CONFIGS / "digits-clip/pmg_aft.yaml"), "--data.max_images", "8",
-            "--training.max_steps", "2", "--training.per_device_train_batch_size", "4", "--device", "cpu",
-            "--training.save_strategy", "steps", "--training.save_steps", "1",
+EVALUATION = ["evaluate", "--config", str(CONFIGS / "evaluate.yaml"), "--dataset_name", "digits", "--max_images", "4",
+              "--evaluation.attacks", "pgd-1", "--evaluation.radii", "[1/255]", "--use_cpu"]  # fmt: skip
+TRAINING = ["train", "--config", str(CONFIGS / "digits-clip/pmg_aft.yaml"), "--max_images", "8",
+            "--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu",
+            "--save_strategy", "steps", "--save_steps", "1",
             "--evaluation.attack", "pgd-1", "--evaluation.radii", "[1/255]",
             "--tasks", "[{name: own, dataset: digits, split: test, max_images: 4}]"]  # fmt: skip
 WRITTEN = {
@@ -42,7 +46,7 @@ def run(words, *more) -> int:
     """The status that a command line ends with."""
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        cli.main([*words, "--output_dir", "out", *more])
+        cli.main([words[0], *last_of_each(*words[1:], "--output_dir", "out", *more)])
     except SystemExit as end:
         return end.code
     return 0
@@ -121,7 +125,7 @@ def test_what_did_not_fit_is_tried_once_more(monkeypatch, capsys):
 def test_a_training_on_a_disk_that_fills(full_from, monkeypatch, capsys):
     """Weights that don't fit at first are kept, and written once there is space."""
     Disk(monkeypatch, full_from, files=1)
-    assert run(TRAINING, "--training.save_strategy", "no") == 0
+    assert run(TRAINING, "--save_strategy", "no") == 0
     assert names() >= WRITTEN["train"]
     assert "WARNING" in capsys.readouterr().out
 
@@ -132,7 +136,7 @@ def test_a_training_on_a_disk_that_is_full_from_any_file_on(monkeypatch, capsys)
         shutil.rmtree("out", ignore_errors=True)
         with monkeypatch.context() as patch:
             disk = Disk(patch, full_from)
-            status = run(TRAINING, "--training.save_strategy", "no")
+            status = run(TRAINING, "--save_strategy", "no")
         if full_from >= disk.moved:
             break
         captured = capsys.readouterr()
@@ -158,7 +162,7 @@ def files_up_to(size: int):
 
 def test_weights_that_do_not_fit_take_nothing_with_them(capsys):
     with files_up_to(1_200_000):
-        assert run(TRAINING, "--training.save_strategy", "no") == 2
+        assert run(TRAINING, "--save_strategy", "no") == 2
     captured = capsys.readouterr()
     assert "\nown under " in captured.out and "\n  PMG-AFT " in captured.out
     (error,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
@@ -200,7 +204,7 @@ def test_a_small_disk(words, size, tmp_path):
 
 @pytest.mark.parametrize("words", [EVALUATION, TRAINING], ids=["evaluate", "train"])
 def test_a_folder_that_can_not_be_written_is_found_before_any_work(words, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "load_model", lambda settings: pytest.fail("work was begun"))
+    monkeypatch.setattr(shared, "load_model", lambda *settings: pytest.fail("work was begun"))
     Path("out").symlink_to("/proc/nowhere")
     assert run(words) == 2
     assert "output_dir='out'" in error_line(capsys)
@@ -216,7 +220,7 @@ def test_a_folder_that_is_deleted_meanwhile_is_made_again(words, monkeypatch):
         return found
 
     monkeypatch.setattr(loop, "evaluate_robustness", evaluate_robustness)
-    more = [] if words is EVALUATION else ["--training.save_strategy", "no"]
+    more = [] if words is EVALUATION else ["--save_strategy", "no"]
     Path("out").mkdir()
     assert run(words, *more) == 0
     assert names() >= {"report.json", "recipe.yaml"}
@@ -245,7 +249,7 @@ def test_a_plot_that_fails_takes_nothing_with_it(words, monkeypatch, capsys):
 def test_names_that_look_like_formulas_are_shown_as_they_are(capsys):
     names_of_tasks = ["$x^{_a$", "a_b $\\frac$", "[red]x[/red]"]
     tasks = json.dumps([{"name": n, "dataset": "digits", "split": "test", "max_images": 2} for n in names_of_tasks])
-    assert run(TRAINING, "--tasks", tasks, "--training.save_strategy", "no") == 0
+    assert run(TRAINING, "--tasks", tasks, "--save_strategy", "no") == 0
     out = capsys.readouterr().out
     assert "WARNING" not in out and all(f"{name} under PGD" in out for name in names_of_tasks)
     assert names() >= WRITTEN["train"]
@@ -253,16 +257,16 @@ def test_names_that_look_like_formulas_are_shown_as_they_are(capsys):
 
 
 def test_a_model_in_the_current_folder_is_evaluated(monkeypatch):
-    cli.load_model(cli.ModelSettings("digits-clip")).save_pretrained("here")
+    load_model("digits-clip").save_pretrained("here")
     monkeypatch.chdir("here")
-    assert run(EVALUATION, "--model", ".") == 0
+    assert run(EVALUATION, "--model_name_or_path", ".") == 0
     assert load_reports("out/report.json")[0][0].name == "here"
 
 
 @pytest.mark.parametrize("name", ["", " ", "a\nb"])
 def test_a_name_that_can_not_be_shown_is_found_before_any_image(name, monkeypatch, tmp_path):
-    model = cli.load_model(cli.ModelSettings("digits-clip"))
-    data = cli.load_data(cli.DataSettings("digits", "test"), model).first(2)
+    model = load_model("digits-clip")
+    data = load_data(Images("digits", "test"), model).first(2)
     model.set_classes(data.class_names)
     monkeypatch.setattr(loop, "_Evaluation", lambda *a, **k: pytest.fail("work was begun"))
     for argument in ("name", "task", "model_id"):
@@ -275,7 +279,7 @@ def test_a_name_that_can_not_be_shown_is_found_before_any_image(name, monkeypatc
 
 
 def test_a_card_with_half_a_character_keeps_the_old_one(monkeypatch, capsys):
-    assert run(TRAINING, "--training.save_strategy", "no") == 0
+    assert run(TRAINING, "--save_strategy", "no") == 0
     before = Path("out/README.md").read_text()
     file = Path("out/report.json")
     file.write_text(file.read_text().replace('"limits": "', '"limits": "\\ud800 '))
@@ -286,7 +290,7 @@ def test_a_card_with_half_a_character_keeps_the_old_one(monkeypatch, capsys):
 
 
 def test_words_of_ones_own_are_not_replaced_by_a_card(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "load_model", lambda settings: pytest.fail("work was begun"))
+    monkeypatch.setattr(shared, "load_model", lambda *settings: pytest.fail("work was begun"))
     Path("out").mkdir()
     Path("out/README.md").write_text("my own words")
     assert run(TRAINING, "--overwrite") == 2
@@ -344,23 +348,24 @@ def test_a_training_that_is_interrupted_names_its_checkpoint(monkeypatch, capsys
         assert run(TRAINING) == 130
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("interrupted: ")]
     assert "'out/checkpoint-1'" in line and "--resume" in line
-    assert run(TRAINING, "--resume") == 0 and names() >= WRITTEN["train"]
+    assert run(TRAINING, "--resume_from_checkpoint", "true") == 0 and names() >= WRITTEN["train"]
 
 
 def test_an_interruption_before_any_work(monkeypatch, capsys):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "read_evaluation", interrupt)
+    monkeypatch.setattr(evaluate, "read", interrupt)
     assert run(EVALUATION) == 130
     assert "nothing was begun" in capsys.readouterr().err
 
 
-EVALUATE = [SCRIPT, "--dataset", "digits", "--max_images", "400", "--attacks", "pgd-200", "--radii", "[8/255]",
+EVALUATE = [SCRIPT, "--dataset_name", "digits", "--max_images", "400", "--evaluation.attacks", "pgd-200",
+            "--evaluation.radii", "[8/255]",
             "--evaluation.batch_size", "8"]  # fmt: skip
-TRAIN = [str(CONFIGS.parent / "pmgaft.py"), "--training.max_steps", "3000", "--evaluation.attack", "pgd-1",
-         "--training.dataloader_num_workers", "2", "--training.save_strategy", "steps",
-         "--training.save_steps", "1"]  # fmt: skip
+TRAIN = [str(CONFIGS.parent / "pmgaft.py"), "--max_steps", "3000", "--evaluation.attack", "pgd-1",
+         "--dataloader_num_workers", "2", "--save_strategy", "steps",
+         "--save_steps", "1"]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -370,7 +375,7 @@ TRAIN = [str(CONFIGS.parent / "pmgaft.py"), "--training.max_steps", "3000", "--e
                          ids=["evaluate", "train with workers"])  # fmt: skip
 def test_ctrl_c_at_the_terminal(words, begun, left, launcher, tmp_path):
     """The whole group of processes hears it. The launcher has words of its own."""
-    process = start(*launcher, *words, "--device", "cpu", "--output_dir", "out")
+    process = start(*launcher, *words, "--use_cpu", "--output_dir", "out")
     deadline = time.monotonic() + 200
     while not any(file.stat().st_size > 500 for file in tmp_path.glob(f"out/{begun}")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()

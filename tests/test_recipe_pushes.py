@@ -16,9 +16,9 @@ import yaml
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "recipes/configs/digits-clip"
 TOKEN = "hf_" + "Zy9x" * 8
-SMALL = ["--data.max_images", "16", "--training.max_steps", "2", "--training.per_device_train_batch_size", "8",
-         "--training.save_steps", "1", "--evaluation.attack", "pgd-1", "--evaluation.radii", "[24/255]",
-         "--training.hub_token", TOKEN]  # fmt: skip
+SMALL = ["--max_images", "16", "--max_steps", "2", "--per_device_train_batch_size", "8",
+         "--save_steps", "1", "--evaluation.attack", "pgd-1", "--evaluation.radii", "[24/255]",
+         "--hub_token", TOKEN]  # fmt: skip
 DIGITS = ["--tasks", "[{dataset: digits, split: test, max_images: 4}]"]
 
 
@@ -26,10 +26,12 @@ def client(work: Path) -> dict:
     """Run recipes; report their exit status, and what the pushed repositories give."""
     import torch
     from accelerate.state import AcceleratorState
+    from command_words import last_of_each
 
     from hf_robust_clip import CLIPForZeroShotClassification
     from hf_robust_clip.checkpoint_notes import trained_templates
-    from hf_robust_clip.cli import ModelSettings, load_model, run_recipe
+    from hf_robust_clip.cli import run as run_command
+    from hf_robust_clip.runs.shared import load_model
 
     def run(name, method, *words):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -37,31 +39,42 @@ def client(work: Path) -> dict:
         print(f"==== {name}", file=sys.stderr, flush=True)
         status = 0
         try:
-            run_recipe(method, CONFIGS / f"{method}.yaml", "", [*SMALL, "--output_dir", str(work / name), *words])
+            run_command(
+                "train", CONFIGS / f"{method}.yaml", "", last_of_each(*SMALL, "--output_dir", work / name, *words)
+            )
         except SystemExit as stopped:
             status = stopped.code
         found[name] = status
 
     def logits(source):
-        model = load_model(ModelSettings(source))
+        model = load_model(source)
         model.set_classes(["zero", "one", "two"], "a photo of a {}.")
         with torch.no_grad():
             return model(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))).logits.tolist()
 
     found: dict = {}
-    places = ["--model.name", str(work / "base model"), "--data.dataset", str(work / "my pictures")]
+    places = ["--model_name_or_path", str(work / "base model"), "--dataset_name", str(work / "my pictures")]
     pictures = ["--tasks", f"[{{dataset: '{work / 'my pictures'}', split: train, max_images: 4}}]"]
-    run("whole", "pmg_aft", *places, *pictures, "--data.classes", "null", "--compare", "[tecoa]",
-        "--run.push_to_hub", "user/whole", "--training.hub_private_repo", "true")  # fmt: skip
+    run("whole", "pmg_aft", *places, *pictures, "--classes", "null", "--compare", "[tecoa]",
+        "--push_to_hub", "--hub_model_id", "user/whole", "--hub_private_repo", "true")  # fmt: skip
     found["whole, logits"] = [logits(str(work / "whole")), logits("user/whole")]
-    run("adapter", "apt", *DIGITS, "--data.shots", "2", "--data.max_images", "null", "--training.push_to_hub", "true",
-        "--training.hub_model_id", "user/adapter")  # fmt: skip
+    run("adapter", "apt", *DIGITS, "--shots", "2", "--max_images", "null", "--push_to_hub",
+        "--hub_model_id", "user/adapter")  # fmt: skip
     found["adapter, logits"] = [logits(str(work / "adapter")), logits("user/adapter")]
     found["templates"] = [trained_templates(f"user/{name}") for name in ("whole", "adapter", "bare")]
-    run("broken", "pmg_aft", *DIGITS, "--run.push_to_hub", "user/broken")
+    run("broken", "pmg_aft", *DIGITS, "--push_to_hub", "--hub_model_id", "user/broken")
     CLIPForZeroShotClassification.from_pretrained(work / "broken")
-    run("read-only", "pmg_aft", *DIGITS, "--run.push_to_hub", "user/read-only")
-    run("on-a-folder", "apt", *DIGITS, "--model.name", str(work / "base model"), "--run.push_to_hub", "user/x")
+    run("read-only", "pmg_aft", *DIGITS, "--push_to_hub", "--hub_model_id", "user/read-only")
+    run(
+        "on-a-folder",
+        "apt",
+        *DIGITS,
+        "--model_name_or_path",
+        str(work / "base model"),
+        "--push_to_hub",
+        "--hub_model_id",
+        "user/x",
+    )
     return found
 
 
@@ -132,9 +145,9 @@ def test_cards_and_recipes_name_what_others_can_have(hub):
     assert "TeCoA, my pictures" in card
     assert 'from_pretrained("user/whole")' in card
     recipe = yaml.safe_load(server.repos["user/whole"]["recipe.yaml"])
-    assert (recipe["model"]["name"], recipe["data"]["dataset"]) == ("base model", "my pictures")
+    assert (recipe["model_name_or_path"], recipe["dataset_name"]) == ("base model", "my pictures")
     assert recipe["tasks"][0]["dataset"] == "my pictures"
-    assert "hub_token" not in recipe["training"]
+    assert "hub_token" not in recipe
     assert (work / "whole/recipe.yaml").read_bytes() == server.repos["user/whole"]["recipe.yaml"], "for `hf upload`"
     rows = json.loads(server.repos["user/whole"]["report.json"])
     assert {row["model"] for row in rows["reports"]} == {"user/whole"}
@@ -170,7 +183,7 @@ def test_a_push_that_fails_late_loses_nothing(hub):
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [("read-only", "run.push_to_hub='user/read-only'"), ("on-a-folder", "base model")]
+    ("name", "part"), [("read-only", "hub_model_id='user/read-only'"), ("on-a-folder", "base model")]
 )
 def test_a_push_that_can_not_succeed_fails_before_the_training(hub, name, part):
     _, found, work, (printed, errors) = hub

@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from command_words import last_of_each
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 from hf_robust_clip import CLIPForZeroShotClassification, digits_clip_path
-from hf_robust_clip.cli import ModelSettings, load_model, main, run_recipe
+from hf_robust_clip.cli import main
+from hf_robust_clip.cli import run as run_command
 from hf_robust_clip.report import load_reports
+from hf_robust_clip.runs.shared import load_model
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -27,8 +30,8 @@ FILES = {"README.md", "report.json", "accuracy.png", "recipe.yaml", "model.safet
          "processor_config.json"}  # fmt: skip
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 SMALL = ["--objective.image_mean", str(MEAN), "--objective.image_std", str(STD),
-         "--data.max_images", "24", "--training.max_steps", "2", "--training.logging_steps", "1",
-         "--training.per_device_train_batch_size", "8",
+         "--max_images", "24", "--max_steps", "2", "--logging_steps", "1",
+         "--per_device_train_batch_size", "8",
          "--evaluation.attack", "pgd-2", "--evaluation.radii", "[24/255]",
          "--tasks", "[{name: trained, dataset: digits, split: test, classes: [zero, one], max_images: 20},"
          " {name: held out, dataset: digits, split: test, classes: [six, nine], max_images: 19}]"]  # fmt: skip
@@ -41,8 +44,8 @@ def launch(*command: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def run(*words: str | Path, method: str = "pmg_aft") -> None:
-    run_recipe(method, DEFAULT, "", [*SMALL, *map(str, words)])
+def run(*words: str | Path) -> None:
+    run_command("train", DEFAULT, "", last_of_each(*SMALL, *words))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_script_writes_everything_and_says_how_to_load_it(finished):
     folder, printed = finished
     assert {path.name for path in folder.iterdir()} >= FILES
-    assert "pmg_aft: 24 images, 6 classes, one process on cpu, float32\n" in printed
+    assert "PMG-AFT: 24 images, 6 classes, one process on cpu, float32\n" in printed
     assert f'CLIPForZeroShotClassification.from_pretrained("{folder}")' in printed
     for row in ("\ntrained under PGD-2, ", "\nheld out under PGD-2, ", "\n  undefended ", "\n  PMG-AFT "):
         assert row in printed
@@ -84,8 +87,8 @@ def test_reports_card_and_recipe_agree(finished):
     assert len(values) == 4
     assert "| updates | 2 |" in card.text
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    assert recipe["training"]["max_steps"] == 2
-    assert recipe["objective"]["image_std"] == STD
+    assert recipe["max_steps"] == 2
+    assert recipe["objective"]["init_args"]["image_std"] == STD
 
 
 def test_saved_folder_is_a_plain_clip_that_has_changed(finished):
@@ -100,7 +103,7 @@ def test_saved_folder_is_a_plain_clip_that_has_changed(finished):
 
 def test_recipe_that_was_saved_gives_the_same_model(finished):
     folder, _ = finished
-    run_recipe("pmg_aft", DEFAULT, "", ["--config", str(folder / "recipe.yaml"), "--output_dir", "again"])
+    run_command("train", DEFAULT, "", ["--config", str(folder / "recipe.yaml"), "--output_dir", "again"])
     for name in ("model.safetensors", "recipe.yaml"):
         old, new = (folder / name).read_bytes(), Path("again", name).read_bytes()
         assert old.replace(str(folder).encode(), b"again") == new, name
@@ -115,17 +118,17 @@ def test_second_run_is_refused_and_changes_nothing(finished, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert "--overwrite or --resume" in error
+    assert "--overwrite" in error and "--resume" in error
     assert contents(folder) == before
 
 
 def test_resume_goes_on_from_the_checkpoint(capfd):
-    words = ("--training.max_steps", "3", "--training.save_steps", "2", "--training.save_total_limit", "5")
+    words = ("--max_steps", "3", "--save_steps", "2", "--save_total_limit", "5")
     run("--output_dir", "out", *words)
     before = Path("out/model.safetensors").read_bytes()
     shutil.rmtree("out/checkpoint-3")
     capfd.readouterr()
-    run("--output_dir", "out", "--resume", *words)
+    run("--output_dir", "out", "--resume_from_checkpoint", "true", *words)
     assert "| updates | 3 |" in Path("out/README.md").read_text()
     assert Path("out/checkpoint-3").is_dir()
     assert Path("out/model.safetensors").read_bytes() == before
@@ -136,7 +139,7 @@ def test_resume_of_a_finished_run_trains_nothing(finished):
     """Two updates of three in an epoch: weights, report and card stay as they were."""
     folder, _ = finished
     shutil.copytree(folder, "out")
-    run("--output_dir", "out", "--resume")
+    run("--output_dir", "out", "--resume_from_checkpoint", "true")
     for name in ("model.safetensors", "README.md", "report.json"):
         assert Path("out", name).read_bytes() == (folder / name).read_bytes(), name
 
@@ -146,10 +149,10 @@ def test_old_figures_are_gone_before_new_weights_come(finished, monkeypatch, cap
     folder, _ = finished
     shutil.copytree(folder, "out")
 
-    def killed(trainer, folder):
+    def killed(*arguments, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_robust_clip.cli.plain_model", killed)
+    monkeypatch.setattr("hf_robust_clip.runs.train.plain_model", killed)
     with pytest.raises(SystemExit):
         run("--output_dir", "out", "--overwrite")
     assert not {"README.md", "report.json", "accuracy.png", "recipe.yaml"} & {
@@ -176,10 +179,10 @@ def test_card_does_not_confirm_other_weights(finished, capsys):
     [
         ("tecoa", [], "method was 'PMG-AFT', is 'TeCoA' now"),
         ("fare", [], "method was 'PMG-AFT', is 'FARE' now"),
-        ("pmg_aft", ["--training.eps", "4/255"], "arguments.eps was '24/255', is '4/255' now"),
-        ("pmg_aft", ["--training.max_steps", "3"], "arguments.max_steps was 2, is 3 now"),
-        ("pmg_aft", ["--data.classes", "[six, nine]"], "classes"),
-        ("pmg_aft", ["--prompt.template", "digit {}"], "model.templates"),
+        ("pmg_aft", ["--eps", "4/255"], "arguments.eps was '24/255', is '4/255' now"),
+        ("pmg_aft", ["--max_steps", "3"], "arguments.max_steps was 2, is 3 now"),
+        ("pmg_aft", ["--classes", "[six, nine]"], "classes"),
+        ("pmg_aft", ["--template", "digit {}"], "model.templates"),
     ],
 )
 def test_resume_of_another_training_is_refused(method, words, named, finished, capfd):
@@ -189,8 +192,10 @@ def test_resume_of_another_training_is_refused(method, words, named, finished, c
     before = contents(Path("out"))
     config, settings = DEFAULT.with_stem(method), SMALL if method == "pmg_aft" else SMALL[4:]
     capfd.readouterr()
+    more = ["--output_dir", "out", "--resume_from_checkpoint", "true", "--compare", "clean"]
+    words = last_of_each(*settings, *words, *more)
     with pytest.raises(SystemExit) as stopped:
-        run_recipe(method, config, "", [*settings, *words, "--output_dir", "out", "--resume", "--compare", "clean"])
+        run_command("train", config, "", words)
     printed = capfd.readouterr()
     assert stopped.value.code == 2
     (error,) = [line for line in printed.err.splitlines() if line.startswith("error:")]
@@ -202,7 +207,7 @@ def test_resume_of_another_training_is_refused(method, words, named, finished, c
 def test_resume_without_a_checkpoint_says_that_it_begins_anew(capfd):
     Path("out").mkdir()
     Path("out/notes.txt").write_text("kept")
-    run("--output_dir", "out", "--resume", "--training.max_steps", "1")
+    run("--output_dir", "out", "--resume_from_checkpoint", "true", "--max_steps", "1")
     assert "no whole checkpoint in out: the training begins anew" in capfd.readouterr().out
     assert Path("out/notes.txt").read_text() == "kept"
 
@@ -210,7 +215,7 @@ def test_resume_without_a_checkpoint_says_that_it_begins_anew(capfd):
 def test_overwrite_begins_anew(finished):
     folder, _ = finished
     shutil.copytree(folder, "out")
-    run("--output_dir", "out", "--overwrite", "--training.max_steps", "1", "--training.save_total_limit", "5")
+    run("--output_dir", "out", "--overwrite", "--max_steps", "1", "--save_total_limit", "5")
     assert "| updates | 1 |" in Path("out/README.md").read_text()
     assert [path.name for path in Path("out").glob("checkpoint-*")] == ["checkpoint-1"]
 
@@ -220,13 +225,13 @@ def test_another_method_in_the_same_folder_leaves_nothing_of_the_one_before(fini
     folder, _ = finished
     shutil.copytree(folder, "out")
     Path("out/notes.txt").write_text("mine")
-    words = ["--output_dir", "out", "--overwrite", "--data.shots", "2", "--training.max_steps", "1", "--tasks",
+    words = ["--output_dir", "out", "--overwrite", "--shots", "2", "--max_steps", "1", "--tasks",
              "[{dataset: digits, split: test, max_images: 4}]", "--evaluation.attack", "pgd-1"]  # fmt: skip
-    run_recipe("apt", ROOT / "recipes/configs/digits-clip/apt.yaml", "", words)
+    run_command("train", ROOT / "recipes/configs/digits-clip/apt.yaml", "", words)
     names = {path.name for path in Path("out").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "report.json", "notes.txt"} <= names
     assert not names & {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json"}
-    model = load_model(ModelSettings("out"))
+    model = load_model("out")
     assert model.num_text_prompts() == 2
 
 
@@ -244,14 +249,14 @@ def test_a_blind_attack_is_told_loudly_and_in_the_card(capsys):
     with torch.no_grad():
         model.logit_scale.fill_(16.0)
     model.save_pretrained("masked")
-    run("--output_dir", "out", "--model.name", "masked", "--training.learning_rate", "1e-9")
+    run("--output_dir", "out", "--model_name_or_path", "masked", "--learning_rate", "1e-9")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
     assert "undefended, trained" in line
     assert line in Path("out/README.md").read_text()
 
 
 def test_compare_trains_and_shows_both(capsys):
-    run("--output_dir", "out", "--compare", "[tecoa]", "--training.max_steps", "1")
+    run("--output_dir", "out", "--compare", "[tecoa]", "--max_steps", "1")
     own, compared = load_reports("out/report.json")
     assert [r.name for r in own] == ["PMG-AFT"] * 2
     assert [r.name for r in compared] == ["undefended"] * 2 + ["TeCoA"] * 2
@@ -280,11 +285,11 @@ def test_two_processes_train_together_and_write_one_report(tmp_path):
 # ---- precision
 
 
-@pytest.mark.parametrize("launched", [False, True], ids=["training.bf16", "accelerate config"])
+@pytest.mark.parametrize("launched", [False, True], ids=["bf16", "accelerate config"])
 def test_bf16_runs_and_is_named_in_the_card(launched, monkeypatch):
     if launched:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # what `mixed_precision: bf16` of a config sets
-    run("--output_dir", "out", *([] if launched else ["--training.bf16", "true"]))
+    run("--output_dir", "out", *([] if launched else ["--bf16", "true"]))
     assert "| precision | bf16 |" in Path("out/README.md").read_text()
     assert all(value.dtype == torch.float32 for value in CLIPModel.from_pretrained("out").state_dict().values())
     assert load_reports("out/report.json")[0][0].precision == "float32", "the evaluation never runs in bf16"
@@ -292,43 +297,39 @@ def test_bf16_runs_and_is_named_in_the_card(launched, monkeypatch):
 
 # ---- wrong settings
 
-NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
 WRONG = {
-    "eps in grey levels": (["--training.eps", "8"], "'8/255'"),
-    "negative eps": (["--training.eps", "-1/255"], "eps='-1/255' must be finite and at least 0"),
-    "eps is no number": (["--training.eps", "abc"], "eps='abc' is not a number or a fraction"),
-    "unknown norm": (["--training.norm", "l7"], "norm='l7' is unknown; choose one of linf, l2"),
+    "eps in grey levels": (["--eps", "8"], "'8/255'"),
+    "negative eps": (["--eps", "-1/255"], "eps='-1/255' must be finite and at least 0"),
+    "eps is no number": (["--eps", "abc"], "eps='abc' is not a number or a fraction"),
+    "unknown norm": (["--norm", "l7"], "norm='l7' is unknown; choose one of linf, l2"),
     "unknown norm of the evaluation": (["--evaluation.norm", "l7"], "norm='l7' is unknown"),
-    "unknown method": (["--compare", "tekoa"], "did you mean 'tecoa'"),
-    "unknown key": (["--training.epz", "1"], "unknown key in training: 'epz'; did you mean 'eps'"),
-    "step of zero": (["--training.attack_step_size", "0"], "step_size=0 never moves an image"),
-    "missing value": (["--training.eps"], "--training.eps has no value"),
+    "unknown method": (["--compare", "tekoa"], "did you mean 'TeCoA'"),
+    "unknown key": (["--epz", "1"], "'epz'; did you mean 'eps'"),
+    "step of zero": (["--attack_step_size", "0"], "step_size=0 never moves an image"),
+    "missing value": (["--eps"], "--eps has no value"),
     "missing config": (["--config", "none.yaml"], "--config 'none.yaml' is not a file"),
-    "too many layers": (["--training.trainable_layers", "9"], "trainable_layers=9"),
+    "too many layers": (["--trainable_layers", "9"], "trainable_layers=9"),
     "no such model": (
-        ["--model.name", "no/such"],
+        ["--model_name_or_path", "no/such"],
         "can't load 'no/such': no such folder, and the Hub is switched off",
     ),
-    "no such dataset": (["--data.dataset", "no/such"], "can't load dataset 'no/such'"),
-    "no such split": (["--data.split", "dev"], "split='dev' does not exist"),
+    "no such dataset": (["--dataset_name", "no/such"], "can't load dataset 'no/such'"),
+    "no such split": (["--dataset_train_split", "dev"], "split='dev' does not exist"),
     "no such split of a task": (["--tasks", "[{dataset: digits, split: dev}]"], "split='dev' does not exist"),
-    "unknown class": (["--data.classes", "[zero, ten]"], "class 'ten' is not in digits"),
-    "class twice": (["--data.classes", "[zero, zero]"], "'zero'"),
-    "no classes": (["--data.classes", "[]"], "class_names is empty"),
-    "template without place": (["--prompt.template", "a photo"], "template='a photo' has no '{}'"),
-    "text beyond the context": (["--prompt.template", "very " * 60 + "{}"], "shorten it"),
-    "another folder for checkpoints": (["--training.output_dir", "there"], "set run.output_dir"),
-    "another device": (["--training.use_cpu", "true"], "set run.device"),
-    "layers beside an adapter": (["--training.trainable_layers", "1", "--model.lora_rank", "2"], "trainable_layers=1"),
+    "unknown class": (["--classes", "[zero, ten]"], "class 'ten' is not in digits"),
+    "class twice": (["--classes", "[zero, zero]"], "'zero'"),
+    "no classes": (["--classes", "[]"], "class_names is empty"),
+    "template without place": (["--template", "a photo"], "template='a photo' has no '{}'"),
+    "text beyond the context": (["--template", "very " * 60 + "{}"], "shorten it"),
+    "layers beside an adapter": (["--trainable_layers", "1", "--use_peft", "--lora_r", "2"], "trainable_layers=1"),
     "layers beside another's prompts": (
-        ["--training.trainable_layers", "1", "--compare", "apt"],
+        ["--trainable_layers", "1", "--compare", "apt"],
         "trainable_layers=1",
     ),
-    "an attack from nowhere": (["--training.attack_random_start", "false", "--compare", "fare"], "FARE"),
-    "crops of finished pictures": (["--training.flip", "0"], "flip=0.0 does nothing"),
-    "a setting that does nothing": (["--training.label_smoothing_factor", "0.1"], "label_smoothing_factor=0.1"),
-    "a learning rate that is none": (["--training.learning_rate", ".nan"], "learning_rate=nan"),
-    "cuda where there is none": pytest.param(["--device", "cuda"], "torch sees no CUDA device", marks=NO_CUDA),
+    "an attack from nowhere": (["--attack_random_start", "false", "--compare", "fare"], "FARE"),
+    "crops of finished pictures": (["--flip", "0"], "flip=0.0 does nothing"),
+    "a setting that does nothing": (["--label_smoothing_factor", "0.1"], "label_smoothing_factor=0.1"),
+    "a learning rate that is none": (["--learning_rate", ".nan"], "learning_rate='.nan'"),
 }
 
 
@@ -360,7 +361,7 @@ def test_output_that_is_there_stays_as_it_is(kind, capsys):
 
 def test_a_loss_that_is_not_finite_stops_the_run(capsys):
     with pytest.raises(SystemExit) as stopped:
-        run("--output_dir", "out", "--training.learning_rate", "1e30", "--training.warmup_steps", "0")
+        run("--output_dir", "out", "--learning_rate", "1e30", "--warmup_steps", "0")
     assert stopped.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "error: step 2: the loss term" in last

@@ -11,9 +11,11 @@ import yaml
 from accelerate.state import AcceleratorState
 
 from hf_robust_clip import secrets
-from hf_robust_clip.cli import main, parse_arguments, read_recipe, run_evaluation, run_recipe
+from hf_robust_clip.cli import main
+from hf_robust_clip.cli import run as run_command
 from hf_robust_clip.objectives.tecoa import TeCoA
 from hf_robust_clip.report import CardInfo
+from hf_robust_clip.runs import train
 from hf_robust_clip.secrets import holds_token, is_token_key, refuse_tokens, without_token_keys, without_tokens
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +75,7 @@ def test_tokens_of_the_environment_are_hidden_whatever_they_look_like(monkeypatc
 
 
 def test_keys_that_are_meant_for_tokens():
-    assert all(map(is_token_key, ["hub_token", "token", "push_to_hub_token", "--training.hub_token", "WANDB_API_KEY"]))
+    assert all(map(is_token_key, ["hub_token", "token", "push_to_hub_token", "--hub_token", "WANDB_API_KEY"]))
     assert not any(map(is_token_key, ["num_vision_tokens", "tokenizer", "context_token_ids", "class_token_id", 3]))
     settings = {"training": {"hub_token": "x", "seed": 0}, "tasks": [{"token": "y", "dataset": "z"}]}
     assert without_token_keys(settings) == {"training": {"seed": 0}, "tasks": [{"dataset": "z"}]}
@@ -111,23 +113,23 @@ def written_yaml(text):
 
 
 WAYS = {
-    "value of a flag": lambda: ["--model.name", TOKEN],
-    "address": lambda: ["--data.dataset", f"https://user:{TOKEN}@huggingface.co/datasets/a/b"],
-    "flag of another name": lambda: ["--training.push_to_hub_token", TOKEN],
-    "flag with a slip": lambda: ["--training.hub_tokn", TOKEN],
+    "value of a flag": lambda: ["--model_name_or_path", TOKEN],
+    "address": lambda: ["--dataset_name", f"https://user:{TOKEN}@huggingface.co/datasets/a/b"],
+    "flag of another name": lambda: ["--push_to_hub_token", TOKEN],
+    "flag with a slip": lambda: ["--hub_tokn", TOKEN],
     "unknown option": lambda: ["--token", TOKEN],
     "word alone": lambda: [TOKEN],
     "option itself": lambda: [f"--{TOKEN}"],
     "section itself": lambda: [f"--{TOKEN}.key", "1"],
-    "value of another kind": lambda: ["--training.seed", f"[{TOKEN}]"],
-    "value of a number": lambda: ["--training.eps", TOKEN],
+    "value of another kind": lambda: ["--seed", f"[{TOKEN}]"],
+    "value of a number": lambda: ["--eps", TOKEN],
     "folder": lambda: ["--output_dir", f"out/{TOKEN}"],
     "config": lambda: ["--config", f"{TOKEN}.yaml"],
-    "not YAML": lambda: ["--training.seed", f"[{TOKEN}"],
+    "not YAML": lambda: ["--seed", f"[{TOKEN}"],
     "YAML": lambda: written_yaml(CONFIG.read_text() + f"prompts: {TOKEN}\n"),
-    "YAML that is none": lambda: written_yaml(f"training:\n  hub_token: {TOKEN}\n  eps: [\n"),
-    "YAML, unknown alias": lambda: written_yaml(f"training: *{TOKEN}\n"),
-    "YAML, key twice": lambda: written_yaml(f"training: {{{TOKEN}: 1, {TOKEN}: 2}}\n"),
+    "YAML that is none": lambda: written_yaml(f"hub_token: {TOKEN}\neps: [\n"),
+    "YAML, unknown alias": lambda: written_yaml(f"eps: *{TOKEN}\n"),
+    "YAML, key twice": lambda: written_yaml(f"tasks: {{{TOKEN}: 1, {TOKEN}: 2}}\n"),
 }
 
 
@@ -135,7 +137,10 @@ WAYS = {
 @pytest.mark.parametrize("traceback", ["0", "1"])
 def test_no_error_line_repeats_it(way, traceback, capfd, monkeypatch):
     monkeypatch.setenv("HF_ROBUST_CLIP_TRACEBACK", traceback)
-    for run in (lambda words: run_recipe("pmg_aft", CONFIG, "", words), lambda w: run_evaluation(EVALUATION, "", w)):
+    for run in (
+        lambda words: run_command("train", CONFIG, "", words),
+        lambda w: run_command("evaluate", EVALUATION, "", w),
+    ):
         with pytest.raises((SystemExit, ValueError, OSError)) as stopped:
             run(way())
         assert TOKEN not in str(stopped.value)
@@ -148,11 +153,12 @@ def test_no_error_line_repeats_it(way, traceback, capfd, monkeypatch):
     assert {path.name for path in Path().iterdir()} <= {"own.yaml"}
 
 
-def test_help_shows_a_config_without_its_tokens(capsys):
-    Path("own.yaml").write_text(f"training:\n  hub_token: my-own\n  seed: 1  # {TOKEN}\n")
-    main(["train", "pmg_aft", "--config", "own.yaml", "--help"])
+def test_print_config_shows_no_tokens(capsys):
+    Path("own.yaml").write_text(f"hub_token: my-own\nseed: 1  # {TOKEN}\n")
+    with pytest.raises(SystemExit):
+        main(["train", "pmg_aft", "--config", "own.yaml", "--print_config"])
     shown = capsys.readouterr().out
-    assert "seed: 1" in shown
+    assert "\nseed: 1\n" in shown
     assert "my-own" not in shown
     assert TOKEN not in shown
 
@@ -160,8 +166,8 @@ def test_help_shows_a_config_without_its_tokens(capsys):
 def test_no_settings_show_it(tmp_path):
     from training_script import arguments
 
-    words = ["--training.hub_token", TOKEN, "--training.push_to_hub", "false"]
-    recipe = read_recipe("pmg_aft", parse_arguments(words, CONFIG))
+    words = ["--hub_token", TOKEN, "--push_to_hub", "false"]
+    recipe = train.read(words, CONFIG)
     settings = arguments(tmp_path, hub_token=TOKEN)
     assert settings.hub_token == recipe.training.hub_token == TOKEN
     assert not any(TOKEN in text for shown in (settings, recipe) for text in (repr(shown), str(shown)))
@@ -170,36 +176,36 @@ def test_no_settings_show_it(tmp_path):
 def test_the_list_of_arguments_forgets_it(monkeypatch):
     words = [
         "x",
-        "--training.hub_token",
+        "--hub_token",
         "my-own",
-        "--training.hub_token=my-own",
-        "--model.name",
+        "--hub_token=my-own",
+        "--model_name_or_path",
         TOKEN,
         "--seed",
         "1",
     ]
     monkeypatch.setattr(sys, "argv", words)
     secrets.hide_arguments()
-    assert sys.argv == ["x", "--training.hub_token", "<token>", "--training.hub_token=<token>", "--model.name",
+    assert sys.argv == ["x", "--hub_token", "<token>", "--hub_token=<token>", "--model_name_or_path",
                         "<token>", "--seed", "1"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "run", [lambda: run_recipe("pmg_aft", CONFIG, ""), lambda: run_evaluation(EVALUATION, ""), main]
+    "run", [lambda: run_command("train", CONFIG, ""), lambda: run_command("evaluate", EVALUATION, ""), main]
 )
 def test_a_run_forgets_it_first(run, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["x", "--training.hub_token", TOKEN, "--no-such-option", "1"])
+    monkeypatch.setattr(sys, "argv", ["x", "--hub_token", TOKEN, "--no-such-option", "1"])
     with pytest.raises(SystemExit):
         run()
     assert TOKEN not in sys.argv
 
 
 def test_a_token_acts_and_is_not_written():
-    words = ["--training.hub_token", TOKEN, "--training.push_to_hub", "false"]
-    recipe = read_recipe("pmg_aft", parse_arguments(words, CONFIG))
+    words = ["--hub_token", TOKEN, "--push_to_hub", "false"]
+    recipe = train.read(words, CONFIG)
     assert recipe.training.hub_token == TOKEN
     assert TOKEN not in yaml.safe_dump(recipe.source)
-    assert recipe.source["training"]["seed"] == 0
+    assert recipe.source["seed"] == 0
     assert TOKEN not in repr(recipe.push)
 
 
@@ -213,12 +219,12 @@ def test_a_whole_run_writes_and_prints_none(tmp_path):
     except ImportError:
         pass
     config = yaml.safe_load(CONFIG.read_text())
-    config["training"]["hub_token"] = TOKENS["short"]
+    config["hub_token"] = TOKENS["short"]
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
-    words = ["--config", tmp_path / "own.yaml", "--training.hub_token", TOKEN, "--data.max_images", "16",
-             "--training.max_steps", "2", "--training.save_steps", "1", "--training.logging_steps", "1",
-             "--training.per_device_train_batch_size", "8",
-             "--training.report_to", json.dumps(trackers) if trackers else "none",
+    words = ["--config", tmp_path / "own.yaml", "--hub_token", TOKEN, "--max_images", "16",
+             "--max_steps", "2", "--save_steps", "1", "--logging_steps", "1",
+             "--per_device_train_batch_size", "8",
+             "--report_to", json.dumps(trackers) if trackers else "none",
              "--evaluation.attack", "pgd-1", "--tasks", "[{dataset: digits, split: test, max_images: 4}]",
              "--output_dir", tmp_path / "out"]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_TOKEN": TOKENS["jwt"],

@@ -9,35 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from command_words import last_of_each
 from huggingface_hub import ModelCard
 
 from hf_robust_clip import TAPT
-from hf_robust_clip.cli import (
-    EVALUATION_SECTIONS,
-    ModelSettings,
-    load_model,
-    parse_arguments,
-    read_evaluation,
-    run_evaluation,
-    run_recipe,
-    with_statistics,
-)
+from hf_robust_clip.cli import run as run_command
 from hf_robust_clip.report import CONTROLS, load_reports
+from hf_robust_clip.runs.evaluate import read, with_statistics
+from hf_robust_clip.runs.shared import load_model
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "recipes/configs"
-SMALL = ["--data.shots", "3", "--training.max_steps", "2", "--training.per_device_train_batch_size", "8",
-         "--training.learning_rate", "1.0", "--evaluation.attack", "pgd-2", "--evaluation.radii", "[16/255]",
-         "--tasks", "[{name: few, dataset: digits, split: test, max_images: 8}]", "--adaptation.num_views", "8",
-         "--adaptation.selected", "0.25", "--statistics.max_images", "20", "--defence_evaluation.worst", "worst-1-0-0",
+WORST = "{class_path: AdaptiveWorst, init_args: {pgd_steps: 1, apgd_steps: 0, num_queries: 0}}"
+SMALL = ["--shots", "3", "--max_steps", "2", "--per_device_train_batch_size", "8",
+         "--learning_rate", "1.0", "--evaluation.attack", "pgd-2", "--evaluation.radii", "[16/255]",
+         "--tasks", "[{name: few, dataset: digits, split: test, max_images: 8}]", "--defence.num_views", "8",
+         "--defence.selected", "0.25", "--fit_images", "20", "--defence_evaluation.attack", WORST,
          "--defence_evaluation.max_images", "4"]  # fmt: skip
 
 
 def run(*words):
     AcceleratorState._reset_state(reset_partial_state=True)
-    run_recipe("tapt", CONFIGS / "digits-clip/tapt.yaml", "", [*SMALL, *map(str, words)])
+    run_command("train", CONFIGS / "digits-clip/tapt.yaml", "", last_of_each(*SMALL, *words))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +53,7 @@ def test_it_prints_the_defence_beside_its_controls(finished):
         assert row in printed
     for column in ("clean", "blind", "PGD-2", "adaptive_worst", "static", "random", "ensemble-64", "ms"):
         assert column in printed
-    assert f'TAPT.from_pretrained("{folder}")' in printed
+    assert f'DefendedClassifier.from_pretrained("{folder}")' in printed
     names = {path.name for path in folder.iterdir()}
     assert names >= {
         "adapter_model.safetensors",
@@ -94,7 +89,7 @@ def test_the_folder_restores_the_defence_and_its_static_prompts(finished):
     restored = TAPT.from_pretrained(folder)
     assert (restored.adapter.num_views, restored.adapter.reset_to) == (8, "trained")
     assert restored.adapter.targets.adversarial.count == restored.adapter.targets.clean.count == 20
-    static = load_model(ModelSettings(str(folder)))
+    static = load_model(str(folder))
     static.set_classes(restored.classifier.class_names, restored.classifier.templates)
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -110,9 +105,10 @@ def test_the_card_names_the_method(finished):
 
 
 def test_a_saved_defence_is_evaluated_by_the_evaluation_recipe(finished):
-    words = ["--model", finished[0], "--dataset", "digits", "--max_images", "2", "--attacks", "[pgd-1, worst-1-0-0]",
-             "--radii", "[16/255]", "--output_dir", "again", "--defence.method", "tapt"]  # fmt: skip
-    run_evaluation(CONFIGS / "evaluate.yaml", "", [*map(str, words)])
+    words = ["--model_name_or_path", finished[0], "--dataset_name", "digits", "--max_images", "2",
+             "--evaluation.attacks", f"[pgd-1, {WORST}]",
+             "--evaluation.radii", "[16/255]", "--output_dir", "again", "--defence", "tapt"]  # fmt: skip
+    run_command("evaluate", CONFIGS / "evaluate.yaml", "", [*map(str, words)])
     own, _ = load_reports("again/report.json")
     saved = json.loads((finished[0] / "adaptation.json").read_text())["parameters"]
     assert (saved["num_views"], saved["selected"]) == (8, 0.25)
@@ -130,9 +126,9 @@ def test_a_saved_defence_is_evaluated_by_the_evaluation_recipe(finished):
     ],
 )
 def test_what_is_asked_of_a_saved_defence_goes_before_what_was_saved(finished, words, expected):
-    words = ["--model", finished[0], "--defence.method", "tapt", *words, "--output_dir", "again"]
-    recipe = read_evaluation(parse_arguments([*map(str, words)], CONFIGS / "evaluate.yaml", EVALUATION_SECTIONS))
-    found = with_statistics(recipe, recipe.model).parameters()
+    words = ["--model_name_or_path", finished[0], "--defence", "tapt", *words, "--output_dir", "again"]
+    evaluation = read([*map(str, words)], CONFIGS / "evaluate.yaml")
+    found = with_statistics(evaluation, str(finished[0]), None).parameters()
     assert {name: found[name] for name in expected} == expected
     assert found["statistics"]["num_images"] == 20
 
@@ -140,8 +136,8 @@ def test_what_is_asked_of_a_saved_defence_goes_before_what_was_saved(finished, w
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--adaptation.selected", "0.01"], "selected=0.01 keeps none of 8"),
-        (["--adaptation.preset", "best"], "unknown adaptation.preset: 'best'"),
+        (["--defence.selected", "0.01"], "selected=0.01 keeps none of 8"),
+        (["--defence.preset", "best"], "defence.preset='best'"),
         (["--prompts.vision_depth", "9"], "vision_depth=9 is more than the tower's 3 layers"),
     ],
 )

@@ -138,6 +138,10 @@ class Defence(ABC):
         """What `fit` must be given beside classifier and images: `"clean_classifier"` or nothing."""
         return frozenset()
 
+    def idle_settings(self) -> dict[str, str]:
+        """Settings that do nothing beside the others, by name, with why."""
+        return {}
+
     @abstractmethod
     def _predict(
         self,

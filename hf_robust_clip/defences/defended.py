@@ -250,7 +250,7 @@ class DefendedClassifier(nn.Module):
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
         """Upload what `save_pretrained` writes, with a short card; returns the address.
 
-        The card holds no figures: one with figures is made by `recipes/tapt.py`, and pushed with `--run.push_to_hub`.
+        The card holds no figures: one with figures is made by `recipes/tapt.py`, and pushed with `--push_to_hub`.
         Raises ValueError for a base model that others can't load, OSError if the Hub can't be written to.
         """
         check_base(self._base()[0], "the defence")

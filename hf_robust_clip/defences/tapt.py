@@ -124,6 +124,11 @@ class TAPT(AlignedTuning):
     def traits(self) -> Traits:
         return Traits(randomised=True, optimising=True, episodic=self.reset_every == 1)
 
+    def idle_settings(self) -> dict[str, str]:
+        alignment = ("gamma", "align_layers", "align_reduction", "unbiased") if self.align_weight == 0 else ()
+        drawn = {} if self.reset_to == "random" else {"random_seed": "without reset_to=random"}
+        return {**dict.fromkeys(alignment, "with align_weight=0"), **drawn}
+
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"clean_classifier"} if self.gamma < 1 and self.align_weight > 0 else ())

@@ -76,6 +76,9 @@ class APT(Objective):
     def attacked(self) -> bool:  # type: ignore[override]  # a constant elsewhere, a choice here
         return self.batch_mix != "clean"
 
+    def title(self, design: str | None = None) -> str:
+        return f"{self.paper.method}-{design}" if design else self.paper.method
+
     def attacked_rows(self, count: int) -> slice:
         return slice(count // 2, None) if self.batch_mix == "adv_half" else slice(None)
 

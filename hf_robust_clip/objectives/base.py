@@ -132,6 +132,10 @@ class Objective(ABC):
     attacked: ClassVar[bool] = True
     needs_random_start: ClassVar[bool] = False
 
+    def title(self, design: str | None = None) -> str:
+        """What tables call it. `design` is that of the prompts, where some are trained."""
+        return self.paper.method
+
     def attacked_rows(self, count: int) -> slice:
         """Which of the `count` rows of `batch.stacked` are attacked; the others reach `__call__` as they are."""
         return slice(None)

@@ -26,8 +26,9 @@ from hf_robust_clip import (
     collect_statistics,
     digits_clip_path,
 )
-from hf_robust_clip.cli import DataSettings, load_data
+from hf_robust_clip.arguments import Images
 from hf_robust_clip.defences.defended import PROMPTS, SETTINGS, adapter_from
+from hf_robust_clip.runs.shared import load_data
 
 STATISTICS = AlignmentTargets.file
 
@@ -45,7 +46,7 @@ def base_model():
 
 def make_targets(classifier):
     """Statistics of a few images, and in the place of clean-trained prompts' those of fewer."""
-    few = load_data(DataSettings("digits", max_images=12), base_model())
+    few = load_data(Images("digits", max_images=12), base_model())
     return AlignmentTargets(*(collect_statistics(classifier, few.first(n), batch_size=12) for n in (12, 6)))
 
 

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import ConcatDataset, Subset
 from transformers import CLIPModel
 
-from hf_robust_clip import RTPT, ClipPromptConfig, DefendedClassifier, cli, digits_clip_path
+from hf_robust_clip import RTPT, ClipPromptConfig, DefendedClassifier, digits_clip_path
 from hf_robust_clip.modeling import CLIPForZeroShotClassification, with_adapter
 from hf_robust_clip.modeling.checkpoints import UnfitWeights
+from hf_robust_clip.runs.shared import load_model
 from hf_robust_clip.training.checkpoints import save_adapter
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -91,7 +92,7 @@ def test_an_adapter_stands_on_a_model(base, folder):
         edit(place / "adapter_config.json", base_model_name_or_path=str(places[0]))
     named = {"itself": str(places[0]), "circle": str(places[1])}.get(base, base)
     edit(places[0] / "adapter_config.json", base_model_name_or_path=named)
-    for loader in (load, lambda place: cli.load_model(cli.ModelSettings(str(place)))):
+    for loader in (load, lambda place: load_model(str(place))):
         with pytest.raises(OSError, match=r"^[^\n]*adapter[^\n]*$"):
             loader(places[0])
 
@@ -194,7 +195,7 @@ def adapter(request, folder, images):
 
 DOORS = {
     "transformers": lambda adapter, base: load(adapter),
-    "command line": lambda adapter, base: cli.load_model(cli.ModelSettings(str(adapter))),
+    "command line": lambda adapter, base: load_model(str(adapter)),
     "with_adapter": lambda adapter, base: with_adapter(load(base), adapter),
 }
 

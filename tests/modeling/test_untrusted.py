@@ -12,8 +12,9 @@ from conftest import CLASS_NAMES
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from hf_robust_clip import ClipPromptConfig, cli, pictures
+from hf_robust_clip import ClipPromptConfig, pictures
 from hf_robust_clip.modeling import CLIPForZeroShotClassification, with_adapter
+from hf_robust_clip.runs.shared import load_model
 
 LORA = LoraConfig(r=2, target_modules=r".*vision_model.*q_proj")
 
@@ -83,7 +84,7 @@ def test_code_beside_a_checkpoint_is_not_run(layout, through, folder, tmp_path):
     else:
         edit(folder / layout, lambda c: c.update(auto_map=maps))
     edit(folder / "config.json", lambda c: c.update(auto_map={"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil"}))
-    for loader in (load, lambda place: cli.load_model(cli.ModelSettings(str(place)))):
+    for loader in (load, lambda place: load_model(str(place))):
         model = loader(place)
         model.set_classes(CLASS_NAMES)
     assert not mark.exists() and not any("evil" in name for name in sys.modules)

@@ -18,10 +18,11 @@ from hf_robust_clip import (
     TAPTTrainer,
     digits_clip_path,
 )
-from hf_robust_clip.cli import DataSettings, load_data
+from hf_robust_clip.arguments import Images
 from hf_robust_clip.defences.alignment import AlignmentTargets
 from hf_robust_clip.defences.defended import SETTINGS
 from hf_robust_clip.defences.fit import collect_statistics
+from hf_robust_clip.runs.shared import load_data
 from hf_robust_clip.zero_shot_data.loading import collate_images
 
 STATISTICS = AlignmentTargets.file
@@ -39,7 +40,7 @@ def no_precision_of_others():
 @functools.cache
 def digits(split, count):
     model = CLIPForZeroShotClassification.from_pretrained(digits_clip_path())
-    return load_data(DataSettings("digits", split=split, max_images=count), model)
+    return load_data(Images("digits", split=split, max_images=count), model)
 
 
 def make_trainer(folder, defence=SETTING, design="VLI", objective=None, **changes):

@@ -35,7 +35,7 @@ from hf_robust_clip import (
     pgd,
 )
 from hf_robust_clip.attacks.losses import cross_entropy
-from hf_robust_clip.cli import plain_model
+from hf_robust_clip.runs.train import plain_model
 from hf_robust_clip.training.trainer import robust_accuracy
 
 METHODS = {

@@ -16,7 +16,10 @@ from PIL import Image, PngImagePlugin
 from torch.utils.data import DataLoader, Subset
 
 from hf_robust_clip import image_dataset, load_image_dataset
-from hf_robust_clip.cli import EVALUATION_SECTIONS, DataSettings, load_data, main, parse_arguments
+from hf_robust_clip.arguments import Images
+from hf_robust_clip.cli import main
+from hf_robust_clip.runs.evaluate import read
+from hf_robust_clip.runs.shared import load_data
 from hf_robust_clip.zero_shot_data.dataset import ImageDataset, collate_images
 from hf_robust_clip.zero_shot_data.errors import DatasetError
 from hf_robust_clip.zero_shot_data.fingerprint import dataset_digest
@@ -240,9 +243,9 @@ def test_the_command_line_says_it_in_one_line(tmp_path, capsys):
         (tmp_path / "set" / name).mkdir(parents=True)
         (tmp_path / "set" / name / "1.png").write_bytes(content())
     (tmp_path / "set" / "bee" / "1.png").write_bytes(bomb())
-    words = ["--dataset", str(tmp_path / "set"), "--split", "train", "--evaluation.num_workers", "1"]
+    words = ["--dataset_name", str(tmp_path / "set"), "--dataset_test_split", "train", "--evaluation.num_workers", "1"]
     with pytest.raises(SystemExit) as caught:
-        main(["evaluate", "--config", str(CONFIG), *words, "--output_dir", str(tmp_path / "out"), "--device", "cpu"])
+        main(["evaluate", "--config", str(CONFIG), *words, "--output_dir", str(tmp_path / "out"), "--use_cpu"])
     assert caught.value.code == 2
     error = capsys.readouterr().err.strip()
     assert re.search(r"row 1 \(\S*bee/1\.png\) of dataset", error.splitlines()[-1])
@@ -440,14 +443,14 @@ def test_the_background_goes_all_the_way(tmp_path, tiny_clip):
     digests = set()
     for background, colour in (("white", (1, 1, 1)), ("lime", (0, 1, 0)), ([0, 0, 255], (0, 0, 1))):
         for augment in (False, True):
-            data = load_data(DataSettings(folder, background=background, augment=augment), model)
+            data = load_data(Images(folder, "train", background=background, augment=augment), model)
             example = data[1]
             pixel = example["picture"][:, 3, 3] / 255 if augment else example["pixel_values"][:, 3, 3]
             assert tuple(pixel.tolist()) == colour
             digests.add(dataset_digest(data))
     assert len(digests) == 6
     with pytest.raises(ValueError, match="background='limes'"):
-        load_data(DataSettings(folder, background="limes"), model)
+        load_data(Images(folder, "train", background="limes"), model)
 
 
 def test_settings_of_the_command_line_reach_the_loading(tmp_path, tiny_clip):
@@ -456,13 +459,13 @@ def test_settings_of_the_command_line_reach_the_loading(tmp_path, tiny_clip):
     with_mask(["mask", "depth"]).rename_column("label", "kind").to_parquet(folder / "train-0.parquet")
     (tmp_path / "full").mkdir()
     with_mask(["mask", "depth"]).to_parquet(tmp_path / "full" / "train-0.parquet")
-    settings = DataSettings(str(tmp_path), config="plain", image_column="depth", label_column="kind",
+    settings = Images(str(tmp_path), "train", config="plain", image_column="depth", label_column="kind",
                             class_names={"ant": "Ameise", "bee": "Biene"})  # fmt: skip
     data = load_data(settings, tiny_clip())
     assert (reds(data), data.class_names) == ([7, 7], ("Ameise", "Biene"))
-    words = ["--dataset", str(tmp_path), "--config_name", "plain", "--image_column", "depth"]
-    task = {"split": "test", "dataset": str(tmp_path), "config": "plain", "image_column": "depth"}
-    assert parse_arguments(words, CONFIG, EVALUATION_SECTIONS)["tasks"] == [task]
+    words = ["--dataset_name", str(tmp_path), "--dataset_config", "plain", "--image_column", "depth"]
+    task = Images(str(tmp_path), "test", config="plain", image_column="depth")
+    assert read([*words, "--output_dir", str(tmp_path / "out")], CONFIG).tasks == (task,)
 
 
 def test_a_resize_that_does_nothing_is_refused(tmp_path, tiny_clip, processor, monkeypatch):
@@ -474,7 +477,7 @@ def test_a_resize_that_does_nothing_is_refused(tmp_path, tiny_clip, processor, m
     with pytest.raises(ValueError, match="resize=12"):
         image_dataset(rows(), processor, resize=12, attack_resolution=4)
     with pytest.raises(ValueError, match=r"resize=12.*augment"):
-        load_data(DataSettings("digits", resize=12, augment=True), tiny_clip())
+        load_data(Images("digits", resize=12, augment=True), tiny_clip())
     assert image_dataset(rows(), processor, resize=12, attack_resolution=8)[0]["pixel_values"].shape == (3, 8, 8)
 
 

@@ -1,0 +1,320 @@
+"""What flags and YAML fill: frozen dataclasses that check themselves. Nothing is loaded or written here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from .attacks.suites import Suite
+from .defences.base import Defence
+from .digits_clip import EMBEDDED_MODEL
+from .evaluation.loop import EvaluationSettings, Precision
+from .modeling import PAPER_TEMPLATE
+from .names import is_path, same_place
+from .objectives.base import Objective
+from .report.report import AttackTarget
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """What is trained or evaluated.
+
+    Args:
+        model_name_or_path: a Hub id, a folder, or digits-clip (shipped with the package); for an evaluation also an
+            adapter, which is loaded on its base model.
+        model_revision: of a Hub id.
+        use_peft: train LoRA in the image encoder in place of its weights.
+        lora_r: rank of LoRA.
+        lora_alpha: scale of LoRA.
+    """
+
+    model_name_or_path: str = EMBEDDED_MODEL
+    model_revision: str | None = None
+    use_peft: bool = False
+    lora_r: int = 8
+    lora_alpha: int = 16
+
+    def __post_init__(self) -> None:
+        name = self.model_name_or_path
+        if self.model_revision is not None and (name == EMBEDDED_MODEL or is_path(name)):
+            raise ValueError(
+                f"model_revision={self.model_revision!r} does nothing for {name!r}, which is not read from the Hub."
+            )
+        if self.lora_r < 1:
+            raise ValueError(f"lora_r={self.lora_r!r} must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureArguments:
+    """Which pictures of a dataset are taken, and how.
+
+    Args:
+        data_root: a folder of datasets in Hub layout, in which the dataset is looked for.
+        classes: take these classes alone.
+        class_names: names of the classes, a file of them, or a known set of names.
+        image_column: where it can't be guessed.
+        label_column: where it can't be guessed.
+        background: what shows where a picture is transparent.
+        resize: shorter side before the centre crop; null takes the processor's.
+        streaming: read max_images rows of a shuffled stream, without downloading the rest.
+        max_images: so many images at most.
+        shots: so many images of each class, drawn once.
+        shots_seed: of that draw.
+        augment: random crops and mirroring of whole pictures (crop_scale, flip), in training.
+    """
+
+    data_root: str | None = None
+    classes: Sequence[str] | None = None
+    class_names: Mapping[str, str] | Sequence[str] | str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    background: str | Sequence[int] = "white"
+    resize: int | None = None
+    streaming: bool = False
+    max_images: int | None = None
+    shots: int | None = None
+    shots_seed: int = 0
+    augment: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_images is not None and self.max_images < 1:
+            raise ValueError(f"max_images={self.max_images!r} must be at least 1.")
+        if self.shots is None and self.shots_seed:
+            raise ValueError(f"shots_seed={self.shots_seed!r} does nothing without shots.")
+        if self.augment and self.resize is not None:
+            raise ValueError(
+                f"resize={self.resize!r} does nothing beside augment: whole pictures are cropped at random."
+            )
+
+
+@dataclass(frozen=True)
+class Images(PictureArguments):
+    """Pictures with labels, as `zero_shot_data.loading` reads them; with a name a task to evaluate on.
+
+    Args:
+        dataset: a key of the known datasets, a Hub id, or a folder of pictures or parquet.
+        split: such as test, or train[:100].
+        name: what tables call a task.
+        config: where a dataset has several configurations.
+        revision: of a Hub id.
+        All others are those of `PictureArguments`.
+    """
+
+    dataset: str = ""
+    split: str = "test"
+    name: str | None = None
+    config: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dataset == "digits" and self.data_root is not None:
+            raise ValueError(f"data_root={self.data_root!r} does nothing for digits, which come with scikit-learn.")
+
+
+@dataclass(frozen=True)
+class DataArguments(PictureArguments):
+    """The pictures to train on, or, where nothing is trained, to evaluate on.
+
+    Args:
+        dataset_name: a key of the known datasets, a Hub id, or a folder of pictures or parquet.
+        dataset_config: where a dataset has several configurations.
+        dataset_revision: of a Hub id.
+        dataset_train_split: what is trained on, such as train, or train[:100].
+        dataset_test_split: what is evaluated on, where there are no `tasks`.
+        All others are those of `PictureArguments`.
+    """
+
+    dataset_name: str | None = None
+    dataset_config: str | None = None
+    dataset_revision: str | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str = "test"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.images(self.dataset_test_split)
+
+    def images(self, split: str) -> Images:
+        """A split of these pictures."""
+        shared = {f.name: getattr(self, f.name) for f in fields(PictureArguments)}
+        where = (self.dataset_name or "", split, None, self.dataset_config, self.dataset_revision)
+        return Images(*where, **shared)
+
+
+@dataclass(frozen=True)
+class EvaluationArguments:
+    """How hard to attack: an `EvaluationSettings` whose attacks may be given by their short names.
+
+    Args:
+        radii: radii in units of [0, 1], such as [1/255, 4/255].
+        norm: linf or l2.
+        attack: pgd-N, cw-N, apgd (APGD-CE and APGD-T), autoattack, autoattack-rand, apgd-ce, apgd-dlr, apgd-t, fab-t,
+            square, or a class of attacks with its settings.
+        attacks: several, each of which gives a report.
+        step_size: of PGD and CW by their short names; null takes 2.5 * eps / steps.
+        target: what the attacks see of a defence: defence_blind, transfer_from_adapted, bpda, adaptive.
+        batch_size: images per forward.
+        seed: of all that attacks draw.
+        precision: fp32, or fast: gradients in bfloat16, every break confirmed in float32.
+        num_workers: processes that load pictures ahead.
+        eot: draws of the defence in each gradient through it.
+    """
+
+    radii: Sequence[float | str] | None = None
+    norm: str = "linf"
+    attack: Suite | str = "pgd-20"
+    attacks: Sequence[Suite | str] | None = None
+    step_size: float | str | None = None
+    target: AttackTarget | None = None
+    batch_size: int = 128
+    seed: int = 0
+    precision: Precision = "fp32"
+    num_workers: int = 0
+    eot: int = 1
+
+    def settings(self, *, defended: bool = False) -> tuple[EvaluationSettings, ...]:
+        """One for each attack; by default a defence is attacked blindly.
+
+        Raises ValueError for an attack that is there twice, for none, and for a step size of attacks that have none.
+        """
+        from .attacks.named import suite_named
+
+        if self.attacks is not None and not self.attacks:
+            raise ValueError("evaluation.attacks=[] names no attack.")
+        given = [self.attack] if self.attacks is None else list(self.attacks)
+        suites = [suite_named(own, self.step_size) if isinstance(own, str) else own for own in given]
+        found: list[EvaluationSettings] = []
+        for own, suite in zip(given, suites, strict=True):
+            if not isinstance(own, str) and self.step_size is not None:
+                raise ValueError(
+                    f"evaluation.step_size={self.step_size!r} goes with pgd-N and cw-N, not with {own!r}."
+                )
+            target = self.target or target_of(suite, defended)
+            how = EvaluationSettings(
+                self.radii or [], self.norm, suite, self.batch_size, self.seed, self.precision, self.num_workers,
+                target, self.eot,
+            )  # fmt: skip
+            if how in found:
+                raise ValueError(f"evaluation.attacks={self.attacks!r} names {own!r} twice.")
+            found.append(how)
+        return tuple(found)
+
+
+def target_of(suite: Suite, defended: bool) -> AttackTarget:
+    """What a suite sees where nothing is said of it."""
+    from .evaluation.loop import AdaptiveWorst
+
+    if isinstance(suite, AdaptiveWorst):
+        return "adaptive_worst"
+    return "defence_blind" if defended else "static"
+
+
+@dataclass(frozen=True)
+class DefenceEvaluation:
+    """How a defence is attacked after a training: blind by `evaluation.attack`, and through it.
+
+    Args:
+        attack: the attacks through the defence, such as AdaptiveWorst with its steps and queries.
+        radius: one of evaluation.radii; null takes the first.
+        eot: draws of the defence in each gradient through it.
+        max_images: of each task; null takes those of the task.
+        batch_size: images per forward.
+        presets: presets of the defence that are evaluated beside it.
+    """
+
+    attack: Suite | None = None
+    radius: float | str | None = None
+    eot: int = 1
+    max_images: int | None = None
+    batch_size: int = 64
+    presets: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_images is not None and self.max_images < 1:
+            raise ValueError(f"defence_evaluation.max_images={self.max_images!r} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class TrainingRunArguments:
+    """What a training is about.
+
+    Args:
+        template: prompt with {} for the class name.
+        objective: the method: a class of `hf_robust_clip.objectives`, or the dotted path of your own, with its
+            settings as --objective.NAME.
+        tasks: datasets to evaluate on, before and after.
+        defence: a test-time defence, a class with its settings as --defence.NAME, which is fitted on the training
+            images, evaluated, and saved with the adapter.
+        fit_images: the defence is fitted on so many training images; null takes all.
+        compare: further objectives, which are trained by the same settings and shown beside.
+        overwrite: begin anew in a folder that holds a run.
+    """
+
+    template: str = PAPER_TEMPLATE
+    objective: Objective | None = None
+    tasks: Sequence[Images] | None = None
+    defence: Defence | None = None
+    fit_images: int | None = None
+    compare: Sequence[str] = ()
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fit_images is not None and self.fit_images < 1:
+            raise ValueError(f"fit_images={self.fit_images!r} must be at least 1.")
+        if self.defence is None and self.fit_images is not None:
+            raise ValueError(f"fit_images={self.fit_images!r} does nothing without a defence, which is fitted.")
+
+
+@dataclass(frozen=True)
+class EvaluationRunArguments:
+    """What an evaluation is about.
+
+    Args:
+        output_dir: where report, table and plots are written.
+        template: prompt with {} for the class name; null takes that of the model's training, if a recipe.yaml or
+            report.json beside it says so, else the known dataset's own.
+        tasks: datasets to evaluate on; one of them may be given by --dataset_name in their place.
+        compare: further checkpoints, shown beside.
+        reference: an undefended checkpoint, which a working attack brings to about 0.
+        defence: a test-time defence, a class with its settings as --defence.NAME. Where the model's folder holds one
+            of the same class, its statistics and settings are taken, save those given here.
+        use_cpu: evaluate on the CPU, whatever else is there.
+        overwrite: begin anew in a folder that holds a run.
+        resume: go on with a run that was stopped.
+    """
+
+    output_dir: str | None = None
+    template: str | None = None
+    tasks: Sequence[Images] | None = None
+    compare: Sequence[str] = ()
+    reference: str | None = None
+    defence: Defence | None = None
+    use_cpu: bool = False
+    overwrite: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.overwrite and self.resume:
+            raise ValueError("overwrite=true deletes what resume=true would go on from; choose one.")
+        if self.defence is not None and self.reference is not None:
+            raise ValueError(f"reference={self.reference!r} is undefended: evaluate it without a defence.")
+
+
+def check_folder(output_dir: str, model: str, goes_on: bool) -> None:
+    """Raise OSError if the output folder is a file, the model's own, or holds something and nothing says what of it.
+
+    Args:
+        goes_on: whether the run goes on with what is there, or deletes it.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise OSError(f"output_dir={output_dir!r} is a file; name a folder.")
+    if Path(model).is_dir() and same_place(output_dir, model):
+        raise OSError(f"output_dir={output_dir!r} is the folder of the model itself; name another folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not goes_on:
+        raise OSError(
+            f"output_dir={output_dir!r} is not empty; add --overwrite, or go on with what is there (--resume, in a "
+            "training --resume_from_checkpoint true), or name another folder."
+        )

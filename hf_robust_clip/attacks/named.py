@@ -1,0 +1,37 @@
+"""Short names of attacks, as flags and configs have them."""
+
+from __future__ import annotations
+
+import re
+from typing import get_args
+
+from .auto_attack import AttackName, AutoAttack
+from .losses import cross_entropy, cw_margin
+from .suites import PGD, Suite
+
+
+def suite_named(name: str, step_size: float | str | None = None) -> Suite:
+    """The attacks of a name: pgd-N, cw-N, apgd, autoattack, autoattack-rand, or one member of AutoAttack.
+
+    Args:
+        step_size: of PGD and CW.
+
+    Raises ValueError for an unknown name, and for a step size of another attack.
+    """
+    match = re.fullmatch(r"(pgd|cw)-(\d+)", name.lower())
+    if match:
+        return PGD(int(match[2]), step_size, cw_margin if match[1] == "cw" else cross_entropy)
+    suites = {
+        "autoattack": AutoAttack(),
+        "autoattack-rand": AutoAttack.rand(),
+        "apgd": AutoAttack(("apgd-ce", "apgd-t")),
+        **{member: AutoAttack((member,)) for member in get_args(AttackName)},
+    }
+    if name.lower() not in suites:
+        raise ValueError(
+            f"attack={name!r} is unknown; known: pgd-20 (any number), cw-20, {', '.join(suites)}, and classes of "
+            "attacks such as AdaptiveWorst, or the dotted path of your own."
+        )
+    if step_size is not None:
+        raise ValueError(f"evaluation.step_size={step_size!r} goes with pgd-N and cw-N, not with {name!r}.")
+    return suites[name.lower()]

@@ -1,0 +1,561 @@
+"""From the words of a command line and a YAML file to settings, by jsonargparse; no model is loaded here.
+
+What jsonargparse leaves to us: texts that stay as they were typed (`typed_settings`), one value for each flag,
+switches without a value, names of classes without their module, presets of classes, and one line for each error.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import json
+import os
+import pkgutil
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
+
+from .secrets import SHOWN, is_token_key, refuse_tokens, without_token_keys, without_tokens
+from .storage import check_text
+from .typed_settings import check_numbers, parse_yaml, plain_value, read_text, typed_text
+
+LONGEST_ERROR = 600
+RECIPES = "recipes"  # beside this file in a wheel, beside the package in a checkout
+
+
+@dataclass(frozen=True)
+class ClassFlag:
+    """A flag whose value is a class, with its settings as nested flags.
+
+    Args:
+        base: what the class must be of.
+        packages: where classes are found by their names alone.
+        names: whether a text that names no class has a meaning of its own.
+        several: whether the value is a list of such.
+    """
+
+    base: type
+    packages: tuple[str, ...]
+    names: bool = False
+    several: bool = False
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """Which flags a command has.
+
+    Args:
+        groups: dataclasses by the prefix of their flags; "" for flags without one.
+        classes: flags whose values are classes, by name.
+        required: flags that a run can't do without.
+        skip: fields that have no flags, with their prefix.
+    """
+
+    groups: Mapping[str, Sequence[type]]
+    classes: Mapping[str, ClassFlag]
+    required: Sequence[str]
+    skip: frozenset[str] = frozenset()
+
+    @cached_property
+    def hints(self) -> dict[str, Any]:
+        """The types of all flags, by name."""
+        return {
+            _dotted(prefix, name): hint
+            for prefix, settings_classes in self.groups.items()
+            for cls in settings_classes
+            for name, hint in get_type_hints(cls).items()
+            if name in self.fields_of(cls, prefix)
+        }
+
+    def fields_of(self, cls: type, prefix: str = "") -> list[str]:
+        """The fields of a dataclass that have flags."""
+        return [f.name for f in fields(cls) if f.init and _dotted(prefix, f.name) not in self.skip]
+
+    @cached_property
+    def parser(self) -> ArgumentParser:
+        """The parser, with a help text for each flag."""
+        set_loader("texts", typed_text, exceptions=(yaml.YAMLError, ValueError))
+        set_parsing_settings(subclasses_enabled=[flag.base for flag in self.classes.values()])
+        parser = ArgumentParser(
+            prog="hf-robust-clip", exit_on_error=False, parser_mode="texts",
+            allow_abbrev=False,
+        )  # fmt: skip
+        parser.add_argument("--config", help="YAML file of these flags in place of the default one")
+        parser.add_argument("--print_config", type=bool, default=False, help="print all settings as YAML and end")
+        helps: dict[str, str] = {}
+        for prefix, settings_classes in self.groups.items():
+            for cls in settings_classes:
+                names = self.fields_of(cls, prefix)
+                parser.add_class_arguments(
+                    cls, prefix or None, skip={f.name for f in fields(cls) if f.name not in names}, fail_untyped=False
+                )
+                helps |= {_dotted(prefix, name): text for name, text in helps_of(cls).items()}
+        for action in parser._actions:
+            action.help = helps.get(action.dest, action.help)
+        return parser
+
+
+@dataclass(frozen=True)
+class Given:
+    """What was asked for.
+
+    Args:
+        settings: as plain values, without defaults: for recipe.yaml, and for what asks whether somebody said it.
+        values: the same as a parser's namespace, to be made into settings.
+        presets: names of presets, by flag.
+    """
+
+    settings: dict[str, Any]
+    values: Namespace
+    presets: Mapping[str, str]
+    parser: ArgumentParser
+    command: CommandLine
+
+    def asked(self, flag: str) -> Any:
+        """What was given for a flag; None if nothing was."""
+        found: Any = self.settings
+        for part in flag.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return found
+
+    def made(self, **arguments: Any) -> Namespace:
+        """Settings with their classes made. A preset gives what nobody asked for.
+
+        Args:
+            arguments: what presets may take.
+        """
+        values = self.values.clone()
+        for flag, preset in self.presets.items():
+            spec = values[flag]
+            start = preset_of(class_at(spec["class_path"]), preset, flag, arguments)
+            own = spec.get("init_args") or Namespace()
+            plain = type(start)()
+            for field in fields(start):
+                if field.init and field.name not in own and getattr(start, field.name) != getattr(plain, field.name):
+                    own[field.name] = getattr(start, field.name)
+            values[flag] = Namespace(class_path=spec["class_path"], init_args=own)
+        try:
+            return self.parser.instantiate(values)
+        except Exception as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            if isinstance(cause, ValueError | TypeError | OSError):
+                raise cause from None
+            raise
+
+    def group(self, cls: type, made: Namespace) -> Any:
+        """A settings dataclass whose flags have no prefix."""
+        return cls(**{name: made[name] for name in self.command.fields_of(cls) if name in made})
+
+    def with_preset(self, flag: str, preset: str | None) -> Given:
+        """The same with another preset of a class, or none."""
+        others = {name: own for name, own in self.presets.items() if name != flag}
+        return replace(self, presets=others if preset is None else {**others, flag: preset})
+
+
+def read_command(
+    command: CommandLine,
+    words: Sequence[str],
+    default_config: Path,
+    description: str = "",
+    prepare: Callable[[dict[str, Any], dict[str, str]], None] = lambda file, options: None,
+) -> Given:
+    """A command line to settings: the YAML file, then the flags, each of which has one value.
+
+    Args:
+        description: what `--help` begins with.
+        prepare: changes the file's settings where flags ask for others, before both are put together.
+
+    Raises ValueError for an unknown flag or key, a value of another type, a flag that stands twice, one without a
+    value, a class that isn't there, a token in any place, and where required flags are missing; OSError for a missing
+    file.
+    """
+    parser = command.parser
+    if {"-h", "--help"} & set(words):
+        parser.description = description.strip()
+        parser.print_help()
+        raise SystemExit(0)
+    options = split_words(words, parser, command)
+    shows = options.pop("print_config", "false") == "true"
+    config = Path(options.pop("config", str(default_config)))
+    if not config.is_file():
+        raise OSError(f"--config {str(config)!r} is not a file.")
+    file = parse_yaml(read_text(config), str(config)) or {}
+    if not isinstance(file, dict):
+        raise ValueError(f"{config} must hold keys, such as output_dir.")
+    for told in (file, options):
+        refuse_tokens(told, "settings")
+        check_text(told, "settings")
+    for key in file:
+        check_known(key, parser, command, f"key in {config.name}")
+    prepare(file, options)
+    presets = {}
+    for flag, kind in command.classes.items():
+        preset = settle_class(flag, kind, file, options)
+        if preset is not None:
+            presets[flag] = preset
+    for flag in options:
+        _drop(file, flag)  # jsonargparse would put lists and mappings of both together
+    hidden = [str(value) for told in (file, options) for key, value in told.items() if is_token_key(key) and value]
+    values = parsed(lambda: parser.parse_object(file, defaults=False), hidden, str(config))
+    flags = [f"--{key}={text}" for key, text in options.items()]
+    values = parsed(lambda: parser.parse_args(flags, namespace=values, defaults=False), hidden, "")
+    written = {flag: typed_text(text) for flag, text in options.items()}
+    settings = checked(values, file, written, command)
+    if shows:
+        show(parser, values)
+    for flag, name in presets.items():
+        settings = _with(settings, f"{flag}.init_args.preset", name)
+    given = Given(settings, values, presets, parser, command)
+    missing = [flag for flag in command.required if given.asked(flag) in (None, "", [], ())]
+    if missing:
+        raise ValueError(f"missing: {', '.join(missing)}; give them as flags, or in the YAML file.")
+    return given
+
+
+def checked(
+    values: Namespace, file: Mapping[str, Any], options: Mapping[str, Any], command: CommandLine
+) -> dict[str, Any]:
+    """What jsonargparse read, as plain values, looked at once more: nulls, and numbers that YAML reads in its own way.
+    Mappings of anything get numbers and truth values, there and in `values`.
+    """
+    settings = values.as_dict()
+    for name, hint in command.hints.items():
+        asked = _inner(settings, name)
+        if name in values and asked is None and not _takes_none(hint):
+            raise ValueError(f"{name}=null must not be empty.")
+        if isinstance(asked, dict) and any(option is dict or get_origin(option) is dict for option in _options(hint)):
+            values[name] = settings[name] = plain_value(asked)
+    check_numbers(file, {key: value for key, value in settings.items() if key not in options}, "")
+    for flag, text in options.items():
+        check_numbers(text, _inner(settings, flag), flag)
+    return settings
+
+
+def split_words(words: Sequence[str], parser: ArgumentParser, command: CommandLine) -> dict[str, str]:
+    """Flags with their values. A switch may stand without one."""
+    switches = {action.dest for action in parser._actions if getattr(action, "_typehint", None) is bool}
+    switches |= {name for name, hint in command.hints.items() if hint is bool} | {"print_config"}
+    found: dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r} stands alone; options are written --name VALUE.")
+        key, equals, value = word[2:].partition("=")
+        check_known(key, parser, command, f"option --{key}", typed=True)
+        if not equals:
+            alone = not rest or rest[0].startswith("--")
+            if alone and key not in switches:
+                raise ValueError(f"--{key} has no value.")
+            value = "true" if alone else rest.pop(0)
+        if key in found:
+            raise ValueError(f"--{key} is given twice; give it one value.")
+        found[key] = value
+    return found
+
+
+def check_known(key: Any, parser: ArgumentParser, command: CommandLine, what: str, typed: bool = False) -> None:
+    """Raise ValueError, with the nearest known name, for a flag or key that there is none of."""
+    known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    groups = [prefix for prefix in command.groups if prefix]
+    if typed:
+        parts = str(key).split(".")
+        inside = [".".join(parts[:n]) for n in range(1, len(parts))]
+        if any(prefix in command.classes for prefix in inside) or key in ("config", "help"):
+            return
+    else:
+        known = [name for name in known if "." not in name] + groups
+    if key not in known:
+        near = difflib.get_close_matches(str(key), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "--help lists all."
+        raise ValueError(f"unknown {what}: {key!r}; {hint}")
+
+
+def parsed(parse: Callable[[], Namespace], hidden: Iterable[str], where: str) -> Namespace:
+    """What jsonargparse makes of something; its errors in one line, without the values of tokens."""
+    try:
+        return parse()
+    except (ArgumentError, ValueError, TypeError, KeyError) as error:
+        line = one_line(str(error))
+        for text in hidden:
+            line = line.replace(text, SHOWN)
+        line = f"{where}: {line}" if where else line
+        raise ValueError(without_tokens(line[:LONGEST_ERROR])) from None
+
+
+def one_line(message: str) -> str:
+    """A message of jsonargparse without what its own types are called."""
+    left_out = (
+        "Given value: NestedArg",
+        "Does not validate",
+        "Subtypes:",
+        "Errors:",
+        "Given value type",
+        "- Expected a <class 'NoneType'>",
+    )
+    lines = [line.strip() for line in message.splitlines()]
+    kept = [line.removeprefix("- ") for line in lines if line and not line.startswith(left_out)]
+    text = "; ".join(dict.fromkeys(kept)).replace(":; ", ": ")
+    return re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text).replace("Parser key ", "")
+
+
+def settle_class(flag: str, kind: ClassFlag, file: dict[str, Any], options: dict[str, str]) -> str | None:
+    """Put dotted paths in the place of classes' names, and take the preset out; its name.
+
+    Where the flags name another class than the file, the file's settings of its own class go.
+    """
+    spec, text = _inner(file, flag), options.get(flag)
+    if kind.several:
+        if isinstance(spec, list):
+            _put(file, flag, [resolved(inner, kind, flag) for inner in spec])
+        if text is not None:
+            own = typed_text(text)
+            both = [resolved(inner, kind, flag) for inner in (own if isinstance(own, list) else [own])]
+            options[flag] = json.dumps(both)
+        return None
+    if spec is not None:
+        spec = resolved(spec, kind, flag)
+        _put(file, flag, spec)
+    if text is not None and text != "null":
+        own = resolved(typed_text(text), kind, flag)
+        if isinstance(own, str):
+            _put(file, flag, spec := None)
+            options[flag] = own
+        elif "init_args" in own or not isinstance(spec, dict) or own["class_path"] != spec["class_path"]:
+            _put(file, flag, spec := own)
+            del options[flag]
+        else:
+            del options[flag]
+    arguments = (spec.get("init_args") if isinstance(spec, dict) else None) or {}
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{flag}.init_args={arguments!r} must hold the settings of the class.")
+    preset = arguments.pop("preset", None)
+    preset = options.pop(f"{flag}.preset", preset)
+    own_flags = [key for key in options if key.startswith(f"{flag}.")]
+    if own_flags and not isinstance(spec, dict):
+        raise ValueError(f"--{own_flags[0]} is a setting of a class; give --{flag} CLASS.")
+    if isinstance(spec, dict):
+        cls = class_at(spec["class_path"], flag)
+        check_arguments(flag, cls, arguments)
+        for key in own_flags:
+            nested: dict[str, Any] = {}
+            _put(nested, key.removeprefix(f"{flag}."), typed_text(options[key]))
+            check_arguments(flag, cls, nested)
+    if spec is None:
+        _drop(file, flag)
+    return None if preset == "null" else preset
+
+
+def check_arguments(flag: str, cls: type, arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError, with the nearest known name, for settings that a class, or a class inside it, doesn't have."""
+    known = list(inspect.signature(cls).parameters)
+    for name, value in arguments.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}."
+            raise ValueError(f"unknown setting {flag}.{name}: {cls.__name__} has no {name!r}; {hint}")
+        inside = next((own for own in _options(_hints(cls).get(name)) if is_dataclass(own)), None)
+        if isinstance(value, Mapping) and isinstance(inside, type) and "class_path" not in value:
+            check_arguments(f"{flag}.{name}", inside, value)
+
+
+def resolved(spec: Any, kind: ClassFlag, flag: str) -> Any:
+    """A class as a mapping with its dotted path; a text with a meaning of its own as it is.
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(spec, str):
+        known = {plain_name(name) for name in classes_in(kind)}
+        if kind.names and "." not in spec and plain_name(spec) not in known:
+            return spec
+        spec = {"class_path": spec}
+    if not isinstance(spec, dict) or not isinstance(spec.get("class_path"), str):
+        raise ValueError(f"{flag}={spec!r} must be a class, or a mapping with class_path and init_args.")
+    unknown = [key for key in spec if key not in ("class_path", "init_args")]
+    if unknown:
+        raise ValueError(f"{flag}.{unknown[0]} is no key beside class_path; settings stand under init_args.")
+    arguments = {} if spec.get("init_args") is None else {"init_args": spec["init_args"]}
+    return {"class_path": class_path(spec["class_path"], kind, flag), **arguments}
+
+
+def class_path(name: str, kind: ClassFlag, flag: str) -> str:
+    """The dotted path of a class that can be made.
+
+    Raises ValueError for a name that there is no class of, a path that can't be imported, and a class of another kind.
+    """
+    if "." not in name:
+        known = classes_in(kind)
+        found = next((cls for own, cls in known.items() if plain_name(own) == plain_name(name)), None)
+        if found is None:
+            near = difflib.get_close_matches(plain_name(name), [plain_name(own) for own in known], n=1)
+            hint = next((f"did you mean {own!r}?" for own in known if near == [plain_name(own)]), None)
+            hint = hint or f"known: {', '.join(known)}, or the dotted path of your own."
+            raise ValueError(f"{flag}={name!r} is unknown; {hint}")
+        return f"{found.__module__}.{found.__qualname__}"
+    found = class_at(name, flag)
+    if not isinstance(found, type) or not issubclass(found, kind.base):
+        raise ValueError(f"{flag}={name!r} is no {kind.base.__name__}; name a class that is one.")
+    if inspect.isabstract(found):
+        raise ValueError(f"{flag}={name!r} is abstract; name a class that fills it in.")
+    return f"{found.__module__}.{found.__qualname__}"
+
+
+def class_at(path: str, flag: str = "class") -> Any:
+    """The class at a dotted path. Raises ValueError if there is none; modules of the current folder are found too."""
+    module, _, name = path.rpartition(".")
+    sys.path.append(os.getcwd())
+    try:
+        return getattr(import_module(module), name)
+    except Exception as error:  # whatever the module brings up
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{flag}={path!r} can't be imported ({why}); give package.module.Class.") from None
+    finally:
+        sys.path.remove(os.getcwd())
+
+
+def classes_in(kind: ClassFlag) -> dict[str, type]:
+    """The classes of a kind that can be made, in the modules of its packages, by name."""
+    found = {}
+    for package in kind.packages:
+        for module in pkgutil.iter_modules(import_module(package).__path__, f"{package}."):
+            for name, cls in vars(import_module(module.name)).items():
+                if isinstance(cls, type) and issubclass(cls, kind.base) and cls.__module__ == module.name:
+                    found[name] = cls
+    return {name: cls for name, cls in found.items() if not name.startswith("_") and not inspect.isabstract(cls)}
+
+
+def plain_name(name: str) -> str:
+    """A name as it is compared: PMGAFT is pmg_aft too."""
+    return name.replace("_", "").replace("-", "").lower()
+
+
+def preset_of(cls: type, preset: str, flag: str, arguments: Mapping[str, Any]) -> Any:
+    """What `cls.NAME_preset` makes of those of the arguments that it takes."""
+    known = {name.removesuffix("_preset"): getattr(cls, name) for name in dir(cls) if name.endswith("_preset")}
+    if preset not in known:
+        raise ValueError(
+            f"{flag}.preset={preset!r} is unknown; {cls.__name__} has {', '.join(known) or 'no presets'}."
+        )
+    accepted = inspect.signature(known[preset]).parameters
+    return known[preset](**{name: value for name, value in arguments.items() if name in accepted})
+
+
+def show(parser: ArgumentParser, values: Namespace) -> NoReturn:
+    """Print all settings, with their defaults, as YAML, and end."""
+    whole = parser.parse_object(values.as_dict()).as_dict()
+    settings = without_token_keys({k: v for k, v in whole.items() if k not in ("config", "print_config")})
+    print(without_tokens(yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)), end="")
+    raise SystemExit(0)
+
+
+def helps_of(cls: type) -> dict[str, str]:
+    """A help text for each field of a dataclass: its own, or what the docstring of the class, or of one that it
+    inherits from, says under Args.
+    """
+    found: dict[str, str] = {}
+    for parent in reversed(cls.__mro__):
+        if not is_dataclass(parent):
+            continue
+        section = (inspect.getdoc(parent) or "").partition("Args:\n")[2]
+        for line in re.split(r"\n(?=    \w[\w, ]*:)", section.partition("\n\n")[0]):
+            names, colon, text = line.partition(":")
+            if colon:
+                found |= dict.fromkeys((name.strip() for name in names.split(",")), " ".join(text.split()))
+    own = {f.name: f.metadata["help"] for f in fields(cls) if "help" in f.metadata}
+    return {name: text.replace("%", "%%") for name, text in {**found, **own}.items()}
+
+
+def packaged_config(name: str) -> Path:
+    """The YAML file of a name among those that come with the package: `pmg_aft`, `digits-clip/pmg_aft`.
+
+    Raises ValueError for an unknown one.
+    """
+    configs = recipes_folder() / "configs"
+    known = {path.relative_to(configs).with_suffix("").as_posix(): path for path in sorted(configs.rglob("*.yaml"))}
+    for own in (name, f"digits-clip/{name}"):
+        if own in known:
+            return known[own]
+    short = [own.removeprefix("digits-clip/") for own in known]
+    near = difflib.get_close_matches(name, [*known, *short], n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(own for own in short if '/' not in own)}."
+    raise ValueError(f"there is no config {name!r}; {hint}")
+
+
+def recipes_folder() -> Path:
+    """Where recipes and their configs are: in the installed package, or in a checkout beside it."""
+    installed = Path(__file__).parent / RECIPES
+    return installed if installed.is_dir() else Path(__file__).parents[1] / RECIPES
+
+
+def _dotted(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a class's settings; none where they can't be told."""
+    try:
+        return get_type_hints(cls)
+    except NameError:  # a type that is imported for checkers alone
+        return {}
+
+
+def _takes_none(hint: Any) -> bool:
+    return bool({Any, NoneType} & set(_options(hint)))
+
+
+def _inner(settings: Any, flag: str) -> Any:
+    """What stands under a dotted flag; settings of a class under its name alone."""
+    for part in flag.split("."):
+        if isinstance(settings, Mapping) and "class_path" in settings and part not in settings:
+            settings = settings.get("init_args")
+        settings = settings.get(part) if isinstance(settings, Mapping) else None
+    return settings
+
+
+def _put(settings: dict[str, Any], flag: str, value: Any) -> None:
+    *parents, last = flag.split(".")
+    for part in parents:
+        settings = settings.setdefault(part, {})
+    settings[last] = value
+
+
+def _drop(settings: Any, flag: str) -> None:
+    """Take out what stands under a dotted flag."""
+    *parents, last = flag.split(".")
+    for part in parents:
+        settings = _inner(settings, part)
+    if isinstance(settings, dict) and "class_path" in settings and last not in settings:
+        settings = settings.get("init_args")
+    if isinstance(settings, dict):
+        settings.pop(last, None)
+
+
+def _with(settings: dict[str, Any], flag: str, value: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(settings)
+    _put(changed, flag, value)
+    return changed
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

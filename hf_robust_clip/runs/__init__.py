@@ -1,0 +1,1 @@
+"""Runs: prepare, fit, measure, write."""

@@ -1,0 +1,361 @@
+"""An evaluation of checkpoints: read what is asked for, prepare, measure, write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from .. import unused_settings as unused
+from ..arguments import (
+    DataArguments,
+    EvaluationArguments,
+    EvaluationRunArguments,
+    Images,
+    ModelArguments,
+    check_folder,
+)
+from ..attacks.suites import Suite
+from ..checkpoint_notes import known_templates, other_prompt, quoted, trained_templates
+from ..command_line import ClassFlag, CommandLine, Given, read_command
+from ..defences.base import Defence
+from ..defences.defended import DefendedClassifier
+from ..evaluation import loop as evaluation
+from ..evaluation.loop import THROUGH, EvaluationSettings
+from ..hub import clear_states, dump_recipe
+from ..modeling import CLIPForZeroShotClassification, check_classes
+from ..names import same_place, task_titles, titles
+from ..processes import check_sharding, join_processes, what_runs
+from ..report import report as reporting
+from ..report.report import RobustnessReport
+from ..saving import Saving, left_by_evaluation
+from ..secrets import without_token_keys
+from ..storage import check_writable, write_text
+from ..threat_model import ThreatModel
+from . import shared
+from .interruptions import one_line_errors
+from .shared import SUITES
+
+COMMAND = CommandLine(
+    groups={
+        "": (ModelArguments, DataArguments, EvaluationRunArguments),
+        "evaluation": (EvaluationArguments,),
+    },
+    classes={
+        "defence": ClassFlag(Defence, ("hf_robust_clip.defences",)),
+        "evaluation.attack": ClassFlag(Suite, SUITES, names=True),
+        "evaluation.attacks": ClassFlag(Suite, SUITES, names=True, several=True),
+    },
+    required=("output_dir", "evaluation.radii"),
+    skip=frozenset(["use_peft", "lora_r", "lora_alpha", "dataset_train_split", "augment"]),
+)
+
+
+@dataclass(frozen=True)
+class EvaluationRun:
+    """Everything an evaluation needs, checked."""
+
+    model: ModelArguments
+    checkpoints: tuple[str, ...]  # the one in question first, then those it is compared with
+    reference: str | None
+    template: str | None
+    evaluations: tuple[EvaluationSettings, ...]
+    tasks: tuple[Images, ...]
+    defence: Defence | None
+    defence_settings: tuple[str, ...]  # names of those that go before what a folder saved; none of them with a preset
+    preset: str | None
+    output_dir: str
+    use_cpu: bool
+    overwrite: bool
+    source: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """All checkpoints, the reference last if it is none of the others."""
+        return list(dict.fromkeys([*self.checkpoints, *([self.reference] if self.reference else [])]))
+
+    def revision_of(self, name: str) -> str | None:
+        """Of a checkpoint: that which was asked for is of the one in question."""
+        return self.model.model_revision if name == self.model.model_name_or_path else None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run with its processes."""
+
+    run: EvaluationRun
+    folder: Path
+    processes: PartialState
+    saving: Saving
+    called: dict[str, str]  # by checkpoint, what tables call it
+    tasks: dict[str, Images]
+
+
+@dataclass
+class Measured:
+    """Reports in the order of checkpoints, tasks and attacks; what is to be said of them; and attacked pictures."""
+
+    reports: list[RobustnessReport] = field(default_factory=list)
+    under_first: list[RobustnessReport] = field(default_factory=list)  # by the first of the attacks
+    remarks: list[str] = field(default_factory=list)
+    examples: Any = None
+
+
+def main(words: Sequence[str], default_config: Path, description: str = "") -> None:
+    """An evaluation as a command. A wrong setting ends it with one line and status 2."""
+    with one_line_errors():
+        run = read(words, default_config, description)
+        shared.quiet_loading()
+        with one_line_errors(lambda: left_by_evaluation(run.output_dir)):
+            evaluate(run)
+
+
+def read(words: Sequence[str], default_config: Path, description: str = "") -> EvaluationRun:
+    """Check every setting. Nothing is written or downloaded here."""
+    given = read_command(COMMAND, words, default_config, description, _prepare_settings)
+    made = given.made()
+    model, data, about = (given.group(cls, made) for cls in (ModelArguments, DataArguments, EvaluationRunArguments))
+    check_output(str(about.output_dir), model, about)
+    others = list(about.compare)
+    name = model.model_name_or_path
+    unused.check_compared(name, others)
+    reference = about.reference
+    if reference is not None:
+        reference = next((own for own in (name, *others) if same_place(own, reference)), reference)
+    if about.template is not None:
+        check_classes(["a class"], about.template)
+    evaluations = made.evaluation.settings(defended=about.defence is not None)
+    check_targets(evaluations, about.defence)
+    unused.check_evaluation(given, [how.target for how in evaluations], THROUGH)
+    if about.defence is not None:
+        unused.check_defence(given, about.defence)
+    tasks = _tasks(given, data, about)
+    shared.check_tasks(tasks)
+    return EvaluationRun(
+        model=model,
+        checkpoints=(name, *others),
+        reference=reference,
+        template=about.template,
+        evaluations=evaluations,
+        tasks=tasks,
+        defence=about.defence,
+        defence_settings=tuple(set(given.asked("defence.init_args") or ()) - {"preset"}),
+        preset=given.presets.get("defence"),
+        output_dir=str(about.output_dir),
+        use_cpu=about.use_cpu,
+        overwrite=about.overwrite,
+        source=without_token_keys(given.settings),
+    )
+
+
+def check_output(folder: str, model: ModelArguments, about: EvaluationRunArguments) -> None:
+    """Raise OSError for an output folder that can't be written to without harm."""
+    check_folder(folder, model.model_name_or_path, about.overwrite or about.resume)
+    if any(Path(folder, name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise OSError(f"output_dir={folder!r} is a checkpoint with a report of its own; name another folder.")
+
+
+def check_targets(evaluations: Sequence[EvaluationSettings], defence: Defence | None) -> None:
+    """Raise ValueError for a target without a defence, and for the static model with one."""
+    for how in evaluations:
+        if defence is not None and how.target == "static":
+            raise ValueError(
+                f"evaluation.target='static' says nothing of {defence.name}; choose another, or leave the defence out."
+            )
+        if defence is None and how.target != "static":
+            raise ValueError(f"evaluation.target={how.target!r} needs a defence; give --defence.")
+
+
+def _prepare_settings(file: dict[str, Any], options: dict[str, str]) -> None:
+    """`compare` as a list; `--dataset_name` takes the place of the file's tasks."""
+    shared.as_list("compare", file, options)
+    if "dataset_name" in options and "tasks" not in options:
+        file.pop("tasks", None)
+
+
+def _tasks(given: Given, data: DataArguments, about: EvaluationRunArguments) -> tuple[Images, ...]:
+    asked = [name for name in given.command.fields_of(DataArguments) if given.asked(name) is not None]
+    if given.asked("tasks") is not None and asked:
+        raise ValueError(f"{asked[0]}={given.asked(asked[0])!r} does nothing beside tasks; it goes with dataset_name.")
+    if given.asked("tasks") is not None:
+        return tuple(about.tasks or ())
+    if data.dataset_name is None:
+        raise ValueError("missing: dataset_name, or tasks; give what is evaluated on.")
+    return (data.images(data.dataset_test_split),)
+
+
+def evaluate(run: EvaluationRun) -> list[RobustnessReport]:
+    """Evaluate checkpoints on every task under every attack; write report, table and plots to the output directory.
+
+    Returns the reports of the checkpoint in question.
+    """
+    prepared = prepare(run)
+    measured = measure(prepared)
+    write(prepared, measured)
+    return [report for report in measured.reports if report.model == run.model.model_name_or_path]
+
+
+def prepare(run: EvaluationRun) -> Prepared:
+    """Join the processes, and clear what is to be overwritten."""
+    folder = Path(run.output_dir)
+    check_writable(folder)
+    processes = join_processes(_on_cpu(run.use_cpu))
+    check_sharding(processes, evaluation=True)
+    processes.print(f"evaluation: {what_runs(processes)}")
+    if processes.is_local_main_process and run.overwrite:
+        clear_states(folder)
+    processes.wait_for_everyone()
+    names = task_titles([(task.name, task.dataset) for task in run.tasks])
+    tasks = dict(zip(names, run.tasks, strict=True))
+    return Prepared(run, folder, processes, Saving(folder, processes.print), titles(run.names), tasks)
+
+
+def _on_cpu(asked: bool) -> bool:
+    import torch
+
+    return asked or not torch.cuda.is_available()
+
+
+def measure(prepared: Prepared) -> Measured:
+    """Every checkpoint on every task under every attack."""
+    run, found = prepared.run, Measured()
+    templates: Sequence[str] = () if run.template is None else (run.template,)
+    for name in run.names:
+        revision = run.revision_of(name)
+        model = shared.load_model(name, revision).to(prepared.processes.device)
+        defence = with_statistics(run, name, revision)
+        if name == run.model.model_name_or_path and not templates:
+            templates = trained_templates(name, revision)
+        trained = known_templates(name, revision)
+        for title, task in prepared.tasks.items():
+            data = shared.load_data(task, model)
+            model.set_classes(data.class_names, templates or data.templates)
+            remark = other_prompt(prepared.called[name], trained, model.templates)
+            found.remarks += [] if remark is None else [remark]
+            for settings in run.evaluations:
+                report = measure_one(prepared, model, data, settings, name, title, defence)
+                found.reports.append(report)
+                if settings is run.evaluations[0]:
+                    found.under_first.append(report)
+            if found.examples is None and prepared.processes.is_main_process:
+                first = partial(evaluation.adversarial_examples, model, data, run.evaluations[0])
+                found.examples = prepared.saving.attempt("examples.png", first) or ()
+    return found
+
+
+def measure_one(
+    prepared: Prepared,
+    model: CLIPForZeroShotClassification,
+    data: Any,
+    settings: EvaluationSettings,
+    name: str,
+    task: str,
+    defence: Defence | None,
+) -> RobustnessReport:
+    """One report, with a line of what is measured."""
+    attack = settings.attack.name(len(data.class_names))
+    called = prepared.called[name]
+    through = "" if settings.target == "static" else f" {settings.target}"
+    prompt = f"prompt {quoted(model.templates)}"
+    about = f"{len(data)} images, {attack}, {settings.precision_with(model)}, {prompt}"
+    prepared.processes.print(f"{called} on {task}: {about}")
+    return evaluation.evaluate_robustness(
+        model,
+        data,
+        settings,
+        name=called,
+        task=task,
+        model_id=name,
+        processes=prepared.processes,
+        state_dir=prepared.folder / "state" / shared.slug(f"{name} {task} {attack}{through}"),
+        progress=True,
+        defence=defence,
+    )
+
+
+def with_statistics(run: EvaluationRun, name: str, revision: str | None) -> Defence | None:
+    """The defence, with what it was fitted with where the model's folder holds some, and where the same method was
+    saved there, with the settings of that one: what the run asks for goes before them.
+
+    Raises OSError where a defence must be fitted and there is nothing.
+    """
+    defence = run.defence
+    if defence is None or not hasattr(defence, "targets"):
+        return defence
+    saved: Any = DefendedClassifier.from_pretrained(name, revision=revision).adapter
+    targets = getattr(saved, "targets", None)
+    if targets is None:
+        raise OSError(f"{name!r} holds no statistics, which {defence.name} needs; train it with a defence.")
+    if type(saved) is type(defence) and run.preset is None:
+        return replace(saved, **{name: getattr(defence, name) for name in run.defence_settings})
+    return replace(defence, targets=targets)  # type: ignore[call-arg]  # not every defence has them
+
+
+def write(prepared: Prepared, measured: Measured) -> None:
+    """Table, report and plots."""
+    run, folder, saving = prepared.run, prepared.folder, prepared.saving
+    reports = measured.reports
+    own = [report for report in reports if report.model == run.model.model_name_or_path]
+    others = [report for report in reports if report.model != run.model.model_name_or_path]
+    if prepared.processes.is_main_process:
+        recipe = dump_recipe(run.source)
+        saving.attempt("the table", lambda: show(prepared, measured))
+        saving.save("report.json", lambda: reporting.save_reports(folder / "report.json", own, others))
+        saving.save("report.csv", lambda: reporting.save_csv(folder / "report.csv", reports))
+        saving.save("recipe.yaml", lambda: write_text(folder / "recipe.yaml", recipe))
+        draw(prepared, measured)
+    prepared.processes.wait_for_everyone()
+    saving.finish()
+    files = ("report.json", "report.csv", "recipe.yaml", "accuracy.png", "examples.png", "tradeoff.png")
+    written = [name for name in files if (folder / name).is_file()]
+    if prepared.processes.is_main_process:
+        line = f"saved to {folder}: {', '.join(written)}"
+        saving.attempt("a line", lambda: prepared.processes.print(line))
+
+
+def show(prepared: Prepared, measured: Measured) -> None:
+    """Print the table, remarks, and whether the attack breaks the reference."""
+    run, reports = prepared.run, measured.reports
+    shared.print_table(reporting.to_table(reports, prepared.called[run.model.model_name_or_path]), 110)
+    share = reporting.percent(max(report.zero_gradient_share for report in reports))
+    print(f"exactly-zero input gradients in the attacks: at most {share}")
+    for line in filter(None, dict.fromkeys([*measured.remarks, reporting.blind_warning(reports)])):
+        print(f"\n{line}\n")
+    for report in reports:
+        if report.model == run.reference:
+            print(self_check(report))
+
+
+def draw(prepared: Prepared, measured: Measured) -> None:
+    """The plots, each of which may fail by itself."""
+    run, folder, reports = prepared.run, prepared.folder, measured.reports
+    panels: dict[str, dict[str, RobustnessReport]] = {}
+    for report in reports:
+        panel = report.task if len(run.evaluations) == 1 else f"{report.task}, {report.full_attack}"
+        panels.setdefault(panel, {})[report.name] = report
+    plots = {"accuracy.png": partial(reporting.plot_accuracy, folder / "accuracy.png", panels)}
+    if measured.examples:
+        plots["examples.png"] = partial(reporting.plot_examples, folder / "examples.png", *measured.examples)
+    if len(run.names) > 1:
+        radius = min(reports[0].robust_accuracy)
+        first = partial(reporting.plot_tradeoff, folder / "tradeoff.png", measured.under_first, radius)
+        plots["tradeoff.png"] = first
+    for name, plot in plots.items():
+        prepared.saving.attempt(name, plot)
+
+
+def self_check(report: RobustnessReport) -> str:
+    """Whether the attack brought an undefended reference to about nothing, in one line."""
+    radius, left = max(report.robust_accuracy.items())
+    at = f"{report.attack} at {ThreatModel(radius, report.norm)} on {report.task}"  # type: ignore[arg-type]
+    if left <= 0.05:
+        falls = f"the undefended {report.name} falls to {reporting.percent(left)} under {at}"
+        return f"self-check: {falls}: the attack works."
+    return (
+        f"self-check FAILED: the undefended {report.name} keeps {reporting.percent(left)} under {at}; "
+        "the attack is too weak or the radius too small to tell robust from undefended."
+    )

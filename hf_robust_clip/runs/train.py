@@ -1,0 +1,405 @@
+"""A training run: read what is asked for, prepare, fit, measure, write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from peft import PeftModel
+
+from ..checkpoint_notes import named_base
+from ..defences.base import Defence
+from ..digits_clip import EMBEDDED_MODEL
+from ..evaluation import loop as evaluation
+from ..evaluation.loop import EvaluationSettings
+from ..hub import (
+    Push,
+    clear_checkpoints,
+    clear_model,
+    clear_states,
+    dump_recipe,
+    prepare_repository,
+    push_folder,
+)
+from ..modeling import CLIPForZeroShotClassification
+from ..names import hub_name, is_path, shown_folder, shown_name, task_titles, without_paths
+from ..processes import join_processes, what_runs
+from ..prompts import ClipPromptConfig, check_prompts
+from ..report import report as reporting
+from ..report.card import CardInfo, make_card
+from ..report.report import RobustnessReport
+from ..saving import Saving, left_by_training
+from ..storage import check_writable, write_text, written_whole
+from ..training.checkpoints import NothingToResume
+from ..training.trainer import RobustClipTrainer, classifier_in, on_its_own, save_adapter
+from ..zero_shot_data.loading import ImageDataset
+from . import shared
+from .interruptions import one_line_errors
+from .methods import defended, fit_defences, make_trainer
+from .train_settings import COMMAND, OBJECTIVE, Method, TrainingRun, read
+
+__all__ = ["COMMAND", "OBJECTIVE", "Method", "TrainingRun", "main", "read", "train"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run with its model, its pictures and its processes."""
+
+    run: TrainingRun
+    model: CLIPForZeroShotClassification
+    data: ImageDataset
+    tasks: dict[str, ImageDataset]
+    processes: PartialState
+    saving: Saving
+    push: Push | None
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.run.output_dir)
+
+    @property
+    def start(self) -> str:
+        """What others know the first checkpoint by."""
+        return shown_name(self.run.model.model_name_or_path)
+
+    @property
+    def repo_id(self) -> str:
+        """What the trained model is called in its report."""
+        return self.push.repo_id if self.push is not None else shown_folder(self.run.output_dir)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained model.
+
+    Args:
+        classifier: without wrappers or autocast.
+        to_save: that classifier, or the adapter, or the defended classifier.
+        defences: fitted, by title.
+        settings: of the training, for the card.
+    """
+
+    classifier: CLIPForZeroShotClassification
+    to_save: Any
+    defences: dict[str, Defence]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Reports of the trained model, and by title those of what it is compared with."""
+
+    own: list[RobustnessReport]
+    compared: dict[str, list[RobustnessReport]]
+
+
+def main(words: Sequence[str], default_config: Path, description: str = "") -> None:
+    """A training as a command. A wrong setting ends it with one line and status 2."""
+    with one_line_errors():
+        run = read(words, default_config, description)
+        shared.quiet_loading()
+        with one_line_errors(lambda: left_by_training(run.output_dir)):
+            train(run)
+
+
+def train(run: TrainingRun) -> list[RobustnessReport]:
+    """Evaluate, fine-tune, evaluate again, compare; write checkpoint, report, plot and card to the output directory.
+
+    Returns the fine-tuned model's reports, one for each task.
+    """
+    prepared = prepare(run)
+    compared = {"undefended": measure(prepared, prepared.model, "undefended", prepared.start)}
+    trainer = fit(prepared, run.method, prepared.model, save=True)
+    for rival in run.rivals:
+        compared[rival.title] = measure_rival(prepared, rival)
+    fitted = finish(prepared, trainer)
+    write_model(prepared, fitted)
+    measured = measure_defences(prepared, fitted, compared)
+    write(prepared, fitted, measured)
+    return measured.own
+
+
+def prepare(run: TrainingRun) -> Prepared:
+    """Load the model and the pictures, join the processes, and clear what is to be overwritten."""
+    folder = Path(run.output_dir)
+    check_writable(folder)
+    model = shared.load_model(run.model.model_name_or_path, run.model.model_revision)
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"model_name_or_path={run.model.model_name_or_path!r} is an adapter; name the model that it stands on."
+        )
+    data, *tasks = (
+        replace(pictures, dataset_id=shown_name(pictures.dataset_id))
+        for pictures in (shared.load_data(images, model) for images in (run.data, *run.tasks))
+    )
+    names = task_titles([(task.name, task.dataset) for task in run.tasks])
+    model.set_classes(data.class_names, run.template)  # a bad class name fails here, before any work
+    for method in (run.method, *run.rivals):
+        if isinstance(method.adapter, ClipPromptConfig):
+            check_prompts(model, method.adapter)
+    processes = join_processes(run.training.use_cpu)
+    push = run.push
+    if push is not None and processes.is_main_process:
+        push = prepare_repository(push, "adapter" if run.adds_adapter else "model", "hub_model_id")
+    mixed = run.training.mixed_precision
+    precision = mixed if mixed != "no" else str(model.dtype).removeprefix("torch.")
+    processes.print(f"{run.title}: {len(data)} images, {len(data.class_names)} classes, "
+                    f"{what_runs(processes, fsdp=bool(run.training.fsdp))}, {precision}")  # fmt: skip
+    if processes.is_local_main_process and run.overwrite:
+        clear_checkpoints(folder)
+        clear_states(folder)
+    processes.wait_for_everyone()
+    saving = Saving(folder, processes.print)
+    return Prepared(run, model, data, dict(zip(names, tasks, strict=True)), processes, saving, push)
+
+
+def measure(
+    prepared: Prepared,
+    model: CLIPForZeroShotClassification,
+    title: str,
+    model_id: str,
+    settings: EvaluationSettings | None = None,
+    defence: Defence | None = None,
+) -> list[RobustnessReport]:
+    """The reports of a model, one for each task."""
+    run = prepared.run
+    model.to(prepared.processes.device)
+    found = []
+    for task, data in prepared.tasks.items():
+        model.set_classes(data.class_names, run.template)
+        found.append(
+            evaluation.evaluate_robustness(
+                model,
+                data if defence is None else data.first(run.defended_images),
+                settings or run.evaluation,
+                name=title,
+                task=task,
+                model_id=model_id,
+                processes=prepared.processes,
+                progress=defence is not None,
+                defence=defence,
+            )
+        )
+    model.set_classes(prepared.data.class_names, run.template)
+    return found
+
+
+def fit(prepared: Prepared, method: Method, model: CLIPForZeroShotClassification, save: bool) -> RobustClipTrainer:
+    """Train; `save=False` writes no checkpoints and goes on from none."""
+    run = prepared.run
+    args = run.training if save else on_its_own(run.training)
+    defence = next(iter(run.defences.values()), None) if save else None
+    trainer = make_trainer(model, args, method.objective, prepared.data, method.adapter, defence)
+    start = run.model.model_name_or_path
+    if start != EMBEDDED_MODEL and Path(start).is_dir():
+        start = str(Path(start).resolve())  # from another folder a relative one might be taken for the Hub's
+    for config in getattr(trainer.model, "peft_config", {}).values():
+        config.base_model_name_or_path, config.revision = start, run.model.model_revision
+    try:
+        trainer.train(resume_from_checkpoint=run.resume and save)
+    except NothingToResume:
+        prepared.processes.print(f"no whole checkpoint in {prepared.folder}: the training begins anew")
+        trainer.train()
+    return trainer
+
+
+def measure_rival(prepared: Prepared, rival: Method) -> list[RobustnessReport]:
+    """Train another method by the same settings; its reports."""
+    model = shared.load_model(prepared.run.model.model_name_or_path, prepared.run.model.model_revision)
+    model.set_classes(prepared.data.class_names, prepared.run.template)
+    trainer = fit(prepared, rival, model, save=False)
+    classifier, _ = plain_model(trainer, prepared.folder / "compared" / shared.slug(rival.title))
+    return measure(prepared, classifier, rival.title, f"{rival.title} from {prepared.start}, same settings")
+
+
+def finish(prepared: Prepared, trainer: RobustClipTrainer) -> Fitted:
+    """Fit the defences, and take the trained model out of its trainer. Old figures go before new weights come."""
+    run = prepared.run
+    images = replace(prepared.data, augment=False).first(run.fit_images)
+    defences = fit_defences(trainer, run.defences, images, prepared.folder / "state/statistics")
+    settings = trainer.settings()
+    if prepared.processes.is_main_process:
+        clear_model(prepared.folder)
+    classifier, to_save = plain_model(trainer, prepared.folder, has_defence=bool(defences))
+    return Fitted(classifier, to_save, defences, settings)
+
+
+def plain_model(
+    trainer: RobustClipTrainer, folder: Path, has_defence: bool = False
+) -> tuple[CLIPForZeroShotClassification, Any]:
+    """The trained classifier without wrappers or autocast, and what is to be saved of it.
+
+    That is the classifier itself, LoRA merged into it; of prompts, which can't be merged, the adapter, with its
+    defence if it has one. Sharded weights go through `folder`.
+    """
+    if trainer.accelerator.distributed_type == DistributedType.FSDP:
+        trainer.save_model(str(folder), _internal_call=True)  # which pushes nothing
+        trainer.accelerator.wait_for_everyone()
+        whole = CLIPForZeroShotClassification.from_pretrained(folder).eval()
+        return whole, whole
+    core = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+    if has_defence or (isinstance(core, PeftModel) and isinstance(core.active_peft_config, ClipPromptConfig)):
+        return classifier_in(core).requires_grad_(False), defended(trainer) if has_defence else core
+    core = core.merge_and_unload() if isinstance(core, PeftModel) else core
+    return core, core
+
+
+def write_model(prepared: Prepared, fitted: Fitted) -> None:
+    """The weights, and with which settings they were made."""
+    if prepared.processes.is_main_process:
+        source = prepared.run.source if prepared.push is None else without_paths(prepared.run.source)
+        text = dump_recipe(source)
+        prepared.saving.save("the weights", lambda: save_trained(fitted.to_save, prepared.folder))
+        prepared.saving.save("recipe.yaml", lambda: write_text(prepared.folder / "recipe.yaml", text))
+    prepared.processes.wait_for_everyone()
+
+
+def save_trained(trained: Any, folder: Path) -> None:
+    """Write a classifier, an adapter or a defended classifier."""
+    if isinstance(trained, PeftModel):
+        save_adapter(trained, folder)
+        return
+    with written_whole(folder) as draft:
+        trained.save_pretrained(draft)
+
+
+def measure_defences(prepared: Prepared, fitted: Fitted, compared: dict[str, list[RobustnessReport]]) -> Measured:
+    """The reports of the trained model and, where there are defences, of these; the one that is saved is its own."""
+    run = prepared.run
+    reports = measure(prepared, fitted.classifier, run.title, prepared.repo_id)
+    if not fitted.defences or run.through is None:
+        return Measured(reports, compared)
+    compared = {**compared, run.title: reports}
+    blind = replace(run.through, attack=run.evaluation.attack, target="defence_blind", eot=1)
+    own: list[RobustnessReport] = []
+    saved = next(iter(fitted.defences))
+    for title in reversed(fitted.defences):  # the one that is saved comes last
+        for how in (blind, run.through):
+            found = measure(prepared, fitted.classifier, title, prepared.repo_id, how, fitted.defences[title])
+            if title == saved:
+                own += found
+            else:
+                compared[f"{title}, {how.target}"] = found
+    return Measured(own, compared)
+
+
+def write(prepared: Prepared, fitted: Fitted, measured: Measured) -> None:
+    """Table, report, card and plot; and the whole folder to the Hub, if it is pushed."""
+    saving, folder, push = prepared.saving, prepared.folder, prepared.push
+    compared = [report for rows in measured.compared.values() for report in rows]
+    if prepared.processes.is_main_process:
+        rows = in_order(prepared, fitted, measured)
+        saving.attempt("the table", lambda: show(prepared, fitted, rows))
+
+        def publish(info: CardInfo) -> None:
+            card = str(make_card(measured.own, compared, info))
+            report = partial(reporting.save_reports, folder / "report.json", measured.own, compared, card=info)
+            saving.save("report.json", report)
+            saving.save("README.md", lambda: write_text(folder / "README.md", card))
+
+        info = card_info(prepared, fitted)
+        publish(info)
+        if saving.attempt("accuracy.png", lambda: plot(prepared, fitted, rows)) is None:
+            publish(replace(info, plot=None))
+    prepared.processes.wait_for_everyone()
+    saving.finish()
+    run = prepared.run
+    load = f"\nload it: {loading_code(run, run.output_dir)}" if push is None else ""
+    if prepared.processes.is_main_process:  # another machine's folder holds none of it
+        line = f"saved to {folder}: {', '.join(saved_files(folder))}{load}"
+        saving.attempt("a line", lambda: prepared.processes.print(line))
+    if push is not None and prepared.processes.is_main_process:
+        address = push_folder(folder, push.repo_id, token=push.token, private=push.private, revision=push.revision)
+        prepared.processes.print(f"pushed: {address}\nload it: {loading_code(run, push.repo_id)}")
+
+
+def in_order(prepared: Prepared, fitted: Fitted, measured: Measured) -> list[RobustnessReport]:
+    """All reports, task by task: what it is compared with, then the trained model."""
+    groups = [*measured.compared.values()]
+    per_task = len(prepared.tasks)
+    groups += [measured.own[i : i + per_task] for i in range(0, len(measured.own), per_task)]
+    return [group[i] for i in range(per_task) for group in groups]
+
+
+def show(prepared: Prepared, fitted: Fitted, rows: Sequence[RobustnessReport]) -> None:
+    """Print the table, and how far the attacks were blind."""
+    threat_model = prepared.run.training.threat_model()
+    about = f"before and after {prepared.run.title} ({rows[0].attack}, {threat_model} in training)"
+    if fitted.defences:
+        shared.print_table(shared.defence_table(rows, about), 120)
+    else:
+        shared.print_table(reporting.to_table(rows, about), 100)
+    zeros = reporting.percent(max(report.zero_gradient_share for report in rows))
+    print(f"exactly-zero input gradients in the attacks: at most {zeros}")
+    if warning := reporting.blind_warning(rows):
+        print(f"\n{warning}\n")
+
+
+def plot(prepared: Prepared, fitted: Fitted, rows: Sequence[RobustnessReport]) -> str:
+    """Draw the accuracies; the file's name."""
+    file = prepared.folder / "accuracy.png"
+    if fitted.defences:
+        reporting.plot_defences(file, shared.by_model(rows))
+        return file.name
+    panels: dict[str, dict[str, RobustnessReport]] = {task: {} for task in prepared.tasks}
+    for report in rows:
+        panels[report.task][report.name] = report
+    reporting.plot_accuracy(file, panels)
+    return file.name
+
+
+def card_info(prepared: Prepared, fitted: Fitted) -> CardInfo:
+    """What the card says beside the figures."""
+    run, data = prepared.run, prepared.data
+    name = run.model.model_name_or_path
+    classes = ", ".join(data.class_names[:10]) + (", ..." if len(data.class_names) > 10 else "")
+    base = hub_name(name) or ""
+    saved = next(iter(fitted.defences.values()), None)
+    paper = run.method.objective.paper
+    return CardInfo(
+        repo_id=prepared.repo_id,
+        base_model=base,
+        ancestor=None if base else named_base(name),
+        training_data=f"{data.dataset_id}, split {data.split}, {len(data)} images of {len(data.class_names)} classes "
+        f"({classes}), {data.revision}",
+        paper=paper if saved is None else replace(saved.paper, method=type(saved).__name__),
+        settings=fitted.settings,
+        template=run.template,
+        class_names=data.class_names,
+        limits=limits_of(base),
+        datasets=[] if is_path(run.data.dataset) else [data.dataset_id],
+        plot="accuracy.png",
+        license="apache-2.0" if name == EMBEDDED_MODEL else None,
+    )
+
+
+def limits_of(model_name: str) -> str:
+    """One sentence for the card."""
+    if model_name == EMBEDDED_MODEL:
+        return "A demonstration of 0.35 M parameters that knows nothing but pictures of handwritten digits."
+    start = f"`{model_name}`" if model_name else "the checkpoint it started from"
+    return f"It inherits what {start} can't do, and its biases."
+
+
+def saved_files(folder: Path) -> list[str]:
+    """What a run leaves for others, in a few words."""
+    adapter = folder / "adapter_model.safetensors"
+    kinds = [f"adapter ({adapter.stat().st_size / 1000:.0f} kB)"] if adapter.is_file() else ["weights", "processor"]
+    others = ("statistics.safetensors", "adaptation.json", "README.md", "report.json", "accuracy.png", "recipe.yaml")
+    return [*kinds, *(name for name in others if (folder / name).is_file())]
+
+
+def loading_code(run: TrainingRun, source: str) -> str:
+    """How what was trained is loaded from a folder or repository."""
+    if run.defences:
+        without = "PeftModel.from_pretrained(clip, ...)"
+        return f'DefendedClassifier.from_pretrained("{source}"), or without the defence {without}; see README.md'
+    if run.adds_adapter:
+        return f'PeftModel.from_pretrained(clip, "{source}")  # after import hf_robust_clip; see README.md'
+    return f'CLIPForZeroShotClassification.from_pretrained("{source}")  # or transformers.CLIPModel'

@@ -1,0 +1,293 @@
+"""What a training is asked for: flags and YAML to one checked value. Nothing is written or downloaded here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+
+from .. import unused_settings as unused
+from ..arguments import (
+    DataArguments,
+    DefenceEvaluation,
+    EvaluationArguments,
+    Images,
+    ModelArguments,
+    TrainingRunArguments,
+    check_folder,
+)
+from ..attacks.suites import Suite
+from ..command_line import ClassFlag, CommandLine, Given, class_at, class_path, read_command
+from ..defences.base import Defence
+from ..evaluation.loop import AdaptiveWorst, EvaluationSettings
+from ..hub import (
+    Push,
+    check_base,
+    check_push,
+)
+from ..names import shown_name
+from ..objectives.base import Objective
+from ..prompts import ClipPromptConfig
+from ..report.card import card_state
+from ..secrets import without_token_keys
+from ..training.config import RobustClipConfig, check_augmentation, check_start_of_attack, check_trained_part
+from . import shared
+from .methods import default_prompts
+from .shared import SUITES
+
+LORA_TARGETS = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj)"
+OBJECTIVE = ClassFlag(Objective, ("hf_robust_clip.objectives",))
+COMMAND = CommandLine(
+    groups={
+        "": (ModelArguments, DataArguments, TrainingRunArguments, RobustClipConfig),
+        "prompts": (ClipPromptConfig,),
+        "evaluation": (EvaluationArguments,),
+        "defence_evaluation": (DefenceEvaluation,),
+    },
+    classes={
+        "objective": OBJECTIVE,
+        "defence": ClassFlag(Defence, ("hf_robust_clip.defences",)),
+        "evaluation.attack": ClassFlag(Suite, SUITES, names=True),
+        "defence_evaluation.attack": ClassFlag(Suite, SUITES),
+    },
+    required=("dataset_name", "objective", "output_dir", "evaluation.radii"),
+    skip=frozenset(
+        ["evaluation.attacks", "evaluation.target", "evaluation.eot"]
+        + [f"prompts.{f.name}" for f in fields(ClipPromptConfig) if f.name not in unused.PROMPTS]
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained: a loss, in the image encoder or in an adapter."""
+
+    objective: Objective
+    adapter: PeftConfig | None
+
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return self.objective.title(self.adapter.design if isinstance(self.adapter, ClipPromptConfig) else None)
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """Everything a training run needs, checked."""
+
+    model: ModelArguments
+    data: Images
+    tasks: tuple[Images, ...]
+    template: str
+    method: Method
+    rivals: tuple[Method, ...]
+    training: RobustClipConfig
+    evaluation: EvaluationSettings
+    defences: dict[str, Defence]  # by title; the first is saved
+    through: EvaluationSettings | None  # how defences are attacked, beside blindly
+    defended_images: int | None  # of each task
+    fit_images: int | None
+    output_dir: str
+    overwrite: bool
+    resume: bool
+    push: Push | None
+    source: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """What tables call the trained model without a defence."""
+        return self.method.title
+
+    @property
+    def adds_adapter(self) -> bool:
+        """Whether prompts are trained, which can't be merged into the weights."""
+        return isinstance(self.method.adapter, ClipPromptConfig)
+
+
+def read(words: Sequence[str], default_config: Path, description: str = "") -> TrainingRun:
+    """Check every setting. Nothing is written or downloaded here."""
+    given = read_command(COMMAND, words, default_config, description, _prepare_settings)
+    made = given.made()
+    model, data, about = (given.group(cls, made) for cls in (ModelArguments, DataArguments, TrainingRunArguments))
+    resume = given.asked("resume_from_checkpoint") not in (None, "false")
+    check_output(given, model, about.overwrite, resume)
+    method = Method(about.objective, _adapter(given, made, type(about.objective), model))
+    unused.check_training(given, unused.defaults_of(RobustClipConfig), fits=about.defence is not None)
+    training = training_arguments(given, made)
+    rivals = _rivals(about, method, given)
+    check_augmentation(training, data.augment)
+    for own in (method, *rivals):
+        check_start_of_attack(training, own.objective)
+        check_trained_part(training, own.adapter is not None)
+    (blind,) = made.evaluation.settings()
+    if blind.target != "static":
+        raise ValueError(
+            f"evaluation.attack={made.evaluation.attack!r} attacks a defence, and this section evaluates models "
+            "without one; a defence is attacked by defence_evaluation."
+        )
+    defences = _defences(given, about.defence, method, made.defence_evaluation)
+    tasks = tuple(about.tasks or ()) if given.asked("tasks") is not None else (_own_test(data),)
+    shared.check_tasks(tasks)
+    run = TrainingRun(
+        model=model,
+        data=data.images(data.dataset_train_split),
+        tasks=tasks,
+        template=about.template,
+        method=method,
+        rivals=rivals,
+        training=training,
+        evaluation=blind,
+        defences=defences,
+        through=_through(blind, made.defence_evaluation) if defences else None,
+        defended_images=made.defence_evaluation.max_images,
+        fit_images=about.fit_images,
+        output_dir=str(given.asked("output_dir")),
+        overwrite=about.overwrite,
+        resume=resume,
+        push=push_of(training),
+        source={**without_token_keys(given.settings), "template": about.template},
+    )
+    if run.push is not None:
+        check_push(run.push, "hub_model_id")
+        if run.adds_adapter:
+            check_base(model.model_name_or_path, "hub_model_id: the adapter")
+    return run
+
+
+def check_output(given: Given, model: ModelArguments, overwrite: bool, resume: bool) -> None:
+    """Raise ValueError/OSError for an output folder that can't be written to without harm."""
+    folder = str(given.asked("output_dir"))
+    if overwrite and resume:
+        raise ValueError("overwrite=true deletes what resume_from_checkpoint would go on from; choose one.")
+    check_folder(folder, model.model_name_or_path, overwrite or resume)
+    if card_state(Path(folder, "README.md")) == "theirs":
+        raise OSError(
+            f"{Path(folder, 'README.md')} is no card of this package, and the run writes one there; move it, or name "
+            "another folder."
+        )
+
+
+def training_arguments(given: Given, made: Any) -> RobustClipConfig:
+    """The Trainer's arguments; a checkpoint to go on from is the output folder's own."""
+    import torch
+
+    own = given.asked("resume_from_checkpoint")
+    if own not in (None, "true", "false"):
+        raise ValueError(f"resume_from_checkpoint={own!r} must be true: a run goes on in its own output_dir.")
+    names = [f.name for f in fields(RobustClipConfig) if f.init and f.name in made]
+    values = {name: made[name] for name in names if name != "resume_from_checkpoint" and given.asked(name) is not None}
+    return RobustClipConfig(**{**values, "use_cpu": given.asked("use_cpu") is True or not torch.cuda.is_available()})
+
+
+def push_of(training: RobustClipConfig) -> Push | None:
+    """Where the finished folder is uploaded to."""
+    if not training.push_to_hub:
+        return None
+    repo_id = training.hub_model_id or Path(str(training.output_dir)).absolute().name
+    return Push(repo_id, training.hub_token, training.hub_private_repo, training.hub_revision)
+
+
+def _own_test(data: DataArguments) -> Images:
+    images = data.images(data.dataset_test_split)
+    return Images(
+        images.dataset, images.split, shown_name(images.dataset), images.config, images.revision,
+        data_root=images.data_root, image_column=images.image_column, label_column=images.label_column,
+        class_names=images.class_names, background=images.background, classes=images.classes,
+    )  # fmt: skip
+
+
+def _prepare_settings(file: dict[str, Any], options: dict[str, str]) -> None:
+    """`compare` as a list; and where the flags ask for another design of prompts than the file, nothing of its own."""
+    shared.as_list("compare", file, options)
+    prompts = file.get("prompts")
+    if isinstance(prompts, dict) and options.get("prompts.design") not in (None, prompts.get("design")):
+        for key in unused.unused_by_design(options["prompts.design"], prompts):
+            del prompts[key]
+
+
+def _adapter(given: Given, made: Any, objective: type[Objective], model: ModelArguments) -> PeftConfig | None:
+    """LoRA, or prompts: the objective's own, changed by what was asked for."""
+    own, default = given.asked("prompts"), default_prompts(objective)
+    if model.use_peft:
+        if own or default is not None:
+            raise ValueError("use_peft=true and prompts don't go together; choose one.")
+        return LoraConfig(r=model.lora_r, lora_alpha=model.lora_alpha, target_modules=LORA_TARGETS)
+    if not own:
+        return default
+    config = made.prompts
+    if default is not None and "design" not in own:
+        config = ClipPromptConfig(**{**default.to_dict(), **{key: getattr(config, key) for key in own}})
+    unused.check_prompts(given, config)
+    return config
+
+
+def _rivals(about: TrainingRunArguments, method: Method, given: Given) -> tuple[Method, ...]:
+    """What is trained by the same settings and shown beside: prompts in no more layers than the method's.
+
+    Raises ValueError for one that is there twice, one that LoRA would displace, and one that tables call the same.
+    """
+    names = list(about.compare)
+    found: list[Method] = []
+    for name in names:
+        cls = class_at(class_path(name, OBJECTIVE, "compare"))
+        if cls in [type(other.objective) for other in (method, *found)]:
+            raise ValueError(f"compare={names!r} names {name!r}, which is trained already; name others.")
+        adapter: PeftConfig | None = default_prompts(cls)
+        if isinstance(method.adapter, LoraConfig):
+            if adapter is not None:
+                raise ValueError(f"compare={names!r}: {name} trains prompts, which don't go with use_peft.")
+            adapter = method.adapter
+        if isinstance(adapter, ClipPromptConfig) and isinstance(method.adapter, ClipPromptConfig):
+            adapter.vision_depth = min(adapter.vision_depth, method.adapter.vision_depth)
+            adapter.text_depth = min(adapter.text_depth, method.adapter.text_depth)
+        rival = Method(cls(), adapter)
+        if rival.title in [other.title for other in (method, *found)]:
+            raise ValueError(f"compare={names!r}: {rival.title} is what is trained already.")
+        found.append(rival)
+    return tuple(found)
+
+
+def _defences(
+    given: Given, defence: Defence | None, method: Method, evaluation: DefenceEvaluation
+) -> dict[str, Defence]:
+    """The defence as it is saved and, by the presets' names, as it is evaluated beside; by what tables call it."""
+    if defence is None:
+        return {}
+    if not isinstance(method.adapter, ClipPromptConfig):
+        raise ValueError(
+            f"defence={type(defence).__name__} is saved with prompts, and {method.title} trains none here; evaluate "
+            "it on the finished model by `hf-robust-clip evaluate --defence`."
+        )
+    design = method.adapter.design
+    own = given.presets.get("defence")
+    presets = list(evaluation.presets)
+    for name in presets:
+        if name == own or presets.count(name) > 1:
+            raise ValueError(
+                f"defence_evaluation.presets={presets!r} names {name!r}, which is evaluated already; name others."
+            )
+    called = f"{type(defence).__name__}-{design}"
+    found = {}
+    for preset in (own, *presets):
+        again = given.with_preset("defence", preset).made(design=design).defence
+        unused.check_defence(given, again)
+        found[f"{called} {preset}" if preset else called] = again
+    return found
+
+
+def _through(blind: EvaluationSettings, defence: DefenceEvaluation) -> EvaluationSettings:
+    """How a defence is attacked through itself. Raises ValueError for a radius at which nothing else is attacked."""
+    radius = blind.radii[0] if defence.radius is None else defence.radius
+    suite = AdaptiveWorst() if defence.attack is None else defence.attack
+    how = replace(
+        blind, radii=[radius], batch_size=defence.batch_size, attack=suite, target="adaptive_worst", eot=defence.eot
+    )
+    if how.threat_models()[0] not in blind.threat_models():
+        raise ValueError(
+            f"defence_evaluation.radius={radius!r} must be one of evaluation.radii={list(blind.radii)!r}, at which "
+            "the model is attacked without the defence."
+        )
+    return how

@@ -1,0 +1,330 @@
+"""A benchmark by a YAML file: models that are trained, evaluations of all of them, tables, plots and cards.
+
+    python recipes/benchmark.py --config recipes/configs/mini-clip/benchmark.yaml --data_root <folder of Hub datasets>
+    python recipes/benchmark.py --config recipes/configs/digits-clip/prompt_benchmark.yaml
+
+Each model is a training by one of the packaged configs and some flags, each evaluation such a config too. What is
+finished is not repeated: a run that was killed goes on. `--only a b` trains and evaluates these alone, so that several
+runs may divide the work; `--cards_dir hub_cards` puts the cards where they are kept.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from hf_robust_clip.command_line import CommandLine, packaged_config, read_command
+from hf_robust_clip.report.card import load_card_info, make_card
+from hf_robust_clip.report.report import (
+    RobustnessReport,
+    defence_table,
+    load_reports,
+    percent,
+    plot_accuracy,
+    plot_defences,
+    plot_tradeoff,
+    save_csv,
+    save_reports,
+)
+from hf_robust_clip.runs import evaluate, train
+from hf_robust_clip.runs.interruptions import one_line_errors
+from hf_robust_clip.runs.shared import quiet_loading
+
+PICTURES = "imagenet-pictures"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of the tables.
+
+    Args:
+        name: of its folder, and of its card.
+        title: what tables call it.
+        config: a packaged config by which it is trained; without one it is the model in `folder`, or the start.
+        flags: of its training, beside the config.
+        folder: of a model that another run has made.
+        learning_rates: tried for a few updates on held-out images; the best is taken.
+    """
+
+    name: str
+    title: str
+    config: str | None = None
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    folder: str | None = None
+    learning_rates: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A packaged config by which models are evaluated, with flags beside it.
+
+    Args:
+        name: of its folder.
+        models: names of those that it is of; all where there are none.
+        title: of a defence in it: what is put before the names of models.
+    """
+
+    name: str
+    config: str
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    models: Sequence[str] = ()
+    title: str | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is trained, evaluated and written.
+
+    Args:
+        name: of the folder of tables and plots.
+        heading: of the table.
+        about: below the heading.
+        start: the checkpoint that all begin from: a Hub id, a folder, or digits-clip.
+        start_title: what tables call it.
+        start_id: what cards call it.
+        output_dir: where everything is written.
+        cards_dir: where tables, plots and cards go; null takes output_dir/cards.
+        data_root: a folder of datasets in Hub layout (or HF_ROBUST_CLIP_DATA_ROOT).
+        owner: of the cards' repositories.
+        prefix: of their names, before that of the model.
+        limits: what the models can't do, for cards and table.
+        models: rows of the tables.
+        evaluations: what makes their figures.
+        tuning_steps: updates with each learning rate that is tried.
+        tradeoff_radius: at which clean and robust accuracy are plotted against each other; null plots none.
+        pictures: labels of imagenet-sample-images by class name, of which a set of pictures is made.
+        only: names of models; the others, and the tables, are left to other runs.
+    """
+
+    name: str = ""
+    heading: str = ""
+    about: str = ""
+    start: str = ""
+    start_title: str = "pretrained"
+    start_id: str = ""
+    output_dir: str = ""
+    cards_dir: str | None = None
+    data_root: str | None = None
+    owner: str = "hf-robust-clip"
+    prefix: str = ""
+    limits: str = ""
+    models: Sequence[Model] = ()
+    evaluations: Sequence[Evaluation] = ()
+    tuning_steps: int = 40
+    tradeoff_radius: str | None = None
+    pictures: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    only: Sequence[str] = ()
+
+    @property
+    def out(self) -> Path:
+        """Where everything is written."""
+        return Path(self.output_dir)
+
+    @property
+    def cards(self) -> Path:
+        """Where tables, plots and cards go."""
+        return Path(self.cards_dir) if self.cards_dir else self.out / "cards"
+
+    def folder_of(self, model: Model) -> str:
+        """Where a row's checkpoint is."""
+        return str(self.out / model.name) if model.config else model.folder or self.start
+
+    def id_of(self, model: Model) -> str:
+        """The id of a row's card; of the start its own."""
+        return f"{self.owner}/{self.prefix}{model.name.replace('_', '-')}" if model.config else self.start_id
+
+
+COMMAND = CommandLine({"": (Benchmark,)}, {}, ("name", "start", "output_dir", "models", "evaluations"))
+
+
+def words(flags: Mapping[str, Any]) -> list[str]:
+    """Flags as a command line has them."""
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in flags.items()]
+
+
+def train_model(benchmark: Benchmark, model: Model) -> str | None:
+    """Train a row's model, unless its report is there; the learning rate that was chosen."""
+    rates = {rate: held_out(tuned(benchmark, model, rate)) for rate in model.learning_rates}
+    best = max(rates, key=lambda rate: sum(rates[rate])) if rates else None
+    run_training(benchmark, model, benchmark.out / model.name, {} if best is None else {"learning_rate": best})
+    return best
+
+
+def tuned(benchmark: Benchmark, model: Model, rate: str) -> Path:
+    """The folder of a short training with a learning rate."""
+    folder = benchmark.out / "tuning" / f"{model.name}-{rate}"
+    run_training(benchmark, model, folder, {"learning_rate": rate, "max_steps": benchmark.tuning_steps})
+    return folder
+
+
+def run_training(benchmark: Benchmark, model: Model, folder: Path, flags: Mapping[str, Any]) -> None:
+    """One training, unless its report is there."""
+    if not (folder / "report.json").is_file():
+        own = {"model_name_or_path": benchmark.start, "output_dir": str(folder), "overwrite": True}
+        train.train(train.read(words({**own, **model.flags, **flags}), packaged_config(str(model.config))))
+
+
+def held_out(folder: Path) -> tuple[float, float]:
+    """Clean and robust accuracy on the held-out training images."""
+    (report,), _ = load_reports(folder / "report.json")
+    return report.clean_accuracy, max(report.robust_accuracy.items())[1]
+
+
+def evaluate_models(benchmark: Benchmark, evaluation: Evaluation, models: Sequence[Model]) -> list[RobustnessReport]:
+    """The reports of models by one evaluation, resumed where it was left; in the order of models."""
+    found = []
+    for model in models:
+        folder = benchmark.out / evaluation.name / model.name
+        if not (folder / "report.json").is_file():
+            own = {"model_name_or_path": benchmark.folder_of(model), "output_dir": str(folder), "resume": True}
+            evaluate.evaluate(evaluate.read(words({**own, **evaluation.flags}), packaged_config(evaluation.config)))
+        title = f"{evaluation.title} on {model.title}" if evaluation.title else model.title
+        reports, _ = load_reports(folder / "report.json")
+        found += [replace(report, name=title, model=benchmark.id_of(model)) for report in reports]
+    return found
+
+
+def write_pictures(benchmark: Benchmark) -> None:
+    """Parquet of the pictures of imagenet-sample-images that belong to one of the classes, labelled by these."""
+    folder = benchmark.out / PICTURES
+    if not benchmark.pictures or list(folder.glob("*.parquet")):
+        return
+    root = os.environ["HF_ROBUST_CLIP_DATA_ROOT"]
+    source = datasets.load_dataset(str(Path(root) / "imagenet-sample-images"), split="test")
+    names = list(benchmark.pictures)
+    new = {int(label): i for i, name in enumerate(names) for label in benchmark.pictures[name]}
+    own = source["label"]
+    rows = [i for i in range(len(source)) if own[i] in new]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    pictures = source.cast_column("image", datasets.Image(decode=False)).select(rows)
+    chosen = {"image": list(pictures["image"]), "label": [new[own[i]] for i in rows]}
+    folder.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(chosen, features=features).to_parquet(str(folder / "test-00000-of-00001.parquet"))
+
+
+def write_cards(benchmark: Benchmark, reports: Sequence[RobustnessReport]) -> None:
+    """A folder for each model that was trained here."""
+    before = [report for report in reports if report.name == benchmark.start_title]
+    for model in benchmark.models:
+        own = [report for report in reports if report.name == model.title]
+        if not model.config or not own:
+            continue
+        folder = benchmark.cards / benchmark.id_of(model)
+        folder.mkdir(parents=True, exist_ok=True)
+        info = replace(
+            load_card_info(benchmark.out / model.name / "report.json"), repo_id=benchmark.id_of(model),
+            base_model=benchmark.start_id, limits=benchmark.limits, plot=None, license="apache-2.0",
+        )  # fmt: skip
+        save_reports(folder / "report.json", own, before, card=info)
+        recipe = (benchmark.out / model.name / "recipe.yaml").read_text(encoding="utf-8")
+        (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        make_card(own, before, info).save(folder / "README.md")
+
+
+def write_tables(benchmark: Benchmark, reports: Sequence[RobustnessReport], chosen: Mapping[str, str | None]) -> None:
+    """Tables and plots of everything."""
+    place = benchmark.cards / benchmark.name
+    place.mkdir(parents=True, exist_ok=True)
+    save_reports(place / "report.json", reports)
+    save_csv(place / "report.csv", reports)
+    parts = [
+        f"# {benchmark.heading}\n\n{benchmark.about}" + "".join(f"- {x}\n" for x in benchmark.limits.splitlines())
+    ]
+    if any(report.defence for report in reports):
+        rows: dict[str, list[RobustnessReport]] = {}
+        for report in reports:
+            rows.setdefault(report.name, []).append(report)
+        plot_defences(place / "accuracy.png", rows)
+        parts.append(f"{defence_table(rows)}\n\n![accuracies](accuracy.png)\n")
+    else:
+        parts += [attack_part(benchmark, place, own) for own in by_attack(reports).values()]
+    parts += [tuning_part(benchmark, chosen)] if any(chosen.values()) else []
+    (place / "table.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def by_attack(reports: Sequence[RobustnessReport]) -> dict[str, list[RobustnessReport]]:
+    """The reports of each attack."""
+    found: dict[str, list[RobustnessReport]] = {}
+    for report in reports:
+        found.setdefault(report.attack, []).append(report)
+    return found
+
+
+def attack_part(benchmark: Benchmark, place: Path, reports: Sequence[RobustnessReport]) -> str:
+    """The table and the plots of one attack."""
+    attack = reports[0].attack
+    file = "".join(c if c.isalnum() else "_" for c in attack.lower())
+    panels: dict[str, dict[str, RobustnessReport]] = {}
+    for report in reports:
+        panels.setdefault(report.task, {})[report.name] = report
+    plot_accuracy(place / f"{file}.png", panels)
+    plots = f"![accuracy against eps]({file}.png)\n"
+    if benchmark.tradeoff_radius is not None:
+        plot_tradeoff(place / f"{file}_tradeoff.png", reports, benchmark.tradeoff_radius)
+        plots += f"\n![clean against robust]({file}_tradeoff.png)\n"
+    about = "Accuracy in percent, clean and at each L-inf radius."
+    return f"## {attack}\n\n{about}\n\n{table(panels)}\n\n{plots}"
+
+
+def table(panels: Mapping[str, Mapping[str, RobustnessReport]]) -> str:
+    """Markdown: a row per model; columns task by task, clean and robust at each radius."""
+    first = {task: next(iter(row.values())) for task, row in panels.items()}
+    heads = []
+    for task, report in first.items():
+        columns = ["clean", *(f"{255 * radius:g}/255" for radius in report.robust_accuracy)]
+        heads.append(f" {task} (n={report.num_images}): {' / '.join(columns)} |")
+    lines = ["| |" + "".join(heads), "|---|" + "---|" * len(heads)]
+    for name in dict.fromkeys(name for row in panels.values() for name in row):
+        cells = ([row[name].clean_accuracy, *row[name].robust_accuracy.values()] for row in panels.values())
+        lines.append(f"| {name} |" + "".join(f" {' / '.join(percent(v)[:-2] for v in values)} |" for values in cells))
+    return "\n".join(lines)
+
+
+def tuning_part(benchmark: Benchmark, chosen: Mapping[str, str | None]) -> str:
+    """What each learning rate gave on held-out images."""
+    tried = [model for model in benchmark.models if model.learning_rates]
+    rates = list(tried[0].learning_rates)
+    lines = ["| | " + " | ".join(rates) + " | chosen |", "|---|" + "---|" * (len(rates) + 1)]
+    for model in tried:
+        figures = [held_out(benchmark.out / "tuning" / f"{model.name}-{rate}") for rate in rates]
+        cells = " | ".join(f"{100 * clean:.1f} / {100 * robust:.1f}" for clean, robust in figures)
+        lines.append(f"| {model.title} | {cells} | {chosen[model.name]} |")
+    about = (
+        f"Clean accuracy / robust accuracy, in percent, on held-out training images after {benchmark.tuning_steps} "
+        "updates; the rate with the highest sum of both was taken."
+    )
+    return f"## Learning rates\n\n{about}\n\n" + "\n".join(lines) + "\n"
+
+
+def run(benchmark: Benchmark) -> None:
+    """Train, evaluate, write."""
+    if benchmark.data_root is not None:
+        os.environ["HF_ROBUST_CLIP_DATA_ROOT"] = benchmark.data_root
+    models = [model for model in benchmark.models if not benchmark.only or model.name in benchmark.only]
+    chosen = {model.name: train_model(benchmark, model) for model in models if model.config}
+    write_pictures(benchmark)
+    reports = []
+    for evaluation in benchmark.evaluations:
+        own = [model for model in models if not evaluation.models or model.name in evaluation.models]
+        reports += evaluate_models(benchmark, evaluation, own)
+    if not benchmark.only:
+        write_cards(benchmark, reports)
+        write_tables(benchmark, reports, chosen)
+
+
+def main(argv: Sequence[str]) -> None:
+    with one_line_errors():
+        default = packaged_config("mini-clip/benchmark")
+        given = read_command(COMMAND, argv, default, __doc__)
+        benchmark: Benchmark = given.group(Benchmark, given.made())
+        quiet_loading()
+        run(benchmark)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

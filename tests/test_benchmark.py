@@ -1,0 +1,101 @@
+"""`recipes/benchmark.py`: every config is read, and a small one ends with tables and cards, nothing done twice."""
+
+import json
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+from hf_robust_clip.command_line import packaged_config, read_command
+from hf_robust_clip.report.report import load_reports
+from hf_robust_clip.runs import evaluate, train
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SPEC = spec_from_file_location("benchmark", RECIPES / "benchmark.py")
+script = sys.modules["benchmark"] = module_from_spec(SPEC)
+SPEC.loader.exec_module(script)
+CONFIGS = sorted((RECIPES / "configs").glob("*/*benchmark.yaml"))
+
+
+def read(config):
+    given = read_command(script.COMMAND, [], config)
+    return given.group(script.Benchmark, given.made())
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_run_of_a_benchmark_is_read(config):
+    benchmark = read(config)
+    names = [model.name for model in benchmark.models]
+    for model in benchmark.models:
+        if model.config:
+            flags = {"model_name_or_path": benchmark.start, "output_dir": "new", **model.flags}
+            train.read(script.words(flags), packaged_config(model.config))
+    for evaluation in benchmark.evaluations:
+        assert set(evaluation.models) <= set(names)
+        found = evaluate.read(
+            script.words({"output_dir": "new", **evaluation.flags}), packaged_config(evaluation.config)
+        )
+        assert bool(found.defence) == bool(evaluation.title)
+
+
+SMALL = {
+    "name": "small",
+    "heading": "Small",
+    "start": "digits-clip",
+    "start_title": "before",
+    "start_id": "digits-clip",
+    "output_dir": "out",
+    "prefix": "digits-",
+    "limits": "One step.",
+    "models": [
+        {"name": "digits-clip", "title": "before"},
+        {
+            "name": "te_coa", "title": "TeCoA", "config": "tecoa", "learning_rates": ["1e-4", "1e-3"],
+            "flags": {"max_steps": 1, "max_images": 8, "evaluation.attack": "pgd-1", "evaluation.radii": ["8/255"],
+                      "tasks": [{"dataset": "digits", "max_images": 4}]},
+        },
+    ],
+    "evaluations": [
+        {"name": "pgd", "config": "evaluate", "flags": {
+            "evaluation.attacks": "pgd-1", "evaluation.radii": ["8/255"], "dataset_name": "digits", "max_images": 4}},
+    ],
+    "tuning_steps": 1,
+    "tradeoff_radius": "8/255",
+}  # fmt: skip
+
+
+def test_a_small_benchmark_is_made_once(monkeypatch):
+    small = json.loads(json.dumps(SMALL))
+    small["models"][1]["flags"].pop("max_steps")
+    small["models"][1]["flags"]["save_strategy"] = "no"
+    Path("own.yaml").write_text(json.dumps(small).replace('"tecoa"', '"digits-clip/tecoa"'))
+    seen = []
+    real = train.train
+    monkeypatch.setattr(train, "train", lambda run: seen.append(run) or real(run))
+    monkeypatch.setattr(train, "read", short(train.read))
+    script.main(["--config", "own.yaml"])
+    assert len(seen) == 3  # two learning rates, and the best of them
+    place = Path("out/cards")
+    assert {path.name for path in (place / "small").iterdir()} == {
+        "report.json", "report.csv", "table.md", "pgd_1.png", "pgd_1_tradeoff.png",
+    }  # fmt: skip
+    text = (place / "small/table.md").read_text()
+    assert "clean / 8/255" in text and "| TeCoA |" in text and "## Learning rates" in text and "- One step." in text
+    own, before = load_reports(place / "hf-robust-clip/digits-te-coa/report.json")
+    assert [report.name for report in (*own, *before)] == ["TeCoA", "before"]
+    assert (place / "hf-robust-clip/digits-te-coa/README.md").is_file()
+    script.main(["--config", "own.yaml"])
+    assert len(seen) == 3, "what is finished is not repeated"
+
+
+def short(real):
+    """Trainings of one step: that of the chosen rate has no number of its own."""
+
+    def read(words, config):
+        steps = [] if any(word.startswith("--max_steps") for word in words) else ["--max_steps=1"]
+        return real([*words, *steps], config)
+
+    return read
