@@ -330,7 +330,8 @@ class _Evaluation:
     def report(self, name: str, task: str, model_id: str) -> RobustnessReport:
         """What all processes found together."""
         found, model, settings, stages = self.state.gathered(), self.model, self.settings, self.stages
-        flags = {key: any(each[key] for each in everyone(self.flags, self.processes)) for key in self.flags}
+        everywhere = everyone(self.flags, self.processes)
+        flags = {key: any(each[key] for each in everywhere) for key in self.flags}
         share = found.accuracies(0, len(stages))
         after_each: dict[float, dict[str, float]] = {}
         for stage, value in zip(stages, share[1:], strict=True):

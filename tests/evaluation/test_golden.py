@@ -31,7 +31,8 @@ from hf_robust_clip import (
 from hf_robust_clip.attacks.auto_attack import AutoAttack
 from hf_robust_clip.attacks.losses import cw_margin
 from hf_robust_clip.attacks.suites import PGD
-from hf_robust_clip.defences.statistics import VisionStatistics, fingerprints, layer_inputs
+from hf_robust_clip.defences.fit import fingerprints
+from hf_robust_clip.defences.moments import VisionStatistics, layer_inputs
 from hf_robust_clip.digests import unsigned
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data/golden_figures.json").read_text())
