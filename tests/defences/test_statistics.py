@@ -7,12 +7,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_processor
 from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 from plain_forward import block
 from prompted_clip import make_base, make_images, make_prompted, randomise
 from safetensors.torch import load_file, save_file
+from tiny import make_processor
 from torch.nn import functional as F
 
 from hf_robust_clip.defences import fit

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from conftest import CONTEXT_LENGTH, make_processor
 from peft import PeftModel, get_peft_model
 from prompted_clip import (
     NAMES,
@@ -17,6 +16,7 @@ from prompted_clip import (
     randomise,
 )
 from test_peft_contract import model_of, output, snapshot, wrappers
+from tiny import CONTEXT_LENGTH, make_processor
 from torch import nn
 from transformers import (
     CLIPModel,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from child_script import train_steps
-from conftest import CONTEXT_LENGTH, make_processor, through_transformers_adapters
+from conftest import through_transformers_adapters
 from hub_server import HubServer
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from prompted_clip import (
@@ -28,6 +28,7 @@ from prompted_clip import (
     randomise,
 )
 from safetensors.torch import load_file
+from tiny import CONTEXT_LENGTH, make_processor
 from tokenizers import pre_tokenizers
 from torch.func import functional_call
 from torch.nn import functional as F

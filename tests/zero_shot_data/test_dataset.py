@@ -10,9 +10,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_processor
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image, PngImagePlugin
+from tiny import make_processor
 from torch.utils.data import DataLoader, Subset
 
 from hf_robust_clip import image_dataset, load_image_dataset

@@ -6,9 +6,9 @@ from io import BytesIO
 import datasets
 import pyarrow.parquet
 import pytest
-from conftest import make_processor
 from datasets import ClassLabel, Dataset, Features
 from PIL import Image
+from tiny import make_processor
 
 from hf_robust_clip import image_dataset, load_image_dataset
 from hf_robust_clip.zero_shot_data.errors import DatasetError

@@ -5,9 +5,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_processor
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
+from tiny import make_processor
 
 from hf_robust_clip.zero_shot_data.loading import (
     DATA_ROOT_VARIABLE,

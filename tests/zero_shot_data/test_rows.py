@@ -6,12 +6,12 @@ The layouts are written out here a second time, so that a slip in a row makes a 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import conftest
 import datasets
 import pytest
-from conftest import make_clip, make_processor
+import tiny
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
+from tiny import make_clip, make_processor
 
 from hf_robust_clip.modeling import CLIPForZeroShotClassification
 from hf_robust_clip.zero_shot_data import specs
@@ -117,13 +117,13 @@ def processor():
 @pytest.fixture(scope="module")
 def model():
     """Random, with room for the longest prompt in single letters."""
-    before = conftest.CONTEXT_LENGTH
-    conftest.CONTEXT_LENGTH = 120
+    before = tiny.CONTEXT_LENGTH
+    tiny.CONTEXT_LENGTH = 120
     try:
         letters = make_processor()
         return CLIPForZeroShotClassification.from_clip(make_clip(letters), letters).eval().requires_grad_(False)
     finally:
-        conftest.CONTEXT_LENGTH = before
+        tiny.CONTEXT_LENGTH = before
 
 
 @pytest.fixture(autouse=True)
