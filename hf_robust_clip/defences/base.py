@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modeling import CLIPForZeroShotClassification, without_gradients
-from ..paper import Paper
+from ..paper import Paper, Unpublished
 from ..prediction import Prediction
 from ..processes import Processes
 from ..prompts.access import prompts_of
@@ -92,7 +92,7 @@ class Defence(ABC):
 
     __test__: ClassVar[bool] = False  # pytest: no test, for all its name
     defends: ClassVar[bool] = True  # whether there is something to attack and to control beyond the classifier
-    paper: ClassVar[Paper]
+    paper: ClassVar[Paper] = Unpublished()  # type: ignore[assignment]
     needs_prompts: ClassVar[bool] = False
 
     memory_budget: float | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,18 +38,7 @@ class RTPT(WordTuning):
     num_neighbours: int = 20
     temperature: float = 0.01
 
-    paper: ClassVar[Paper] = Paper(
-        method="r_tpt",
-        title="R-TPT: Improving Adversarial Robustness of Vision-Language Models through Test-Time Prompt Tuning",
-        venue="CVPR 2025",
-        arxiv="2504.11195",
-        bibtex="""@inproceedings{sheng2025rtpt,
-  title = {{R-TPT}: Improving Adversarial Robustness of Vision-Language Models through Test-Time Prompt Tuning},
-  author = {Sheng, Lijun and Liang, Jian and Wang, Zilei and He, Ran},
-  booktitle = {CVPR},
-  year = {2025}
-}""",
-    )
+    paper = Paper.cited("r_tpt", "sheng2025rtpt", arxiv="2504.11195")
 
     def __post_init__(self) -> None:
         super().__post_init__()

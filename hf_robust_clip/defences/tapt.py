@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -64,18 +64,7 @@ class TAPT(AlignedTuning):
     reset_every: int = 1
     random_seed: int = 0
 
-    paper: ClassVar[Paper] = Paper(
-        method="tapt",
-        title="TAPT: Test-Time Adversarial Prompt Tuning for Robust Inference in Vision-Language Models",
-        venue="CVPR 2025",
-        arxiv="2411.13136",
-        bibtex="""@inproceedings{wang2025tapt,
-  title = {{TAPT}: Test-Time Adversarial Prompt Tuning for Robust Inference in Vision-Language Models},
-  author = {Wang, Xin and Chen, Kai and Zhang, Jiaming and Chen, Jingjing and Ma, Xingjun},
-  booktitle = {CVPR},
-  year = {2025}
-}""",
-    )
+    paper = Paper.cited("tapt", "wang2025tapt", arxiv="2411.13136")
 
     def __post_init__(self) -> None:
         super().__post_init__()

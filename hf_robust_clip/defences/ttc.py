@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,20 +42,7 @@ class TTC(Defence):
     tau: float = 0.2
     beta: float = 2.0
 
-    paper: ClassVar[Paper] = Paper(
-        method="ttc",
-        title="CLIP is Strong Enough to Fight Back: Test-time Counterattacks towards Zero-shot Adversarial Robustness "
-        "of CLIP",
-        venue="CVPR 2025",
-        arxiv="2503.03613",
-        bibtex="""@inproceedings{xing2025ttc,
-  title = {{CLIP} is Strong Enough to Fight Back: Test-time Counterattacks towards Zero-shot Adversarial Robustness of
-           {CLIP}},
-  author = {Xing, Songlong and Zhao, Zhengyu and Sebe, Nicu},
-  booktitle = {CVPR},
-  year = {2025}
-}""",
-    )
+    paper = Paper.cited("ttc", "xing2025ttc", arxiv="2503.03613")
 
     def __post_init__(self) -> None:
         super().__post_init__()

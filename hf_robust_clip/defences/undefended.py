@@ -18,9 +18,7 @@ class Undefended(Defence):
     """z = the classifier's logits: the defence that does nothing, so that one loop judges with and without one."""
 
     defends: ClassVar[bool] = False
-    paper: ClassVar[Paper] = Paper(
-        method="undefended", title="No defence: the classifier itself", venue="no publication", arxiv="", bibtex=""
-    )
+    paper = Paper("undefended", "No defence: the classifier itself", "no publication")
 
     @property
     def traits(self) -> Traits:

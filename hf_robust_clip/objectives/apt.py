@@ -41,17 +41,7 @@ class APT(Objective):
     batch_mix: BatchMix = "adv_half"
     beta: float = 6.0
     peft_config: ClassVar[ClipPromptConfig] = ClipPromptConfig(design="VLI")  # two in nine layers of each tower
-    paper: ClassVar[Paper] = Paper(
-        "APT",
-        "TAPT: Test-Time Adversarial Prompt Tuning for Robust Inference in Vision-Language Models",
-        "CVPR 2025",
-        "2411.13136",
-        """@inproceedings{wang2025tapt,
-  title = {{TAPT}: Test-Time Adversarial Prompt Tuning for Robust Inference in Vision-Language Models},
-  author = {Wang, Xin and Chen, Kai and Zhang, Jiaming and Chen, Jingjing and Ma, Xingjun},
-  booktitle = {CVPR}, year = {2025}
-}""",
-    )
+    paper = Paper.cited("APT", "wang2025tapt", arxiv="2411.13136")
 
     def __post_init__(self) -> None:
         if self.batch_mix not in get_args(BatchMix):

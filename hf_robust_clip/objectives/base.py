@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..attacks.losses import cross_entropy
 from ..modeling import ZeroShotOutput
-from ..paper import Paper
+from ..paper import Paper, Unpublished
 
 Classifier = Callable[..., ZeroShotOutput]
 NEEDS = frozenset({"labels", "classes", "teacher", "patches", "captions"})
@@ -124,7 +124,7 @@ class Objective(ABC):
     elsewhere.
     """
 
-    paper: ClassVar[Paper]
+    paper: ClassVar[Paper] = Unpublished()  # type: ignore[assignment]
     needs: ClassVar[frozenset[str]] = frozenset({"labels"})
     num_views: ClassVar[int] = 1
     couples_images: ClassVar[bool] = False

@@ -54,17 +54,7 @@ class PMGAFT(Objective):
     image_std: Sequence[float] | None = None
 
     needs: ClassVar[frozenset[str]] = frozenset({"labels", "teacher"})
-    paper = Paper(
-        "PMG-AFT",
-        "Pre-trained Model Guided Fine-Tuning for Zero-Shot Adversarial Robustness",
-        "CVPR 2024",
-        "2401.04350",
-        """@inproceedings{wang2024pmgaft,
-  title = {Pre-trained Model Guided Fine-Tuning for Zero-Shot Adversarial Robustness},
-  author = {Wang, Sibo and Zhang, Jie and Yuan, Zheng and Shan, Shiguang},
-  booktitle = {CVPR}, year = {2024}
-}""",
-    )
+    paper = Paper.cited("PMG-AFT", "wang2024pmgaft", arxiv="2401.04350")
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):

@@ -24,18 +24,7 @@ class TRADES(Objective):
 
     beta: float = 6.0
     needs_random_start: ClassVar[bool] = True
-    paper = Paper(
-        "TRADES",
-        "Theoretically Principled Trade-off between Robustness and Accuracy",
-        "ICML 2019",
-        "1901.08573",
-        """@inproceedings{zhang2019trades,
-  title = {Theoretically Principled Trade-off between Robustness and Accuracy},
-  author = {Zhang, Hongyang and Yu, Yaodong and Jiao, Jiantao and Xing, Eric P. and El Ghaoui, Laurent
-            and Jordan, Michael I.},
-  booktitle = {ICML}, year = {2019}
-}""",
-    )
+    paper = Paper.cited("TRADES", "zhang2019trades", arxiv="1901.08573")
 
     def __post_init__(self) -> None:
         if not self.beta >= 0:
