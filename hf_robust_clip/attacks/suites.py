@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..checks import checked_labels
+from ..digests import plain
 from ..prediction import Predict, by_logits, withstood
 from ..threat_model import ThreatModel, parse_radius
 from .losses import cross_entropy, cw_margin
@@ -94,7 +95,10 @@ class Member:
 
 
 class Suite(ABC):
-    """Attacks with their settings."""
+    """Attacks with their settings. A new attack is one subclass with `members`; its settings are a dataclass's fields.
+
+    Members that bring views of their own go with `about`, which says in words what the suite sees.
+    """
 
     eot: int = 1  # gradients that its attacks average at each step
     about: ClassVar[View | None] = None  # where the members bring views of their own: these in words
@@ -108,13 +112,15 @@ class Suite(ABC):
     def members(self, num_classes: int) -> list[Member]:
         """The attacks in their order, those left out that are not defined for so few classes."""
 
-    @abstractmethod
     def name(self, num_classes: int) -> str:
         """What tables call it."""
+        return type(self).__name__
 
-    @abstractmethod
     def parameters(self, threat_models: Sequence[ThreatModel], num_classes: int) -> dict[str, Any]:
-        """All settings, as JSON types."""
+        """All settings, as JSON types: where the class is, and the fields of a dataclass."""
+        cls = type(self)
+        own = fields(self) if is_dataclass(self) else ()
+        return {"class": f"{cls.__module__}.{cls.__qualname__}", **{f.name: plain(getattr(self, f.name)) for f in own}}
 
 
 @dataclass(frozen=True)

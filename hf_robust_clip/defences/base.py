@@ -78,10 +78,10 @@ class Fitted(ABC):
 class Defence(ABC):
     """A test-time defence: a frozen dataclass of its hyperparameters with functions of a classifier and images.
 
-    A new method is one file with one subclass that has `paper`, `traits` and `_predict`. The classifier is an
-    argument: `CLIPForZeroShotClassification` with its classes set, and with the prompts in it that the method tunes
-    (`needs_prompts`); methods that tune the words of a plain CLIP put them in for the time being. Parameters, mode and
-    class embeddings come back as they were.
+    A new method is one file with one subclass that has `_predict`, `traits` unless it has none, and a `paper` if there
+    is one. The classifier is an argument: `CLIPForZeroShotClassification` with its classes set, and with the prompts
+    in it that the method tunes (`needs_prompts`); methods that tune the words of a plain CLIP put them in for the time
+    being. Parameters, mode and class embeddings come back as they were.
 
     Args:
         memory_budget: GiB that activations may take; None takes the batch whole. A batch that doesn't fit (by
@@ -102,9 +102,9 @@ class Defence(ABC):
             raise ValueError(f"memory_budget={self.memory_budget!r} must be a positive number of GiB, or None.")
 
     @property
-    @abstractmethod
     def traits(self) -> Traits:
-        """What an attack must know."""
+        """What an attack must know; nothing of a defence that draws nothing, tunes nothing and keeps no state."""
+        return Traits()
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..modeling import CLIPForZeroShotClassification
 from ..paper import Paper
-from .base import Defence, GradientPath, Prediction, Traits
+from .base import Defence, GradientPath, Prediction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +19,6 @@ class Undefended(Defence):
 
     defends: ClassVar[bool] = False
     paper = Paper("undefended", "No defence: the classifier itself", "no publication")
-
-    @property
-    def traits(self) -> Traits:
-        return Traits()
 
     def _predict(
         self,

@@ -4,6 +4,7 @@ processes, resumable.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from dataclasses import asdict, dataclass, replace
@@ -101,8 +102,8 @@ def evaluate_robustness(
     Raises ValueError for an empty or an augmented dataset, one whose classes aren't the model's in their order, a
     single class, labels beyond the classes, images outside [0, 1] or of wrong size, a state of another model, dataset,
     defence or setting, a view of a defence without one, a defence without such a view, with a model that lacks what it
-    needs, or with a stream state on several processes, and `precision="fast"` for a model in half precision;
-    FloatingPointError for logits that are not finite, naming the stage.
+    needs, with a stream state on several processes, or of other traits than it says, and `precision="fast"` for a
+    model in half precision; FloatingPointError for logits that are not finite, naming the stage.
     """
     defence = Undefended() if defence is None else defence
     if not isinstance(defence, Defence):
@@ -251,8 +252,21 @@ class _Evaluation:
                 what,
             )
         if self.defence.defends:
+            self.check_traits(images_BCHW)
             prompts = self.defence.predict(self.model, images_BCHW, seed=self.settings.seed).prompts
             self.tuned = sum(value[0].numel() for value in prompts.values())
+
+    def check_traits(self, images_BCHW: Tensor) -> None:
+        """Raise ValueError for a defence that draws or tunes without saying so: attacks would be chosen wrongly."""
+        seeds = itertools.count(self.settings.seed)
+
+        def logits(pixels_BCHW: Tensor) -> Tensor:
+            return self.defence.predict(self.model, pixels_BCHW, seed=next(seeds)).logits
+
+        traits, looks = self.defence.traits, {"randomised": is_randomised, "optimising": is_optimising}
+        for name, is_so in looks.items():
+            if not getattr(traits, name) and is_so(logits, images_BCHW):
+                raise ValueError(f"{self.defence.name} is {name}, and its traits don't say so: Traits({name}=True).")
 
     def run_stage(self, number: int, stage: Stage | None, rows: list[int]) -> None:
         """Judge the rows that have not been through this stage; a stream begins anew."""

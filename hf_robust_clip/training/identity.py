@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from enum import Enum
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
+from ..digests import plain
 from ..processes import Processes, everyone
 from ..threat_model import parse_radius
 from ..zero_shot_data.fingerprint import dataset_digest
@@ -129,23 +128,6 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in dict.fromkeys([*before, *after])
         if not _same(name, before.get(name), after.get(name))
     ]
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON can hold it, the same in every process."""
-    if isinstance(value, Enum):
-        return plain(value.value)
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted((plain(entry) for entry in value), key=str)
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    if isinstance(value, np.generic | Tensor | np.ndarray):
-        return value.tolist()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _shown(found: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import enable_full_determinism, set_seed
 from transformers.trainer_utils import HPSearchBackend, TrainOutput
 
+from ..digests import plain
 from ..processes import together
 from ..storage import check_writable
 from .checkpoints import (
@@ -29,7 +30,7 @@ from .checkpoints import (
     save_adapter,
 )
 from .config import check_arguments
-from .identity import check_same_everywhere, check_same_run, data_identity, plain
+from .identity import check_same_everywhere, check_same_run, data_identity
 from .pushing import PushingTrainer
 
 logger = logging.getLogger(__name__)
