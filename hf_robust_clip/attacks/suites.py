@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import Field, asdict, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -119,7 +119,7 @@ class Suite(ABC):
     def parameters(self, threat_models: Sequence[ThreatModel], num_classes: int) -> dict[str, Any]:
         """All settings, as JSON types: where the class is, and the fields of a dataclass."""
         cls = type(self)
-        own = fields(self) if is_dataclass(self) else ()
+        own: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
         return {"class": f"{cls.__module__}.{cls.__qualname__}", **{f.name: plain(getattr(self, f.name)) for f in own}}
 
 
