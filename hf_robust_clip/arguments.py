@@ -9,11 +9,11 @@ from pathlib import Path
 from .attacks.suites import Suite
 from .defences.base import Defence
 from .digits_clip import EMBEDDED_MODEL
-from .evaluation.loop import EvaluationSettings, Precision
+from .evaluation.attack_views import AttackView, DefenceBlind, Static
+from .evaluation.settings import EvaluationSettings, Precision
 from .modeling import PAPER_TEMPLATE
 from .names import is_path, same_place
 from .objectives.base import Objective
-from .report.report import AttackTarget
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ class EvaluationArguments:
             square, or a class of attacks with its settings.
         attacks: several, each of which gives a report.
         step_size: of PGD and CW by their short names; null takes 2.5 * eps / steps.
-        target: what the attacks see of a defence: defence_blind, transfer_from_adapted, bpda, adaptive.
+        view: what the attacks see of a defence: defence_blind (the default), transfer_from_adapted, bpda, adaptive,
+            queries, or the dotted path of your own; attacks such as AdaptiveWorst bring their own.
         batch_size: images per forward.
         seed: of all that attacks draw.
         precision: fp32, or fast: gradients in bfloat16, every break confirmed in float32.
@@ -167,7 +168,7 @@ class EvaluationArguments:
     attack: Suite | str = "pgd-20"
     attacks: Sequence[Suite | str] | None = None
     step_size: float | str | None = None
-    target: AttackTarget | None = None
+    view: AttackView | None = None
     batch_size: int = 128
     seed: int = 0
     precision: Precision = "fp32"
@@ -185,30 +186,25 @@ class EvaluationArguments:
             raise ValueError("evaluation.attacks=[] names no attack.")
         given = [self.attack] if self.attacks is None else list(self.attacks)
         suites = [suite_named(own, self.step_size) if isinstance(own, str) else own for own in given]
+        if self.view is not None and all(suite.about is not None for suite in suites):
+            raise ValueError(
+                f"evaluation.view={self.view!r} does nothing: these attacks bring their own; leave it out."
+            )
+        view = self.view or (DefenceBlind() if defended else Static())
         found: list[EvaluationSettings] = []
         for own, suite in zip(given, suites, strict=True):
             if not isinstance(own, str) and self.step_size is not None:
                 raise ValueError(
                     f"evaluation.step_size={self.step_size!r} goes with pgd-N and cw-N, not with {own!r}."
                 )
-            target = self.target or target_of(suite, defended)
             how = EvaluationSettings(
-                self.radii or [], self.norm, suite, self.batch_size, self.seed, self.precision, self.num_workers,
-                target, self.eot,
+                self.radii or [], self.norm, suite, view if suite.about is None else Static(), self.batch_size,
+                self.seed, self.precision, self.num_workers, self.eot,
             )  # fmt: skip
             if how in found:
                 raise ValueError(f"evaluation.attacks={self.attacks!r} names {own!r} twice.")
             found.append(how)
         return tuple(found)
-
-
-def target_of(suite: Suite, defended: bool) -> AttackTarget:
-    """What a suite sees where nothing is said of it."""
-    from .evaluation.loop import AdaptiveWorst
-
-    if isinstance(suite, AdaptiveWorst):
-        return "adaptive_worst"
-    return "defence_blind" if defended else "static"
 
 
 @dataclass(frozen=True)

@@ -129,16 +129,12 @@ class Given:
             found = found.get(part) if isinstance(found, Mapping) else None
         return found
 
-    def made(self, **arguments: Any) -> Namespace:
-        """Settings with their classes made. A preset gives what nobody asked for.
-
-        Args:
-            arguments: what presets may take.
-        """
+    def made(self) -> Namespace:
+        """Settings with their classes made. A preset gives what nobody asked for."""
         values = self.values.clone()
         for flag, preset in self.presets.items():
             spec = values[flag]
-            start = preset_of(class_at(spec["class_path"]), preset, flag, arguments)
+            start = preset_of(class_at(spec["class_path"]), preset, flag)
             own = spec.get("init_args") or Namespace()
             plain = type(start)()
             for field in fields(start):
@@ -442,15 +438,14 @@ def plain_name(name: str) -> str:
     return name.replace("_", "").replace("-", "").lower()
 
 
-def preset_of(cls: type, preset: str, flag: str, arguments: Mapping[str, Any]) -> Any:
-    """What `cls.NAME_preset` makes of those of the arguments that it takes."""
+def preset_of(cls: type, preset: str, flag: str) -> Any:
+    """What `cls.NAME_preset` makes."""
     known = {name.removesuffix("_preset"): getattr(cls, name) for name in dir(cls) if name.endswith("_preset")}
     if preset not in known:
         raise ValueError(
             f"{flag}.preset={preset!r} is unknown; {cls.__name__} has {', '.join(known) or 'no presets'}."
         )
-    accepted = inspect.signature(known[preset]).parameters
-    return known[preset](**{name: value for name, value in arguments.items() if name in accepted})
+    return known[preset]()
 
 
 def show(parser: ArgumentParser, values: Namespace) -> NoReturn:

@@ -10,10 +10,10 @@ from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 from .names import same_place, titles
-from .report.report import AttackTarget
 
 if TYPE_CHECKING:
     from .command_line import Given
+    from .evaluation.settings import EvaluationSettings
 
 VISION, TEXT = ("num_vision_tokens", "vision_depth"), ("num_text_tokens", "text_depth", "context_init",
                                                        "context_token_ids")  # fmt: skip
@@ -90,17 +90,13 @@ def check_training(given: Given, defaults: Mapping[str, Any], *, fits: bool) -> 
         raise ValueError("defence_evaluation does nothing without a defence; give --defence, or leave it out.")
 
 
-def check_evaluation(given: Given, targets: Sequence[AttackTarget], through: Sequence[AttackTarget]) -> None:
-    """The section evaluation of an evaluation, against the targets that came of it.
-
-    Args:
-        through: targets whose gradients go through the defence.
-    """
+def check_evaluation(given: Given, evaluations: Sequence[EvaluationSettings]) -> None:
+    """The section evaluation of an evaluation, against the settings that came of it."""
     if given.asked("evaluation.attack") is not None and given.asked("evaluation.attacks") is not None:
         idle(given, "evaluation.attack", f"beside evaluation.attacks={given.asked('evaluation.attacks')!r}")
-    if not set(targets) & set(through):
-        named = " or ".join(map(repr, targets))
-        idle(given, "evaluation.eot", f"with the target {named}, which takes no gradient through a defence", 1)
+    if not any(how.seen.goes_through for how in evaluations):
+        named = " or ".join(repr(how.seen.name) for how in evaluations)
+        idle(given, "evaluation.eot", f"with the view {named}, which takes no gradient through a defence", 1)
 
 
 def check_defence(given: Given, defence: Any) -> None:

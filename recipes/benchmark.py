@@ -19,12 +19,15 @@ from typing import Any
 import datasets
 
 from hf_robust_clip.command_line import CommandLine, packaged_config, read_command
-from hf_robust_clip.report.card import load_card_info, make_card
-from hf_robust_clip.report.report import (
+from hf_robust_clip.report import (
     RobustnessReport,
-    defence_table,
+    as_markdown,
+    by_model,
+    figures_by_task,
+    figures_of_defences,
+    load_card_info,
     load_reports,
-    percent,
+    make_card,
     plot_accuracy,
     plot_defences,
     plot_tradeoff,
@@ -236,11 +239,9 @@ def write_tables(benchmark: Benchmark, reports: Sequence[RobustnessReport], chos
         f"# {benchmark.heading}\n\n{benchmark.about}" + "".join(f"- {x}\n" for x in benchmark.limits.splitlines())
     ]
     if any(report.defence for report in reports):
-        rows: dict[str, list[RobustnessReport]] = {}
-        for report in reports:
-            rows.setdefault(report.name, []).append(report)
+        rows = by_model(reports)
         plot_defences(place / "accuracy.png", rows)
-        parts.append(f"{defence_table(rows)}\n\n![accuracies](accuracy.png)\n")
+        parts.append(f"{as_markdown(figures_of_defences(rows))}\n\n![accuracies](accuracy.png)\n")
     else:
         parts += [attack_part(benchmark, place, own) for own in by_attack(reports).values()]
     parts += [tuning_part(benchmark, chosen)] if any(chosen.values()) else []
@@ -259,30 +260,13 @@ def attack_part(benchmark: Benchmark, place: Path, reports: Sequence[RobustnessR
     """The table and the plots of one attack."""
     attack = reports[0].attack
     file = "".join(c if c.isalnum() else "_" for c in attack.lower())
-    panels: dict[str, dict[str, RobustnessReport]] = {}
-    for report in reports:
-        panels.setdefault(report.task, {})[report.name] = report
-    plot_accuracy(place / f"{file}.png", panels)
+    plot_accuracy(place / f"{file}.png", reports)
     plots = f"![accuracy against eps]({file}.png)\n"
     if benchmark.tradeoff_radius is not None:
         plot_tradeoff(place / f"{file}_tradeoff.png", reports, benchmark.tradeoff_radius)
         plots += f"\n![clean against robust]({file}_tradeoff.png)\n"
     about = "Accuracy in percent, clean and at each L-inf radius."
-    return f"## {attack}\n\n{about}\n\n{table(panels)}\n\n{plots}"
-
-
-def table(panels: Mapping[str, Mapping[str, RobustnessReport]]) -> str:
-    """Markdown: a row per model; columns task by task, clean and robust at each radius."""
-    first = {task: next(iter(row.values())) for task, row in panels.items()}
-    heads = []
-    for task, report in first.items():
-        columns = ["clean", *(f"{255 * radius:g}/255" for radius in report.robust_accuracy)]
-        heads.append(f" {task} (n={report.num_images}): {' / '.join(columns)} |")
-    lines = ["| |" + "".join(heads), "|---|" + "---|" * len(heads)]
-    for name in dict.fromkeys(name for row in panels.values() for name in row):
-        cells = ([row[name].clean_accuracy, *row[name].robust_accuracy.values()] for row in panels.values())
-        lines.append(f"| {name} |" + "".join(f" {' / '.join(percent(v)[:-2] for v in values)} |" for values in cells))
-    return "\n".join(lines)
+    return f"## {attack}\n\n{about}\n\n{as_markdown(figures_by_task(reports))}\n\n{plots}"
 
 
 def tuning_part(benchmark: Benchmark, chosen: Mapping[str, str | None]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from .. import report as reporting
 from .. import unused_settings as unused
 from ..arguments import (
     DataArguments,
@@ -24,14 +25,15 @@ from ..checkpoint_notes import known_templates, other_prompt, quoted, trained_te
 from ..command_line import ClassFlag, CommandLine, Given, read_command
 from ..defences.base import Defence
 from ..defences.defended import DefendedClassifier
+from ..defences.undefended import Undefended
 from ..evaluation import loop as evaluation
-from ..evaluation.loop import THROUGH, EvaluationSettings
+from ..evaluation.attack_views import AttackView
+from ..evaluation.settings import EvaluationSettings
 from ..hub import clear_states, dump_recipe
 from ..modeling import CLIPForZeroShotClassification, check_classes
 from ..names import same_place, task_titles, titles
-from ..processes import check_sharding, join_processes, what_runs
-from ..report import report as reporting
-from ..report.report import RobustnessReport
+from ..processes import join_processes, what_runs
+from ..report import RobustnessReport
 from ..saving import Saving, left_by_evaluation
 from ..secrets import without_token_keys
 from ..storage import check_writable, write_text
@@ -40,6 +42,7 @@ from . import shared
 from .interruptions import one_line_errors
 from .shared import SUITES
 
+VIEW = ClassFlag(AttackView, ("hf_robust_clip.evaluation",))
 COMMAND = CommandLine(
     groups={
         "": (ModelArguments, DataArguments, EvaluationRunArguments),
@@ -49,6 +52,7 @@ COMMAND = CommandLine(
         "defence": ClassFlag(Defence, ("hf_robust_clip.defences",)),
         "evaluation.attack": ClassFlag(Suite, SUITES, names=True),
         "evaluation.attacks": ClassFlag(Suite, SUITES, names=True, several=True),
+        "evaluation.view": VIEW,
     },
     required=("output_dir", "evaluation.radii"),
     skip=frozenset(["use_peft", "lora_r", "lora_alpha", "dataset_train_split", "augment"]),
@@ -129,8 +133,9 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
     if about.template is not None:
         check_classes(["a class"], about.template)
     evaluations = made.evaluation.settings(defended=about.defence is not None)
-    check_targets(evaluations, about.defence)
-    unused.check_evaluation(given, [how.target for how in evaluations], THROUGH)
+    for how in evaluations:
+        how.check_against(about.defence or Undefended())
+    unused.check_evaluation(given, evaluations)
     if about.defence is not None:
         unused.check_defence(given, about.defence)
     tasks = _tasks(given, data, about)
@@ -157,17 +162,6 @@ def check_output(folder: str, model: ModelArguments, about: EvaluationRunArgumen
     check_folder(folder, model.model_name_or_path, about.overwrite or about.resume)
     if any(Path(folder, name).is_file() for name in ("config.json", "adapter_config.json")):
         raise OSError(f"output_dir={folder!r} is a checkpoint with a report of its own; name another folder.")
-
-
-def check_targets(evaluations: Sequence[EvaluationSettings], defence: Defence | None) -> None:
-    """Raise ValueError for a target without a defence, and for the static model with one."""
-    for how in evaluations:
-        if defence is not None and how.target == "static":
-            raise ValueError(
-                f"evaluation.target='static' says nothing of {defence.name}; choose another, or leave the defence out."
-            )
-        if defence is None and how.target != "static":
-            raise ValueError(f"evaluation.target={how.target!r} needs a defence; give --defence.")
 
 
 def _prepare_settings(file: dict[str, Any], options: dict[str, str]) -> None:
@@ -204,7 +198,6 @@ def prepare(run: EvaluationRun) -> Prepared:
     folder = Path(run.output_dir)
     check_writable(folder)
     processes = join_processes(_on_cpu(run.use_cpu))
-    check_sharding(processes, evaluation=True)
     processes.print(f"evaluation: {what_runs(processes)}")
     if processes.is_local_main_process and run.overwrite:
         clear_states(folder)
@@ -259,7 +252,7 @@ def measure_one(
     """One report, with a line of what is measured."""
     attack = settings.attack.name(len(data.class_names))
     called = prepared.called[name]
-    through = "" if settings.target == "static" else f" {settings.target}"
+    through = f" {settings.seen.name}" if settings.seen.of_defence else ""
     prompt = f"prompt {quoted(model.templates)}"
     about = f"{len(data)} images, {attack}, {settings.precision_with(model)}, {prompt}"
     prepared.processes.print(f"{called} on {task}: {about}")
@@ -284,15 +277,17 @@ def with_statistics(run: EvaluationRun, name: str, revision: str | None) -> Defe
     Raises OSError where a defence must be fitted and there is nothing.
     """
     defence = run.defence
-    if defence is None or not hasattr(defence, "targets"):
+    if defence is None or not defence.learns():
         return defence
-    saved: Any = DefendedClassifier.from_pretrained(name, revision=revision).adapter
-    targets = getattr(saved, "targets", None)
-    if targets is None:
-        raise OSError(f"{name!r} holds no statistics, which {defence.name} needs; train it with a defence.")
+    saved = DefendedClassifier.from_pretrained(name, revision=revision).adapter
+    fitted: dict[str, Any] = {
+        part: own for part, own in saved.fitted.items() if isinstance(own, defence.learns().get(part, ()))
+    }
+    if not fitted:
+        raise OSError(f"{name!r} holds nothing that {defence.name} was fitted with; train it with this defence.")
     if type(saved) is type(defence) and run.preset is None:
         return replace(saved, **{name: getattr(defence, name) for name in run.defence_settings})
-    return replace(defence, targets=targets)  # type: ignore[call-arg]  # not every defence has them
+    return replace(defence, **fitted)
 
 
 def write(prepared: Prepared, measured: Measured) -> None:
@@ -320,7 +315,7 @@ def write(prepared: Prepared, measured: Measured) -> None:
 def show(prepared: Prepared, measured: Measured) -> None:
     """Print the table, remarks, and whether the attack breaks the reference."""
     run, reports = prepared.run, measured.reports
-    shared.print_table(reporting.to_table(reports, prepared.called[run.model.model_name_or_path]), 110)
+    reporting.print_table(reporting.table(reports, prepared.called[run.model.model_name_or_path]))
     share = reporting.percent(max(report.zero_gradient_share for report in reports))
     print(f"exactly-zero input gradients in the attacks: at most {share}")
     for line in filter(None, dict.fromkeys([*measured.remarks, reporting.blind_warning(reports)])):
@@ -333,11 +328,7 @@ def show(prepared: Prepared, measured: Measured) -> None:
 def draw(prepared: Prepared, measured: Measured) -> None:
     """The plots, each of which may fail by itself."""
     run, folder, reports = prepared.run, prepared.folder, measured.reports
-    panels: dict[str, dict[str, RobustnessReport]] = {}
-    for report in reports:
-        panel = report.task if len(run.evaluations) == 1 else f"{report.task}, {report.full_attack}"
-        panels.setdefault(panel, {})[report.name] = report
-    plots = {"accuracy.png": partial(reporting.plot_accuracy, folder / "accuracy.png", panels)}
+    plots = {"accuracy.png": partial(reporting.plot_accuracy, folder / "accuracy.png", reports)}
     if measured.examples:
         plots["examples.png"] = partial(reporting.plot_examples, folder / "examples.png", *measured.examples)
     if len(run.names) > 1:

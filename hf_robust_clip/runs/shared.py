@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..arguments import Images
 from ..modeling import CLIPForZeroShotClassification, adapter_config, base_of, with_adapter
-from ..report.report import RobustnessReport, defence_cells, templates_told
 from ..zero_shot_data.loading import ImageDataset, class_names_of, load_image_dataset
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 SUITES = ("hf_robust_clip.attacks", "hf_robust_clip.evaluation")  # where classes of attacks are
 
@@ -82,42 +76,6 @@ def quiet_loading() -> None:
     logging.disable_progress_bar()
 
 
-def print_table(table: Table, least_width: int) -> None:
-    """Print a table as it is: no name in it is read as colours or pictures."""
-    from rich.console import Console
-
-    width = max(least_width, shutil.get_terminal_size().columns)
-    Console(width=width, markup=False, emoji=False).print(table)
-
-
 def slug(text: str) -> str:
     """A text as a folder name, with a hash that tells apart what the letters alone don't."""
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', text).strip('-')[-80:]}-{sha256(text.encode()).hexdigest()[:8]}"
-
-
-def defence_table(reports: Sequence[RobustnessReport], title: str) -> Table:
-    """`report.defence_cells` as a `rich` table, a row for each model and task."""
-    from rich.table import Table
-
-    heads, cells = defence_cells(by_model(reports))
-    about = "blind: made on the classifier alone (without a defence: white box); controls: clean/blind; ms: each"
-    table = Table(
-        title=title,
-        title_justify="left",
-        caption="; ".join(filter(None, [about, templates_told(reports)])),
-    )
-    table.add_column("", no_wrap=True)
-    for head in heads[1:]:
-        table.add_column(head.replace(" ", "\n"), justify="right", no_wrap=True)
-    for row in cells:
-        table.add_row(*(cell.replace(" / ", "/") for cell in row))
-    return table
-
-
-def by_model(reports: Sequence[RobustnessReport]) -> dict[str, list[RobustnessReport]]:
-    """The reports of each model and task, by what tables call them."""
-    several = len({report.task for report in reports}) > 1
-    rows: dict[str, list[RobustnessReport]] = {}
-    for report in reports:
-        rows.setdefault(f"{report.name}, {report.task}" if several else report.name, []).append(report)
-    return rows

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import DistributedType
 from peft import PeftModel
 
+from .. import report as reporting
 from ..checkpoint_notes import named_base
 from ..defences.base import Defence
 from ..digits_clip import EMBEDDED_MODEL
 from ..evaluation import loop as evaluation
-from ..evaluation.loop import EvaluationSettings
+from ..evaluation.attack_views import DefenceBlind
+from ..evaluation.settings import EvaluationSettings
 from ..hub import (
     Push,
     clear_checkpoints,
@@ -30,17 +31,16 @@ from ..modeling import CLIPForZeroShotClassification
 from ..names import hub_name, is_path, shown_folder, shown_name, task_titles, without_paths
 from ..processes import join_processes, what_runs
 from ..prompts import ClipPromptConfig, check_prompts
-from ..report import report as reporting
-from ..report.card import CardInfo, make_card
-from ..report.report import RobustnessReport
+from ..report import CardInfo, RobustnessReport, make_card
 from ..saving import Saving, left_by_training
 from ..storage import check_writable, write_text, written_whole
-from ..training.checkpoints import NothingToResume
-from ..training.trainer import RobustClipTrainer, classifier_in, on_its_own, save_adapter
+from ..training.checkpoints import NothingToResume, save_adapter
+from ..training.config import on_its_own
+from ..training.preparation import classifier_in
+from ..training.trainer import RobustClipTrainer
 from ..zero_shot_data.loading import ImageDataset
 from . import shared
 from .interruptions import one_line_errors
-from .methods import defended, fit_defences, make_trainer
 from .train_settings import COMMAND, OBJECTIVE, Method, TrainingRun, read
 
 __all__ = ["COMMAND", "OBJECTIVE", "Method", "TrainingRun", "main", "read", "train"]
@@ -150,7 +150,7 @@ def prepare(run: TrainingRun) -> Prepared:
     mixed = run.training.mixed_precision
     precision = mixed if mixed != "no" else str(model.dtype).removeprefix("torch.")
     processes.print(f"{run.title}: {len(data)} images, {len(data.class_names)} classes, "
-                    f"{what_runs(processes, fsdp=bool(run.training.fsdp))}, {precision}")  # fmt: skip
+                    f"{what_runs(processes)}, {precision}")  # fmt: skip
     if processes.is_local_main_process and run.overwrite:
         clear_checkpoints(folder)
         clear_states(folder)
@@ -195,7 +195,9 @@ def fit(prepared: Prepared, method: Method, model: CLIPForZeroShotClassification
     run = prepared.run
     args = run.training if save else on_its_own(run.training)
     defence = next(iter(run.defences.values()), None) if save else None
-    trainer = make_trainer(model, args, method.objective, prepared.data, method.adapter, defence)
+    trainer = RobustClipTrainer(
+        model, args, method.objective, prepared.data, peft_config=method.adapter, defence=defence
+    )
     start = run.model.model_name_or_path
     if start != EMBEDDED_MODEL and Path(start).is_dir():
         start = str(Path(start).resolve())  # from another folder a relative one might be taken for the Hub's
@@ -214,38 +216,37 @@ def measure_rival(prepared: Prepared, rival: Method) -> list[RobustnessReport]:
     model = shared.load_model(prepared.run.model.model_name_or_path, prepared.run.model.model_revision)
     model.set_classes(prepared.data.class_names, prepared.run.template)
     trainer = fit(prepared, rival, model, save=False)
-    classifier, _ = plain_model(trainer, prepared.folder / "compared" / shared.slug(rival.title))
+    classifier, _ = plain_model(trainer)
     return measure(prepared, classifier, rival.title, f"{rival.title} from {prepared.start}, same settings")
 
 
 def finish(prepared: Prepared, trainer: RobustClipTrainer) -> Fitted:
     """Fit the defences, and take the trained model out of its trainer. Old figures go before new weights come."""
     run = prepared.run
-    images = replace(prepared.data, augment=False).first(run.fit_images)
-    defences = fit_defences(trainer, run.defences, images, prepared.folder / "state/statistics")
+    defences = dict(run.defences)
+    if defences:
+        images = replace(prepared.data, augment=False).first(run.fit_images)
+        saved = trainer.fit_defence(images, state_dir=prepared.folder / "state/statistics")
+        learned: dict[str, Any] = saved.fitted
+        defences = {title: replace(own, **learned) for title, own in defences.items()}
+        trainer.defence = next(iter(defences.values()))
     settings = trainer.settings()
     if prepared.processes.is_main_process:
         clear_model(prepared.folder)
-    classifier, to_save = plain_model(trainer, prepared.folder, has_defence=bool(defences))
+    classifier, to_save = plain_model(trainer)
     return Fitted(classifier, to_save, defences, settings)
 
 
-def plain_model(
-    trainer: RobustClipTrainer, folder: Path, has_defence: bool = False
-) -> tuple[CLIPForZeroShotClassification, Any]:
+def plain_model(trainer: RobustClipTrainer) -> tuple[CLIPForZeroShotClassification, Any]:
     """The trained classifier without wrappers or autocast, and what is to be saved of it.
 
     That is the classifier itself, LoRA merged into it; of prompts, which can't be merged, the adapter, with its
-    defence if it has one. Sharded weights go through `folder`.
+    defence if it has one.
     """
-    if trainer.accelerator.distributed_type == DistributedType.FSDP:
-        trainer.save_model(str(folder), _internal_call=True)  # which pushes nothing
-        trainer.accelerator.wait_for_everyone()
-        whole = CLIPForZeroShotClassification.from_pretrained(folder).eval()
-        return whole, whole
     core = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-    if has_defence or (isinstance(core, PeftModel) and isinstance(core.active_peft_config, ClipPromptConfig)):
-        return classifier_in(core).requires_grad_(False), defended(trainer) if has_defence else core
+    if isinstance(core, PeftModel) and isinstance(core.active_peft_config, ClipPromptConfig):
+        to_save = core if trainer.defence is None else trainer.defended()
+        return classifier_in(core).requires_grad_(False), to_save
     core = core.merge_and_unload() if isinstance(core, PeftModel) else core
     return core, core
 
@@ -276,7 +277,7 @@ def measure_defences(prepared: Prepared, fitted: Fitted, compared: dict[str, lis
     if not fitted.defences or run.through is None:
         return Measured(reports, compared)
     compared = {**compared, run.title: reports}
-    blind = replace(run.through, attack=run.evaluation.attack, target="defence_blind", eot=1)
+    blind = replace(run.through, attack=run.evaluation.attack, view=DefenceBlind(), eot=1)
     own: list[RobustnessReport] = []
     saved = next(iter(fitted.defences))
     for title in reversed(fitted.defences):  # the one that is saved comes last
@@ -285,7 +286,7 @@ def measure_defences(prepared: Prepared, fitted: Fitted, compared: dict[str, lis
             if title == saved:
                 own += found
             else:
-                compared[f"{title}, {how.target}"] = found
+                compared[f"{title}, {how.seen.name}"] = found
     return Measured(own, compared)
 
 
@@ -305,7 +306,7 @@ def write(prepared: Prepared, fitted: Fitted, measured: Measured) -> None:
 
         info = card_info(prepared, fitted)
         publish(info)
-        if saving.attempt("accuracy.png", lambda: plot(prepared, fitted, rows)) is None:
+        if saving.attempt("accuracy.png", lambda: plot(folder, rows)) is None:
             publish(replace(info, plot=None))
     prepared.processes.wait_for_everyone()
     saving.finish()
@@ -331,27 +332,17 @@ def show(prepared: Prepared, fitted: Fitted, rows: Sequence[RobustnessReport]) -
     """Print the table, and how far the attacks were blind."""
     threat_model = prepared.run.training.threat_model()
     about = f"before and after {prepared.run.title} ({rows[0].attack}, {threat_model} in training)"
-    if fitted.defences:
-        shared.print_table(shared.defence_table(rows, about), 120)
-    else:
-        shared.print_table(reporting.to_table(rows, about), 100)
+    reporting.print_table(reporting.table(rows, about))
     zeros = reporting.percent(max(report.zero_gradient_share for report in rows))
     print(f"exactly-zero input gradients in the attacks: at most {zeros}")
     if warning := reporting.blind_warning(rows):
         print(f"\n{warning}\n")
 
 
-def plot(prepared: Prepared, fitted: Fitted, rows: Sequence[RobustnessReport]) -> str:
+def plot(folder: Path, rows: Sequence[RobustnessReport]) -> str:
     """Draw the accuracies; the file's name."""
-    file = prepared.folder / "accuracy.png"
-    if fitted.defences:
-        reporting.plot_defences(file, shared.by_model(rows))
-        return file.name
-    panels: dict[str, dict[str, RobustnessReport]] = {task: {} for task in prepared.tasks}
-    for report in rows:
-        panels[report.task][report.name] = report
-    reporting.plot_accuracy(file, panels)
-    return file.name
+    reporting.plot(folder / "accuracy.png", rows)
+    return "accuracy.png"
 
 
 def card_info(prepared: Prepared, fitted: Fitted) -> CardInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -22,12 +23,9 @@ from ..arguments import (
 from ..attacks.suites import Suite
 from ..command_line import ClassFlag, CommandLine, Given, class_at, class_path, read_command
 from ..defences.base import Defence
-from ..evaluation.loop import AdaptiveWorst, EvaluationSettings
-from ..hub import (
-    Push,
-    check_base,
-    check_push,
-)
+from ..evaluation.attack_views import Adaptive, AdaptiveWorst, Static
+from ..evaluation.settings import EvaluationSettings
+from ..hub import Push, check_base, check_push
 from ..names import shown_name
 from ..objectives.base import Objective
 from ..prompts import ClipPromptConfig
@@ -35,7 +33,6 @@ from ..report.card import card_state
 from ..secrets import without_token_keys
 from ..training.config import RobustClipConfig, check_augmentation, check_start_of_attack, check_trained_part
 from . import shared
-from .methods import default_prompts
 from .shared import SUITES
 
 LORA_TARGETS = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj)"
@@ -55,7 +52,7 @@ COMMAND = CommandLine(
     },
     required=("dataset_name", "objective", "output_dir", "evaluation.radii"),
     skip=frozenset(
-        ["evaluation.attacks", "evaluation.target", "evaluation.eot"]
+        ["evaluation.attacks", "evaluation.view", "evaluation.eot"]
         + [f"prompts.{f.name}" for f in fields(ClipPromptConfig) if f.name not in unused.PROMPTS]
     ),
 )
@@ -123,7 +120,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> T
         check_start_of_attack(training, own.objective)
         check_trained_part(training, own.adapter is not None)
     (blind,) = made.evaluation.settings()
-    if blind.target != "static":
+    if blind.seen.of_defence:
         raise ValueError(
             f"evaluation.attack={made.evaluation.attack!r} attacks a defence, and this section evaluates models "
             "without one; a defence is attacked by defence_evaluation."
@@ -210,7 +207,7 @@ def _prepare_settings(file: dict[str, Any], options: dict[str, str]) -> None:
 
 def _adapter(given: Given, made: Any, objective: type[Objective], model: ModelArguments) -> PeftConfig | None:
     """LoRA, or prompts: the objective's own, changed by what was asked for."""
-    own, default = given.asked("prompts"), default_prompts(objective)
+    own, default = given.asked("prompts"), copy.deepcopy(objective.peft_config)
     if model.use_peft:
         if own or default is not None:
             raise ValueError("use_peft=true and prompts don't go together; choose one.")
@@ -235,7 +232,7 @@ def _rivals(about: TrainingRunArguments, method: Method, given: Given) -> tuple[
         cls = class_at(class_path(name, OBJECTIVE, "compare"))
         if cls in [type(other.objective) for other in (method, *found)]:
             raise ValueError(f"compare={names!r} names {name!r}, which is trained already; name others.")
-        adapter: PeftConfig | None = default_prompts(cls)
+        adapter: PeftConfig | None = copy.deepcopy(cls.peft_config)
         if isinstance(method.adapter, LoraConfig):
             if adapter is not None:
                 raise ValueError(f"compare={names!r}: {name} trains prompts, which don't go with use_peft.")
@@ -272,7 +269,7 @@ def _defences(
     called = f"{type(defence).__name__}-{design}"
     found = {}
     for preset in (own, *presets):
-        again = given.with_preset("defence", preset).made(design=design).defence
+        again = given.with_preset("defence", preset).made().defence
         unused.check_defence(given, again)
         found[f"{called} {preset}" if preset else called] = again
     return found
@@ -282,9 +279,10 @@ def _through(blind: EvaluationSettings, defence: DefenceEvaluation) -> Evaluatio
     """How a defence is attacked through itself. Raises ValueError for a radius at which nothing else is attacked."""
     radius = blind.radii[0] if defence.radius is None else defence.radius
     suite = AdaptiveWorst() if defence.attack is None else defence.attack
-    how = replace(
-        blind, radii=[radius], batch_size=defence.batch_size, attack=suite, target="adaptive_worst", eot=defence.eot
-    )
+    view = Adaptive() if suite.about is None else Static()
+    how = replace(blind, radii=[radius], batch_size=defence.batch_size, attack=suite, view=view, eot=defence.eot)
+    if defence.eot > 1 and all(member.by_queries for member in suite.members(10)):
+        raise ValueError(f"defence_evaluation.eot={defence.eot!r} does nothing with {suite!r}, without gradients.")
     if how.threat_models()[0] not in blind.threat_models():
         raise ValueError(
             f"defence_evaluation.radius={radius!r} must be one of evaluation.radii={list(blind.radii)!r}, at which "
