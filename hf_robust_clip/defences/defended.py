@@ -106,8 +106,8 @@ class DefendedClassifier(nn.Module):
         return self.classifier.require_processor()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write prompts (`adapter_*`), what was fitted (`statistics.safetensors`) and `adaptation.json`, whole or not
-        at all.
+        """Write prompts (`adapter_*`), what was fitted (files of its own) and `adaptation.json`, whole or not at all.
+
 
         Other files in the folder stay. Raises ValueError for a defence whose class can't be found again, and a base
         model that has no name or other weights than the classifier: weights aren't saved here.
@@ -120,7 +120,7 @@ class DefendedClassifier(nn.Module):
             "format": FORMAT,
             "method": defence_key(self.adapter),
             "parameters": {name: value for name, value in self.adapter.parameters().items() if name in own},
-            "fitted": sorted(self.adapter.fitted),
+            "fitted": {name: part.file for name, part in sorted(self.adapter.fitted.items())},
             "prompts": bool(getattr(self.classifier, "peft_config", None)),
             "seed": self.seed,
             "base_model": base,
@@ -216,7 +216,7 @@ class DefendedClassifier(nn.Module):
                 f"{adapter_cls.__name__}.from_pretrained or DefendedClassifier.from_pretrained."
             )
         learned = adapter_cls.learns()
-        parts = {part: learned[part] for part in settings.get("fitted", learned) if part in learned}
+        parts = {part: kind for part, kind in learned.items() if part in settings["fitted"]}
         if parts:
             folder = _fetched(str(name), [*FILES, *(kind.file for kind in parts.values())], revision, where)
         needed = [kind.file for kind in parts.values()]
@@ -289,16 +289,16 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
             "TAPT.from_pretrained."
         )
     settings = read_json(folder / SETTINGS)
-    known = ("format", "method", "parameters", "prompts", "seed", "base_model", "base_revision", "class_names",
-             "templates", "input_size")  # fmt: skip
+    known = ("format", "method", "parameters", "fitted", "prompts", "seed", "base_model", "base_revision",
+             "class_names", "templates", "input_size")  # fmt: skip
     missing = [key for key in known if not isinstance(settings, dict) or key not in settings]
     if missing or settings["format"] != FORMAT:
         what = (
             f"lacks {missing[0]!r}" if missing else f"has format {settings['format']!r}, this version reads {FORMAT}"
         )
         raise ValueError(f"{SETTINGS} of {name!r} {what}; save it again, or take the version that wrote it.")
-    if not isinstance(settings.get("fitted", []), list):
-        raise ValueError(f"fitted={settings['fitted']!r} in {SETTINGS} of {name!r} must be a list of names.")
+    if not isinstance(settings["fitted"], dict):
+        raise ValueError(f"fitted={settings['fitted']!r} in {SETTINGS} of {name!r} must name a file for each part.")
     if not isinstance(settings["seed"], int):
         raise ValueError(f"seed={settings['seed']!r} in {SETTINGS} of {name!r} must be a whole number.")
     return settings

@@ -23,6 +23,7 @@ from ..hub import (
     check_folder,
     check_push,
     copy_model,
+    fitted_files,
     prepare_repository,
     saved_in,
     upload,
@@ -31,7 +32,7 @@ from ..report.card import card_state, changed_card, contradiction, name_reposito
 from ..storage import disk_errors, write_text
 
 logger = logging.getLogger(__name__)
-UNMEASURED = (*MODEL_FILES, "README.md")  # what is pushed where no figures belong to the weights
+UNMEASURED = (*MODEL_FILES, "README.md")  # what is pushed where no figures belong to the weights, and what is fitted
 
 
 class PushingTrainer(Trainer):
@@ -129,7 +130,7 @@ class PushingTrainer(Trainer):
                 self.create_model_card(**kwargs)
             self._passed_over = None
             self._finish_current_push()
-            only: tuple[str, ...] = UNMEASURED
+            only: tuple[str, ...] = (*UNMEASURED, *fitted_files(folder))
             if card_state(Path(folder, "README.md")) == "measured":
                 only = ("*",)
                 name_repository(folder, push.repo_id)

@@ -26,6 +26,7 @@ from ..metrics import accuracy_after_each
 from ..modeling import CLIPForZeroShotClassification, tokenize_prompts, without_gradients
 from ..objectives.base import Batch, Objective
 from ..objectives.clean import Clean
+from ..prompts.access import prompts_of
 from ..report.card import make_unmeasured_card
 from ..threat_model import ThreatModel
 from ..zero_shot_data.loading import collate_images
@@ -187,6 +188,11 @@ class RobustClipTrainer(ResumingTrainer):
         """The model as it is trained; its teacher is kept in `teacher`."""
         found = prepare(model, args, self.training_objective, self._adapter, self._given_teacher)
         self.teacher, self._adapter_is_new, self._beginning = found.teacher, found.adapter_is_new, None
+        if self.defence is not None and isinstance(found.student, PeftModel) and not prompts_of(found.student):
+            raise ValueError(
+                f"defence={self.defence.name} is saved beside whole weights or prompts, not beside another adapter; "
+                "train without it, merge the adapter (merge_and_unload), and evaluate_robustness(defence=...)."
+            )
         return found.student
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
