@@ -46,9 +46,7 @@ class RandomResizedCrop:
                 raise ValueError(f"{name}={value!r} must be two numbers, (least, largest).") from None
             if not (0 < low <= high <= most and math.isfinite(high)):
                 limit = "" if most == math.inf else f" <= {most:g}"
-                raise ValueError(
-                    f"{name}={value!r} must be (least, largest) with 0 < least <= largest{limit}, finite."
-                )
+                raise ValueError(f"{name}={value!r} must be finite (least, largest), 0 < least <= largest{limit}.")
             object.__setattr__(self, name, (low, high))
         if not isinstance(self.flip, int | float) or not 0 <= self.flip <= 1:
             raise ValueError(f"flip={self.flip!r} is a probability; give a number from 0 to 1.")

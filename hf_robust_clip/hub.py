@@ -102,10 +102,7 @@ def prepare_repository(push: Push, kind: Kind, name: str = "push_to_hub") -> Pus
         raise OSError(f"{name}={push.repo_id!r} can't be written to: {reason_of(error)}") from error
     others = [file for file in there if _fits(file, ADAPTER_WEIGHTS if kind == "model" else WHOLE_WEIGHTS)]
     if others:
-        raise ValueError(
-            f"{name}={repo_id!r} holds {others[0]}, beside which no {kind} can be pushed; take another repository, or "
-            "delete it there."
-        )
+        raise ValueError(f"{name}={repo_id!r} holds {others[0]}, which goes with no {kind}; delete it there.")
     return replace(push, repo_id=repo_id)
 
 
@@ -142,9 +139,7 @@ def check_card(folder: str | Path, repo_id: str) -> None:
     """Raise ValueError if a card of this package shows how to load another repository than the one it goes to."""
     text = Path(folder, "README.md").read_text(encoding="utf-8")
     if LIBRARY in text and "from_pretrained(" in text and f'"{repo_id}"' not in text:
-        raise ValueError(
-            f"README.md in folder={str(folder)!r} tells to load another repository than {repo_id!r}; make it anew."
-        )
+        raise ValueError(f"README.md in folder={str(folder)!r} loads another repository than {repo_id!r}.")
 
 
 def files_to_push(folder: str | Path, only: Sequence[str] = ("*",)) -> list[str]:
@@ -162,10 +157,7 @@ def check_folder(folder: str | Path, only: Sequence[str] = ("*",)) -> Kind:
     files = files_to_push(folder, only)
     kind = kind_of(files)
     if kind is None:
-        raise ValueError(
-            f"folder={str(folder)!r} holds no whole model: it needs config, safetensors weights and processor, or an "
-            "adapter; write them with save_pretrained."
-        )
+        raise ValueError(f"folder={str(folder)!r} holds no whole model, nor an adapter; write one by save_pretrained.")
     if "README.md" not in files:
         raise ValueError(f"folder={str(folder)!r} has no README.md; write one with make_card or create_model_card.")
     for file, key in (("adapter_config.json", "base_model_name_or_path"), ("adaptation.json", "base_model")):
@@ -177,9 +169,7 @@ def check_folder(folder: str | Path, only: Sequence[str] = ("*",)) -> Kind:
             raise ValueError(f"{file} in folder={str(folder)!r} holds an access token or a password; take it out.")
         places = paths_in(text)
         if places:
-            raise ValueError(
-                f"{file} in folder={str(folder)!r} tells a path of this disk, {places[0]!r}; take it out."
-            )
+            raise ValueError(f"{file} in folder={str(folder)!r} tells a path, {places[0]!r}; take it out.")
     return kind
 
 
@@ -187,10 +177,7 @@ def check_base(name: Any, what: str) -> str:
     """The Hub's name of a base model. Raises ValueError for one that others can't load."""
     found = hub_name(name) if isinstance(name, str) else None
     if found is None:
-        raise ValueError(
-            f"{what} names the base model {name!r}, which others don't have: push that first and train on its Hub id, "
-            "or don't push."
-        )
+        raise ValueError(f"{what} names the base model {name!r}, which others don't have: push that first.")
     return found
 
 

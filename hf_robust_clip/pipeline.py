@@ -155,9 +155,7 @@ def check_candidates(labels: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(f"candidate_labels={labels!r} is one text; give a list of names, such as {parts!r}.")
     names, _ = check_classes(labels, "{}")
     if len(names) == 1:
-        raise ValueError(
-            f"candidate_labels={list(names)!r} is one label: its score is 1 whatever the picture; give more."
-        )
+        raise ValueError(f"candidate_labels={list(names)!r} is one label, whose score is always 1; give more.")
     return names
 
 

@@ -63,10 +63,7 @@ def refuse_tokens(value: Any, name: str) -> None:
         for number, inner in enumerate(value):
             refuse_tokens(inner, f"{name}[{number}]")
     elif holds_token(str(value)):
-        raise ValueError(
-            f"{name} holds an access token or a password, and what stands there is shown and written to files; take "
-            "it out, and give tokens by HF_TOKEN or `hf auth login`."
-        )
+        raise ValueError(f"{name} holds an access token or a password; take it out, and give tokens by HF_TOKEN.")
 
 
 def hide_arguments() -> None:

@@ -54,9 +54,9 @@ def input_gradient(loss_fn: LossFn, images_BCHW: Tensor) -> tuple[Tensor, Tensor
         if not losses_B.requires_grad:
             raise ValueError(NO_GRADIENT)
         if losses_B.shape != images_BCHW.shape[:1]:
+            given = tuple(losses_B.shape)
             raise ValueError(
-                f"loss_fn must return one loss per image, shape ({len(images_BCHW)},), got {tuple(losses_B.shape)}; "
-                "use reduction='none': a batch mean would make the attack depend on the batch."
+                f"loss_fn gives {given}, not one loss per image, ({len(images_BCHW)},); reduction='none' does."
             )
         (grad_BCHW,) = torch.autograd.grad(losses_B.sum(), images_BCHW, allow_unused=True)
     if grad_BCHW is None:

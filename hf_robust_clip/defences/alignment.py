@@ -74,10 +74,7 @@ class AlignmentTargets(Fitted):
         for name, statistics in self._parts().items():
             given = tuple(statistics.mean.shape)
             if given != expected:
-                raise ValueError(
-                    f"the {name} statistics are of (layers, tokens, width) {given}, but this classifier's image "
-                    f"encoder has {expected}; collect them anew with its model and prompts."
-                )
+                raise ValueError(f"the {name} statistics are of {given}, the encoder is of {expected}; fit anew.")
 
     def _parts(self) -> dict[str, VisionStatistics]:
         return {"adversarial": self.adversarial, **({} if self.clean is None else {"clean": self.clean})}
@@ -182,10 +179,7 @@ class AlignedTuning(PromptTuning):
         if self.align_weight == 0:
             return
         if self.targets is None:
-            raise ValueError(
-                f"targets is missing: {self.name} aligns views with the statistics of training images; call "
-                "fit(classifier, dataset), or set align_weight=0."
-            )
+            raise ValueError(f"targets is missing for {self.name}: call fit(classifier, dataset), or align_weight=0.")
         if self.needs and self.targets.clean is None:
             raise ValueError("targets.clean is missing: fit with a clean_classifier, or set gamma=1.")
         self.targets.check(classifier)

@@ -212,10 +212,7 @@ class Defence(ABC):
         isn't what `Prediction` says.
         """
         if not isinstance(classifier, CLIPForZeroShotClassification):
-            raise TypeError(
-                f"classifier is a {type(classifier).__name__}; give a CLIPForZeroShotClassification (of a PeftModel "
-                "its get_base_model())."
-            )
+            raise TypeError(f"classifier is a {type(classifier).__name__}; give a CLIPForZeroShotClassification.")
         if path not in get_args(GradientPath):
             raise ValueError(f"path={path!r} is unknown; choose {', '.join(map(repr, get_args(GradientPath)))}.")
         self.check(classifier)
@@ -249,10 +246,7 @@ class Defence(ABC):
         if not classifier.class_names:
             raise ValueError("the classifier has no classes; call set_classes(class_names) first.")
         if len(classifier.class_names) == 1:
-            raise ValueError(
-                f"there is one class, {classifier.class_names[0]!r}: its probability is 1 whatever the image; "
-                "set_classes more."
-            )
+            raise ValueError(f"there is one class, {classifier.class_names[0]!r}, always right; set_classes more.")
         if self.needs_prompts and not prompts_of(classifier):
             raise ValueError(
                 f"{self.name} tunes prompts and the classifier has none: train some (TAPTTrainer, APTTrainer), or "

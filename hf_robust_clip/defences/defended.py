@@ -67,9 +67,7 @@ class DefendedClassifier(nn.Module):
         if not isinstance(core, CLIPForZeroShotClassification):
             raise TypeError(f"classifier is a {type(core).__name__}; give a CLIPForZeroShotClassification.")
         if not isinstance(adapter, Defence):
-            raise TypeError(
-                f"adapter is a {type(adapter).__name__}; give a test-time defence, such as TAPT(targets=...)."
-            )
+            raise TypeError(f"adapter is a {type(adapter).__name__}; give a test-time defence, such as TAPT().")
         self.classifier, self.adapter, self.seed = core, adapter, seed
         self.base_model = base_model
 
@@ -160,9 +158,7 @@ class DefendedClassifier(nn.Module):
         if not configs:
             return
         if not prompts_of(self.classifier):
-            raise ValueError(
-                "the classifier has an adapter without prompts; merge_and_unload() it and save the result."
-            )
+            raise ValueError("the classifier has an adapter without prompts; merge_and_unload() it first.")
         active = active_adapter(self.classifier)
         state = get_peft_model_state_dict(self.classifier, adapter_name=active, save_embedding_layers=False)
         state = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
@@ -177,9 +173,7 @@ class DefendedClassifier(nn.Module):
         config = configs[active_adapter(self.classifier)] if configs and prompts_of(self.classifier) else None
         name = self.base_model or getattr(config, "base_model_name_or_path", None) or self.classifier.name_or_path
         if not name:
-            raise ValueError(
-                "nobody knows the base model's name; give DefendedClassifier base_model=<Hub id or folder>."
-            )
+            raise ValueError("nobody knows the base model's name; give base_model=<Hub id or folder>.")
         return EMBEDDED_MODEL if str(name) == digits_clip_path() else str(name), getattr(config, "revision", None)
 
     @classmethod
@@ -211,10 +205,7 @@ class DefendedClassifier(nn.Module):
         settings = read_settings(folder, str(name))
         adapter_cls = defence_class(settings["method"])
         if method is not None and adapter_cls is not method:
-            raise ValueError(
-                f"{str(name)!r} holds a defence by {adapter_cls.__name__}, not by {method.__name__}; load it with "
-                f"{adapter_cls.__name__}.from_pretrained or DefendedClassifier.from_pretrained."
-            )
+            raise ValueError(f"{str(name)!r} holds a defence by {adapter_cls.__name__}, not by {method.__name__}.")
         learned = adapter_cls.learns()
         parts = {part: kind for part, kind in learned.items() if part in settings["fitted"]}
         if parts:
@@ -224,7 +215,7 @@ class DefendedClassifier(nn.Module):
         for file in needed:
             if not (folder / file).is_file():
                 raise OSError(
-                    f"{str(name)!r} has no {file}, without which {adapter_cls.__name__} can't run; save it again."
+                    f"{str(name)!r} lacks {file}, which {adapter_cls.__name__} needs: no {file}; save it again."
                 )
         found = {part: kind.load(folder) for part, kind in parts.items()}
         plain = {key: value for key, value in settings["parameters"].items() if key not in learned}

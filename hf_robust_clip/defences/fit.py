@@ -190,9 +190,7 @@ class _State:
                 if metadata["digest"] != _digest(text, tensors):
                     raise ValueError("the digest is another")
             except (OSError, ValueError, KeyError) as error:
-                raise ValueError(
-                    f"{path} is damaged or of another format; delete it, and its images are looked at again."
-                ) from error
+                raise ValueError(f"{path} is damaged or of another format; delete it to begin anew.") from error
             about = json.loads(text)
             other = [name for name in self.key if about["key"].get(name) != self.key[name]]
             if other:

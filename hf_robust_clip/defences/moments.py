@@ -61,8 +61,7 @@ class VisionStatistics:
     def __post_init__(self) -> None:
         if self.mean.dim() != 3 or self.mean.shape != self.variance.shape:
             raise ValueError(
-                f"mean {tuple(self.mean.shape)} and variance {tuple(self.variance.shape)} must both have the shape "
-                "(layers, tokens, width)."
+                f"mean and variance are {tuple(self.mean.shape)}, {tuple(self.variance.shape)}; give one shape."
             )
         if self.count < 1:
             raise ValueError(f"count={self.count!r}: statistics need at least one image.")

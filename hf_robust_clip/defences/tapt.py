@@ -76,10 +76,7 @@ class TAPT(AlignedTuning):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(choices)}.")
         if self.unbiased and self.num_kept < 2 and self.align_weight > 0:
-            raise ValueError(
-                f"selected={self.selected!r} of num_views={self.num_views!r} keeps one view, which has no unbiased "
-                "variance; keep more, or set unbiased=False."
-            )
+            raise ValueError(f"selected={self.selected!r} keeps one view, too few; keep more, or unbiased=False.")
 
     @classmethod
     def paper_preset(cls, targets: AlignmentTargets | None = None) -> TAPT:

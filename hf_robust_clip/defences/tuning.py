@@ -63,10 +63,7 @@ class PromptTuning(Defence):
         super().__post_init__()
         check_views(self.num_views, self.chunk_size)
         if not 0 < self.selected <= 1 or self.num_kept < 1:
-            raise ValueError(
-                f"selected={self.selected!r} keeps none of {self.num_views} views, or more than there are; choose a "
-                f"fraction of at least 1/{self.num_views} and at most 1."
-            )
+            raise ValueError(f"selected={self.selected!r} must be in [1 / {self.num_views}, 1], to keep a view.")
         for name in ("learning_rate", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a number of at least 0.")
@@ -227,20 +224,11 @@ class WordTuning(PromptTuning):
         super().check(classifier)
         if prompts_of(classifier):
             if not self.tuned(classifier):
-                raise ValueError(
-                    f"{self.name} tunes words and the classifier has vision prompts alone; use a plain classifier, or "
-                    "one with text prompts."
-                )
+                raise ValueError(f"{self.name} tunes words; the classifier has vision prompts alone.")
         elif len(classifier.templates) > 1:
-            raise ValueError(
-                f"{self.name} tunes the words of one template, and the classifier has {len(classifier.templates)}; "
-                "call set_classes(class_names, 'a photo of a {}.')."
-            )
+            raise ValueError(f"{self.name} tunes one template, not {len(classifier.templates)}; set_classes with one.")
         elif classifier.context_length < 1:
-            raise ValueError(
-                f"{self.name} tunes the words before the class name, and template {classifier.templates[0]!r} has "
-                "none that all classes share; use 'a photo of a {}.'."
-            )
+            raise ValueError(f"{self.name} tunes words before the class name: {classifier.templates[0]!r} has none.")
 
     @contextmanager
     def prepared(self, classifier: CLIPForZeroShotClassification) -> Iterator[None]:

@@ -53,9 +53,7 @@ class EvaluationSettings:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size!r} must be at least 1.")
         if self.precision not in get_args(Precision):
-            raise ValueError(
-                f"precision={self.precision!r} is unknown; choose one of {', '.join(get_args(Precision))}."
-            )
+            raise ValueError(f"precision={self.precision!r} is unknown; choose {' or '.join(get_args(Precision))}.")
         if not isinstance(self.attack, Suite):
             raise TypeError(f"attack={self.attack!r} must be a suite of attacks, such as PGD(20) or AutoAttack().")
         if not isinstance(self.view, AttackView):
@@ -118,18 +116,10 @@ class EvaluationSettings:
         """Raise ValueError unless what is attacked goes with what is judged."""
         name = self.seen.name
         if self.eot > 1 and not self.seen.goes_through:
-            raise ValueError(
-                f"eot={self.eot!r} averages gradients through a defence, and view {name!r} takes none; leave it at 1."
-            )
+            raise ValueError(f"eot={self.eot!r} averages gradients through a defence; view {name!r} takes none.")
         if self.seen.of_defence and not defence.defends:
             raise ValueError(f"view {name!r} attacks a test-time defence, and there is none; give defence=...")
         if defence.defends and not self.seen.of_defence:
-            raise ValueError(
-                f"view {name!r} says nothing of {defence.name}; choose DefenceBlind(), Adaptive(), BPDA() or "
-                "TransferFromAdapted(), or attack=AdaptiveWorst(...)."
-            )
+            raise ValueError(f"view {name!r} says nothing of {defence.name}; choose Adaptive() or AdaptiveWorst().")
         if defence.defends and self.attack.eot > 1:
-            raise ValueError(
-                f"attack={self.attack!r} would average equal gradients: the draws of a defence follow from seed and "
-                "image. Set eot of EvaluationSettings."
-            )
+            raise ValueError(f"attack={self.attack!r} would average equal gradients; set eot of EvaluationSettings.")

@@ -62,9 +62,7 @@ def tokenize_prompts(
     rows = tokenizer(list(prompts), padding=False, truncation=False, verbose=False).input_ids
     for prompt, row in zip(prompts, rows, strict=True):
         if len(row) > context_length:
-            raise ValueError(
-                f"the prompt {prompt[:99]!r} has {len(row)} tokens, the text tower takes {context_length}; shorten it."
-            )
+            raise ValueError(f"the prompt {prompt[:99]!r} has {len(row)} tokens, {context_length} fit; shorten it.")
         if row.count(tokenizer.eos_token_id) != 1:  # CLIP's unknown token is its end token
             raise ValueError(f"the tokenizer doesn't know part of {prompt!r}; is its vocabulary file missing?")
         if vocab_size is not None and max(row) >= vocab_size:
@@ -81,10 +79,7 @@ def tokenize_prompts(
                     f"model.text_model.eos_token_id = {tokenizer.eos_token_id}, and the same in its config."
                 )
         elif eos_token_id not in row:
-            raise ValueError(
-                f"the tokenizer doesn't end {prompt!r} with the text tower's EOS id {eos_token_id}; "
-                "load tokenizer and model from the same checkpoint."
-            )
+            raise ValueError(f"the tokenizer doesn't end {prompt!r} with EOS id {eos_token_id}, the text tower's.")
     longest = max(map(len, rows))
     return torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows])
 

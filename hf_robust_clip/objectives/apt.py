@@ -50,9 +50,7 @@ class APT(Objective):
         if not self.beta >= 0:
             raise ValueError(f"beta={self.beta!r} must be at least 0.")
         if self.beta != APT.beta and self.batch_mix != "trades":
-            raise ValueError(
-                f"beta={self.beta!r} does nothing with batch_mix={self.batch_mix!r}; it goes with 'trades'."
-            )
+            raise ValueError(f"beta={self.beta!r} does nothing with batch_mix={self.batch_mix!r}, only with 'trades'.")
 
     @property
     def couples_images(self) -> bool:  # type: ignore[override]  # a constant elsewhere, a choice here

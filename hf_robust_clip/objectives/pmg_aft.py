@@ -61,9 +61,7 @@ class PMGAFT(Objective):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0.")
         if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(
-                f"temperature={self.temperature!r} must be positive, or None for the model's logit scale."
-            )
+            raise ValueError(f"temperature={self.temperature!r} must be positive, or None for the model's own.")
         for name, choices in (("kl_direction", get_args(KLDirection)), ("reduction", get_args(Reduction))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}.")

@@ -167,8 +167,7 @@ class ClipPromptModel(BaseTuner):
         for name in adapters[1:]:
             if _shape(self.peft_config[name]) != _shape(first):
                 raise ValueError(
-                    f"adapters {adapters[0]!r} and {name!r} differ in design, number of prompts or depth; mix like "
-                    "with like."
+                    f"{adapters[0]!r} and {name!r} differ in design, number of prompts or depth; mix like with like."
                 )
         self.peft_config[adapter_name] = type(first).from_peft_type(**first.to_dict())
         self.inject_adapter(self.model, adapter_name)
@@ -246,10 +245,7 @@ def _find_places(model: nn.Module, config: ClipPromptConfig) -> dict[str, Place]
             kind = "vision" if type(module) is CLIPVisionModel else "text"
             towers[kind] = (f"{name}." if name else "", module)
     if not towers:
-        raise TypeError(
-            f"prompts go into CLIPModel, CLIPForZeroShotClassification, CLIPVisionModel, CLIPTextModel and those with "
-            f"projection, not into a {type(model).__name__}."
-        )
+        raise TypeError(f"prompts go into CLIPModel, its towers or our classifier, not into a {type(model).__name__}.")
     needed = {"vision": config.has_vision or config.design == "pixel", "text": config.has_text}
     for kind, need in needed.items():
         if need and kind not in towers:
@@ -264,10 +260,7 @@ def _find_places(model: nn.Module, config: ClipPromptConfig) -> dict[str, Place]
         if config.design == "pixel":
             _same(config, "image_size", vision.image_size)
             if config.pixel_region == "border" and 2 * config.border_width >= vision.image_size:
-                raise ValueError(
-                    f"border_width={config.border_width} leaves nothing inside a picture of {vision.image_size} px; "
-                    "choose less than half of that, or pixel_region='full'."
-                )
+                raise ValueError(f"border_width={config.border_width} must be below half of {vision.image_size} px.")
             return {f"{prefix}embeddings.patch_embedding": Place("pixel", 0)}
         depth = _depth("vision_depth", config.vision_depth, vision.num_hidden_layers)
         places[f"{prefix}pre_layrnorm"] = Place("vision", 0)
@@ -318,10 +311,7 @@ def _context_ids(model: nn.Module, config: ClipPromptConfig, text_config) -> lis
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # whatever is missing: folder, Hub, files
-            raise ValueError(
-                f"context_init={config.context_init!r} needs the model's tokenizer, and there is none at {name!r}; "
-                "give context_token_ids, or context_init=None for random prompts."
-            ) from error
+            raise ValueError(f"context_init={config.context_init!r} needs a tokenizer; {name!r} has none.") from error
     words = str(config.context_init).replace("_", " ")
     ids = tokenizer(words, add_special_tokens=False).input_ids
     special = {tokenizer.eos_token_id, tokenizer.unk_token_id, text_config.eos_token_id}
@@ -329,26 +319,17 @@ def _context_ids(model: nn.Module, config: ClipPromptConfig, text_config) -> lis
         raise ValueError(f"context_init={config.context_init!r} has words that the model's tokenizer doesn't know.")
     limit = text_config.max_position_embeddings
     if len(ids) + 3 > limit:
-        raise ValueError(
-            f"context_init={config.context_init!r} has {len(ids)} tokens; with start, class name and end it is longer "
-            f"than the text tower's {limit}. Shorten it."
-        )
+        raise ValueError(f"context_init={config.context_init!r} has {len(ids)} tokens, too long for {limit} in all.")
     return ids
 
 
 def _check_context(config: ClipPromptConfig, limit: int, vocab_size: int) -> None:
     count, ids = _count(config, "text"), config.context_token_ids
     if count + 3 > limit:
-        raise ValueError(
-            f"num_text_tokens={count} leaves no place for start, class name and end in the text tower's {limit} "
-            f"tokens; choose at most {limit - 3}."
-        )
+        raise ValueError(f"num_text_tokens={count} leaves no place among {limit}; choose at most {limit - 3}.")
     if count and ids is not None:
         if len(ids) < count:
-            raise ValueError(
-                f"context_init={config.context_init!r} has {len(ids)} tokens for num_text_tokens={count} prompts; "
-                "give more words, fewer prompts, or context_init=None for random ones."
-            )
+            raise ValueError(f"context_init={config.context_init!r} has {len(ids)} tokens for {count} prompts.")
         if not all(0 <= i < vocab_size for i in ids):
             raise ValueError(f"context_token_ids={ids} must lie in 0 .. {vocab_size - 1}, the model's vocabulary.")
 

@@ -110,9 +110,7 @@ def regenerate_card(folder: str | Path) -> ModelCard:
     try:
         return make_card(reports, compared, info)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} holds an entry of another kind ({error}); make it again by an evaluation."
-        ) from error
+        raise ValueError(f"{path} holds an entry of another kind ({error}); make it again.") from error
 
 
 def name_repository(folder: str | Path, repo_id: str) -> None:

@@ -185,37 +185,25 @@ def check_augmentation(args: RobustClipConfig, whole_pictures: bool) -> None:
     """Raise ValueError for a choice of crops where none are made, since the dataset gives finished pictures."""
     for name in ("crop_scale", "flip"):
         if not whole_pictures and getattr(args, name) != default_of(name):
-            raise ValueError(
-                f"{name}={getattr(args, name)!r} does nothing here: it goes with a dataset of whole pictures "
-                "(augment=True)."
-            )
+            raise ValueError(f"{name}={getattr(args, name)!r} does nothing without whole pictures (augment=True).")
 
 
 def check_views(objective: Objective, whole_pictures: bool) -> None:
     """Raise ValueError for an objective of several views where no random crops are made."""
     if objective.num_views > 1 and not whole_pictures:
-        raise ValueError(
-            f"{type(objective).__name__} takes {objective.num_views} views of each image; give a train_dataset of "
-            "whole pictures (augment=True)."
-        )
+        raise ValueError(f"{type(objective).__name__} takes {objective.num_views} views; give pictures, augment=True.")
 
 
 def check_trained_part(args: RobustClipConfig, adapter: bool) -> None:
     """Raise ValueError for a choice of layers where an adapter is trained alone."""
     if adapter and args.trainable_layers is not None:
-        raise ValueError(
-            f"trainable_layers={args.trainable_layers!r} does nothing with an adapter (peft_config), which is trained "
-            "alone; leave one of them out."
-        )
+        raise ValueError(f"trainable_layers={args.trainable_layers!r} does nothing with an adapter (peft_config).")
 
 
 def check_start_of_attack(args: RobustClipConfig, objective: Objective) -> None:
     """Raise ValueError where an attack would begin without a gradient."""
     if objective.needs_random_start and not args.attack_random_start:
-        raise ValueError(
-            f"attack_random_start=False: the gradient that {type(objective).__name__} attacks by is zero at the image "
-            "itself; leave it True."
-        )
+        raise ValueError(f"attack_random_start=False: the attack of {type(objective).__name__} has no gradient there.")
 
 
 def on_its_own(args: RobustClipConfig, folder: Path | None = None) -> RobustClipConfig:
@@ -339,10 +327,7 @@ def _check_accelerator(args: RobustClipConfig) -> None:
         if value != default[name]:
             raise ValueError(f"accelerator_config {name}={value!r} can't be used: {REFUSED['accelerator_config'][1]}.")
     if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs in one process can't be used: start a process for each by accelerate launch, or show "
-            "this one a single GPU (CUDA_VISIBLE_DEVICES=0)."
-        )
+        raise ValueError(f"{args.n_gpu} GPUs in one process can't be used: start one for each by accelerate launch.")
     if args.mixed_precision == "fp16" and args.device.type == "cpu":
         raise ValueError("fp16=True does nothing on the CPU; take bf16, or leave it out.")
     if args.mixed_precision not in ("no", "fp16", "bf16"):

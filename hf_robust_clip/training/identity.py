@@ -103,10 +103,7 @@ def weights_digest(model: nn.Module, without_trained: bool = False) -> str:
 def check_same_run(folder: str | Path, run: Mapping[str, Any]) -> None:
     """Raise ValueError, with the differences, unless a whole checkpoint is of this training."""
     if found := differences(read_note(folder)["run"], plain(run)):
-        raise ValueError(
-            f"checkpoint {str(folder)!r} is of another training: {_shown(found)}. Resume with what it began with, or "
-            "start without resume in another folder."
-        )
+        raise ValueError(f"checkpoint {str(folder)!r} is of another training: {_shown(found)}. Resume as it began.")
 
 
 def check_same_everywhere(run: Mapping[str, Any], processes: Processes) -> None:
@@ -114,10 +111,7 @@ def check_same_everywhere(run: Mapping[str, Any], processes: Processes) -> None:
     first, *others = everyone(plain(run), processes)
     for rank, other in enumerate(others, start=1):
         if found := differences(first, other):
-            raise ValueError(
-                f"process {rank} was started with another training than process 0 ({_shown(found)}, there); start all "
-                "machines with the same files and settings."
-            )
+            raise ValueError(f"process {rank} was started with another training than process 0: {_shown(found)}.")
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

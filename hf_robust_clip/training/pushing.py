@@ -74,10 +74,7 @@ class PushingTrainer(Trainer):
         pickles; OSError where nothing can be uploaded: offline, no token, or the Hub refuses.
         """
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            raise ValueError(
-                f"hub_strategy={self.args.hub_strategy.value!r} uploads states of the optimiser, which are pickles; "
-                "choose every_save or end."
-            )
+            raise ValueError(f"hub_strategy={self.args.hub_strategy.value!r} uploads pickles; take every_save or end.")
         base = self.adapter_base()
         if base is not None:
             check_base(base, "hub_model_id: the adapter")
@@ -208,10 +205,7 @@ class PushingTrainer(Trainer):
             own = {k: v for k, v in self.settings().items() if trained or k not in ("updates", "trainable_parameters")}
             other = contradiction(file.read_text(encoding="utf-8"), own)
             if other is not None:
-                raise ValueError(
-                    f"README.md in output_dir={self.args.output_dir!r} tells figures of another training ({other}); "
-                    "write it again with make_card, or delete it."
-                )
+                raise ValueError(f"README.md in {self.args.output_dir!r} is of another training ({other}); delete it.")
         given = {"language": language, "license": license, "model_name": model_name, "base_model": finetuned_from,
                  "tags": tags, "datasets": dataset_tags}  # fmt: skip
         if any(value is not None for value in given.values()):

@@ -129,10 +129,7 @@ class ResumingTrainer(PushingTrainer):
         check_arguments(self.args)
         for name, value in self._settled.items():
             if getattr(self.args, name) != value:
-                raise ValueError(
-                    f"{name}={getattr(self.args, name)!r} was set after the trainer was made with {value!r}, when it "
-                    "no longer acts; make another trainer."
-                )
+                raise ValueError(f"{name}={getattr(self.args, name)!r} was {value!r}; make another trainer.")
         if self.args.should_save:
             kept = self.model.parameters()
             saved = (p for p in kept if p.requires_grad) if isinstance(self.model, PeftModel) else kept
@@ -172,9 +169,7 @@ class ResumingTrainer(PushingTrainer):
     def _check_trained(self) -> None:
         """Raise unless something was trained, and its weights are finite."""
         if self.state.global_step == 0:
-            raise ValueError(
-                "train_dataset gave no update: it has no images, or too few for a whole batch (dataloader_drop_last)."
-            )
+            raise ValueError("train_dataset gave no update: too few images for a whole batch, or none.")
         if self.updates() == 0:
             raise FloatingPointError("no update was made: every gradient overflowed; train in bf16 or float32.")
         self._check_weights()

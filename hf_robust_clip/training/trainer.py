@@ -189,10 +189,7 @@ class RobustClipTrainer(ResumingTrainer):
         found = prepare(model, args, self.training_objective, self._adapter, self._given_teacher)
         self.teacher, self._adapter_is_new, self._beginning = found.teacher, found.adapter_is_new, None
         if self.defence is not None and isinstance(found.student, PeftModel) and not prompts_of(found.student):
-            raise ValueError(
-                f"defence={self.defence.name} is saved beside whole weights or prompts, not beside another adapter; "
-                "train without it, merge the adapter (merge_and_unload), and evaluate_robustness(defence=...)."
-            )
+            raise ValueError(f"defence={self.defence.name} can't be saved beside this adapter; train without it.")
         return found.student
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -248,9 +245,7 @@ class RobustClipTrainer(ResumingTrainer):
     def _token_ids(self, inputs: dict[str, Any]) -> Tensor:
         """Those of the captions (B, L), L the context length, so that they can be compared over processes."""
         if "captions" not in inputs:
-            raise ValueError(
-                f"{type(self.training_objective).__name__} needs captions, but the dataset gives no 'captions'."
-            )
+            raise ValueError(f"{type(self.training_objective).__name__} needs captions; the dataset gives none.")
         core = self.classifier()
         text, tokenizer = core.config.text_config, core.require_processor().tokenizer
         length = text.max_position_embeddings

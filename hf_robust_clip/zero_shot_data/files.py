@@ -414,16 +414,11 @@ def _check_all_named(
     paths = [[row[column] and row[column]["path"] for column in columns] for row in rows.select_columns(columns)]
     twice = next((row for row, count in Counter(map(tuple, paths)).items() if count > 1), None)
     if twice:
-        raise DatasetError(
-            f"picture {twice[0]!r} of dataset {name!r} is named twice in its metadata file; keep one row."
-        )
+        raise DatasetError(f"picture {twice[0]!r} of dataset {name!r} is named twice in its metadata file.")
     named = {_relative(path, folder) for row in paths for path in row if path}
     left = sorted({file for file in files if file.name.lower().endswith(READ)} - named)
     if left:
-        raise DatasetError(
-            f"{len(left)} pictures of dataset {name!r}, such as {str(left[0])!r}, are not named in its metadata file; "
-            "add their rows, or move them elsewhere."
-        )
+        raise DatasetError(f"{len(left)} pictures of dataset {name!r} lack metadata, {str(left[0])!r} first.")
 
 
 def _check_other_splits(files: Iterable[PurePath], part: str, pictures: bool, name: str) -> None:
@@ -475,10 +470,7 @@ def _check_pictures(folder: Path, files: Mapping[str, Iterable[PurePath]], name:
             and (n.lower().endswith(PICTURES) or not (hidden or n.startswith(".")))
         ]
         if not folders and not names and place.name not in classes and not hidden:
-            raise DatasetError(
-                f"folder {str(place)!r} of dataset {name!r} is empty and would be no class; add its pictures, or "
-                "remove it."
-            )
+            raise DatasetError(f"folder {str(place)!r} of dataset {name!r} is empty; fill or remove it.")
         if left:
             raise DatasetError(
                 f"file {str(place / left[0])!r} of dataset {name!r} is in none of its splits {[*map(str, files)]}; "

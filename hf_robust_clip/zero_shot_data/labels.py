@@ -130,9 +130,7 @@ def _upright(mapping: Mapping[str, Any]) -> dict[str, Any] | list[str]:
     numbers = {int(value): label for value, label in zip(values, mapping, strict=True) if value.strip().isdecimal()}
     if len(numbers) < len(mapping):
         label, value = next(iter(mapping.items()))
-        raise ValueError(
-            f"class_names has the id {value!r} as the name of {label!r}; turn it round to {{label: name}}."
-        )
+        raise ValueError(f"class_names has the id {value!r} as name of {label!r}; turn it round to {{label: name}}.")
     turned = {str(number): numbers[number].strip() for number in sorted(numbers)}
     logger.warning("class_names is taken as {name: number}: %s is %r, ...", *next(iter(turned.items())))
     return list(turned.values()) if numbers.keys() == set(range(len(numbers))) else turned
@@ -177,10 +175,7 @@ def _distinct(rows: datasets.Dataset, column: str, name: str) -> dict[Any, Any]:
     labels = [_label(value) for value in values]
     odd = [label for label in labels if not isinstance(label, int | str)]
     if odd:
-        raise ValueError(
-            f"column {column!r} of dataset {name!r} holds {odd[0]!r}, which is no label: labels are whole numbers or "
-            "texts. Name another column by label_column."
-        )
+        raise ValueError(f"column {column!r} of dataset {name!r} holds {odd[0]!r}, no label; choose label_column.")
     return dict(zip(values, labels, strict=True))
 
 
@@ -256,9 +251,7 @@ def _match(labels: Sequence[str], names: Sequence[str]) -> dict[str, int]:
     for label, place in index.items():
         other = first.setdefault(place, label)
         if _words(other) != _words(label):
-            raise ValueError(
-                f"the labels {other!r} and {label!r} would both be class {names[place]!r}; use a mapping."
-            )
+            raise ValueError(f"labels {other!r} and {label!r} would both be class {names[place]!r}; give a mapping.")
     return index
 
 

@@ -102,10 +102,7 @@ def _check_clash(name: str, spec: DatasetSpec, root: str | Path | None) -> None:
         path = f"./{folder}" if here else str(folder)
         elsewhere = "another working folder" if here else "another data_root"
         known = elsewhere if spec.hub_id == name else repr(spec.hub_id)
-        raise ValueError(
-            f"dataset {name!r} is a known one, but a folder has this name too; give {path!r} for the folder, {known} "
-            "for the known one."
-        )
+        raise ValueError(f"dataset {name!r} is a known one and a folder; give {path!r} or {known}.")
 
 
 def _check_unused(where: str, **given: str | None) -> None:
@@ -149,8 +146,7 @@ def image_column_of(features: datasets.Features, asked: str | None, name: str) -
         raise ValueError(f"dataset {name!r} has no column {column!r}; its columns: {cut(list(features))}.")
     if not _holds_pictures(features[column]) and getattr(features[column], "dtype", "") not in BYTES:
         raise ValueError(
-            f"column {column!r} of dataset {name!r} holds no pictures but {cut(features[column])}; choose by "
-            "image_column."
+            f"column {column!r} of dataset {name!r} holds {cut(features[column])}; choose by image_column."
         )
     return column
 

@@ -78,9 +78,7 @@ class DatasetSpec:
             return self._translate(label_names, by_name)
         for label, name in zip(label_names, names, strict=True):
             if by_name.get(plain(label), name) != name:
-                raise ValueError(
-                    f"{self.hub_id} has the label {label!r} where {name!r} was expected; give class_names."
-                )
+                raise ValueError(f"{self.hub_id} has the label {label!r}, not {name!r}; give class_names.")
         return list(names)
 
     def label_keys(self) -> list[str] | None:
