@@ -297,8 +297,9 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
             f"lacks {missing[0]!r}" if missing else f"has format {settings['format']!r}, this version reads {FORMAT}"
         )
         raise ValueError(f"{SETTINGS} of {name!r} {what}; save it again, or take the version that wrote it.")
-    if not isinstance(settings.get("fitted", []), list):
-        raise ValueError(f"fitted={settings['fitted']!r} in {SETTINGS} of {name!r} must be a list of names.")
+    for key, kind in (("parameters", dict), ("fitted", list)):
+        if not isinstance(settings.get(key, kind()), kind):
+            raise ValueError(f"{key}={settings[key]!r} in {SETTINGS} of {name!r} must be a {kind.__name__}.")
     if not isinstance(settings["seed"], int):
         raise ValueError(f"seed={settings['seed']!r} in {SETTINGS} of {name!r} must be a whole number.")
     return settings
