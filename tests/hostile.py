@@ -22,19 +22,20 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent / "support"))  # where this runs as a script
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
 import torch
 from accelerate.state import AcceleratorState
+from card_texts import BENIGN, HOSTILE, cards, outline, python_blocks
 from command_words import last_of_each
 from conftest import CLASS_NAMES, make_clip, make_processor
 from datasets import ClassLabel, Dataset, Features, Image
 from peft import LoraConfig, get_peft_model
 from PIL import Image as Pictures
 from safetensors.torch import load_file, save_file
-from test_card_injections import BENIGN, HOSTILE, cards, outline, python_blocks
 from transformers import CLIPTokenizer
 
 from hf_robust_clip import TTC, CLIPForZeroShotClassification, DefendedClassifier, cli

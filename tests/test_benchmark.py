@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_robust_clip.command_line import packaged_config, read_command
-from hf_robust_clip.report.report import load_reports
+from hf_robust_clip.report import load_reports
 from hf_robust_clip.runs import evaluate, train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_robust_clip import PMGAFT, cli
+from hf_robust_clip import BPDA, PMGAFT, cli
 from hf_robust_clip.attacks.named import suite_named
 from hf_robust_clip.command_line import class_path, packaged_config
 from hf_robust_clip.runs import evaluate, train
@@ -544,9 +544,9 @@ def test_an_evaluation_takes_a_defence():
     found = evaluation("--defence", "ensemble", "--defence.num_views", "16", "--evaluation.attacks",
                        "[pgd-5, {class_path: AdaptiveWorst, init_args: {pgd_steps: 5, num_queries: 9}}]")  # fmt: skip
     assert (found.defence.name, found.defence.parameters()["num_views"]) == ("ensemble-16", 16)
-    assert [how.target for how in found.evaluations] == ["defence_blind", "adaptive_worst"]
+    assert [how.seen.name for how in found.evaluations] == ["defence_blind", "adaptive_worst"]
     assert found.evaluations[1].attack.num_queries == 9
-    assert evaluation("--defence", "ttc", "--evaluation.target", "bpda").evaluations[0].target == "bpda"
+    assert evaluation("--defence", "ttc", "--evaluation.view", "bpda").evaluations[0].view == BPDA()
     assert evaluation().defence is None
 
 
@@ -557,10 +557,10 @@ def test_an_evaluation_takes_a_defence():
         (["--defence", "tadt"], "did you mean 'TAPT'"),
         (["--defence", "ttc", "--defence.num_views", "16"], "TTC has no 'num_views'"),
         (["--defence", "ttc", "--reference", "digits-clip"], "is undefended"),
-        (["--defence", "ttc", "--evaluation.target", "static"], "target='static' says nothing of ttc"),
-        (["--evaluation.target", "adaptive"], "target='adaptive' needs a defence"),
-        (["--evaluation.attacks", "AdaptiveWorst"], "target='adaptive_worst' needs a defence"),
-        (["--defence", "ttc", "--evaluation.target", "adaptiv"], "evaluation.target.*adaptiv"),
+        (["--defence", "ttc", "--evaluation.view", "static"], "view 'static' says nothing of ttc"),
+        (["--evaluation.view", "adaptive"], "view 'adaptive' attacks"),
+        (["--evaluation.attacks", "AdaptiveWorst"], "view 'adaptive_worst' attacks"),
+        (["--defence", "ttc", "--evaluation.view", "adaptiv"], "evaluation.view='adaptiv' is unknown"),
     ],
 )
 def test_a_defence_that_makes_no_sense_is_refused(words, message):

@@ -100,7 +100,7 @@ def hub(tmp_path_factory):
         environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))},
             "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(work / "home"), "OMP_NUM_THREADS": "1",
-            "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONPATH": os.pathsep.join(sys.path),
         }  # fmt: skip
         command = [sys.executable, __file__, str(work), str(work / "found.json")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)

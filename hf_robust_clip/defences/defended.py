@@ -288,8 +288,9 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
             f"lacks {missing[0]!r}" if missing else f"has format {settings['format']!r}, this version reads {FORMAT}"
         )
         raise ValueError(f"{SETTINGS} of {name!r} {what}; save it again, or take the version that wrote it.")
-    if not isinstance(settings["fitted"], dict):
-        raise ValueError(f"fitted={settings['fitted']!r} in {SETTINGS} of {name!r} must name a file for each part.")
+    for key in ("parameters", "fitted"):
+        if not isinstance(settings[key], dict):
+            raise ValueError(f"{key}={settings[key]!r} in {SETTINGS} of {name!r} must be a dict.")
     if not isinstance(settings["seed"], int):
         raise ValueError(f"seed={settings['seed']!r} in {SETTINGS} of {name!r} must be a whole number.")
     return settings

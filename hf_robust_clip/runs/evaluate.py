@@ -133,9 +133,9 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
     if about.template is not None:
         check_classes(["a class"], about.template)
     evaluations = made.evaluation.settings(defended=about.defence is not None)
+    unused.check_evaluation(given, evaluations)
     for how in evaluations:
         how.check_against(about.defence or Undefended())
-    unused.check_evaluation(given, evaluations)
     if about.defence is not None:
         unused.check_defence(given, about.defence)
     tasks = _tasks(given, data, about)
