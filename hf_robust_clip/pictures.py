@@ -128,8 +128,8 @@ def _grey_levels(picture: Image.Image, file_format: str | None, bits: int) -> np
         return np.rint(values_HW * 255.0).astype(np.uint8)
     if file_format not in (("PNG", "PPM") if picture.mode == "I" else (None, "PNG", "PPM", "TIFF", "JPEG2000")):
         raise ValueError(
-            f"a picture of mode {picture.mode}, format {file_format}, doesn't tell its range; save it with 8 bits."
-        )  # PNG and PPM do: their mode I has 16 bits
+            f"a picture of mode {picture.mode}, format {file_format}, tells no range; save it with 8 bits."
+        )
     return np.rint(values_HW * (255.0 / (2**bits - 1))).astype(np.uint8)
 
 

@@ -66,8 +66,7 @@ class RobustZeroShotImageClassificationPipeline(Pipeline):
             model = model.load()
         if not isinstance(model, DefendedClassifier):
             raise TypeError(
-                f"model is a {type(model).__name__}, which has no test-time defence; give the folder or Hub id of a "
-                "saved defence, TAPT.from_pretrained(...), or DefendedClassifier(classifier, adapter)."
+                f"model is a {type(model).__name__}: it has no test-time defence; TAPT.from_pretrained has one."
             )
         kwargs.setdefault("image_processor", model.processor.image_processor)
         super().__init__(model=model.eval(), **kwargs)

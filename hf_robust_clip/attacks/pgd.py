@@ -55,9 +55,7 @@ def input_gradient(loss_fn: LossFn, images_BCHW: Tensor) -> tuple[Tensor, Tensor
             raise ValueError(NO_GRADIENT)
         if losses_B.shape != images_BCHW.shape[:1]:
             given = tuple(losses_B.shape)
-            raise ValueError(
-                f"loss_fn gives {given}, not one loss per image, ({len(images_BCHW)},); reduction='none' does."
-            )
+            raise ValueError(f"loss_fn gives {given}, not one loss per image; reduction='none' does.")
         (grad_BCHW,) = torch.autograd.grad(losses_B.sum(), images_BCHW, allow_unused=True)
     if grad_BCHW is None:
         raise ValueError(NO_GRADIENT)

@@ -54,17 +54,9 @@ class AlignmentTargets(Fitted):
         model, prompts = fingerprints(classifier)
         for name, statistics in self._parts().items():
             if statistics.record.get("model_fingerprint") != model:
-                raise ValueError(
-                    f"the {name} statistics were made with another image encoder "
-                    f"({statistics.record.get('model', 'of unknown name')}); collect them anew with this one, or load "
-                    "the model that they belong to."
-                )
+                raise ValueError(f"the {name} statistics were made with another image encoder; collect them anew.")
         if self.adversarial.record.get("prompts_fingerprint") != prompts:
-            raise ValueError(
-                f"the adversarial statistics were made with other prompts in the image encoder "
-                f"({self.adversarial.record.get('prompts', 'unknown')}) than the active ones "
-                f"({summary(classifier)}); collect them anew after training, or choose their adapter."
-            )
+            raise ValueError(f"the statistics were made with other prompts than {summary(classifier)}; fit anew.")
 
     def check_shapes(self, classifier: CLIPForZeroShotClassification) -> None:
         """Raise ValueError unless layers, tokens and width are those of the classifier's image encoder."""

@@ -217,10 +217,7 @@ class Defence(ABC):
             raise ValueError(f"path={path!r} is unknown; choose {', '.join(map(repr, get_args(GradientPath)))}.")
         self.check(classifier)
         if not isinstance(images_BCHW, Tensor):
-            raise TypeError(
-                f"images_BCHW is a {type(images_BCHW).__name__}; give one tensor (B, C, H, W). Pictures of mixed "
-                "sizes are brought to one by the classifier's processor (zero_shot_data.loading.to_pixels)."
-            )
+            raise TypeError(f"images_BCHW is a {type(images_BCHW).__name__}; mixed sizes go through to_pixels.")
         classifier.check_pixels(images_BCHW)
         if len(images_BCHW) == 0:
             raise ValueError("images_BCHW is empty; give at least one image.")
@@ -248,10 +245,7 @@ class Defence(ABC):
         if len(classifier.class_names) == 1:
             raise ValueError(f"there is one class, {classifier.class_names[0]!r}, always right; set_classes more.")
         if self.needs_prompts and not prompts_of(classifier):
-            raise ValueError(
-                f"{self.name} tunes prompts and the classifier has none: train some (TAPTTrainer, APTTrainer), or "
-                "load an adapter with PeftModel.from_pretrained."
-            )
+            raise ValueError(f"{self.name} tunes prompts and the classifier has none; train some, or load an adapter.")
 
     def _check_prediction(self, found: Any, count: int, num_classes: int) -> None:
         """Raise TypeError/ValueError unless a method gave what `Prediction` says."""

@@ -148,10 +148,7 @@ class DefendedClassifier(nn.Module):
             logger.warning("nobody could look whether the weights are those of the base model: %s", error)
             return
         if weights_digest(there) != weights_digest(self.classifier):
-            raise ValueError(
-                f"the classifier's weights are not those of {base!r}, the base model that a saved defence names; save "
-                "them with classifier.save_pretrained(folder), and give DefendedClassifier base_model=folder."
-            )
+            raise ValueError(f"the classifier's weights are not those of base_model={base!r}; save and name them.")
 
     def _save_prompts(self, folder: Path, base: str, revision: str | None) -> None:
         configs = getattr(self.classifier, "peft_config", {})
@@ -214,9 +211,7 @@ class DefendedClassifier(nn.Module):
         needed += [PROMPTS, "adapter_config.json"] if settings["prompts"] else []
         for file in needed:
             if not (folder / file).is_file():
-                raise OSError(
-                    f"{str(name)!r} lacks {file}, which {adapter_cls.__name__} needs: no {file}; save it again."
-                )
+                raise OSError(f"{str(name)!r} has no {file}, which the defence needs; save it again.")
         found = {part: kind.load(folder) for part, kind in parts.items()}
         plain = {key: value for key, value in settings["parameters"].items() if key not in learned}
         adapter = adapter_from(adapter_cls, {**plain, **found})
@@ -274,11 +269,7 @@ class DefendedClassifier(nn.Module):
 def read_settings(folder: Path, name: str) -> dict[str, Any]:
     """What `adaptation.json` says. Raises ValueError, naming the mend, if it is missing or not ours."""
     if not (folder / SETTINGS).is_file():
-        raise ValueError(
-            f"{name!r} has no {SETTINGS}, so it holds no test-time defence: save one with TAPTTrainer.save_model (see "
-            "recipes/tapt.py) or DefendedClassifier(classifier, adapter).save_pretrained, and load it with "
-            "TAPT.from_pretrained."
-        )
+        raise ValueError(f"{name!r} has no {SETTINGS}, hence no defence; save one, for TAPT.from_pretrained, say.")
     settings = read_json(folder / SETTINGS)
     known = ("format", "method", "parameters", "fitted", "prompts", "seed", "base_model", "base_revision",
              "class_names", "templates", "input_size")  # fmt: skip

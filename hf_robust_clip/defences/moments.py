@@ -60,9 +60,7 @@ class VisionStatistics:
 
     def __post_init__(self) -> None:
         if self.mean.dim() != 3 or self.mean.shape != self.variance.shape:
-            raise ValueError(
-                f"mean and variance are {tuple(self.mean.shape)}, {tuple(self.variance.shape)}; give one shape."
-            )
+            raise ValueError(f"mean {tuple(self.mean.shape)} and variance {tuple(self.variance.shape)} must be alike.")
         if self.count < 1:
             raise ValueError(f"count={self.count!r}: statistics need at least one image.")
         if not (self.mean.isfinite().all() and self.variance.isfinite().all()):
@@ -103,10 +101,7 @@ class RunningMoments:
             self.count, self.mean, self.squares = other.count, other.mean, other.squares
             return
         if self.mean.shape != other.mean.shape:
-            raise ValueError(
-                f"statistics of (layers, tokens, width) {tuple(self.mean.shape)} and {tuple(other.mean.shape)} don't "
-                "merge; take images of one size and one set of prompts."
-            )
+            raise ValueError(f"statistics of {tuple(self.mean.shape)} and {tuple(other.mean.shape)} don't merge.")
         count = self.count + other.count
         apart = other.mean - self.mean
         self.mean = self.mean + apart * (other.count / count)

@@ -64,10 +64,7 @@ def base_of(name: str | Path, adapter: Mapping[str, Any], where: Mapping[str, An
         raise OSError(f"the adapter {str(name)!r} doesn't name its base model; load that and PeftModel on it.")
     elsewhere = {key: value for key, value in (where or {}).items() if key not in ("revision", "subfolder")}
     if adapter_config(base, revision, elsewhere) is not None:
-        raise OSError(
-            f"the adapter {str(name)!r} names {base!r} as its base model, which is an adapter; correct its settings, "
-            "or merge that one into its own base model."
-        )
+        raise OSError(f"the adapter {str(name)!r} names {base!r} as its base model, an adapter; correct its settings.")
     return base, revision
 
 

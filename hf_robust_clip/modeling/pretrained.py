@@ -140,9 +140,6 @@ class PretrainedClassifier(ZeroShotClassifier):
         kinds = {module.__class__.__module__ for module in self.modules() if isinstance(module, BaseTunerLayer)}
         packages = {kind.rpartition(".")[0] for kind in kinds}
         if len(packages) > 1:
-            raise ValueError(
-                f"the model holds adapters of {len(packages)} methods ({', '.join(sorted(packages))}), which one file "
-                "can't hold; keep one of them, or merge LoRA into the weights first (merge_and_unload)."
-            )
+            raise ValueError(f"the model holds adapters of {', '.join(sorted(packages))}; save one, or merge LoRA.")
         if packages and not getattr(self, "_hf_peft_config_loaded", False):
             raise ValueError("the model has an adapter inside; save its PeftModel, or merge_and_unload() first.")

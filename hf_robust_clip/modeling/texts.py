@@ -91,8 +91,7 @@ def check_told_apart(ids_CTL: Tensor, class_names: Sequence[str]) -> None:
         first = seen.setdefault(tuple(row), i)
         if first != i:
             raise ValueError(
-                f"class_names[{i}]={class_names[i]!r} and class_names[{first}]={class_names[first]!r} are the same "
-                "tokens to the model (it reads neither case nor the width of spaces); give names that differ."
+                f"class_names[{i}]={class_names[i]!r}, class_names[{first}] are the same to the tokenizer."
             )
 
 

@@ -86,10 +86,7 @@ class ClipPromptLayer(nn.Module, BaseTunerLayer):
         count = prompts.shape[1]
         if self.place.tower == "text":
             if hidden_BTD.shape[1] < count + 2:
-                raise ValueError(
-                    f"the texts have {hidden_BTD.shape[1]} tokens, but {count} text prompts stand between the first "
-                    "and the last: give longer texts (the template's words first), or use fewer text prompts."
-                )
+                raise ValueError(f"the texts have {hidden_BTD.shape[1]} tokens, too few around {count} text prompts.")
             return torch.cat([hidden_BTD[:, :1], prompts, hidden_BTD[:, 1 + count :]], dim=1)
         kept = hidden_BTD if self.place.index == 0 else hidden_BTD[:, : hidden_BTD.shape[1] - count]
         return torch.cat([kept, prompts], dim=1)

@@ -77,10 +77,7 @@ class ClipPromptModel(BaseTuner):
         given = {name.removeprefix(prefix) for name in found if f".{cls.prefix}" in name}
         for verb, names in (("lacks", expected - given), ("holds, without a place for it,", given - expected)):
             if names:
-                raise ValueError(
-                    f"the file of adapter {adapter_name!r} {verb} {min(names)}{_more(names)}: it belongs to another "
-                    "adapter_config.json, or is damaged; save the adapter again."
-                )
+                raise ValueError(f"the file of adapter {adapter_name!r} {verb} {min(names)}{_more(names)}.")
         return found
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -167,7 +164,7 @@ class ClipPromptModel(BaseTuner):
         for name in adapters[1:]:
             if _shape(self.peft_config[name]) != _shape(first):
                 raise ValueError(
-                    f"{adapters[0]!r} and {name!r} differ in design, number of prompts or depth; mix like with like."
+                    f"{adapters[0]!r}, {name!r} differ in design, number of prompts or depth; mix like with like."
                 )
         self.peft_config[adapter_name] = type(first).from_peft_type(**first.to_dict())
         self.inject_adapter(self.model, adapter_name)
@@ -184,11 +181,7 @@ def check_unwrapped(model: nn.Module) -> None:
     others = [type(m).__module__ for m in model.modules() if isinstance(m, BaseTunerLayer | PeftModel)
               and not isinstance(m, ClipPromptLayer)]  # fmt: skip
     if others:
-        raise ValueError(
-            f"the model is wrapped by another PEFT method ({others[0].rpartition('.')[0]}), and one of the two "
-            "adapters would be lost when saved; merge LoRA into the weights first (merge_and_unload), or put the "
-            "prompts into the plain model."
-        )
+        raise ValueError(f"the model has another PEFT adapter ({others[0]}), which would be lost; merge it first.")
 
 
 def settle_normalisation(model: nn.Module, config: ClipPromptConfig, alone: bool) -> None:
@@ -249,10 +242,7 @@ def _find_places(model: nn.Module, config: ClipPromptConfig) -> dict[str, Place]
     needed = {"vision": config.has_vision or config.design == "pixel", "text": config.has_text}
     for kind, need in needed.items():
         if need and kind not in towers:
-            raise ValueError(
-                f"design={config.design!r} needs a {kind} tower, and {type(model).__name__} has none; "
-                f"use {'design V' if kind == 'text' else 'design T'}, or a CLIPModel."
-            )
+            raise ValueError(f"design={config.design!r} needs a {kind} tower; {type(model).__name__} has none.")
     places: dict[str, Place] = {}
     if needed["vision"]:
         prefix, vision = towers["vision"][0], towers["vision"][1].config
@@ -281,11 +271,7 @@ def _same(config: ClipPromptConfig, name: str, here: int) -> None:
     """Note a size of the model in the config, or compare it with the one noted there."""
     there = getattr(config, name)
     if there is not None and there != here:
-        raise ValueError(
-            f"the adapter was made for a model with {name}={there}, this one has {here}; load it on the model that "
-            f"it was trained on{f', {config.base_model_name_or_path}' if config.base_model_name_or_path else ''} (and "
-            "give each new adapter a ClipPromptConfig of its own)."
-        )
+        raise ValueError(f"the adapter is of {name}={there}, the model of {here}; load it on its own model.")
     setattr(config, name, here)
 
 

@@ -177,10 +177,7 @@ class ResumingTrainer(PushingTrainer):
     def _check_weights(self) -> None:
         name = first_not_finite(self.accelerator.unwrap_model(self.model))
         if name is not None:
-            raise FloatingPointError(
-                f"step {self.state.global_step}: the trained parameter {name!r} is not finite; lower the learning "
-                "rate or eps, or train in float32. Nothing was saved."
-            )
+            raise FloatingPointError(f"step {self.state.global_step}: the trained parameter {name!r} is not finite.")
 
     def updates(self) -> int:
         """Updates that changed weights: those whose gradient overflowed in fp16 were left out."""

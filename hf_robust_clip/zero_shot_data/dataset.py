@@ -157,8 +157,7 @@ class ImageDataset(Dataset):
             least = int(sizes.argmin())
             mend = f"lower `shots` to {sizes[least]}" if sizes[least] else "leave the class out"
             raise ValueError(
-                f"class {self.class_names[least]!r} of dataset {self.dataset_id!r}, split {self.split!r} has "
-                f"{sizes[least]} images, fewer than the {per_class} asked for (`shots`); {mend}."
+                f"class {self.class_names[least]!r} has {sizes[least]} images of {per_class} (`shots`); {mend}."
             )
         chosen = []
         for name, start, size in zip(self.class_names, starts, sizes, strict=False):
@@ -235,9 +234,7 @@ def _collated(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     else:
         shapes = {tuple(example["pixel_values"].shape) for example in examples}
         if len(shapes) > 1:
-            raise ValueError(
-                f"pixel_values differ in shape within a batch: {sorted(shapes)}; resize and crop them alike."
-            )
+            raise ValueError(f"pixel_values differ in shape within a batch: {sorted(shapes)}.")
         pixels_BCHW = torch.stack([example["pixel_values"] for example in examples])
         batch = {"pixel_values": checked_images(pixels_BCHW, "pixel_values")}
     if "captions" in examples[0]:

@@ -449,10 +449,7 @@ def _check_pictures(folder: Path, files: Mapping[str, Iterable[PurePath]], name:
     places = Counter(path for paths in files.values() for path in paths if path.name.lower().endswith(READ))
     twice = [path for path, count in places.items() if count > 1]
     if twice:
-        raise DatasetError(
-            f"picture {str(twice[0])!r} of dataset {name!r} would be in two splits, for train or test stands in the "
-            "names of its folders; put the pictures into <split>/<class>/."
-        )
+        raise DatasetError(f"picture {str(twice[0])!r} of dataset {name!r} is in two splits; use <split>/<class>/.")
     in_splits = places and _is_split_in_folders(folder, files)
     tops = {path.parts[0] for path in places if len(path.parts) > 1} if in_splits else None
     read = {path for paths in files.values() for path in paths if path.name.lower().endswith((*READ, *TABLES))}
@@ -491,15 +488,9 @@ def _check_class_folders(files: Mapping[str, Iterable[PurePath]], declared: Iter
     if len(depths) > 1:
         usual = depths.most_common(1)[0][0]
         odd, other = (next(p for p in pictures if (len(p.parts) == usual) == same) for same in (False, True))
-        raise DatasetError(
-            f"picture {str(odd)!r} of dataset {name!r} lies at another depth than {str(other)!r}; put every picture "
-            "into the folder of its class, and none beside or below."
-        )
+        raise DatasetError(f"picture {str(odd)!r} of dataset {name!r} lies at another depth than {str(other)!r}.")
     if len({path.parent.name for path in pictures}) == 1:
-        raise DatasetError(
-            f"all pictures of dataset {name!r} lie in folders of one name, {pictures[0].parent.name!r}, so there are "
-            "no classes; put them into <split>/<class>/, or a metadata.csv with file_name and label beside them."
-        )
+        raise DatasetError(f"dataset {name!r} has folders {pictures[0].parent.name!r} alone: no classes.")
     tops = sorted(declared, key=lambda top: len(top.parts), reverse=True)
     seen: dict[tuple[str, PurePath | None], PurePath] = {}
     for split, paths in files.items():
@@ -538,6 +529,5 @@ def _check_counts(splits: Any, parts: Iterable[str], expected: Mapping[str, int]
     for part in parts:
         if part in expected and part in splits and splits[part].num_examples != expected[part]:
             raise DatasetError(
-                f"split {part!r} of dataset {name!r} has {splits[part].num_examples} rows, {expected[part]} by its "
-                "README.md; add the missing files, or correct it."
+                f"split {part!r} of {name!r}: {splits[part].num_examples} rows, README.md: {expected[part]}."
             )

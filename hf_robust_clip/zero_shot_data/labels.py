@@ -290,8 +290,7 @@ def _check_in_order(own: Sequence[str], names: Sequence[str], name: str) -> None
         )
     if not _in_natural_order(own):
         raise ValueError(
-            f"the labels of dataset {name!r} are not sorted as numbers ({', '.join(own[:SHOWN])}, ...), so that the "
-            "order of class_names is not theirs; give a mapping {label: name}."
+            f"labels of dataset {name!r} aren't sorted as numbers ({', '.join(own[:SHOWN])}); map class_names."
         )
     if not all(ID.fullmatch(label.strip()) for label in own) and len({_without_numbers(label) for label in own}) > 1:
         lines = ", ".join(f"{label!r}: '...'" for label in own[:2])

@@ -543,7 +543,9 @@ def test_a_column_without_pictures(tmp_path, processor):
 
 def test_a_row_that_was_not_checked_says_so(tmp_path, processor):
     write(tmp_path, "tanganke/dtd", "train", table())
-    with pytest.raises(ValueError, match=r"'tanganke/dtd' has no split 'test' \(this row of specs.py was not checked"):
+    with pytest.raises(
+        ValueError, match=r"'tanganke/dtd' no split 'test' \(this row of datasets.json was not checked"
+    ):
         load_image_dataset("dtd", "test", processor, data_root=tmp_path)
     with pytest.raises(
         OSError, match=r"'ethz/food101' \(this row .*<data root>/ethz/food101/ \(hf download --repo-ty"

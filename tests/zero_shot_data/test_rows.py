@@ -1,4 +1,4 @@
-"""Every row of specs.py against a tiny copy of its dataset, in the layout that its card on the Hub shows.
+"""Every row of datasets.json against a tiny copy of its dataset, in the layout that its card on the Hub shows.
 
 The layouts are written out here a second time, so that a slip in a row makes a test fail.
 """
