@@ -144,12 +144,7 @@ class Defence(ABC):
 
     @abstractmethod
     def _predict(
-        self,
-        classifier: CLIPForZeroShotClassification,
-        images_BCHW: Tensor,
-        state: Any,
-        seed: int,
-        path: GradientPath,
+        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
     ) -> Prediction:
         """`predict` on images that fit into memory, with the classifier prepared; gradients are on. `state` is None
         for episodic defences, else that before the first of these images.

@@ -218,9 +218,7 @@ class DefendedClassifier(nn.Module):
         named = {"base_model_name_or_path": settings["base_model"], "revision": settings["base_revision"]}
         base, base_revision = base_of(name, named, where)
         classifier = CLIPForZeroShotClassification.from_pretrained(
-            base,
-            **{**where, "revision": base_revision},
-            **({} if dtype is None else {"dtype": dtype}),
+            base, **{**where, "revision": base_revision}, **({} if dtype is None else {"dtype": dtype})
         )
         if settings["prompts"]:
             classifier = with_adapter(classifier, folder)

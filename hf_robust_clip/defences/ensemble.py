@@ -47,12 +47,7 @@ class Ensemble(Defence):
         return f"ensemble-{self.num_views}"
 
     def _predict(
-        self,
-        classifier: CLIPForZeroShotClassification,
-        images_BCHW: Tensor,
-        state: Any,
-        seed: int,
-        path: GradientPath,
+        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
     ) -> Prediction:
         views = draw_boxes(images_BCHW, self.num_views, self.crop, seed)
         with torch.set_grad_enabled(path != "none"):

@@ -63,12 +63,7 @@ class TTC(Defence):
         return Traits(randomised=True, optimising=True)
 
     def _predict(
-        self,
-        classifier: CLIPForZeroShotClassification,
-        images_BCHW: Tensor,
-        state: Any,
-        seed: int,
-        path: GradientPath,
+        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
     ) -> Prediction:
         ball, step_size = self._ball(), parse_radius(self.step_size, "step_size")
         images = images_BCHW if path == "through" else images_BCHW.detach()

@@ -100,12 +100,7 @@ class PromptTuning(Defence):
         return run.classifier.score(run.embed_image(prompts), run.class_embeds(prompts))[0]
 
     def _predict(
-        self,
-        classifier: CLIPForZeroShotClassification,
-        images_BCHW: Tensor,
-        state: Any,
-        seed: int,
-        path: GradientPath,
+        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
     ) -> Prediction:
         run = self.run(classifier, images_BCHW, seed, path)
         return self.tune(run, self.initial(classifier, run.own))

@@ -21,12 +21,7 @@ class Undefended(Defence):
     paper = Paper("undefended", "No defence: the classifier itself", "no publication")
 
     def _predict(
-        self,
-        classifier: CLIPForZeroShotClassification,
-        images_BCHW: Tensor,
-        state: Any,
-        seed: int,
-        path: GradientPath,
+        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
     ) -> Prediction:
         with torch.set_grad_enabled(path != "none"):
             return Prediction(classifier(pixel_values=images_BCHW).logits)

@@ -128,11 +128,7 @@ class ClipPromptModel(BaseTuner):
             self.set_adapter(min(self.peft_config))
 
     def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "linear",
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
         """Make an adapter whose prompts are sum_i weights_i * prompts_i of others (weights of sum 1: their mean).
 

@@ -31,20 +31,8 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Every field of `RobustClipConfig` is in exactly one of three groups. The first change what is trained: a training
-# goes on with those that it began with.
-COMPARED = _names("""
-    per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps
-    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
-    optim optim_args optim_target_modules weight_decay momentum adam_beta1 adam_beta2 adam_epsilon max_grad_norm
-    bf16 fp16 tf32 torch_compile torch_compile_backend torch_compile_mode
-    seed data_seed full_determinism dataloader_drop_last train_sampling_strategy
-    eps norm attack_steps attack_step_size attack_random_start trainable_layers crop_scale flip
-    load_best_model_at_end metric_for_best_model greater_is_better
-    eval_strategy eval_steps eval_delay eval_attack_steps save_strategy save_steps
-""")
-
-# These change what is shown, written or pushed, and how fast: a training may go on with others.
+# Every field of `RobustClipConfig` that is in neither group changes what is trained: a training goes on with those
+# that it began with. These change what is shown, written or pushed, and how fast: a training may go on with others.
 FREE = _names("""
     output_dir logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica
     disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id

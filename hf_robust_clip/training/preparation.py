@@ -12,6 +12,7 @@ from torch import nn
 
 from ..modeling import CLIPForZeroShotClassification
 from ..normalisation import has_adapter
+from ..objectives.base import NEEDS
 from ..prompts import ClipPromptConfig, check_prompts
 from .config import RobustClipConfig, check_trained_part
 
@@ -46,6 +47,10 @@ def prepare(
     Raises TypeError/ValueError for a model of another class or without classes that the objective needs, a teacher of
     another architecture, and adapters that don't fit.
     """
+    if unknown := objective.needs - NEEDS:
+        raise ValueError(
+            f"needs={sorted(unknown)} of {type(objective).__name__}: nobody gives that; it may need {sorted(NEEDS)}."
+        )
     student, core, texts_too = model, classifier_in(model), "captions" in objective.needs
     if not core.class_names:
         if objective.needs & {"labels", "classes"}:

@@ -496,10 +496,7 @@ class RobustClipTrainer(ResumingTrainer):
     # ---- the defence
 
     def fit_defence(
-        self,
-        dataset: Dataset | None = None,
-        clean_model: nn.Module | None = None,
-        state_dir: str | Path | None = None,
+        self, dataset: Dataset | None = None, clean_model: nn.Module | None = None, state_dir: str | Path | None = None
     ) -> Defence:
         """The defence with what it learns from training images under the trained model; kept in `defence`.
 

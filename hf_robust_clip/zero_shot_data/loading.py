@@ -25,10 +25,8 @@ from transformers import CLIPProcessor
 
 from ..pictures import check_processor, check_resize, checked_colour, model_side, to_pixels
 from .dataset import ImageDataset, collate_images
-from .errors import DatasetError
 from .labels import ClassNames, class_names_of, names_of_spec, read_class_names, read_labels
 from .rows import (
-    DATA_ROOT_VARIABLE,
     check_files_of,
     every,
     find_rows,
@@ -39,18 +37,7 @@ from .rows import (
 )
 from .specs import find_spec, prompt_templates
 
-__all__ = [
-    "DATA_ROOT_VARIABLE",
-    "DatasetError",
-    "ImageDataset",
-    "class_names_of",
-    "collate_images",
-    "image_dataset",
-    "load_image_dataset",
-    "model_side",
-    "read_class_names",
-    "to_pixels",
-]
+__all__ = ["ImageDataset", "class_names_of", "collate_images", "load_image_dataset", "read_class_names", "to_pixels"]
 
 
 def load_image_dataset(

@@ -10,13 +10,13 @@ from PIL import Image
 from tiny import make_processor
 
 from hf_robust_clip.zero_shot_data.loading import (
-    DATA_ROOT_VARIABLE,
     ImageDataset,
     collate_images,
     load_image_dataset,
     read_class_names,
     to_pixels,
 )
+from hf_robust_clip.zero_shot_data.rows import DATA_ROOT_VARIABLE
 from hf_robust_clip.zero_shot_data.specs import DatasetSpec
 
 ROOT = os.environ.get(DATA_ROOT_VARIABLE)

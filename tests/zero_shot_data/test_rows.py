@@ -15,7 +15,8 @@ from tiny import make_clip, make_processor
 
 from hf_robust_clip.modeling import CLIPForZeroShotClassification
 from hf_robust_clip.zero_shot_data import specs
-from hf_robust_clip.zero_shot_data.loading import DATA_ROOT_VARIABLE, load_image_dataset
+from hf_robust_clip.zero_shot_data.loading import load_image_dataset
+from hf_robust_clip.zero_shot_data.rows import DATA_ROOT_VARIABLE
 from hf_robust_clip.zero_shot_data.specs import SPECS, find_spec, prompt_templates
 
 COUNT = 6
