@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -83,6 +83,27 @@ def checked_labels(
         if low < 0 or high >= num_classes:
             raise ValueError(f"{name} lie in {low} .. {high}, classes in 0 .. {num_classes - 1}; set_classes for all.")
     return labels
+
+
+def check_whole(least: int, **given: Any) -> None:
+    """Raise ValueError for a value that is no whole number, or below `least`."""
+    for name, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+
+
+def check_least(least: float, **given: float) -> None:
+    """Raise ValueError for a number below `least`, or none at all (NaN)."""
+    for name, value in given.items():
+        if not value >= least:
+            raise ValueError(f"{name}={value!r} must be at least {least:g}.")
+
+
+def check_choice(kind: Any, **given: Any) -> None:
+    """Raise ValueError for a value that isn't one of a `Literal`'s."""
+    for name, value in given.items():
+        if value not in get_args(kind):
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(str, get_args(kind)))}.")
 
 
 def _kind(value: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import checked_images
+from .checks import check_whole, checked_images
 
 TRIES = 10  # boxes drawn for a picture before its central one is taken
 DRAWS = 2 * TRIES + 3  # numbers that a view takes: two a try, two for the place of its box, one for its mirroring
@@ -67,8 +67,7 @@ class RandomResizedCrop:
         """
         if len(pictures) == 0:
             raise ValueError("pictures is empty; give at least one tensor (3, height, width).")
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"size={size!r} must be a whole number of pixels, at least 1.")
+        check_whole(1, size=size)
         for i, picture in enumerate(pictures):
             _check_picture(picture, f"pictures[{i}]")
         return torch.stack([self._view(picture, size, seed) for picture in pictures])

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .checks import checked_images
+from .checks import check_choice, checked_images
 
 Norm = Literal["linf", "l2"]
 
@@ -53,8 +53,7 @@ class ThreatModel:
     bounds: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if self.norm not in get_args(Norm):
-            raise ValueError(f"norm={self.norm!r} is unknown; choose one of {', '.join(get_args(Norm))}.")
+        check_choice(Norm, norm=self.norm)
         low, high = self.bounds
         if not low < high:
             raise ValueError(f"bounds={self.bounds!r} must be (low, high) with low < high.")

@@ -16,7 +16,7 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor
 
-from ..checks import Blindness, checked_labels
+from ..checks import Blindness, check_whole, checked_labels
 from ..prediction import Predict, Prediction, by_logits, withstood
 from ..threat_model import ThreatModel
 from .apgd import APGDSettings, apgd, apgd_targeted
@@ -59,9 +59,7 @@ class AutoAttack(Suite):
         if unknown or not self.attacks or isinstance(self.attacks, str) or len(set(self.attacks)) < len(self.attacks):
             raise ValueError(f"attacks={self.attacks!r} must be distinct names of {', '.join(get_args(AttackName))}.")
         APGDSettings(self.num_steps, 1, self.eot)
-        for name in ("num_targets", "num_queries"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer of at least 1.")
+        check_whole(1, num_targets=self.num_targets, num_queries=self.num_queries)
         object.__setattr__(self, "attacks", tuple(self.attacks))
 
     @classmethod

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
+from ..checks import check_whole
 from ..modeling import CLIPForZeroShotClassification
 from ..processes import Processes
 from ..prompts.access import num_vision_prompts, summary
@@ -131,8 +132,7 @@ class AlignedTuning(PromptTuning):
         super().__post_init__()
         if not 0 <= self.align_weight < math.inf:
             raise ValueError(f"align_weight={self.align_weight!r} must be at least 0.")
-        if not isinstance(self.align_layers, int) or self.align_layers < 1:
-            raise ValueError(f"align_layers={self.align_layers!r} must be an integer of at least 1.")
+        check_whole(1, align_layers=self.align_layers)
 
     def fit(
         self,

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_choice
 from ..modeling import CLIPForZeroShotClassification, without_gradients
 from ..paper import Paper, Unpublished
 from ..prediction import Prediction
@@ -208,8 +209,7 @@ class Defence(ABC):
         """
         if not isinstance(classifier, CLIPForZeroShotClassification):
             raise TypeError(f"classifier is a {type(classifier).__name__}; give a CLIPForZeroShotClassification.")
-        if path not in get_args(GradientPath):
-            raise ValueError(f"path={path!r} is unknown; choose {', '.join(map(repr, get_args(GradientPath)))}.")
+        check_choice(GradientPath, path=path)
         self.check(classifier)
         if not isinstance(images_BCHW, Tensor):
             raise TypeError(f"images_BCHW is a {type(images_BCHW).__name__}; mixed sizes go through to_pixels.")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..checks import check_whole
 from ..paper import Paper
 from .prompted import Prompts, Run
 from .tuning import WordTuning, entropy
@@ -42,8 +43,7 @@ class RTPT(WordTuning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.num_neighbours, int) or self.num_neighbours < 1:
-            raise ValueError(f"num_neighbours={self.num_neighbours!r} must be an integer of at least 1.")
+        check_whole(1, num_neighbours=self.num_neighbours)
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature!r} must be positive.")
 

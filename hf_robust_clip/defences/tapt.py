@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_whole
 from ..modeling import CLIPForZeroShotClassification
 from ..paper import Paper
 from .alignment import AlignedTuning, AlignmentTargets, Reduction, alignment, views_moments
@@ -70,11 +71,9 @@ class TAPT(AlignedTuning):
         super().__post_init__()
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma={self.gamma!r} must be in [0, 1].")
-        if not isinstance(self.reset_every, int) or self.reset_every < 1:
-            raise ValueError(f"reset_every={self.reset_every!r} must be an integer of at least 1.")
-        for name, choices in (("align_reduction", get_args(Reduction)), ("reset_to", get_args(Reset))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(choices)}.")
+        check_whole(1, reset_every=self.reset_every)
+        check_choice(Reduction, align_reduction=self.align_reduction)
+        check_choice(Reset, reset_to=self.reset_to)
         if self.unbiased and self.num_kept < 2 and self.align_weight > 0:
             raise ValueError(f"selected={self.selected!r} keeps one view, too few; keep more, or unbiased=False.")
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_whole
 from ..crops import picture_key
 from ..modeling import CLIPForZeroShotClassification
 from ..paper import Paper
@@ -46,8 +47,7 @@ class TTC(Defence):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise ValueError(f"num_steps={self.num_steps!r} must be an integer of at least 1.")
+        check_whole(1, num_steps=self.num_steps)
         if not parse_radius(self.step_size, "step_size") > 0 or not self._ball().eps > 0:
             raise ValueError(f"eps={self.eps!r} and step_size={self.step_size!r} must be positive.")
 

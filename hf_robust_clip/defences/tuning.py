@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import check_whole
 from ..crops import RandomResizedCrop
 from ..modeling import CLIPForZeroShotClassification
 from ..prompts.access import prompts_of, words_as_prompts
@@ -67,8 +68,7 @@ class PromptTuning(Defence):
         for name in ("learning_rate", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a number of at least 0.")
-        if not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise ValueError(f"num_steps={self.num_steps!r} must be an integer of at least 1.")
+        check_whole(1, num_steps=self.num_steps)
 
     @property
     def traits(self) -> Traits:
@@ -255,10 +255,8 @@ def log_mean_softmax(logits_BKC: Tensor) -> Tensor:
 
 def check_views(num_views: int, chunk_size: int | None) -> None:
     """Raise ValueError for fewer than 2 views, and chunks below 1."""
-    if not isinstance(num_views, int) or num_views < 2:
-        raise ValueError(f"num_views={num_views!r} must be an integer of at least 2: the image itself and its crops.")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size={chunk_size!r} must be an integer of at least 1, or None.")
+    check_whole(2, num_views=num_views)
+    check_whole(1, chunk_size=1 if chunk_size is None else chunk_size)
 
 
 def _zeros(like: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ..attacks.suites import PGD, Member, Suite
 from ..attacks.views import View
+from ..checks import check_choice, check_whole
 from ..defences.base import Defence
 from ..modeling import CLIPForZeroShotClassification
 from ..threat_model import ThreatModel
@@ -50,10 +51,8 @@ class EvaluationSettings:
     eot: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size!r} must be at least 1.")
-        if self.precision not in get_args(Precision):
-            raise ValueError(f"precision={self.precision!r} is unknown; choose {' or '.join(get_args(Precision))}.")
+        check_whole(1, batch_size=self.batch_size, eot=self.eot)
+        check_choice(Precision, precision=self.precision)
         if not isinstance(self.attack, Suite):
             raise TypeError(f"attack={self.attack!r} must be a suite of attacks, such as PGD(20) or AutoAttack().")
         if not isinstance(self.view, AttackView):
@@ -63,8 +62,6 @@ class EvaluationSettings:
             raise ValueError(f"view={self.view!r} is named {known.name!r} like {known!r}; give it a name of its own.")
         if self.attack.about is not None and self.view != Static():
             raise ValueError(f"view={self.view!r} does nothing: attack={self.attack!r} brings its own; leave it out.")
-        if not isinstance(self.eot, int) or self.eot < 1:
-            raise ValueError(f"eot={self.eot!r} must be an integer of at least 1.")
         self.threat_models()
 
     @property

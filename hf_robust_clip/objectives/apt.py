@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from ..attacks.losses import cross_entropy
+from ..checks import check_choice, check_least
 from ..prompts import ClipPromptConfig
 from .base import Batch, Objective, Paper
 from .trades import TRADES
@@ -44,11 +45,8 @@ class APT(Objective):
     paper = Paper.cited("APT", "wang2025tapt", arxiv="2411.13136")
 
     def __post_init__(self) -> None:
-        if self.batch_mix not in get_args(BatchMix):
-            known = ", ".join(get_args(BatchMix))
-            raise ValueError(f"batch_mix={self.batch_mix!r} is unknown; choose one of {known}.")
-        if not self.beta >= 0:
-            raise ValueError(f"beta={self.beta!r} must be at least 0.")
+        check_choice(BatchMix, batch_mix=self.batch_mix)
+        check_least(0, beta=self.beta)
         if self.beta != APT.beta and self.batch_mix != "trades":
             raise ValueError(f"beta={self.beta!r} does nothing with batch_mix={self.batch_mix!r}, only with 'trades'.")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.losses import cross_entropy, kl_divergence
+from ..checks import check_least
 from .base import Batch, Objective, Paper
 
 
@@ -27,8 +28,7 @@ class TRADES(Objective):
     paper = Paper.cited("TRADES", "zhang2019trades", arxiv="1901.08573")
 
     def __post_init__(self) -> None:
-        if not self.beta >= 0:
-            raise ValueError(f"beta={self.beta!r} must be at least 0.")
+        check_least(0, beta=self.beta)
 
     def attack_loss(self, batch: Batch) -> Callable[[Tensor], Tensor]:
         with torch.no_grad():
