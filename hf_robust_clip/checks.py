@@ -38,7 +38,10 @@ def checked_images(images_BCHW: Any, name: str = "images", bounds: tuple[float, 
     if bounds[0] <= low and high <= bounds[1]:
         return images_BCHW
     if low < bounds[0] - ROUNDING or high > bounds[1] + ROUNDING:
-        raise ValueError(f"{name} span [{low:.7g}, {high:.7g}], not {list(bounds)}. Did you normalise them?")
+        raise ValueError(
+            f"{name} have values in [{low:.7g}, {high:.7g}], outside {list(bounds)}. "
+            "Did you normalise them or leave them in 0..255? Normalisation is inside the model."
+        )
     return images_BCHW.clamp(*bounds)
 
 
@@ -81,7 +84,9 @@ def checked_labels(
     if num_classes is not None:
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= num_classes:
-            raise ValueError(f"{name} lie in {low} .. {high}, classes in 0 .. {num_classes - 1}; set_classes for all.")
+            raise ValueError(
+                f"{name} lie in {low} .. {high}, but there are {num_classes} classes (0 .. {num_classes - 1})."
+            )
     return labels
 
 

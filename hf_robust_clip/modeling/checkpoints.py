@@ -106,7 +106,9 @@ def check_tower_sizes(source: str, config: Any, where: Mapping[str, Any]) -> Non
                 raise OSError(f"{name}={value!r} in config.json of {source!r} must be a whole number above 0.")
     for tower in (config.vision_config, config.text_config):
         if tower.num_hidden_layers > LAYERS:
-            raise OSError(f"num_hidden_layers={tower.num_hidden_layers} of {source!r} is above {LAYERS}.")
+            raise OSError(
+                f"num_hidden_layers={tower.num_hidden_layers}, config.json of {source!r}, is above {LAYERS}."
+            )
         width = tower.hidden_size
         rows = tower.num_hidden_layers * (4 * width + 2 * tower.intermediate_size) + config.projection_dim
         if hasattr(tower, "patch_size"):

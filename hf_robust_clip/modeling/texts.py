@@ -79,7 +79,9 @@ def tokenize_prompts(
                     f"model.text_model.eos_token_id = {tokenizer.eos_token_id}, and the same in its config."
                 )
         elif eos_token_id not in row:
-            raise ValueError(f"the tokenizer doesn't end {prompt!r} with EOS id {eos_token_id}, the text tower's.")
+            raise ValueError(
+                f"the tokenizer doesn't end {prompt!r} with EOS id {eos_token_id}; take the checkpoint's own."
+            )
     longest = max(map(len, rows))
     return torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows])
 

@@ -254,7 +254,9 @@ class RobustnessReport:
             if (images := sum(row.n for row in own)) != self.num_images:
                 raise ValueError(f"per_class counts {images} images, num_images is {self.num_images}.")
             if abs((count := sum(row.value * row.n for row in own)) - total.value * images) > 0.5:
-                raise ValueError(f"per_class counts {count:.0f} of {images} at eps={total.eps:g}, not {total.value}.")
+                raise ValueError(
+                    f"per_class counts {count:.0f} of {images} correct at eps={total.eps:g}, but it is {total.value}."
+                )
 
     def _of(self, metric: str, judge: str | None = None) -> dict[float, float]:
         """A metric by radius, ascending."""

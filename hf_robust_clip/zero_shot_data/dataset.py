@@ -220,7 +220,7 @@ def _collated(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if not isinstance(example[key], Tensor) or example[key].dim() != 3:
             shape = getattr(example[key], "shape", None)
             of = "" if shape is None else f" of shape {tuple(shape)}"
-            raise ValueError(f"{key} of an example is a {type(example[key]).__name__}{of}, no {kind} (3, H, W).")
+            raise ValueError(f"{key} of an example is a {type(example[key]).__name__}{of}; give {kind} (3, H, W).")
     for key in ("labels", "captions"):
         count = sum(key in example for example in examples)
         if 0 < count < len(examples):

@@ -146,7 +146,7 @@ def image_column_of(features: datasets.Features, asked: str | None, name: str) -
         raise ValueError(f"dataset {name!r} has no column {column!r}; its columns: {cut(list(features))}.")
     if not _holds_pictures(features[column]) and getattr(features[column], "dtype", "") not in BYTES:
         raise ValueError(
-            f"column {column!r} of dataset {name!r} holds {cut(features[column])}; choose by image_column."
+            f"column {column!r} of dataset {name!r} holds no pictures but {cut(features[column])}; name image_column."
         )
     return column
 
