@@ -84,9 +84,9 @@ class AutoAttack(Suite):
         settings = APGDSettings(self.num_steps, 1, self.eot)
         targets = min(self.num_targets, num_classes - 1)
         known: dict[str, Attack] = {
-            "apgd-ce": partial(_apgd, settings, cross_entropy),
-            "apgd-dlr": partial(_apgd, settings, dlr),
-            "apgd-t": partial(_apgd_targeted, settings, targets),
+            "apgd-ce": partial(_of_victim, partial(apgd, settings=settings, loss=cross_entropy)),
+            "apgd-dlr": partial(_of_victim, partial(apgd, settings=settings, loss=dlr)),
+            "apgd-t": partial(_of_victim, partial(apgd_targeted, settings=settings, num_targets=targets)),
             "fab-t": partial(_fab_targeted, self.num_steps, targets),
             "square": partial(_square, self.num_queries),
         }
@@ -164,20 +164,12 @@ def auto_attack(
     return found_BCHW, left
 
 
-def _apgd(settings: APGDSettings, loss, victim: Victim, images: Tensor, labels: Tensor, tm: ThreatModel) -> Tensor:
-    return apgd(
-        victim.gradient_fn, images, labels, tm, settings, loss=loss,
-        seed=victim.seed, confirm=victim.confirm, on_gradient=victim.on_gradient,
-    )  # fmt: skip
-
-
-def _apgd_targeted(
-    settings: APGDSettings, num_targets: int, victim: Victim, images: Tensor, labels: Tensor, tm: ThreatModel
+def _of_victim(
+    attack: Callable[..., Tensor], victim: Victim, images: Tensor, labels: Tensor, tm: ThreatModel
 ) -> Tensor:
-    return apgd_targeted(
-        victim.gradient_fn, images, labels, tm, settings, num_targets=num_targets,
-        seed=victim.seed, confirm=victim.confirm, on_gradient=victim.on_gradient,
-    )  # fmt: skip
+    """One of our APGDs on a victim."""
+    told = {"seed": victim.seed, "confirm": victim.confirm, "on_gradient": victim.on_gradient}
+    return attack(victim.gradient_fn, images, labels, tm, **told)
 
 
 def _fab_targeted(

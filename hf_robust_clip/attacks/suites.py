@@ -151,32 +151,19 @@ class PGD(Suite):
         return [Member("cw" if self.loss is cw_margin else "pgd", self._run, keeps_rows=True)]
 
     def _run(self, victim: Victim, images_BCHW: Tensor, labels_B: Tensor, threat_model: ThreatModel) -> Tensor:
+        walk: dict[str, Any] = {"num_steps": self.num_steps, "step_size": self.step_at(threat_model)}
+        walk |= {"random_start": self.random_start, "seed": victim.seed, "on_gradient": victim.on_gradient}
+        gradient_fn = victim.gradient_fn
         if victim.to_the_end:
             return pgd(
-                lambda pixels_BCHW: self.loss(victim.gradient_fn(pixels_BCHW), labels_B),
+                lambda pixels: self.loss(gradient_fn(pixels), labels_B),
                 images_BCHW,
                 threat_model,
-                num_steps=self.num_steps,
-                step_size=self.step_at(threat_model),
-                random_start=self.random_start,
                 keep_best=True,
-                seed=victim.seed,
-                on_gradient=victim.on_gradient,
+                **walk,
             )
-        return pgd_until_misclassified(
-            victim.gradient_fn,
-            images_BCHW,
-            labels_B,
-            threat_model,
-            loss=self.loss,
-            num_steps=self.num_steps,
-            step_size=self.step_at(threat_model),
-            random_start=self.random_start,
-            seed=victim.seed,
-            confirm=victim.confirm,
-            deterministic=victim.deterministic,
-            on_gradient=victim.on_gradient,
-        )
+        walk |= {"loss": self.loss, "confirm": victim.confirm, "deterministic": victim.deterministic}
+        return pgd_until_misclassified(gradient_fn, images_BCHW, labels_B, threat_model, **walk)
 
     def name(self, num_classes: int) -> str:
         return f"{'CW' if self.loss is cw_margin else 'PGD'}-{self.num_steps}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from copy import copy, deepcopy
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPVisionModel
 
 from ..normalisation import agree_on_normalisation
 from ..pictures import normalisation_of
+from .access import prompt_layers
 from .config import ClipPromptConfig
 from .layer import MERGE, ClipPromptLayer, Place
 
@@ -48,7 +49,7 @@ class ClipPromptModel(BaseTuner):
         if adapter_name in ("", "training") or "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
             raise ValueError(f"adapter_name={adapter_name!r} can't name parameters; choose another.")
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        layers = {module.place: module for module in _prompt_layers(model)}
+        layers = {module.place: module for module in prompt_layers(model)}
         other = {"text": "vision", "vision": "text"}
         for place, layer in layers.items():
             partner = layers.get(Place(other[place.tower], place.index)) if place.tower in other else None  # type: ignore[arg-type]
@@ -165,7 +166,7 @@ class ClipPromptModel(BaseTuner):
         self.peft_config[adapter_name] = type(first).from_peft_type(**first.to_dict())
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
-            for layer in _prompt_layers(self.model):
+            for layer in prompt_layers(self.model):
                 own = layer.clip_prompt_tokens
                 if adapter_name in own:
                     mixed = sum(weight * own[name] for name, weight in zip(adapters, weights, strict=True))
@@ -200,10 +201,6 @@ def settle_normalisation(model: nn.Module, config: ClipPromptConfig, alone: bool
 
 def _more(names: Collection[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def _prompt_layers(model: nn.Module) -> Iterator[ClipPromptLayer]:
-    return (module for module in model.modules() if isinstance(module, ClipPromptLayer))
 
 
 def _shape(config: PeftConfig) -> tuple:

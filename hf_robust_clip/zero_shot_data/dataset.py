@@ -63,7 +63,7 @@ class ImageDataset(Dataset):
     background: str | Sequence[int] = "white"
 
     def __repr__(self) -> str:
-        about = f"{self.dataset_id!r}, split {self.split!r}: {len(self.rows)} images of {len(self.class_names)} classes"
+        about = f"{self.dataset_id!r}, split {self.split!r}: {len(self)} images of {len(self.class_names)} classes"
         return f"{type(self).__name__}({about}{', whole pictures' if self.augment else ''})"
 
     def __post_init__(self) -> None:

@@ -49,7 +49,8 @@ def read_labels(
     letters and digits. Only if all labels are ids, none of the names is among them, and there are equally many, do
     they stand for the labels in their order. A mapping translates the dataset's own labels; one from 0 .. n - 1, none
     of which is a label, is a list; one {name: number} is turned round. Floats without a fraction are whole numbers,
-    bytes are texts. Underscores in the names of class folders are spaces. Of a list over whole numbers, a first or last class that no row has is warned of.
+    bytes are texts. Underscores in the names of class folders are spaces. Of a list over whole numbers, a first or
+    last class that no row has is warned of.
 
     Args:
         class_names: a list, a mapping {own label: name}, or a key of `class_names.json`; None takes the dataset's own.
