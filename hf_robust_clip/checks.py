@@ -120,7 +120,8 @@ def check_logits(logits_BC: Tensor, who: str = "the classifier") -> None:
     """Raise FloatingPointError unless every logit is finite: NaN has no largest value, so it would name class 0."""
     finite = logits_BC.isfinite().flatten(1).all(dim=1)
     if not finite.all():
-        raise FloatingPointError(f"{who} gives logits that are not finite for {int((~finite).sum())} images.")
+        count = f"{int((~finite).sum())} of {len(finite)} images"
+        raise FloatingPointError(f"{who} gives logits that are not finite for {count}; look for NaN, or use float32.")
 
 
 def check_differentiable(model: nn.Module) -> None:

@@ -57,7 +57,11 @@ class AlignmentTargets(Fitted):
             if statistics.record.get("model_fingerprint") != model:
                 raise ValueError(f"the {name} statistics were made with another image encoder; collect them anew.")
         if self.adversarial.record.get("prompts_fingerprint") != prompts:
-            raise ValueError(f"the statistics were made with other prompts than {summary(classifier)}; fit anew.")
+            raise ValueError(
+                f"the adversarial statistics were made with other prompts in the image encoder "
+                f"({self.adversarial.record.get('prompts', 'unknown')}) than the active ones "
+                f"({summary(classifier)}); collect them anew after training, or choose their adapter."
+            )
 
     def check_shapes(self, classifier: CLIPForZeroShotClassification) -> None:
         """Raise ValueError unless layers, tokens and width are those of the classifier's image encoder."""
@@ -67,7 +71,10 @@ class AlignmentTargets(Fitted):
         for name, statistics in self._parts().items():
             given = tuple(statistics.mean.shape)
             if given != expected:
-                raise ValueError(f"the {name} statistics are of {given}, the encoder is of {expected}; fit anew.")
+                raise ValueError(
+                    f"the {name} statistics are of (layers, tokens, width) {given}, but this classifier's image "
+                    f"encoder has {expected}; collect them anew with its model and prompts."
+                )
 
     def _parts(self) -> dict[str, VisionStatistics]:
         return {"adversarial": self.adversarial, **({} if self.clean is None else {"clean": self.clean})}

@@ -60,7 +60,10 @@ class VisionStatistics:
 
     def __post_init__(self) -> None:
         if self.mean.dim() != 3 or self.mean.shape != self.variance.shape:
-            raise ValueError(f"mean {tuple(self.mean.shape)} and variance {tuple(self.variance.shape)} must be alike.")
+            raise ValueError(
+                f"mean {tuple(self.mean.shape)} and variance {tuple(self.variance.shape)} must both have the shape "
+                "(layers, tokens, width)."
+            )
         if self.count < 1:
             raise ValueError(f"count={self.count!r}: statistics need at least one image.")
         if not (self.mean.isfinite().all() and self.variance.isfinite().all()):

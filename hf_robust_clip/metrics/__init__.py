@@ -97,7 +97,9 @@ def clean_and_robust_accuracy(
     for name, array in arrays.items():
         check_indices(array, name)
         if array.min() < 0 or (num_classes is not None and array.max() >= num_classes):
-            raise ValueError(f"{name} run from {array.min()} to {array.max()}; give 0 .. {(num_classes or 0) - 1}.")
+            raise ValueError(
+                f"{name} has classes from {array.min()} to {array.max()}; they must be in [0, {num_classes or '...'})."
+            )
     labels = arrays["references"]
     classes = num_classes or int(max(array.max() for array in arrays.values())) + 1
     stages = {"robust": "attacked"} if clean is None else {"clean": "clean", "robust": "attacked"}

@@ -161,7 +161,8 @@ class ImageDataset(Dataset):
             least = int(sizes.argmin())
             mend = f"lower `shots` to {sizes[least]}" if sizes[least] else "leave the class out"
             raise ValueError(
-                f"class {self.class_names[least]!r} has {sizes[least]} images of {per_class} (`shots`); {mend}."
+                f"class {self.class_names[least]!r} of dataset {self.dataset_id!r}, split {self.split!r} has "
+                f"{sizes[least]} images, fewer than the {per_class} asked for (`shots`); {mend}."
             )
         chosen = []
         for name, start, size in zip(self.class_names, starts, sizes, strict=False):

@@ -529,5 +529,5 @@ def _check_counts(splits: Any, parts: Iterable[str], expected: Mapping[str, int]
     for part in parts:
         if part in expected and part in splits and splits[part].num_examples != expected[part]:
             raise DatasetError(
-                f"split {part!r} of {name!r}: {splits[part].num_examples} rows, README.md: {expected[part]}."
+                f"split {part!r} of {name!r} has {splits[part].num_examples} rows, {expected[part]} by its README.md."
             )

@@ -314,7 +314,7 @@ def test_the_record_says_where_statistics_come_from():
     [
         (list, 2, "dataset is empty"),
         (lambda: dataset(augment=True), 2, "dataset.augment=True"),
-        (lambda: examples(2), 0, "batch_size=0 must be at least 1"),
+        (lambda: examples(2), 0, "batch_size=0 must be a whole number of at least 1"),
         (lambda: [{"pixel_values": 2 * torch.ones(3, 8, 8), "labels": 0}], 2, "outside"),
     ],
 )
