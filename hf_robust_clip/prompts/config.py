@@ -99,7 +99,10 @@ class ClipPromptConfig(PeftConfig):
             self.coupling = self.coupling or "text_to_vision"
             for vision, text in (("num_vision_tokens", "num_text_tokens"), ("vision_depth", "text_depth")):
                 if getattr(self, vision) != getattr(self, text):
-                    raise ValueError(f"{vision} and {text} must be equal for design='VLJ'; they are not: {self!r}.")
+                    raise ValueError(
+                        f"{vision}={getattr(self, vision)} and {text}={getattr(self, text)} must be equal for "
+                        "design='VLJ'."
+                    )
         elif self.coupling is not None:
             raise ValueError(f"coupling={self.coupling!r} goes with design='VLJ', not with {self.design!r}.")
 

@@ -161,7 +161,7 @@ class ClipPromptModel(BaseTuner):
         for name in adapters[1:]:
             if _shape(self.peft_config[name]) != _shape(first):
                 raise ValueError(
-                    f"{adapters[0]!r}, {name!r} differ in design, number of prompts or depth; mix like with like."
+                    f"adapters {adapters[0]!r} and {name!r} differ in design, number of prompts or depth; mix like with like."
                 )
         self.peft_config[adapter_name] = type(first).from_peft_type(**first.to_dict())
         self.inject_adapter(self.model, adapter_name)
@@ -264,7 +264,11 @@ def _same(config: ClipPromptConfig, name: str, here: int) -> None:
     """Note a size of the model in the config, or compare it with the one noted there."""
     there = getattr(config, name)
     if there is not None and there != here:
-        raise ValueError(f"the adapter is of {name}={there}, the model of {here}; load it on its own model.")
+        raise ValueError(
+            f"the adapter was made for a model with {name}={there}, this one has {here}; load it on the model that "
+            f"it was trained on{f', {config.base_model_name_or_path}' if config.base_model_name_or_path else ''} (and "
+            "give each new adapter a ClipPromptConfig of its own)."
+        )
     setattr(config, name, here)
 
 
