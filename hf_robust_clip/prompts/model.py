@@ -161,7 +161,7 @@ class ClipPromptModel(BaseTuner):
         for name in adapters[1:]:
             if _shape(self.peft_config[name]) != _shape(first):
                 raise ValueError(
-                    f"adapters {adapters[0]!r} and {name!r} differ in design, number of prompts or depth; mix like with like."
+                    f"adapters {adapters[0]!r} and {name!r} differ in design, number of prompts or depth."
                 )
         self.peft_config[adapter_name] = type(first).from_peft_type(**first.to_dict())
         self.inject_adapter(self.model, adapter_name)
