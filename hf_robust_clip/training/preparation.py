@@ -48,9 +48,7 @@ def prepare(
     another architecture, and adapters that don't fit.
     """
     if unknown := objective.needs - NEEDS:
-        raise ValueError(
-            f"needs={sorted(unknown)} of {type(objective).__name__}: nobody gives that; it may need {sorted(NEEDS)}."
-        )
+        raise ValueError(f"{type(objective).__name__} needs {sorted(unknown)}; there are {sorted(NEEDS)}.")
     student, core, texts_too = model, classifier_in(model), "captions" in objective.needs
     if not core.class_names:
         if objective.needs & {"labels", "classes"}:
