@@ -157,7 +157,9 @@ def check_folder(folder: str | Path, only: Sequence[str] = ("*",)) -> Kind:
     files = files_to_push(folder, only)
     kind = kind_of(files)
     if kind is None:
-        raise ValueError(f"folder={str(folder)!r} holds no whole model, nor an adapter; write one by save_pretrained.")
+        raise ValueError(
+            f"folder={str(folder)!r} is no whole model with config, safetensors and processor, nor an adapter; save it."
+        )
     if "README.md" not in files:
         raise ValueError(f"folder={str(folder)!r} has no README.md; write one with make_card or create_model_card.")
     for file, key in (("adapter_config.json", "base_model_name_or_path"), ("adaptation.json", "base_model")):
