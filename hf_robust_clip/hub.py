@@ -158,7 +158,7 @@ def check_folder(folder: str | Path, only: Sequence[str] = ("*",)) -> Kind:
     kind = kind_of(files)
     if kind is None:
         raise ValueError(
-            f"folder={str(folder)!r} is no whole model with config, safetensors and processor, nor an adapter; save it."
+            f"folder={str(folder)!r} is no whole model with config, weights and processor, nor an adapter."
         )
     if "README.md" not in files:
         raise ValueError(f"folder={str(folder)!r} has no README.md; write one with make_card or create_model_card.")
