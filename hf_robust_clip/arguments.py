@@ -112,6 +112,12 @@ class Images(PictureArguments):
         if self.dataset == "digits" and self.data_root is not None:
             raise ValueError(f"data_root={self.data_root!r} does nothing for digits, which come with scikit-learn.")
 
+    def overlaps(self, other: Images) -> bool:
+        """Whether both take pictures of the same split, and of a class in common where both choose classes."""
+        places = {(i.dataset, i.data_root, i.config, i.revision, i.split) for i in (self, other)}
+        chosen = [set(i.classes) for i in (self, other) if i.classes is not None]
+        return len(places) == 1 and (len(chosen) < 2 or bool(chosen[0] & chosen[1]))
+
 
 @dataclass(frozen=True)
 class DataArguments(PictureArguments):

@@ -39,7 +39,10 @@ FIGURES = ("report.json", "report.csv", "recipe.yaml", "accuracy.png")  # what b
 TRAINERS = ("training_args.bin", "pytorch_model*.bin", "adapter_model.bin", "optimizer.*", "scheduler.pt", "scaler.pt",
             "rng_state*.pth")  # fmt: skip
 RESUMED = ("trainer_state.json", "training_run.json", "statistics.safetensors", "*.distcp", ".metadata")
-STATE = re.compile(r"[^/]+-[0-9a-f]{8}/state-\d+\.jsonl|statistics/(adversarial|clean)/state-\d+\.safetensors")
+STATE = re.compile(
+    r"[^/]+-[0-9a-f]{8}/state-\d+\.jsonl|statistics/(adversarial|clean)/state-\d+\.safetensors|"
+    r"fit/[^/]+-[0-9a-f]{8}/.+"
+)
 WHOLE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 ADAPTER_WEIGHTS = ("adapter_model.*",)
 TEXTS = (".json", ".yaml", ".yml", ".md", ".txt", ".csv")
@@ -310,7 +313,7 @@ def clear_checkpoint(place: Path) -> None:
 
 
 def clear_states(folder: str | Path) -> None:
-    """Delete the states of evaluations and of statistics, by their files' names."""
+    """Delete the states of evaluations and of what is fitted, by their files' names."""
     delete(Path(folder).resolve() / "state", STATE.fullmatch)
 
 

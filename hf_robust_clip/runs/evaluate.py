@@ -38,6 +38,7 @@ from ..saving import Saving, left_by_evaluation
 from ..secrets import without_token_keys
 from ..storage import check_writable, write_text
 from ..threat_model import ThreatModel
+from ..zero_shot_data.fingerprint import dataset_digest
 from . import shared
 from .interruptions import one_line_errors
 from .shared import SUITES
@@ -47,6 +48,7 @@ COMMAND = CommandLine(
     groups={
         "": (ModelArguments, DataArguments, EvaluationRunArguments),
         "evaluation": (EvaluationArguments,),
+        "fit_on": (Images,),
     },
     classes={
         "defence": ClassFlag(Defence, ("hf_robust_clip.defences",)),
@@ -55,7 +57,9 @@ COMMAND = CommandLine(
         "evaluation.view": VIEW,
     },
     required=("output_dir", "evaluation.radii"),
-    skip=frozenset(["use_peft", "lora_r", "lora_alpha", "dataset_train_split", "augment"]),
+    skip=frozenset(
+        ["use_peft", "lora_r", "lora_alpha", "dataset_train_split", "augment", "fit_on.augment", "fit_on.name"]
+    ),
 )
 
 
@@ -72,6 +76,7 @@ class EvaluationRun:
     defence: Defence | None
     defence_settings: tuple[str, ...]  # names of those that go before what a folder saved; none of them with a preset
     preset: str | None
+    fit_on: Images | None
     output_dir: str
     use_cpu: bool
     overwrite: bool
@@ -150,6 +155,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
         defence=about.defence,
         defence_settings=tuple(set(given.asked("defence.init_args") or ()) - {"preset"}),
         preset=given.presets.get("defence"),
+        fit_on=_fit_on(given, made.fit_on, about.defence, tasks),
         output_dir=str(about.output_dir),
         use_cpu=about.use_cpu,
         overwrite=about.overwrite,
@@ -180,6 +186,32 @@ def _tasks(given: Given, data: DataArguments, about: EvaluationRunArguments) -> 
     if data.dataset_name is None:
         raise ValueError("missing: dataset_name, or tasks; give what is evaluated on.")
     return (data.images(data.dataset_test_split),)
+
+
+def _fit_on(given: Given, images: Images, defence: Defence | None, tasks: Sequence[Images]) -> Images | None:
+    """What the defence is fitted on before it is evaluated.
+
+    Raises ValueError without a defence, for one that learns nothing or needs a training of its own, and for images
+    that are evaluated too.
+    """
+    if not given.asked("fit_on"):
+        return None
+    if not images.dataset:
+        raise ValueError("fit_on.dataset is missing.")
+    told = f"fit_on.dataset={images.dataset!r}"
+    if defence is None:
+        raise ValueError(f"{told} does nothing without a defence; give --defence.")
+    if type(defence).fit is Defence.fit:
+        raise ValueError(f"{told} does nothing for {defence.name}, which learns nothing.")
+    if defence.needs:
+        raise ValueError(
+            f"{told}: {defence.name} needs a {', '.join(sorted(defence.needs)).replace('_', ' ')} to be fitted, which "
+            "a training makes; train with this defence."
+        )
+    for i, task in enumerate(tasks):
+        if images.overlaps(task):
+            raise ValueError(f"{told}, fit_on.split={images.split!r} is evaluated too (task {i + 1}); fit on others.")
+    return images
 
 
 def evaluate(run: EvaluationRun) -> list[RobustnessReport]:
@@ -220,9 +252,9 @@ def measure(prepared: Prepared) -> Measured:
     for name in run.names:
         revision = run.revision_of(name)
         model = shared.load_model(name, revision).to(prepared.processes.device)
-        defence = with_statistics(run, name, revision)
         if name == run.model.model_name_or_path and not templates:
             templates = trained_templates(name, revision)
+        defence, facts = defence_for(prepared, model, name, templates)
         trained = known_templates(name, revision)
         for title, task in prepared.tasks.items():
             data = shared.load_data(task, model)
@@ -231,6 +263,8 @@ def measure(prepared: Prepared) -> Measured:
             found.remarks += [] if remark is None else [remark]
             for settings in run.evaluations:
                 report = measure_one(prepared, model, data, settings, name, title, defence)
+                if facts:
+                    report = replace(report, defence={**(report.defence or {}), **facts})
                 found.reports.append(report)
                 if settings is run.evaluations[0]:
                     found.under_first.append(report)
@@ -270,6 +304,40 @@ def measure_one(
     )
 
 
+def defence_for(
+    prepared: Prepared, model: CLIPForZeroShotClassification, name: str, templates: Sequence[str]
+) -> tuple[Defence | None, dict[str, Any]]:
+    """The defence as it is evaluated on a checkpoint, and what reports say of it beside its own parameters: fitted on
+    the images that the run names, under their classes, or with what was saved beside the model.
+
+    Raises ValueError if these are the very images of a task.
+    """
+    run = prepared.run
+    if run.defence is None or run.fit_on is None:
+        return with_statistics(run, name, run.revision_of(name)), {}
+    data = shared.load_data(run.fit_on, model)
+    digest = dataset_digest(data)
+    for title, task in prepared.tasks.items():
+        if dataset_digest(shared.load_data(task, model)) == digest:
+            raise ValueError(f"fit_on.dataset={run.fit_on.dataset!r} has the very images of {title!r}; fit on others.")
+    called = prepared.called[name]
+    about = f"{len(data)} images of {data.dataset_id}, split {data.split}"
+    prepared.processes.print(f"{called}: {run.defence.name} is fitted on {about}")
+    how = run.evaluations[0]
+    with model.prepared_for(data, templates or data.templates):
+        defence = run.defence.fit(
+            model,
+            data,
+            batch_size=how.batch_size,
+            processes=prepared.processes,
+            state_dir=prepared.folder / "state/fit" / shared.slug(f"{name} {digest}"),
+            num_workers=how.num_workers,
+            progress=True,
+        )
+    facts = {"dataset": data.dataset_id, "dataset_revision": data.revision, "split": data.split}
+    return defence, {"fit_on": {**facts, "num_images": len(data), "digest": digest}}
+
+
 def with_statistics(run: EvaluationRun, name: str, revision: str | None) -> Defence | None:
     """The defence, with what it was fitted with where the model's folder holds some, and where the same method was
     saved there, with the settings of that one: what the run asks for goes before them.
@@ -284,7 +352,7 @@ def with_statistics(run: EvaluationRun, name: str, revision: str | None) -> Defe
         part: own for part, own in saved.fitted.items() if isinstance(own, defence.learns().get(part, ()))
     }
     if not fitted:
-        raise OSError(f"{name!r} holds nothing that {defence.name} was fitted with; train it with this defence.")
+        raise OSError(f"{name!r} holds nothing that {defence.name} was fitted with; give fit_on, or train it so.")
     if type(saved) is type(defence) and run.preset is None:
         return replace(saved, **{name: getattr(defence, name) for name in run.defence_settings})
     return replace(defence, **fitted)
