@@ -21,7 +21,7 @@ from ..arguments import (
     check_folder,
 )
 from ..attacks.suites import Suite
-from ..checkpoint_notes import known_templates, other_prompt, quoted, trained_templates
+from ..checkpoint_notes import holds_defence, known_templates, other_prompt, quoted, trained_templates
 from ..command_line import ClassFlag, CommandLine, Given, read_command
 from ..defences.base import Defence
 from ..defences.defended import DefendedClassifier
@@ -345,15 +345,18 @@ def with_statistics(run: EvaluationRun, name: str, revision: str | None) -> Defe
     Raises OSError where a defence must be fitted and there is nothing.
     """
     defence = run.defence
-    if defence is None or not defence.learns():
+    if defence is None or type(defence).fit is Defence.fit:
         return defence
-    saved = DefendedClassifier.from_pretrained(name, revision=revision).adapter
+    saved = (
+        DefendedClassifier.from_pretrained(name, revision=revision).adapter if holds_defence(name, revision) else None
+    )
+    parts = {} if saved is None else saved.fitted
     fitted: dict[str, Any] = {
-        part: own for part, own in saved.fitted.items() if isinstance(own, defence.learns().get(part, ()))
+        part: own for part, own in parts.items() if isinstance(own, defence.learns().get(part, ()))
     }
-    if not fitted:
+    if defence.learns() and not fitted:
         raise OSError(f"{name!r} holds nothing that {defence.name} was fitted with; give fit_on, or train it so.")
-    if type(saved) is type(defence) and run.preset is None:
+    if saved is not None and type(saved) is type(defence) and run.preset is None:
         return replace(saved, **{name: getattr(defence, name) for name in run.defence_settings})
     return replace(defence, **fitted)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -226,9 +226,11 @@ def finish(prepared: Prepared, trainer: RobustClipTrainer) -> Fitted:
     defences = dict(run.defences)
     if defences:
         images = replace(prepared.data, augment=False).first(run.fit_images)
+        first, *_ = defences.values()
         saved = trainer.fit_defence(images, state_dir=prepared.folder / "state/statistics")
-        learned: dict[str, Any] = saved.fitted
-        defences = {title: replace(own, **learned) for title, own in defences.items()}
+        own = {field.name: (getattr(first, field.name), getattr(saved, field.name)) for field in fields(saved)}
+        learned: dict[str, Any] = {name: after for name, (before, after) in own.items() if after is not before}
+        defences = {title: replace(defence, **learned) for title, defence in defences.items()}
         trainer.defence = next(iter(defences.values()))
     settings = trainer.settings()
     if prepared.processes.is_main_process:

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch.nn import functional as F
 
-from hf_robust_clip import CLIPForZeroShotClassification, digits_clip_path
+from hf_robust_clip import CLIPForZeroShotClassification, DefendedClassifier, digits_clip_path
 from hf_robust_clip.cli import run
 from hf_robust_clip.crops import RandomResizedCrop
 from hf_robust_clip.report import load_reports
@@ -308,13 +308,15 @@ def test_an_objective_of_two_views():
 # ---- defences
 
 
-def evaluate(*words, attack="{class_path: PGD, init_args: {num_steps: 1, step_size: 16/255, random_start: false}}"):
+def evaluate(
+    *words, folder="out", attack="{class_path: PGD, init_args: {num_steps: 1, step_size: 16/255, random_start: false}}"
+):
     """The report of the digits that come first, under one signed step unless told."""
-    common = ["--dataset_name", "digits", "--max_images", str(COUNT), "--template", TEMPLATE, "--output_dir", "out",
+    common = ["--dataset_name", "digits", "--max_images", str(COUNT), "--template", TEMPLATE, "--output_dir", folder,
               "--evaluation.radii", "[16/255]", "--evaluation.batch_size", "5"]  # fmt: skip
     attacks = ["--evaluation.attacks", f"[{attack}]"]
     run("evaluate", ROOT / "recipes/configs/evaluate.yaml", "", [*common, *attacks, *words])
-    (report,), _ = load_reports("out/report.json")
+    (report,), _ = load_reports(f"{folder}/report.json")
     return report
 
 
@@ -378,6 +380,25 @@ def test_a_defence_that_must_be_fitted(judged, capsys):
     assert report.defence["parameters"]["means"] == pytest.approx(means.tolist(), rel=1e-4)
     told = {key: report.defence["fit_on"][key] for key in ("dataset", "split", "num_images")}
     assert told == {"dataset": "digits", "split": "train", "num_images": 7}
+
+
+def test_a_fitted_defence_is_saved_with_what_was_trained_and_found_there():
+    words = ["--defence", "strange_fitted.Calibrated", "--defence.strength", "9", "--prompts.design", "V",
+             "--prompts.vision_depth", "2", "--fit_images", "7"]  # fmt: skip
+    attack = {"class_path": "PGD", "init_args": {"num_steps": 1}}
+    train("TeCoA", *words, prompts={"num_vision_tokens": 1}, defence_evaluation={"attack": attack})
+    own, _ = load_reports("out/report.json")
+    assert [report.defence["name"] for report in own] == ["calibrated"] * 2
+    saved = DefendedClassifier.from_pretrained("out")
+    pixels, _ = tensors(images("train").first(7))
+    saved.set_classes(images().class_names, TEMPLATE)
+    with saved.classifier.prepared_for(images()), torch.no_grad():
+        means = saved.classifier(pixels).logits.mean(dim=0)
+        right = (saved.classifier(tensors(images())[0]).logits - 9 * means).argmax(dim=1) == tensors(images())[1]
+    assert saved.adapter.means == pytest.approx(means.tolist(), abs=1e-3)
+    report = evaluate("--model_name_or_path", "out", "--defence", "strange_fitted.Calibrated", folder="again")
+    assert report.defence["parameters"] == own[0].defence["parameters"]
+    assert report.clean_accuracy == pytest.approx(share(right))
 
 
 def test_a_detector(judged):
