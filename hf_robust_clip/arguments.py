@@ -37,6 +37,8 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         name = self.model_name_or_path
+        if not name:
+            raise ValueError("model_name_or_path='' must name a model.")
         if self.model_revision is not None and (name == EMBEDDED_MODEL or is_path(name)):
             raise ValueError(
                 f"model_revision={self.model_revision!r} does nothing for {name!r}, which is not read from the Hub."
@@ -298,6 +300,9 @@ class EvaluationRunArguments:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        for name, models in (("compare", list(self.compare)), ("reference", [self.reference])):
+            if "" in models:
+                raise ValueError(f"{name}={getattr(self, name)!r} holds an empty name; leave it out.")
         if self.overwrite and self.resume:
             raise ValueError("overwrite=true deletes what resume=true would go on from; choose one.")
         if self.defence is not None and self.reference is not None:

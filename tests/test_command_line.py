@@ -618,7 +618,7 @@ def test_flags_of_an_evaluation():
     )  # fmt: skip
     assert (found.model.model_name_or_path, found.model.model_revision) == ("org/robust", "abc")
     assert (found.reference, found.output_dir, found.template) == ("digits-clip", "here", "a {}")
-    assert found.checkpoints == ("org/robust", "org/other")
+    assert found.names == ["org/robust", "org/other", "digits-clip"]
     assert [(t.dataset, t.split, t.class_names, t.max_images) for t in found.tasks] == [
         ("my/pictures", "test", "names.txt", 7)
     ]

@@ -63,29 +63,24 @@ COMMAND = CommandLine(
 )
 
 
-@dataclass(frozen=True)
-class EvaluationRun:
-    """Everything an evaluation needs, checked."""
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRun(EvaluationRunArguments):
+    """What an evaluation is about, checked, and all else that it needs."""
 
+    output_dir: str
+    tasks: Sequence[Images]
     model: ModelArguments
-    checkpoints: tuple[str, ...]  # the one in question first, then those it is compared with
-    reference: str | None
-    template: str | None
     evaluations: tuple[EvaluationSettings, ...]
-    tasks: tuple[Images, ...]
-    defence: Defence | None
     defence_settings: tuple[str, ...]  # names of those that go before what a folder saved; none of them with a preset
     preset: str | None
     fit_on: Images | None
-    output_dir: str
-    use_cpu: bool
-    overwrite: bool
     source: dict[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
-        """All checkpoints, the reference last if it is none of the others."""
-        return list(dict.fromkeys([*self.checkpoints, *([self.reference] if self.reference else [])]))
+        """All checkpoints: that in question, those it is compared with, the reference if it is none of them."""
+        others = [*self.compare, *([self.reference] if self.reference else [])]
+        return list(dict.fromkeys([self.model.model_name_or_path, *others]))
 
     def revision_of(self, name: str) -> str | None:
         """Of a checkpoint: that which was asked for is of the one in question."""
@@ -129,12 +124,11 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
     made = given.made()
     model, data, about = (given.group(cls, made) for cls in (ModelArguments, DataArguments, EvaluationRunArguments))
     check_output(str(about.output_dir), model, about)
-    others = list(about.compare)
     name = model.model_name_or_path
-    unused.check_compared(name, others)
+    unused.check_compared(name, about.compare)
     reference = about.reference
     if reference is not None:
-        reference = next((own for own in (name, *others) if same_place(own, reference)), reference)
+        reference = next((own for own in (name, *about.compare) if same_place(own, reference)), reference)
     if about.template is not None:
         check_classes(["a class"], about.template)
     evaluations = made.evaluation.settings(defended=about.defence is not None)
@@ -146,19 +140,12 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
     tasks = _tasks(given, data, about)
     shared.check_tasks(tasks)
     return EvaluationRun(
+        **{**vars(about), "reference": reference, "tasks": tasks},
         model=model,
-        checkpoints=(name, *others),
-        reference=reference,
-        template=about.template,
         evaluations=evaluations,
-        tasks=tasks,
-        defence=about.defence,
         defence_settings=tuple(set(given.asked("defence.init_args") or ()) - {"preset"}),
         preset=given.presets.get("defence"),
         fit_on=_fit_on(given, made.fit_on, about.defence, tasks),
-        output_dir=str(about.output_dir),
-        use_cpu=about.use_cpu,
-        overwrite=about.overwrite,
         source=without_token_keys(given.settings),
     )
 
@@ -179,11 +166,12 @@ def _prepare_settings(file: dict[str, Any], options: dict[str, str]) -> None:
 
 def _tasks(given: Given, data: DataArguments, about: EvaluationRunArguments) -> tuple[Images, ...]:
     asked = [name for name in given.command.fields_of(DataArguments) if given.asked(name) is not None]
-    if given.asked("tasks") is not None and asked:
-        raise ValueError(f"{asked[0]}={given.asked(asked[0])!r} does nothing beside tasks; it goes with dataset_name.")
     if given.asked("tasks") is not None:
+        if asked:
+            told = f"{asked[0]}={given.asked(asked[0])!r}"
+            raise ValueError(f"{told} does nothing beside tasks; it goes with dataset_name.")
         return tuple(about.tasks or ())
-    if data.dataset_name is None:
+    if not data.dataset_name:
         raise ValueError("missing: dataset_name, or tasks; give what is evaluated on.")
     return (data.images(data.dataset_test_split),)
 
