@@ -283,7 +283,8 @@ class EvaluationRunArguments:
         compare: further checkpoints, shown beside.
         reference: an undefended checkpoint, which a working attack brings to about 0.
         defence: a test-time defence, a class with its settings as --defence.NAME. Where the model's folder holds one
-            of the same class, its statistics and settings are taken, save those given here.
+            of the same class, its statistics and settings are taken, save those given here. --fit_on.NAME says on
+            which other images it is fitted first.
         use_cpu: evaluate on the CPU, whatever else is there.
         overwrite: begin anew in a folder that holds a run.
         resume: go on with a run that was stopped.

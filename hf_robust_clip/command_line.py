@@ -12,7 +12,8 @@ import os
 import pkgutil
 import re
 import sys
-from argparse import ArgumentError
+import textwrap
+from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_loader, set_parsing_settings
 
 from .secrets import SHOWN, is_token_key, refuse_tokens, without_token_keys, without_tokens
 from .storage import check_text
@@ -30,6 +31,10 @@ from .typed_settings import check_numbers, parse_yaml, plain_value, read_text, t
 
 LONGEST_ERROR = 600
 RECIPES = "recipes"  # beside this file in a wheel, beside the package in a checkout
+
+
+class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's, which leaves the lines of a description as they are."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,13 @@ class CommandLine:
         set_loader("texts", typed_text, exceptions=(yaml.YAMLError, ValueError))
         set_parsing_settings(subclasses_enabled=[flag.base for flag in self.classes.values()])
         parser = ArgumentParser(
-            prog="hf-robust-clip", exit_on_error=False, parser_mode="texts",
-            allow_abbrev=False,
+            usage="%(prog)s [--config FILE] [--NAME VALUE ...]", formatter_class=HelpFormatter, exit_on_error=False,
+            parser_mode="texts", allow_abbrev=False,
         )  # fmt: skip
         parser.add_argument("--config", help="YAML file of these flags in place of the default one")
         parser.add_argument("--print_config", type=bool, default=False, help="print all settings as YAML and end")
-        helps: dict[str, str] = {}
+        helps = {prefix: f"all of {prefix}.NAME at once, as {{NAME: VALUE, ...}}" for prefix in self.groups}
+        helps |= {f"{flag}.help": "list the settings of such a class, and end" for flag in self.classes}
         for prefix, settings_classes in self.groups.items():
             for cls in settings_classes:
                 names = self.fields_of(cls, prefix)
@@ -99,8 +105,11 @@ class CommandLine:
                     cls, prefix or None, skip={f.name for f in fields(cls) if f.name not in names}, fail_untyped=False
                 )
                 helps |= {_dotted(prefix, name): text for name, text in helps_of(cls).items()}
+                parser._action_groups[-1].title = said_of(cls)
         for action in parser._actions:
-            action.help = helps.get(action.dest, action.help)
+            hidden = action.dest.endswith(".help") and action.dest not in helps
+            action.help = SUPPRESS if hidden else helps.get(action.dest, action.help)
+            action.required = False  # what is missing is named at once, in the end
         return parser
 
 
@@ -178,10 +187,12 @@ def read_command(
     """
     parser = command.parser
     if {"-h", "--help"} & set(words):
-        parser.description = description.strip()
-        parser.print_help()
-        raise SystemExit(0)
+        show_help(command, default_config, description)
     options = split_words(words, command)
+    for flag, kind in command.classes.items():
+        if f"{flag}.help" in options:
+            print(settings_of(flag, class_at(class_path(options[f"{flag}.help"], kind, flag))))
+            raise SystemExit(0)
     shows = options.pop("print_config", "false")
     if shows not in ("true", "false"):
         raise ValueError(f"--print_config {shows!r} must be true or false.")
@@ -237,7 +248,7 @@ def checked(
 
 def split_words(words: Sequence[str], command: CommandLine) -> dict[str, str]:
     """Flags with their values. A switch may stand without one."""
-    known = [action.dest for action in command.parser._actions]
+    known = [action.dest for action in command.parser._actions if action.help != SUPPRESS]
     switches = {"print_config", *(name for name, hint in command.hints.items() if hint is bool)}
     found: dict[str, str] = {}
     rest = list(words)
@@ -437,12 +448,40 @@ def preset_of(cls: type, preset: str, flag: str) -> Any:
     return known[preset]()
 
 
+def show_help(command: CommandLine, config: Path, description: str) -> NoReturn:
+    """Print all flags with their meaning, and those of the classes that a config names; and end."""
+    command.parser.description = description.strip()
+    command.parser.print_help()
+    file = parse_yaml(read_text(config), str(config))
+    for flag, kind in command.classes.items():
+        spec = _inner(file, flag)
+        spec = None if spec is None or kind.several else resolved(spec, kind, flag)
+        if isinstance(spec, dict):
+            print(f"\n{settings_of(flag, class_at(spec['class_path'], flag))}", end="")
+    raise SystemExit(0)
+
+
+def settings_of(flag: str, cls: type) -> str:
+    """The settings of a class as flags, with their meaning."""
+    lines, helps = [f"{cls.__name__}: {said_of(cls)}"], helps_of(cls)
+    for name, parameter in inspect.signature(cls).parameters.items():
+        default = "" if parameter.default is parameter.empty else f" (default: {parameter.default})"
+        text = f"{helps.get(name, '')}{default}".strip()
+        lines += [f"  --{flag}.{name}", *textwrap.wrap(text, 79, initial_indent=" " * 24, subsequent_indent=" " * 24)]
+    return "\n".join(lines) + "\n"
+
+
 def show(parser: ArgumentParser, values: Namespace) -> NoReturn:
     """Print all settings, with their defaults, as YAML, and end."""
     whole = parser.parse_object(values.as_dict()).as_dict()
     settings = without_token_keys({k: v for k, v in whole.items() if k not in ("config", "print_config")})
     print(without_tokens(yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)), end="")
     raise SystemExit(0)
+
+
+def said_of(cls: type) -> str:
+    """The first sentence of a class's docstring, without its full stop."""
+    return " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split()).partition(". ")[0].rstrip(".")
 
 
 def helps_of(cls: type) -> dict[str, str]:
