@@ -70,20 +70,14 @@ class CommandLine:
     required: Sequence[str]
     skip: frozenset[str] = frozenset()
 
-    @cached_property
-    def hints(self) -> dict[str, Any]:
-        """The types of all flags, by name."""
-        return {
-            _dotted(prefix, name): hint
-            for prefix, settings_classes in self.groups.items()
-            for cls in settings_classes
-            for name, hint in get_type_hints(cls).items()
-            if name in self.fields_of(cls, prefix)
-        }
-
     def fields_of(self, cls: type, prefix: str = "") -> list[str]:
         """The fields of a dataclass that have flags."""
         return [f.name for f in fields(cls) if f.init and _dotted(prefix, f.name) not in self.skip]
+
+    @cached_property
+    def hints(self) -> dict[str, Any]:
+        """The types of all flags, by name."""
+        return {action.dest: getattr(action, "_typehint", action.type) for action in self.parser._actions}
 
     @cached_property
     def parser(self) -> ArgumentParser:
@@ -236,7 +230,7 @@ def checked(
     settings = values.as_dict()
     for name, hint in command.hints.items():
         asked = _inner(settings, name)
-        if name in values and asked is None and not _takes_none(hint):
+        if name in values and asked is None and hint and not {Any, NoneType} & set(_options(hint)):
             raise ValueError(f"{name}=null must not be empty.")
         if isinstance(asked, dict) and any(option is dict or get_origin(option) is dict for option in _options(hint)):
             values[name] = settings[name] = plain_value(asked)
@@ -249,7 +243,7 @@ def checked(
 def split_words(words: Sequence[str], command: CommandLine) -> dict[str, str]:
     """Flags with their values. A switch may stand without one."""
     known = [action.dest for action in command.parser._actions if action.help != SUPPRESS]
-    switches = {"print_config", *(name for name, hint in command.hints.items() if hint is bool)}
+    switches = [name for name, hint in command.hints.items() if hint is bool]
     found: dict[str, str] = {}
     rest = list(words)
     while rest:
@@ -536,10 +530,6 @@ def _hints(cls: type) -> dict[str, Any]:
         return get_type_hints(cls)
     except NameError:  # a type that is imported for checkers alone
         return {}
-
-
-def _takes_none(hint: Any) -> bool:
-    return bool({Any, NoneType} & set(_options(hint)))
 
 
 def _inner(settings: Any, flag: str) -> Any:

@@ -13,7 +13,7 @@ from hf_robust_clip import BPDA, PMGAFT, cli
 from hf_robust_clip.attacks.named import suite_named
 from hf_robust_clip.command_line import class_path, packaged_config, read_command
 from hf_robust_clip.runs import evaluate, train
-from hf_robust_clip.runs.train import OBJECTIVE
+from hf_robust_clip.runs.train_settings import COMMAND, OBJECTIVE
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 DEFAULT = RECIPES / "configs/digits-clip/pmg_aft.yaml"
@@ -333,7 +333,7 @@ def test_help_lists_every_flag_with_its_meaning(script, monkeypatch, capsys):
     text = printed(lambda: runpy.run_path(str(script), run_name="__main__"), capsys)
     module = runpy.run_path(str(script))
     assert text.splitlines()[2] == module["__doc__"].splitlines()[0]
-    command = module.get("COMMAND") or (evaluate if script.stem == "evaluate" else train).COMMAND
+    command = module.get("COMMAND") or (evaluate.COMMAND if script.stem == "evaluate" else COMMAND)
     assert not [action.dest for action in command.parser._actions if not action.help]
     known = [name for prefix, classes in command.groups.items() for cls in classes
              for name in command.fields_of(cls, prefix)]  # fmt: skip

@@ -40,7 +40,6 @@ from ..storage import check_writable, write_text
 from ..threat_model import ThreatModel
 from ..zero_shot_data.fingerprint import dataset_digest
 from . import shared
-from .interruptions import one_line_errors
 from .shared import SUITES
 
 VIEW = ClassFlag(AttackView, ("hf_robust_clip.evaluation",))
@@ -111,11 +110,7 @@ class Measured:
 
 def main(words: Sequence[str], default_config: Path, description: str = "") -> None:
     """An evaluation as a command. A wrong setting ends it with one line and status 2."""
-    with one_line_errors():
-        run = read(words, default_config, description)
-        shared.quiet_loading()
-        with one_line_errors(lambda: left_by_evaluation(run.output_dir)):
-            evaluate(run)
+    shared.run_command(lambda: read(words, default_config, description), evaluate, left_by_evaluation)
 
 
 def read(words: Sequence[str], default_config: Path, description: str = "") -> EvaluationRun:

@@ -40,10 +40,7 @@ from ..training.preparation import classifier_in
 from ..training.trainer import RobustClipTrainer
 from ..zero_shot_data.loading import ImageDataset
 from . import shared
-from .interruptions import one_line_errors
-from .train_settings import COMMAND, OBJECTIVE, Method, TrainingRun, read
-
-__all__ = ["COMMAND", "OBJECTIVE", "Method", "TrainingRun", "main", "read", "train"]
+from .train_settings import Method, TrainingRun, read
 
 
 @dataclass(frozen=True)
@@ -101,11 +98,7 @@ class Measured:
 
 def main(words: Sequence[str], default_config: Path, description: str = "") -> None:
     """A training as a command. A wrong setting ends it with one line and status 2."""
-    with one_line_errors():
-        run = read(words, default_config, description)
-        shared.quiet_loading()
-        with one_line_errors(lambda: left_by_training(run.output_dir)):
-            train(run)
+    shared.run_command(lambda: read(words, default_config, description), train, left_by_training)
 
 
 def train(run: TrainingRun) -> list[RobustnessReport]:
