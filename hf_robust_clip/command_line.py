@@ -191,15 +191,14 @@ def read_command(
     if shows not in ("true", "false"):
         raise ValueError(f"--print_config {shows!r} must be true or false.")
     config = Path(options.pop("config", str(default_config)))
-    if not config.is_file():
-        raise OSError(f"--config {str(config)!r} is not a file.")
-    file = parse_yaml(read_text(config), str(config)) or {}
-    if not isinstance(file, dict):
-        raise ValueError(f"{config} must hold keys, such as output_dir.")
+    file = read_file(config)
     for told in (file, options):
         refuse_tokens(told, "settings")
         check_text(told, "settings")
     file = known_settings(file, command, f"key in {config.name}")
+    for group in set(command.groups) & set(options):  # here, since jsonargparse would take a file's name too
+        file.pop(group, None)
+        file |= known_settings({group: typed_text(options.pop(group))}, command, "setting")
     prepare(file, options)
     settled = {flag: settle_class(flag, kind, file, options) for flag, kind in command.classes.items()}
     presets = {flag: preset for flag, preset in settled.items() if preset is not None}
@@ -219,6 +218,16 @@ def read_command(
     if missing:
         raise ValueError(f"missing: {', '.join(missing)}; give them as flags, or in the YAML file.")
     return given
+
+
+def read_file(config: Path) -> dict[str, Any]:
+    """The settings of a YAML file. Raises OSError if there is none, ValueError for one that is no mapping."""
+    if not config.is_file():
+        raise OSError(f"--config {str(config)!r} is not a file.")
+    file = parse_yaml(read_text(config), str(config)) or {}
+    if not isinstance(file, dict):
+        raise ValueError(f"{config} must hold keys, such as output_dir.")
+    return file
 
 
 def checked(
@@ -446,7 +455,7 @@ def show_help(command: CommandLine, config: Path, description: str) -> NoReturn:
     """Print all flags with their meaning, and those of the classes that a config names; and end."""
     command.parser.description = description.strip()
     command.parser.print_help()
-    file = parse_yaml(read_text(config), str(config))
+    file = read_file(config)
     for flag, kind in command.classes.items():
         spec = _inner(file, flag)
         spec = None if spec is None or kind.several else resolved(spec, kind, flag)

@@ -25,6 +25,8 @@ BOTH = [
     ("evaluation: {radi: [1/255]}", "'evaluation.radi'; did you mean 'evaluation.radii'"),
     ("epoch: 1", "'epoch'"),
     ("evaluation: 5", "evaluation='5'"),
+    ("--evaluation strange.py", "evaluation='strange.py'"),
+    ("--evaluation {radi:[1]}", "did you mean 'evaluation.radii'"),
     ("--evaluation.batch_size many", "evaluation.batch_size.*many"),
     ("evaluation: {radii: [1/255], batch_size: many}", "evaluation.batch_size.*many"),
     ("--use_cpu perhaps", "use_cpu.*perhaps"),
