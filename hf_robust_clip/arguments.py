@@ -37,6 +37,8 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         name = self.model_name_or_path
+        if not name:
+            raise ValueError("model_name_or_path='' must name a model.")
         if self.model_revision is not None and (name == EMBEDDED_MODEL or is_path(name)):
             raise ValueError(
                 f"model_revision={self.model_revision!r} does nothing for {name!r}, which is not read from the Hub."
@@ -111,6 +113,12 @@ class Images(PictureArguments):
         super().__post_init__()
         if self.dataset == "digits" and self.data_root is not None:
             raise ValueError(f"data_root={self.data_root!r} does nothing for digits, which come with scikit-learn.")
+
+    def overlaps(self, other: Images) -> bool:
+        """Whether both take pictures of the same split, and of a class in common where both choose classes."""
+        places = {(i.dataset, i.data_root, i.config, i.revision, i.split) for i in (self, other)}
+        chosen = [set(i.classes) for i in (self, other) if i.classes is not None]
+        return len(places) == 1 and (len(chosen) < 2 or bool(chosen[0] & chosen[1]))
 
 
 @dataclass(frozen=True)
@@ -275,7 +283,8 @@ class EvaluationRunArguments:
         compare: further checkpoints, shown beside.
         reference: an undefended checkpoint, which a working attack brings to about 0.
         defence: a test-time defence, a class with its settings as --defence.NAME. Where the model's folder holds one
-            of the same class, its statistics and settings are taken, save those given here.
+            of the same class, its statistics and settings are taken, save those given here. --fit_on.NAME says on
+            which other images it is fitted first.
         use_cpu: evaluate on the CPU, whatever else is there.
         overwrite: begin anew in a folder that holds a run.
         resume: go on with a run that was stopped.
@@ -292,6 +301,9 @@ class EvaluationRunArguments:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        for name, models in (("compare", list(self.compare)), ("reference", [self.reference])):
+            if "" in models:
+                raise ValueError(f"{name}={getattr(self, name)!r} holds an empty name; leave it out.")
         if self.overwrite and self.resume:
             raise ValueError("overwrite=true deletes what resume=true would go on from; choose one.")
         if self.defence is not None and self.reference is not None:

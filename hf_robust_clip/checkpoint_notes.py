@@ -36,6 +36,11 @@ def trained_templates(name: str, revision: str | None = None) -> tuple[str, ...]
     return () if defence is None else _templates(defence.get("templates") or [], name, "adaptation.json")
 
 
+def holds_defence(name: str, revision: str | None = None) -> bool:
+    """Whether a test-time defence was saved in a folder or on the Hub. Raises OSError if the Hub can't be asked."""
+    return _content(name, "adaptation.json", revision) is not None
+
+
 def known_templates(name: str, revision: str | None = None) -> tuple[str, ...]:
     """`trained_templates`, for a remark alone: none where nobody can be asked."""
     try:

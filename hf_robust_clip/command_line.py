@@ -6,15 +6,14 @@ switches without a value, names of classes without their module, presets of clas
 
 from __future__ import annotations
 
-import copy
 import difflib
 import inspect
-import json
 import os
 import pkgutil
 import re
 import sys
-from argparse import ArgumentError
+import textwrap
+from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
@@ -24,7 +23,7 @@ from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_loader, set_parsing_settings
 
 from .secrets import SHOWN, is_token_key, refuse_tokens, without_token_keys, without_tokens
 from .storage import check_text
@@ -32,6 +31,10 @@ from .typed_settings import check_numbers, parse_yaml, plain_value, read_text, t
 
 LONGEST_ERROR = 600
 RECIPES = "recipes"  # beside this file in a wheel, beside the package in a checkout
+
+
+class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's, which leaves the lines of a description as they are."""
 
 
 @dataclass(frozen=True)
@@ -67,20 +70,14 @@ class CommandLine:
     required: Sequence[str]
     skip: frozenset[str] = frozenset()
 
-    @cached_property
-    def hints(self) -> dict[str, Any]:
-        """The types of all flags, by name."""
-        return {
-            _dotted(prefix, name): hint
-            for prefix, settings_classes in self.groups.items()
-            for cls in settings_classes
-            for name, hint in get_type_hints(cls).items()
-            if name in self.fields_of(cls, prefix)
-        }
-
     def fields_of(self, cls: type, prefix: str = "") -> list[str]:
         """The fields of a dataclass that have flags."""
         return [f.name for f in fields(cls) if f.init and _dotted(prefix, f.name) not in self.skip]
+
+    @cached_property
+    def hints(self) -> dict[str, Any]:
+        """The types of all flags, by name."""
+        return {action.dest: getattr(action, "_typehint", action.type) for action in self.parser._actions}
 
     @cached_property
     def parser(self) -> ArgumentParser:
@@ -88,12 +85,13 @@ class CommandLine:
         set_loader("texts", typed_text, exceptions=(yaml.YAMLError, ValueError))
         set_parsing_settings(subclasses_enabled=[flag.base for flag in self.classes.values()])
         parser = ArgumentParser(
-            prog="hf-robust-clip", exit_on_error=False, parser_mode="texts",
-            allow_abbrev=False,
+            usage="%(prog)s [--config FILE] [--NAME VALUE ...]", formatter_class=HelpFormatter, exit_on_error=False,
+            parser_mode="texts", allow_abbrev=False,
         )  # fmt: skip
         parser.add_argument("--config", help="YAML file of these flags in place of the default one")
         parser.add_argument("--print_config", type=bool, default=False, help="print all settings as YAML and end")
-        helps: dict[str, str] = {}
+        helps = {prefix: f"all of {prefix}.NAME at once, as {{NAME: VALUE, ...}}" for prefix in self.groups}
+        helps |= {f"{flag}.help": "list the settings of such a class, and end" for flag in self.classes}
         for prefix, settings_classes in self.groups.items():
             for cls in settings_classes:
                 names = self.fields_of(cls, prefix)
@@ -101,8 +99,11 @@ class CommandLine:
                     cls, prefix or None, skip={f.name for f in fields(cls) if f.name not in names}, fail_untyped=False
                 )
                 helps |= {_dotted(prefix, name): text for name, text in helps_of(cls).items()}
+                parser._action_groups[-1].title = said_of(cls)
         for action in parser._actions:
-            action.help = helps.get(action.dest, action.help)
+            hidden = action.dest.endswith(".help") and action.dest not in helps
+            action.help = SUPPRESS if hidden else helps.get(action.dest, action.help)
+            action.required = False  # what is missing is named at once, in the end
         return parser
 
 
@@ -180,45 +181,53 @@ def read_command(
     """
     parser = command.parser
     if {"-h", "--help"} & set(words):
-        parser.description = description.strip()
-        parser.print_help()
-        raise SystemExit(0)
-    options = split_words(words, parser, command)
-    shows = options.pop("print_config", "false") == "true"
+        show_help(command, default_config, description)
+    options = split_words(words, command)
+    for flag, kind in command.classes.items():
+        if f"{flag}.help" in options:
+            print(settings_of(flag, class_at(class_path(options[f"{flag}.help"], kind, flag))))
+            raise SystemExit(0)
+    shows = options.pop("print_config", "false")
+    if shows not in ("true", "false"):
+        raise ValueError(f"--print_config {shows!r} must be true or false.")
     config = Path(options.pop("config", str(default_config)))
-    if not config.is_file():
-        raise OSError(f"--config {str(config)!r} is not a file.")
-    file = parse_yaml(read_text(config), str(config)) or {}
-    if not isinstance(file, dict):
-        raise ValueError(f"{config} must hold keys, such as output_dir.")
+    file = read_file(config)
     for told in (file, options):
         refuse_tokens(told, "settings")
         check_text(told, "settings")
-    for key in file:
-        check_known(key, parser, command, f"key in {config.name}")
+    file = known_settings(file, command, f"key in {config.name}")
+    for group in set(command.groups) & set(options):  # here, since jsonargparse would take a file's name too
+        file.pop(group, None)
+        file |= known_settings({group: typed_text(options.pop(group))}, command, "setting")
     prepare(file, options)
-    presets = {}
-    for flag, kind in command.classes.items():
-        preset = settle_class(flag, kind, file, options)
-        if preset is not None:
-            presets[flag] = preset
+    settled = {flag: settle_class(flag, kind, file, options) for flag, kind in command.classes.items()}
+    presets = {flag: preset for flag, preset in settled.items() if preset is not None}
     for flag in options:
         _drop(file, flag)  # jsonargparse would put lists and mappings of both together
     hidden = [str(value) for told in (file, options) for key, value in told.items() if is_token_key(key) and value]
-    values = parsed(lambda: parser.parse_object(file, defaults=False), hidden, str(config))
+    values = parsed(lambda: parser.parse_object(file, defaults=False), hidden, f"{config}: ")
     flags = [f"--{key}={text}" for key, text in options.items()]
-    values = parsed(lambda: parser.parse_args(flags, namespace=values, defaults=False), hidden, "")
-    written = {flag: typed_text(text) for flag, text in options.items()}
-    settings = checked(values, file, written, command)
-    if shows:
+    values = parsed(lambda: parser.parse_args(flags, namespace=values, defaults=False), hidden)
+    settings = checked(values, file, {flag: typed_text(text) for flag, text in options.items()}, command)
+    if shows == "true":
         show(parser, values)
-    for flag, name in presets.items():
-        settings = _with(settings, f"{flag}.init_args.preset", name)
+    for flag, preset in presets.items():
+        _put(settings, f"{flag}.init_args.preset", preset)
     given = Given(settings, values, presets, parser, command)
     missing = [flag for flag in command.required if given.asked(flag) in (None, "", [], ())]
     if missing:
         raise ValueError(f"missing: {', '.join(missing)}; give them as flags, or in the YAML file.")
     return given
+
+
+def read_file(config: Path) -> dict[str, Any]:
+    """The settings of a YAML file. Raises OSError if there is none, ValueError for one that is no mapping."""
+    if not config.is_file():
+        raise OSError(f"--config {str(config)!r} is not a file.")
+    file = parse_yaml(read_text(config), str(config)) or {}
+    if not isinstance(file, dict):
+        raise ValueError(f"{config} must hold keys, such as output_dir.")
+    return file
 
 
 def checked(
@@ -230,7 +239,7 @@ def checked(
     settings = values.as_dict()
     for name, hint in command.hints.items():
         asked = _inner(settings, name)
-        if name in values and asked is None and not _takes_none(hint):
+        if name in values and asked is None and hint and not {Any, NoneType} & set(_options(hint)):
             raise ValueError(f"{name}=null must not be empty.")
         if isinstance(asked, dict) and any(option is dict or get_origin(option) is dict for option in _options(hint)):
             values[name] = settings[name] = plain_value(asked)
@@ -240,10 +249,10 @@ def checked(
     return settings
 
 
-def split_words(words: Sequence[str], parser: ArgumentParser, command: CommandLine) -> dict[str, str]:
+def split_words(words: Sequence[str], command: CommandLine) -> dict[str, str]:
     """Flags with their values. A switch may stand without one."""
-    switches = {action.dest for action in parser._actions if getattr(action, "_typehint", None) is bool}
-    switches |= {name for name, hint in command.hints.items() if hint is bool} | {"print_config"}
+    known = [action.dest for action in command.parser._actions if action.help != SUPPRESS]
+    switches = [name for name, hint in command.hints.items() if hint is bool]
     found: dict[str, str] = {}
     rest = list(words)
     while rest:
@@ -251,7 +260,8 @@ def split_words(words: Sequence[str], parser: ArgumentParser, command: CommandLi
         if not word.startswith("--"):
             raise ValueError(f"{word!r} stands alone; options are written --name VALUE.")
         key, equals, value = word[2:].partition("=")
-        check_known(key, parser, command, f"option --{key}", typed=True)
+        if key not in known and not any(key.startswith(f"{flag}.") for flag in command.classes):
+            raise ValueError(f"unknown option --{key}; {nearest(key, known)}")
         if not equals:
             alone = not rest or rest[0].startswith("--")
             if alone and key not in switches:
@@ -263,32 +273,37 @@ def split_words(words: Sequence[str], parser: ArgumentParser, command: CommandLi
     return found
 
 
-def check_known(key: Any, parser: ArgumentParser, command: CommandLine, what: str, typed: bool = False) -> None:
-    """Raise ValueError, with the nearest known name, for a flag or key that there is none of."""
-    known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
-    groups = [prefix for prefix in command.groups if prefix]
-    if typed:
-        parts = str(key).split(".")
-        inside = [".".join(parts[:n]) for n in range(1, len(parts))]
-        if any(prefix in command.classes for prefix in inside) or key in ("config", "help"):
-            return
-    else:
-        known = [name for name in known if "." not in name] + groups
-    if key not in known:
-        near = difflib.get_close_matches(str(key), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "--help lists all."
-        raise ValueError(f"unknown {what}: {key!r}; {hint}")
+def known_settings(file: Mapping[Any, Any], command: CommandLine, what: str) -> dict[str, Any]:
+    """The settings of a file, without groups that it leaves empty. Raises ValueError for keys that there are no flags
+    of, and a group that is none.
+    """
+    flags = [action.dest for action in command.parser._actions if action.dest not in ("help", "config")]
+    for key, value in file.items():
+        names, group = {key: [flag for flag in flags if "." not in flag]}, key in command.groups
+        if group and value is not None:
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{key}={value!r} must hold settings by their names.")
+            names |= {f"{key}.{inner}": flags for inner in value}
+        for name, known in names.items():
+            if name not in known:
+                raise ValueError(f"unknown {what}: {name!r}; {nearest(name, known)}")
+    return {key: value for key, value in file.items() if key not in command.groups or value is not None}
 
 
-def parsed(parse: Callable[[], Namespace], hidden: Iterable[str], where: str) -> Namespace:
+def nearest(name: Any, known: Iterable[str], otherwise: str = "--help lists all.") -> str:
+    """A hint at the known name that a wrong one is nearest to."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise
+
+
+def parsed(parse: Callable[[], Namespace], hidden: Iterable[str], where: str = "") -> Namespace:
     """What jsonargparse makes of something; its errors in one line, without the values of tokens."""
     try:
         return parse()
     except (ArgumentError, ValueError, TypeError, KeyError) as error:
-        line = one_line(str(error))
+        line = where + one_line(str(error))
         for text in hidden:
             line = line.replace(text, SHOWN)
-        line = f"{where}: {line}" if where else line
         raise ValueError(without_tokens(line[:LONGEST_ERROR])) from None
 
 
@@ -313,45 +328,34 @@ def settle_class(flag: str, kind: ClassFlag, file: dict[str, Any], options: dict
 
     Where the flags name another class than the file, the file's settings of its own class go.
     """
-    spec, text = _inner(file, flag), options.get(flag)
+    spec, text = _inner(file, flag), options.pop(flag, None)
+    told = spec if text is None else None if text == "null" else typed_text(text)
     if kind.several:
-        if isinstance(spec, list):
-            _put(file, flag, [resolved(inner, kind, flag) for inner in spec])
-        if text is not None:
-            own = typed_text(text)
-            both = [resolved(inner, kind, flag) for inner in (own if isinstance(own, list) else [own])]
-            options[flag] = json.dumps(both)
+        if told is not None:
+            told = [resolved(inner, kind, flag) for inner in (told if isinstance(told, list) else [told])]
+        if spec is not None or text is not None:
+            _put(file, flag, told)
         return None
-    if spec is not None:
-        spec = resolved(spec, kind, flag)
+    before, spec = [None if one is None else resolved(one, kind, flag) for one in (spec, told)]
+    if isinstance(before, dict) and isinstance(spec, dict) and spec == {"class_path": before["class_path"]}:
+        spec = before
+    if before is not None or text is not None:
         _put(file, flag, spec)
-    if text is not None and text != "null":
-        own = resolved(typed_text(text), kind, flag)
-        if isinstance(own, str):
-            _put(file, flag, spec := None)
-            options[flag] = own
-        elif "init_args" in own or not isinstance(spec, dict) or own["class_path"] != spec["class_path"]:
-            _put(file, flag, spec := own)
-            del options[flag]
-        else:
-            del options[flag]
-    arguments = (spec.get("init_args") if isinstance(spec, dict) else None) or {}
+    nested = [key for key in options if key.startswith(f"{flag}.")]
+    if not isinstance(spec, dict):
+        if nested:
+            raise ValueError(f"--{nested[0]} is a setting of a class; give --{flag} CLASS.")
+        return None
+    arguments = spec.get("init_args") or {}
     if not isinstance(arguments, dict):
         raise ValueError(f"{flag}.init_args={arguments!r} must hold the settings of the class.")
     preset = arguments.pop("preset", None)
     preset = options.pop(f"{flag}.preset", preset)
-    own_flags = [key for key in options if key.startswith(f"{flag}.")]
-    if own_flags and not isinstance(spec, dict):
-        raise ValueError(f"--{own_flags[0]} is a setting of a class; give --{flag} CLASS.")
-    if isinstance(spec, dict):
-        cls = class_at(spec["class_path"], flag)
-        check_arguments(flag, cls, arguments)
-        for key in own_flags:
-            nested: dict[str, Any] = {}
-            _put(nested, key.removeprefix(f"{flag}."), typed_text(options[key]))
-            check_arguments(flag, cls, nested)
-    if spec is None:
-        _drop(file, flag)
+    asked: dict[str, Any] = {}
+    for key in set(nested) & set(options):
+        _put(asked, key.removeprefix(f"{flag}."), typed_text(options[key]))
+    for settings in (arguments, asked):
+        check_arguments(flag, class_at(spec["class_path"], flag), settings)
     return None if preset == "null" else preset
 
 
@@ -360,8 +364,7 @@ def check_arguments(flag: str, cls: type, arguments: Mapping[str, Any]) -> None:
     known = list(inspect.signature(cls).parameters)
     for name, value in arguments.items():
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}."
+            hint = nearest(name, known, f"known: {', '.join(known) or 'none'}.")
             raise ValueError(f"unknown setting {flag}.{name}: {cls.__name__} has no {name!r}; {hint}")
         inside = next((own for own in _options(_hints(cls).get(name)) if is_dataclass(own)), None)
         if isinstance(value, Mapping) and isinstance(inside, type) and "class_path" not in value:
@@ -396,9 +399,9 @@ def class_path(name: str, kind: ClassFlag, flag: str) -> str:
         known = classes_in(kind)
         found = next((cls for own, cls in known.items() if plain_name(own) == plain_name(name)), None)
         if found is None:
-            near = difflib.get_close_matches(plain_name(name), [plain_name(own) for own in known], n=1)
-            hint = next((f"did you mean {own!r}?" for own in known if near == [plain_name(own)]), None)
-            hint = hint or f"known: {', '.join(known)}, or the dotted path of your own."
+            near = difflib.get_close_matches(plain_name(name), {plain_name(own): own for own in known}, n=1)
+            own = [own for own in known if plain_name(own) in near]
+            hint = nearest(own[0], own) if own else f"known: {', '.join(known)}, or the dotted path of your own."
             raise ValueError(f"{flag}={name!r} is unknown; {hint}")
         return f"{found.__module__}.{found.__qualname__}"
     found = class_at(name, flag)
@@ -415,7 +418,7 @@ def class_at(path: str, flag: str = "class") -> Any:
     sys.path.append(os.getcwd())
     try:
         return getattr(import_module(module), name)
-    except Exception as error:  # whatever the module brings up
+    except (Exception, SystemExit) as error:  # whatever the module brings up
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{flag}={path!r} can't be imported ({why}); give package.module.Class.") from None
     finally:
@@ -448,12 +451,40 @@ def preset_of(cls: type, preset: str, flag: str) -> Any:
     return known[preset]()
 
 
+def show_help(command: CommandLine, config: Path, description: str) -> NoReturn:
+    """Print all flags with their meaning, and those of the classes that a config names; and end."""
+    command.parser.description = description.strip()
+    command.parser.print_help()
+    file = read_file(config)
+    for flag, kind in command.classes.items():
+        spec = _inner(file, flag)
+        spec = None if spec is None or kind.several else resolved(spec, kind, flag)
+        if isinstance(spec, dict):
+            print(f"\n{settings_of(flag, class_at(spec['class_path'], flag))}", end="")
+    raise SystemExit(0)
+
+
+def settings_of(flag: str, cls: type) -> str:
+    """The settings of a class as flags, with their meaning."""
+    lines, helps = [f"{cls.__name__}: {said_of(cls)}"], helps_of(cls)
+    for name, parameter in inspect.signature(cls).parameters.items():
+        default = "" if parameter.default is parameter.empty else f" (default: {parameter.default})"
+        text = f"{helps.get(name, '')}{default}".strip()
+        lines += [f"  --{flag}.{name}", *textwrap.wrap(text, 79, initial_indent=" " * 24, subsequent_indent=" " * 24)]
+    return "\n".join(lines) + "\n"
+
+
 def show(parser: ArgumentParser, values: Namespace) -> NoReturn:
     """Print all settings, with their defaults, as YAML, and end."""
     whole = parser.parse_object(values.as_dict()).as_dict()
     settings = without_token_keys({k: v for k, v in whole.items() if k not in ("config", "print_config")})
     print(without_tokens(yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)), end="")
     raise SystemExit(0)
+
+
+def said_of(cls: type) -> str:
+    """The first sentence of a class's docstring, without its full stop."""
+    return " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split()).partition(". ")[0].rstrip(".")
 
 
 def helps_of(cls: type) -> dict[str, str]:
@@ -484,8 +515,7 @@ def packaged_config(name: str) -> Path:
         if own in known:
             return known[own]
     short = [own.removeprefix("digits-clip/") for own in known]
-    near = difflib.get_close_matches(name, [*known, *short], n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(own for own in short if '/' not in own)}."
+    hint = nearest(name, [*known, *short], f"known: {', '.join(own for own in short if '/' not in own)}.")
     raise ValueError(f"there is no config {name!r}; {hint}")
 
 
@@ -509,10 +539,6 @@ def _hints(cls: type) -> dict[str, Any]:
         return get_type_hints(cls)
     except NameError:  # a type that is imported for checkers alone
         return {}
-
-
-def _takes_none(hint: Any) -> bool:
-    return bool({Any, NoneType} & set(_options(hint)))
 
 
 def _inner(settings: Any, flag: str) -> Any:
@@ -540,12 +566,6 @@ def _drop(settings: Any, flag: str) -> None:
         settings = settings.get("init_args")
     if isinstance(settings, dict):
         settings.pop(last, None)
-
-
-def _with(settings: dict[str, Any], flag: str, value: Any) -> dict[str, Any]:
-    changed = copy.deepcopy(settings)
-    _put(changed, flag, value)
-    return changed
 
 
 def _plain(value: Any) -> Any:

@@ -40,7 +40,9 @@ TRAINERS = ("training_args.bin", "pytorch_model*.bin", "adapter_model.bin", "opt
             "rng_state*.pth")  # fmt: skip
 RESUMED = ("trainer_state.json", "training_run.json", "*.distcp", ".metadata")
 FITTED = re.compile(r"[\w-]+\.safetensors")  # what a defence learned, beside its settings
-STATE = re.compile(r"[^/]+-[0-9a-f]{8}/state-\d+\.jsonl|statistics/[^/]+/state-\d+\.safetensors")
+STATE = re.compile(
+    r"[^/]+-[0-9a-f]{8}/state-\d+\.jsonl|statistics/[^/]+/state-\d+\.safetensors|fit/[^/]+-[0-9a-f]{8}/.+"
+)
 WHOLE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 ADAPTER_WEIGHTS = ("adapter_model.*",)
 TEXTS = (".json", ".yaml", ".yml", ".md", ".txt", ".csv")
@@ -318,7 +320,7 @@ def clear_checkpoint(place: Path) -> None:
 
 
 def clear_states(folder: str | Path) -> None:
-    """Delete the states of evaluations and of statistics, by their files' names."""
+    """Delete the states of evaluations and of what is fitted, by their files' names."""
     delete(Path(folder).resolve() / "state", STATE.fullmatch)
 
 

@@ -9,11 +9,12 @@ complete checkpoint (config, safetensors, tokenizer, image processor) that plain
 import json
 import math
 import random
-from dataclasses import dataclass
+import sys
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,6 +38,8 @@ from hf_robust_clip import (
     RobustClipTrainer,
     load_image_dataset,
 )
+from hf_robust_clip.command_line import CommandLine, read_command
+from hf_robust_clip.runs.interruptions import one_line_errors
 from hf_robust_clip.training.checkpoints import NothingToResume
 from hf_robust_clip.zero_shot_data.dataset import ImageDataset
 
@@ -93,6 +96,10 @@ class Settings:
         if isinstance(self.steps, int):
             return [(self.steps, max(rates))]
         return list(zip(self.steps, rates, strict=True))
+
+
+REQUIRED = [field.name for field in fields(Settings) if field.default is MISSING]
+COMMAND = CommandLine({"": (Settings,)}, {}, REQUIRED)
 
 
 class CaptionedPictures(Dataset):
@@ -254,11 +261,10 @@ def pretrain(settings: Settings) -> CLIPForZeroShotClassification:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--config", action="config", help="A YAML file of the settings below.")
-    parser.add_class_arguments(Settings)
-    values = parser.instantiate(parser.parse_args())
-    pretrain(Settings(**{name: value for name, value in vars(values).items() if name != "config"}))
+    with one_line_errors():
+        default = Path(__file__).parent / "configs/digits-clip/pretrain.yaml"
+        given = read_command(COMMAND, sys.argv[1:], default, __doc__ or "")
+        pretrain(given.group(Settings, given.made()))
 
 
 if __name__ == "__main__":

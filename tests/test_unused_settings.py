@@ -66,7 +66,7 @@ TRAINING = [
     ("pmg_aft", "--evaluation.attack AdaptiveWorst", "evaluation.attack AdaptiveWorst"),
     ("pmg_aft", "--evaluation.eot 4", "evaluation.eot"),
     ("tapt", "--evaluation.eot 4", "evaluation.eot"),
-    ("pmg_aft", "--evaluation.attacks [pgd-3]", "'evaluation.attacks'"),
+    ("pmg_aft", "--evaluation.attacks [pgd-3]", "--evaluation.attacks"),
     ("pmg_aft", "--fit_images 9", "fit_images=9 defence"),
     ("pmg_aft", "--defence_evaluation.eot 2", "defence_evaluation --defence"),
     ("tapt", "--defence_evaluation.presets [paper]", "presets 'paper'"),

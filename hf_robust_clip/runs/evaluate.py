@@ -21,7 +21,7 @@ from ..arguments import (
     check_folder,
 )
 from ..attacks.suites import Suite
-from ..checkpoint_notes import known_templates, other_prompt, quoted, trained_templates
+from ..checkpoint_notes import holds_defence, known_templates, other_prompt, quoted, trained_templates
 from ..command_line import ClassFlag, CommandLine, Given, read_command
 from ..defences.base import Defence
 from ..defences.defended import DefendedClassifier
@@ -38,8 +38,8 @@ from ..saving import Saving, left_by_evaluation
 from ..secrets import without_token_keys
 from ..storage import check_writable, write_text
 from ..threat_model import ThreatModel
+from ..zero_shot_data.fingerprint import dataset_digest
 from . import shared
-from .interruptions import one_line_errors
 from .shared import SUITES
 
 VIEW = ClassFlag(AttackView, ("hf_robust_clip.evaluation",))
@@ -47,6 +47,7 @@ COMMAND = CommandLine(
     groups={
         "": (ModelArguments, DataArguments, EvaluationRunArguments),
         "evaluation": (EvaluationArguments,),
+        "fit_on": (Images,),
     },
     classes={
         "defence": ClassFlag(Defence, ("hf_robust_clip.defences",)),
@@ -55,32 +56,30 @@ COMMAND = CommandLine(
         "evaluation.view": VIEW,
     },
     required=("output_dir", "evaluation.radii"),
-    skip=frozenset(["use_peft", "lora_r", "lora_alpha", "dataset_train_split", "augment"]),
+    skip=frozenset(
+        ["use_peft", "lora_r", "lora_alpha", "dataset_train_split", "augment", "fit_on.augment", "fit_on.name"]
+    ),
 )
 
 
-@dataclass(frozen=True)
-class EvaluationRun:
-    """Everything an evaluation needs, checked."""
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRun(EvaluationRunArguments):
+    """What an evaluation is about, checked, and all else that it needs."""
 
+    output_dir: str
+    tasks: Sequence[Images]
     model: ModelArguments
-    checkpoints: tuple[str, ...]  # the one in question first, then those it is compared with
-    reference: str | None
-    template: str | None
     evaluations: tuple[EvaluationSettings, ...]
-    tasks: tuple[Images, ...]
-    defence: Defence | None
     defence_settings: tuple[str, ...]  # names of those that go before what a folder saved; none of them with a preset
     preset: str | None
-    output_dir: str
-    use_cpu: bool
-    overwrite: bool
+    fit_on: Images | None
     source: dict[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
-        """All checkpoints, the reference last if it is none of the others."""
-        return list(dict.fromkeys([*self.checkpoints, *([self.reference] if self.reference else [])]))
+        """All checkpoints: that in question, those it is compared with, the reference if it is none of them."""
+        others = [*self.compare, *([self.reference] if self.reference else [])]
+        return list(dict.fromkeys([self.model.model_name_or_path, *others]))
 
     def revision_of(self, name: str) -> str | None:
         """Of a checkpoint: that which was asked for is of the one in question."""
@@ -111,11 +110,7 @@ class Measured:
 
 def main(words: Sequence[str], default_config: Path, description: str = "") -> None:
     """An evaluation as a command. A wrong setting ends it with one line and status 2."""
-    with one_line_errors():
-        run = read(words, default_config, description)
-        shared.quiet_loading()
-        with one_line_errors(lambda: left_by_evaluation(run.output_dir)):
-            evaluate(run)
+    shared.run_command(lambda: read(words, default_config, description), evaluate, left_by_evaluation)
 
 
 def read(words: Sequence[str], default_config: Path, description: str = "") -> EvaluationRun:
@@ -124,12 +119,11 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
     made = given.made()
     model, data, about = (given.group(cls, made) for cls in (ModelArguments, DataArguments, EvaluationRunArguments))
     check_output(str(about.output_dir), model, about)
-    others = list(about.compare)
     name = model.model_name_or_path
-    unused.check_compared(name, others)
+    unused.check_compared(name, about.compare)
     reference = about.reference
     if reference is not None:
-        reference = next((own for own in (name, *others) if same_place(own, reference)), reference)
+        reference = next((own for own in (name, *about.compare) if same_place(own, reference)), reference)
     if about.template is not None:
         check_classes(["a class"], about.template)
     evaluations = made.evaluation.settings(defended=about.defence is not None)
@@ -141,18 +135,12 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
     tasks = _tasks(given, data, about)
     shared.check_tasks(tasks)
     return EvaluationRun(
+        **{**vars(about), "reference": reference, "tasks": tasks},
         model=model,
-        checkpoints=(name, *others),
-        reference=reference,
-        template=about.template,
         evaluations=evaluations,
-        tasks=tasks,
-        defence=about.defence,
         defence_settings=tuple(set(given.asked("defence.init_args") or ()) - {"preset"}),
         preset=given.presets.get("defence"),
-        output_dir=str(about.output_dir),
-        use_cpu=about.use_cpu,
-        overwrite=about.overwrite,
+        fit_on=_fit_on(given, made.fit_on, about.defence, tasks),
         source=without_token_keys(given.settings),
     )
 
@@ -173,13 +161,40 @@ def _prepare_settings(file: dict[str, Any], options: dict[str, str]) -> None:
 
 def _tasks(given: Given, data: DataArguments, about: EvaluationRunArguments) -> tuple[Images, ...]:
     asked = [name for name in given.command.fields_of(DataArguments) if given.asked(name) is not None]
-    if given.asked("tasks") is not None and asked:
-        raise ValueError(f"{asked[0]}={given.asked(asked[0])!r} does nothing beside tasks; it goes with dataset_name.")
     if given.asked("tasks") is not None:
+        if asked:
+            told = f"{asked[0]}={given.asked(asked[0])!r}"
+            raise ValueError(f"{told} does nothing beside tasks; it goes with dataset_name.")
         return tuple(about.tasks or ())
-    if data.dataset_name is None:
+    if not data.dataset_name:
         raise ValueError("missing: dataset_name, or tasks; give what is evaluated on.")
     return (data.images(data.dataset_test_split),)
+
+
+def _fit_on(given: Given, images: Images, defence: Defence | None, tasks: Sequence[Images]) -> Images | None:
+    """What the defence is fitted on before it is evaluated.
+
+    Raises ValueError without a defence, for one that learns nothing or needs a training of its own, and for images
+    that are evaluated too.
+    """
+    if not given.asked("fit_on"):
+        return None
+    if not images.dataset:
+        raise ValueError("fit_on.dataset is missing.")
+    told = f"fit_on.dataset={images.dataset!r}"
+    if defence is None:
+        raise ValueError(f"{told} does nothing without a defence; give --defence.")
+    if type(defence).fit is Defence.fit:
+        raise ValueError(f"{told} does nothing for {defence.name}, which learns nothing.")
+    if defence.needs:
+        raise ValueError(
+            f"{told}: {defence.name} needs a {', '.join(sorted(defence.needs)).replace('_', ' ')} to be fitted, which "
+            "a training makes; train with this defence."
+        )
+    for i, task in enumerate(tasks):
+        if images.overlaps(task):
+            raise ValueError(f"{told}, fit_on.split={images.split!r} is evaluated too (task {i + 1}); fit on others.")
+    return images
 
 
 def evaluate(run: EvaluationRun) -> list[RobustnessReport]:
@@ -220,9 +235,9 @@ def measure(prepared: Prepared) -> Measured:
     for name in run.names:
         revision = run.revision_of(name)
         model = shared.load_model(name, revision).to(prepared.processes.device)
-        defence = with_statistics(run, name, revision)
         if name == run.model.model_name_or_path and not templates:
             templates = trained_templates(name, revision)
+        defence, facts = defence_for(prepared, model, name, templates)
         trained = known_templates(name, revision)
         for title, task in prepared.tasks.items():
             data = shared.load_data(task, model)
@@ -231,6 +246,8 @@ def measure(prepared: Prepared) -> Measured:
             found.remarks += [] if remark is None else [remark]
             for settings in run.evaluations:
                 report = measure_one(prepared, model, data, settings, name, title, defence)
+                if facts:
+                    report = replace(report, defence={**(report.defence or {}), **facts})
                 found.reports.append(report)
                 if settings is run.evaluations[0]:
                     found.under_first.append(report)
@@ -270,6 +287,40 @@ def measure_one(
     )
 
 
+def defence_for(
+    prepared: Prepared, model: CLIPForZeroShotClassification, name: str, templates: Sequence[str]
+) -> tuple[Defence | None, dict[str, Any]]:
+    """The defence as it is evaluated on a checkpoint, and what reports say of it beside its own parameters: fitted on
+    the images that the run names, under their classes, or with what was saved beside the model.
+
+    Raises ValueError if these are the very images of a task.
+    """
+    run = prepared.run
+    if run.defence is None or run.fit_on is None:
+        return with_statistics(run, name, run.revision_of(name)), {}
+    data = shared.load_data(run.fit_on, model)
+    digest = dataset_digest(data)
+    for title, task in prepared.tasks.items():
+        if dataset_digest(shared.load_data(task, model)) == digest:
+            raise ValueError(f"fit_on.dataset={run.fit_on.dataset!r} has the very images of {title!r}; fit on others.")
+    called = prepared.called[name]
+    about = f"{len(data)} images of {data.dataset_id}, split {data.split}"
+    prepared.processes.print(f"{called}: {run.defence.name} is fitted on {about}")
+    how = run.evaluations[0]
+    with model.prepared_for(data, templates or data.templates):
+        defence = run.defence.fit(
+            model,
+            data,
+            batch_size=how.batch_size,
+            processes=prepared.processes,
+            state_dir=prepared.folder / "state/fit" / shared.slug(f"{name} {digest}"),
+            num_workers=how.num_workers,
+            progress=True,
+        )
+    facts = {"dataset": data.dataset_id, "dataset_revision": data.revision, "split": data.split}
+    return defence, {"fit_on": {**facts, "num_images": len(data), "digest": digest}}
+
+
 def with_statistics(run: EvaluationRun, name: str, revision: str | None) -> Defence | None:
     """The defence, with what it was fitted with where the model's folder holds some, and where the same method was
     saved there, with the settings of that one: what the run asks for goes before them.
@@ -277,15 +328,18 @@ def with_statistics(run: EvaluationRun, name: str, revision: str | None) -> Defe
     Raises OSError where a defence must be fitted and there is nothing.
     """
     defence = run.defence
-    if defence is None or not defence.learns():
+    if defence is None or type(defence).fit is Defence.fit:
         return defence
-    saved = DefendedClassifier.from_pretrained(name, revision=revision).adapter
+    saved = (
+        DefendedClassifier.from_pretrained(name, revision=revision).adapter if holds_defence(name, revision) else None
+    )
+    parts = {} if saved is None else saved.fitted
     fitted: dict[str, Any] = {
-        part: own for part, own in saved.fitted.items() if isinstance(own, defence.learns().get(part, ()))
+        part: own for part, own in parts.items() if isinstance(own, defence.learns().get(part, ()))
     }
-    if not fitted:
-        raise OSError(f"{name!r} holds nothing that {defence.name} was fitted with; train it with this defence.")
-    if type(saved) is type(defence) and run.preset is None:
+    if defence.learns() and not fitted:
+        raise OSError(f"{name!r} holds nothing that {defence.name} was fitted with; give fit_on, or train it so.")
+    if saved is not None and type(saved) is type(defence) and run.preset is None:
         return replace(saved, **{name: getattr(defence, name) for name in run.defence_settings})
     return replace(defence, **fitted)
 

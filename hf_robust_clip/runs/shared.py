@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any
@@ -11,8 +12,22 @@ from typing import Any
 from ..arguments import Images
 from ..modeling import CLIPForZeroShotClassification, adapter_config, base_of, with_adapter
 from ..zero_shot_data.loading import ImageDataset, class_names_of, load_image_dataset
+from .interruptions import one_line_errors
 
 SUITES = ("hf_robust_clip.attacks", "hf_robust_clip.evaluation")  # where classes of attacks are
+
+
+def run_command(read: Callable[[], Any], act: Callable[[Any], object], left: Callable[[str], str]) -> None:
+    """A run as a command. A wrong setting ends it with one line and status 2.
+
+    Args:
+        left: what can be gone on from in an output folder, for an interruption.
+    """
+    with one_line_errors():
+        run = read()
+        quiet_loading()
+        with one_line_errors(lambda: left(run.output_dir)):
+            act(run)
 
 
 def as_list(name: str, file: dict[str, Any], options: dict[str, str]) -> None:

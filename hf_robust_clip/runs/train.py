@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,7 @@ from ..training.preparation import classifier_in
 from ..training.trainer import RobustClipTrainer
 from ..zero_shot_data.loading import ImageDataset
 from . import shared
-from .interruptions import one_line_errors
-from .train_settings import COMMAND, OBJECTIVE, Method, TrainingRun, read
-
-__all__ = ["COMMAND", "OBJECTIVE", "Method", "TrainingRun", "main", "read", "train"]
+from .train_settings import Method, TrainingRun, read
 
 
 @dataclass(frozen=True)
@@ -101,11 +98,7 @@ class Measured:
 
 def main(words: Sequence[str], default_config: Path, description: str = "") -> None:
     """A training as a command. A wrong setting ends it with one line and status 2."""
-    with one_line_errors():
-        run = read(words, default_config, description)
-        shared.quiet_loading()
-        with one_line_errors(lambda: left_by_training(run.output_dir)):
-            train(run)
+    shared.run_command(lambda: read(words, default_config, description), train, left_by_training)
 
 
 def train(run: TrainingRun) -> list[RobustnessReport]:
@@ -226,9 +219,11 @@ def finish(prepared: Prepared, trainer: RobustClipTrainer) -> Fitted:
     defences = dict(run.defences)
     if defences:
         images = replace(prepared.data, augment=False).first(run.fit_images)
+        first, *_ = defences.values()
         saved = trainer.fit_defence(images, state_dir=prepared.folder / "state/statistics")
-        learned: dict[str, Any] = saved.fitted
-        defences = {title: replace(own, **learned) for title, own in defences.items()}
+        own = {field.name: (getattr(first, field.name), getattr(saved, field.name)) for field in fields(saved)}
+        learned: dict[str, Any] = {name: after for name, (before, after) in own.items() if after is not before}
+        defences = {title: replace(defence, **learned) for title, defence in defences.items()}
         trainer.defence = next(iter(defences.values()))
     settings = trainer.settings()
     if prepared.processes.is_main_process:

@@ -71,14 +71,13 @@ class Method:
         return self.objective.title(self.adapter.design if isinstance(self.adapter, ClipPromptConfig) else None)
 
 
-@dataclass(frozen=True)
-class TrainingRun:
-    """Everything a training run needs, checked."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun(TrainingRunArguments):
+    """What a training is about, checked, and all else that it needs."""
 
+    tasks: Sequence[Images]
     model: ModelArguments
     data: Images
-    tasks: tuple[Images, ...]
-    template: str
     method: Method
     rivals: tuple[Method, ...]
     training: RobustClipConfig
@@ -86,9 +85,7 @@ class TrainingRun:
     defences: dict[str, Defence]  # by title; the first is saved
     through: EvaluationSettings | None  # how defences are attacked, beside blindly
     defended_images: int | None  # of each task
-    fit_images: int | None
     output_dir: str
-    overwrite: bool
     resume: bool
     push: Push | None
     source: dict[str, Any] = field(default_factory=dict)
@@ -129,10 +126,9 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> T
     tasks = tuple(about.tasks or ()) if given.asked("tasks") is not None else (_own_test(data),)
     shared.check_tasks(tasks)
     run = TrainingRun(
+        **{**vars(about), "tasks": tasks},
         model=model,
         data=data.images(data.dataset_train_split),
-        tasks=tasks,
-        template=about.template,
         method=method,
         rivals=rivals,
         training=training,
@@ -140,9 +136,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> T
         defences=defences,
         through=_through(blind, made.defence_evaluation) if defences else None,
         defended_images=made.defence_evaluation.max_images,
-        fit_images=about.fit_images,
         output_dir=str(given.asked("output_dir")),
-        overwrite=about.overwrite,
         resume=resume,
         push=push_of(training),
         source={**without_token_keys(given.settings), "template": about.template},
@@ -188,12 +182,9 @@ def push_of(training: RobustClipConfig) -> Push | None:
 
 
 def _own_test(data: DataArguments) -> Images:
-    images = data.images(data.dataset_test_split)
-    return Images(
-        images.dataset, images.split, shown_name(images.dataset), images.config, images.revision,
-        data_root=images.data_root, image_column=images.image_column, label_column=images.label_column,
-        class_names=images.class_names, background=images.background, classes=images.classes,
-    )  # fmt: skip
+    """All test images of what is trained on."""
+    whole = replace(data, resize=None, streaming=False, max_images=None, shots=None, shots_seed=0, augment=False)
+    return replace(whole.images(data.dataset_test_split), name=shown_name(str(data.dataset_name)))
 
 
 def _prepare_settings(file: dict[str, Any], options: dict[str, str]) -> None:
