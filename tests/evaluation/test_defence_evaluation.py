@@ -324,7 +324,7 @@ def test_the_state_of_another_defence_is_refused(defence, changes, tmp_path):
         (Toy(), {"target": "adaptive", "eot": 0}, "eot=0 must be"),
         (Toy(), {"target": "defence_blind", "eot": 2}, "eot=2"),
         (None, {"target": "static", "eot": 2}, "eot=2"),
-        (Toy(), {"target": "adaptive", "attack": AutoAttack.rand()}, "Set eot of EvaluationSettings"),
+        (Toy(), {"target": "adaptive", "attack": AutoAttack.rand()}, "set eot of EvaluationSettings"),
     ],
 )
 def test_targets_that_do_not_fit_are_refused(defence, changes, message):

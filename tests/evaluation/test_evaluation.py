@@ -529,7 +529,7 @@ def test_images_that_were_normalised_are_refused():
 def test_one_class_is_refused_and_any_two_names_work():
     model, data = digits(40)
     model.set_classes(["zero"])
-    with pytest.raises(ValueError, match="one class, 'zero': nothing can be misclassified"):
+    with pytest.raises(ValueError, match="one class, 'zero'"):
         evaluate_robustness(model, type(data)(data.data.only(["zero"])), SETTINGS, **NAMES)
     names = ["žluťoučký", "acht 八 🎱"]
     two = type(data)(replace(data.data.only(["zero", "eight"]), class_names=tuple(names)))
