@@ -40,8 +40,7 @@ TRAINERS = ("training_args.bin", "pytorch_model*.bin", "adapter_model.bin", "opt
             "rng_state*.pth")  # fmt: skip
 RESUMED = ("trainer_state.json", "training_run.json", "statistics.safetensors", "*.distcp", ".metadata")
 STATE = re.compile(
-    r"[^/]+-[0-9a-f]{8}/state-\d+\.jsonl|statistics/(adversarial|clean)/state-\d+\.safetensors|"
-    r"fit/[^/]+-[0-9a-f]{8}/.+"
+    r"[^/]+-[0-9a-f]{8}/state-\d+\.jsonl|(statistics|fit/[^/]+-[0-9a-f]{8})/[^/]+/state-\d+\.safetensors"
 )
 WHOLE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 ADAPTER_WEIGHTS = ("adapter_model.*",)
