@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -85,10 +85,30 @@ def checked_labels(
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= num_classes:
             raise ValueError(
-                f"{name} lie in {low} .. {high}, but there are {num_classes} classes (0 .. {num_classes - 1}); "
-                "give set_classes one name per label."
+                f"{name} lie in {low} .. {high}, but there are {num_classes} classes (0 .. {num_classes - 1})."
             )
     return labels
+
+
+def check_whole(least: int, **given: Any) -> None:
+    """Raise ValueError for a value that is no whole number, or below `least`."""
+    for name, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+
+
+def check_least(least: float, **given: float) -> None:
+    """Raise ValueError for a number below `least`, or none at all (NaN)."""
+    for name, value in given.items():
+        if not value >= least:
+            raise ValueError(f"{name}={value!r} must be at least {least:g}.")
+
+
+def check_choice(kind: Any, **given: Any) -> None:
+    """Raise ValueError for a value that isn't one of a `Literal`'s."""
+    for name, value in given.items():
+        if value not in get_args(kind):
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(str, get_args(kind)))}.")
 
 
 def _kind(value: Any) -> str:
@@ -100,10 +120,8 @@ def check_logits(logits_BC: Tensor, who: str = "the classifier") -> None:
     """Raise FloatingPointError unless every logit is finite: NaN has no largest value, so it would name class 0."""
     finite = logits_BC.isfinite().flatten(1).all(dim=1)
     if not finite.all():
-        raise FloatingPointError(
-            f"{who} gives logits that are not finite for {int((~finite).sum())} of {len(finite)} images; look for NaN "
-            "in weights, adapters and normalisation, for a logit scale that overflows, or compute in float32."
-        )
+        count = f"{int((~finite).sum())} of {len(finite)} images"
+        raise FloatingPointError(f"{who} gives logits that are not finite for {count}; look for NaN, or use float32.")
 
 
 def check_differentiable(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import checked_images
+from .checks import check_whole, checked_images
 
 TRIES = 10  # boxes drawn for a picture before its central one is taken
 DRAWS = 2 * TRIES + 3  # numbers that a view takes: two a try, two for the place of its box, one for its mirroring
@@ -46,9 +46,7 @@ class RandomResizedCrop:
                 raise ValueError(f"{name}={value!r} must be two numbers, (least, largest).") from None
             if not (0 < low <= high <= most and math.isfinite(high)):
                 limit = "" if most == math.inf else f" <= {most:g}"
-                raise ValueError(
-                    f"{name}={value!r} must be (least, largest) with 0 < least <= largest{limit}, finite."
-                )
+                raise ValueError(f"{name}={value!r} must be finite (least, largest), 0 < least <= largest{limit}.")
             object.__setattr__(self, name, (low, high))
         if not isinstance(self.flip, int | float) or not 0 <= self.flip <= 1:
             raise ValueError(f"flip={self.flip!r} is a probability; give a number from 0 to 1.")
@@ -69,8 +67,7 @@ class RandomResizedCrop:
         """
         if len(pictures) == 0:
             raise ValueError("pictures is empty; give at least one tensor (3, height, width).")
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"size={size!r} must be a whole number of pixels, at least 1.")
+        check_whole(1, size=size)
         for i, picture in enumerate(pictures):
             _check_picture(picture, f"pictures[{i}]")
         return torch.stack([self._view(picture, size, seed) for picture in pictures])

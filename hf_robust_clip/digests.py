@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from torch import Tensor
 from xxhash import xxh3_64
 
 CHUNK = 2**22  # bytes that are read at once
@@ -51,3 +56,20 @@ def unsigned(line: bytes) -> str:
     if digest(text) != own.decode("ascii", "replace"):
         raise ValueError("the line is damaged, or was written by something else")
     return text.decode()
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it, the same in every process."""
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted((plain(entry) for entry in value), key=str)
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, np.generic | Tensor | np.ndarray):
+        return value.tolist()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -30,7 +30,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.distcp", 
 LEFTOVERS = ("checkpoint-*", "last-checkpoint/*", "state/*", "compared/*", "runs/*", "wandb/*", "mlruns/*", "*.part",
              "*.log", "events.out.tfevents.*", "trainer_state.json", ".*", "*/.*", "_*")  # fmt: skip
 NEVER_PUSHED = (*PICKLES, *LEFTOVERS)
-MODEL_FILES = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors", "statistics.safetensors",
+MODEL_FILES = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors",
                "model.safetensors.index.json", "config.json", "generation_config.json",
                "adapter_config.json", "adaptation.json", "processor_config.json", "preprocessor_config.json",
                "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -38,7 +38,8 @@ MODEL_FILES = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.s
 FIGURES = ("report.json", "report.csv", "recipe.yaml", "accuracy.png")  # what belongs to the weights beside them
 TRAINERS = ("training_args.bin", "pytorch_model*.bin", "adapter_model.bin", "optimizer.*", "scheduler.pt", "scaler.pt",
             "rng_state*.pth")  # fmt: skip
-RESUMED = ("trainer_state.json", "training_run.json", "statistics.safetensors", "*.distcp", ".metadata")
+RESUMED = ("trainer_state.json", "training_run.json", "*.distcp", ".metadata")
+FITTED = re.compile(r"[\w-]+\.safetensors")  # what a defence learned, beside its settings
 STATE = re.compile(
     r"[^/]+-[0-9a-f]{8}/state-\d+\.jsonl|(statistics|fit/[^/]+-[0-9a-f]{8})/[^/]+/state-\d+\.safetensors"
 )
@@ -103,10 +104,7 @@ def prepare_repository(push: Push, kind: Kind, name: str = "push_to_hub") -> Pus
         raise OSError(f"{name}={push.repo_id!r} can't be written to: {reason_of(error)}") from error
     others = [file for file in there if _fits(file, ADAPTER_WEIGHTS if kind == "model" else WHOLE_WEIGHTS)]
     if others:
-        raise ValueError(
-            f"{name}={repo_id!r} holds {others[0]}, beside which no {kind} can be pushed; take another repository, or "
-            "delete it there."
-        )
+        raise ValueError(f"{name}={repo_id!r} holds {others[0]}, which goes with no {kind}; delete it there.")
     return replace(push, repo_id=repo_id)
 
 
@@ -143,9 +141,7 @@ def check_card(folder: str | Path, repo_id: str) -> None:
     """Raise ValueError if a card of this package shows how to load another repository than the one it goes to."""
     text = Path(folder, "README.md").read_text(encoding="utf-8")
     if LIBRARY in text and "from_pretrained(" in text and f'"{repo_id}"' not in text:
-        raise ValueError(
-            f"README.md in folder={str(folder)!r} tells to load another repository than {repo_id!r}; make it anew."
-        )
+        raise ValueError(f"README.md in folder={str(folder)!r} loads another repository than {repo_id!r}.")
 
 
 def files_to_push(folder: str | Path, only: Sequence[str] = ("*",)) -> list[str]:
@@ -164,8 +160,7 @@ def check_folder(folder: str | Path, only: Sequence[str] = ("*",)) -> Kind:
     kind = kind_of(files)
     if kind is None:
         raise ValueError(
-            f"folder={str(folder)!r} holds no whole model: it needs config, safetensors weights and processor, or an "
-            "adapter; write them with save_pretrained."
+            f"folder={str(folder)!r} is no whole model with config, weights and processor, nor an adapter."
         )
     if "README.md" not in files:
         raise ValueError(f"folder={str(folder)!r} has no README.md; write one with make_card or create_model_card.")
@@ -178,9 +173,7 @@ def check_folder(folder: str | Path, only: Sequence[str] = ("*",)) -> Kind:
             raise ValueError(f"{file} in folder={str(folder)!r} holds an access token or a password; take it out.")
         places = paths_in(text)
         if places:
-            raise ValueError(
-                f"{file} in folder={str(folder)!r} tells a path of this disk, {places[0]!r}; take it out."
-            )
+            raise ValueError(f"{file} in folder={str(folder)!r} tells a path, {places[0]!r}; take it out.")
     return kind
 
 
@@ -188,10 +181,7 @@ def check_base(name: Any, what: str) -> str:
     """The Hub's name of a base model. Raises ValueError for one that others can't load."""
     found = hub_name(name) if isinstance(name, str) else None
     if found is None:
-        raise ValueError(
-            f"{what} names the base model {name!r}, which others don't have: push that first and train on its Hub id, "
-            "or don't push."
-        )
+        raise ValueError(f"{what} names the base model {name!r}, which others don't have: push that first.")
     return found
 
 
@@ -252,7 +242,12 @@ def upload(folder: str | Path, push: Push, commit_message: str, only: Sequence[s
     try:
         operations: list[Any] = [CommitOperationAdd(file, _source(folder, file)) for file in files]
         remote = api.list_repo_files(push.repo_id, revision=push.revision)
-        operations += [CommitOperationDelete(file) for file in remote if is_stale(file) and file not in files]
+        fitted: tuple[str, ...] = ()
+        if "adaptation.json" in remote:
+            there = api.hf_hub_download(push.repo_id, "adaptation.json", revision=push.revision)
+            fitted = fitted_files(Path(there).parent)
+        stale = [file for file in remote if is_stale(file) or file in fitted]
+        operations += [CommitOperationDelete(file) for file in stale if file not in files]
         return api.create_commit(push.repo_id, operations, commit_message=commit_message, revision=push.revision)
     except Exception as error:  # the Hub's client raises many kinds
         raise OSError(f"the upload to {push.repo_id!r} failed: {reason_of(error)}") from error
@@ -283,18 +278,30 @@ def is_stale(file: str) -> bool:
     return _fits(file, left) or ("/" not in file and _fits(file, (*MODEL_FILES, *FIGURES, *TRAINERS)))
 
 
+def fitted_files(folder: str | Path) -> tuple[str, ...]:
+    """The files of a folder in which a defence keeps what it learned, as its adaptation.json lists them; none where
+    that can't be read.
+    """
+    try:
+        listed = read_json(Path(folder, "adaptation.json"))["fitted"].values()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return ()
+    return tuple(file for file in listed if isinstance(file, str) and FITTED.fullmatch(file))
+
+
 def copy_model(source: str | Path, target: str | Path) -> None:
     """Copy what makes a model from a Trainer's checkpoint, without what it is resumed from."""
     with written_whole(target) as draft:
         for path in sorted(Path(source).iterdir()):
-            if path.is_file() and _fits(path.name, MODEL_FILES):
+            if path.is_file() and _fits(path.name, (*MODEL_FILES, *fitted_files(source))):
                 shutil.copy(path, draft)
 
 
 def clear_model(folder: str | Path) -> None:
     """Delete what an earlier run left of a model, so that no half of it is taken for this one's."""
+    ours = (*MODEL_FILES, *fitted_files(folder), *FIGURES, "README.md")
     for path in Path(folder).glob("*"):
-        if path.is_file() and _fits(path.name, (*MODEL_FILES, *FIGURES, "README.md")):
+        if path.is_file() and _fits(path.name, ours):
             path.unlink()
 
 
@@ -308,7 +315,8 @@ def clear_checkpoints(folder: str | Path) -> None:
 def clear_checkpoint(place: Path) -> None:
     """Delete what a Trainer saves, of one folder `checkpoint-<step>`."""
     if CHECKPOINT.fullmatch(place.name):
-        delete(place, lambda name: _fits(PurePath(name).name, (*MODEL_FILES, *TRAINERS, *RESUMED)))
+        ours = (*MODEL_FILES, *fitted_files(place), *TRAINERS, *RESUMED)
+        delete(place, lambda name: _fits(PurePath(name).name, ours))
 
 
 def clear_states(folder: str | Path) -> None:

@@ -19,9 +19,7 @@ LISTS_OF_NAMES = ("classes", "class_names")  # what stands there is the name of 
 def check_shown(text: Any, what: str) -> None:
     """Raise ValueError for a text that tables can't show as it is: an empty one, or one with a line break, say."""
     if not isinstance(text, str) or not text.strip() or CONTROL.search(text):
-        raise ValueError(
-            f"{what}={text!r} is no text, empty, or holds a line break or another character that isn't printed."
-        )
+        raise ValueError(f"{what}={text!r} is no text, empty, or holds characters that no terminal prints.")
 
 
 def is_repo_id(name: str) -> bool:
@@ -54,10 +52,7 @@ def hub_name(name: str) -> str | None:
 def check_embedded(name: str) -> None:
     """Raise ValueError where a folder has the name of the embedded model: which of the two is meant, nobody knows."""
     if name == EMBEDDED_MODEL and Path(name).is_dir() and any(Path(name).iterdir()):
-        raise ValueError(
-            f"{name!r} is the model that ships with the package, and a folder here; write './{name}' for the folder, "
-            "or work elsewhere."
-        )
+        raise ValueError(f"{name!r} ships with the package, and is a folder here; write './{name}' for the folder.")
 
 
 def cached_revision(name: str) -> str | None:

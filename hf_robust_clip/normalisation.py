@@ -35,10 +35,7 @@ def agree_on_normalisation(classifier: Any, mean: Sequence[float], std: Sequence
     if torch.allclose(torch.tensor(there), torch.tensor(here), rtol=0, atol=1e-6):
         return
     if not alone:
-        raise ValueError(
-            f"the adapter was trained with mean and std {there}, the other adapters in this model with {here}; load "
-            "it on a model of its own."
-        )
+        raise ValueError(f"the adapter has mean and std {there}, the others {here}; give it a model of its own.")
     logger.warning("mean and std of the model become those that its adapter was trained with, %s", there)
     classifier.set_normalisation(*there)
 

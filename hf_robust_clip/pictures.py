@@ -87,9 +87,7 @@ def to_rgb(picture: Image.Image, background: str | Sequence[int] = "white") -> I
     picture.load()
     file_format, tags = picture.format, getattr(picture, "tag_v2", {})
     if 2 in np.atleast_1d(tags.get(SAMPLE_FORMAT, 1)):
-        raise ValueError(
-            f"a TIFF of signed numbers (mode {picture.mode}) doesn't tell its range; save it with 8 bits, unsigned."
-        )
+        raise ValueError(f"a TIFF of signed numbers (mode {picture.mode}) tells no range; save it with 8 bits.")
     if picture.getexif().get(ORIENTATION, 1) != 1:
         picture = ImageOps.exif_transpose(picture)
     mode, key = picture.mode, picture.info.get("transparency")
@@ -126,14 +124,12 @@ def _grey_levels(picture: Image.Image, file_format: str | None, bits: int) -> np
     if picture.mode == "F":
         if values_HW.size and not (values_HW.min() >= 0 and values_HW.max() <= 1):  # NaN too
             low, high = values_HW.min(), values_HW.max()
-            raise ValueError(
-                f"a picture of floats (mode F) has values in [{low:.4g}, {high:.4g}]; scale it to [0, 1]."
-            )
+            raise ValueError(f"a picture of floats (mode F) is in [{low:.4g}, {high:.4g}]; scale it to [0, 1].")
         return np.rint(values_HW * 255.0).astype(np.uint8)
     if file_format not in (("PNG", "PPM") if picture.mode == "I" else (None, "PNG", "PPM", "TIFF", "JPEG2000")):
         raise ValueError(
-            f"a picture of mode {picture.mode}, format {file_format}, doesn't tell its range; save it with 8 bits."
-        )  # PNG and PPM do: their mode I has 16 bits
+            f"a picture of mode {picture.mode}, format {file_format}, tells no range; save it with 8 bits."
+        )
     return np.rint(values_HW * (255.0 / (2**bits - 1))).astype(np.uint8)
 
 
@@ -211,10 +207,7 @@ def model_side(processor: CLIPProcessor) -> int:
     """
     side = _side(processor.image_processor)
     if side is None:
-        raise ValueError(
-            "the image processor leaves pictures at their own size (do_resize=False, do_center_crop=False); switch "
-            "one of them on."
-        )
+        raise ValueError("the image processor keeps each picture's size; switch do_resize or do_center_crop on.")
     return side
 
 
@@ -302,10 +295,7 @@ def _check_area(picture: Image.Image, image_processor: Any, changed: dict[str, A
     area = short * short * max(picture.size) / max(1, min(picture.size))
     limit = Image.MAX_IMAGE_PIXELS or math.inf
     if area > limit:
-        raise ValueError(
-            f"a picture of {picture.height} x {picture.width} pixels becomes one of {area:.2g} when its shorter side "
-            f"is {short}; crop it, or leave it out."
-        )
+        raise ValueError(f"a picture of {picture.height} x {picture.width} pixels becomes {area:.2g}; crop it.")
 
 
 def check_resize(resize: int | None, resolution: int | None, side: int) -> None:
@@ -314,10 +304,7 @@ def check_resize(resize: int | None, resolution: int | None, side: int) -> None:
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise ValueError(f"{name}={value!r} must be a whole number of pixels, at least {least}; or None.")
     if resize is not None and resolution is not None and resolution < side:
-        raise ValueError(
-            f"resize={resize!r} does nothing: these pictures are attacked at their own {resolution} pixels; leave it "
-            "out, or set attack_resolution=None."
-        )
+        raise ValueError(f"resize={resize!r} does nothing: attack_resolution leaves pictures at {resolution} px.")
 
 
 def _check_switches(image_processor: Any) -> None:

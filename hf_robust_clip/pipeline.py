@@ -66,8 +66,7 @@ class RobustZeroShotImageClassificationPipeline(Pipeline):
             model = model.load()
         if not isinstance(model, DefendedClassifier):
             raise TypeError(
-                f"model is a {type(model).__name__}, which has no test-time defence; give the folder or Hub id of a "
-                "saved defence, TAPT.from_pretrained(...), or DefendedClassifier(classifier, adapter)."
+                f"model is a {type(model).__name__}: it has no test-time defence; TAPT.from_pretrained has one."
             )
         kwargs.setdefault("image_processor", model.processor.image_processor)
         super().__init__(model=model.eval(), **kwargs)
@@ -155,9 +154,7 @@ def check_candidates(labels: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(f"candidate_labels={labels!r} is one text; give a list of names, such as {parts!r}.")
     names, _ = check_classes(labels, "{}")
     if len(names) == 1:
-        raise ValueError(
-            f"candidate_labels={list(names)!r} is one label: its score is 1 whatever the picture; give more."
-        )
+        raise ValueError(f"candidate_labels={list(names)!r} is one label, whose score is always 1; give more.")
     return names
 
 

@@ -11,7 +11,6 @@ from typing import Any
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}|hf_(?:jwt|oauth)_[\w.-]{20,}|api_org_[A-Za-z0-9]{20,}")
 CREDENTIALS = re.compile(r"(?<=://)[^\s/@]+(?=@)")  # https://user:password@host
 TOKEN_KEY = re.compile(r"(?:^|[._-])(?:token|api_key|password|secret)$", re.IGNORECASE)
-TOKEN_ENTRY = re.compile(r"(?i)((?:token|api_key|password|secret)['\"]?\s*:[ \t]*)(?!null\b)[^\s,}\]]+")
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 SHOWN = "<token>"
 
@@ -37,11 +36,6 @@ def without_tokens(text: str) -> str:
     return CREDENTIALS.sub(SHOWN, TOKEN.sub(SHOWN, text))
 
 
-def without_token_entries(text: str) -> str:
-    """A YAML text for printing: `without_tokens`, and no value behind a key that is meant for one."""
-    return without_tokens(TOKEN_ENTRY.sub(rf"\1{SHOWN}", text))
-
-
 def without_token_keys(settings: Any) -> Any:
     """Nested settings without the keys that are meant for tokens: for what is written to files."""
     if isinstance(settings, Mapping):
@@ -63,10 +57,7 @@ def refuse_tokens(value: Any, name: str) -> None:
         for number, inner in enumerate(value):
             refuse_tokens(inner, f"{name}[{number}]")
     elif holds_token(str(value)):
-        raise ValueError(
-            f"{name} holds an access token or a password, and what stands there is shown and written to files; take "
-            "it out, and give tokens by HF_TOKEN or `hf auth login`."
-        )
+        raise ValueError(f"{name} holds an access token or a password; take it out, and give tokens by HF_TOKEN.")
 
 
 def hide_arguments() -> None:

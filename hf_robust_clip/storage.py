@@ -102,10 +102,7 @@ def check_writable(folder: str | Path, name: str = "output_dir", room: int = 0) 
     place = Path(folder).absolute()
     there = next(parent for parent in (place, *place.parents) if os.path.lexists(parent))
     if there.is_dir() and (free := shutil.disk_usage(there).free) < room:
-        raise NotWritten(
-            f"can't write into {name}={str(folder)!r}: what is to be saved takes {room / 1e6:.1f} MB, and "
-            f"{free / 1e6:.1f} MB are free; free space, or name another."
-        )
+        raise NotWritten(f"{name}={str(folder)!r} has {free / 1e6:.1f} MB of {room / 1e6:.1f}; free space.")
     with disk_errors(folder, name), _draft_in(there) as draft:
         inside = draft / place.relative_to(there)
         inside.mkdir(parents=True, exist_ok=True)
@@ -126,9 +123,7 @@ def disk_errors(folder: str | Path, name: str = "folder") -> Iterator[None]:
             reason = str(error) if isinstance(error, SafetensorError) else "the disk is full, or fails"
         if not reason or (type(error) is RuntimeError and not any(text in str(error) for text in OF_TORCH_SAVE)):
             raise
-        raise NotWritten(
-            f"can't write into {name}={str(folder)!r}: {reason}; free space, mend its permissions, or name another."
-        ) from error
+        raise NotWritten(f"can't write into {name}={str(folder)!r}: {reason}; mend it, or name another.") from error
 
 
 def delete(folder: Path, ours: Callable[[str], object]) -> None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .checks import checked_images
+from .checks import check_choice, checked_images
 
 Norm = Literal["linf", "l2"]
 
@@ -53,17 +53,13 @@ class ThreatModel:
     bounds: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if self.norm not in get_args(Norm):
-            raise ValueError(f"norm={self.norm!r} is unknown; choose one of {', '.join(get_args(Norm))}.")
+        check_choice(Norm, norm=self.norm)
         low, high = self.bounds
         if not low < high:
             raise ValueError(f"bounds={self.bounds!r} must be (low, high) with low < high.")
         eps = parse_radius(self.eps)
         if self.norm == "linf" and eps >= high - low:
-            raise ValueError(
-                f"eps={self.eps!r} covers the whole pixel range {list(self.bounds)}; "
-                f"radii are in units of [0, 1], so {eps:g} grey levels are '{eps:g}/255'."
-            )
+            raise ValueError(f"eps={self.eps!r} covers the whole pixel range; {eps:g} grey levels are '{eps:g}/255'.")
         object.__setattr__(self, "eps", eps)
 
     def __str__(self) -> str:
@@ -84,16 +80,10 @@ class ThreatModel:
         """
         images_BCHW = checked_images(images_BCHW, bounds=self.bounds)
         if images_BCHW.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"images are {str(images_BCHW.dtype).removeprefix('torch.')}, too coarse for an attack: give "
-                "images.float(), which a model in half precision takes too."
-            )
+            raise TypeError(f"images are {images_BCHW.dtype}, too coarse for an attack: give images.float().")
         whole = (self.bounds[1] - self.bounds[0]) * math.sqrt(images_BCHW[:1].numel())
         if self.norm == "l2" and len(images_BCHW) and self.eps >= whole:
-            raise ValueError(
-                f"eps={self.eps:g} reaches every image of shape {tuple(images_BCHW.shape[1:])} (L2 distances end at "
-                f"{whole:.4g}); radii are in units of [0, 1]."
-            )
+            raise ValueError(f"eps={self.eps:g} reaches every image (the furthest: {whole:.4g}); give less.")
         return images_BCHW
 
     def project(self, adv_BCHW: Tensor, images_BCHW: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from tiny import CLASS_NAMES, make_clip, make_processor
 from hf_robust_clip.modeling import CLIPForZeroShotClassification
 
 torch.set_num_threads(1)
+TESTS = Path(__file__).parent
+for folder in (TESTS.parent, TESTS / "support"):  # for scripts that tests start
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @contextmanager

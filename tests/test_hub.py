@@ -22,9 +22,9 @@ def client(folder: Path, work: Path) -> dict:
     from huggingface_hub import HfApi, ModelCard
     from transformers import CLIPModel, CLIPProcessor
 
+    from hf_robust_clip import RobustClipConfig, TeCoATrainer
     from hf_robust_clip.hub import push_folder
     from hf_robust_clip.modeling import CLIPForZeroShotClassification
-    from hf_robust_clip.training.trainer import RobustClipConfig, TeCoATrainer
 
     def logits_of(source):
         model = CLIPForZeroShotClassification.from_pretrained(source).eval()

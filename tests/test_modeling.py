@@ -313,7 +313,7 @@ def test_unusable_classes_are_refused_and_change_nothing(tiny_clip, tiny_batch, 
 def test_a_tokenizer_without_the_towers_end_is_refused(tiny_clip):
     """Such prompts would all be pooled at their first token and look alike."""
     model = tiny_clip()
-    with pytest.raises(ValueError, match="EOS id 5; load tokenizer and model from the same checkpoint"):
+    with pytest.raises(ValueError, match="EOS id 5"):
         tokenize_prompts(model.processor.tokenizer, ["q"], 32, 5)
     model.text_model.eos_token_id = 5
     with pytest.raises(ValueError, match="EOS id 5"):

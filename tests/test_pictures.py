@@ -12,8 +12,8 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from conftest import make_processor
 from PIL import Image
+from tiny import make_processor
 
 from hf_robust_clip import pictures
 from hf_robust_clip.pictures import model_side, normalisation_of, open_picture, to_pixels, to_rgb

@@ -17,14 +17,12 @@ STAND_INS = {
     'rc.ClipPromptConfig(design="VLI")': 'rc.ClipPromptConfig(design="VLI", vision_depth=3, text_depth=3)',
     "learning_rate=3.5e-3": "learning_rate=3.5e-3, max_steps=2, use_cpu=True",
     "per_device_train_batch_size=256": "per_device_train_batch_size=32, max_steps=1, use_cpu=True",
-    'data = load_image_dataset("digits", "test", model.processor)': (
-        'data = load_image_dataset("digits", "test", model.processor).first(20)'
+    'data = rc.load_image_dataset("digits", "test", model.processor)': (
+        'data = rc.load_image_dataset("digits", "test", model.processor).first(20)'
     ),
-    "max_images=128": "max_images=6",
     "first(100)": "first(4)",
     "rc.AdaptiveWorst()": "rc.AdaptiveWorst(2, 1, 2)",
     "rc.RTPT()": "rc.RTPT(num_views=8, selected=0.25)",
-    "attack=AutoAttack()": "attack=AutoAttack(num_steps=5, num_queries=20)",
 }
 
 

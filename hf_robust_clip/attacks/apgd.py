@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import checked_labels
+from ..checks import check_whole, checked_labels
 from ..prediction import Predict, by_logits, withstood
 from ..threat_model import ThreatModel
 from .losses import cross_entropy, dlr_targeted
@@ -36,10 +36,7 @@ class APGDSettings:
     rho: float = 0.75
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "num_restarts", "eot"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+        check_whole(1, num_steps=self.num_steps, num_restarts=self.num_restarts, eot=self.eot)
         if not 0 < self.rho <= 1:
             raise ValueError(f"rho={self.rho!r} must be in (0, 1].")
 
@@ -232,10 +229,8 @@ class _Attack:
         better = losses_B > s["best_loss"]
         wide = better[:, None, None, None]
         s["best_loss"] = torch.where(better, losses_B, s["best_loss"])
-        s["best"], s["best_grad"] = (
-            torch.where(wide, s["adv"], s["best"]),
-            torch.where(wide, s["grad"], s["best_grad"]),
-        )
+        s["best"] = torch.where(wide, s["adv"], s["best"])
+        s["best_grad"] = torch.where(wide, s["grad"], s["best_grad"])
 
     def check_progress(self, s: dict[str, Tensor], interval: int) -> None:
         """Halve the step size, and go back to the best iterate, where progress stalls."""

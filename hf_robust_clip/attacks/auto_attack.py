@@ -16,7 +16,7 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor
 
-from ..checks import Blindness, checked_labels
+from ..checks import Blindness, check_whole, checked_labels
 from ..prediction import Predict, Prediction, by_logits, withstood
 from ..threat_model import ThreatModel
 from .apgd import APGDSettings, apgd, apgd_targeted
@@ -59,9 +59,7 @@ class AutoAttack(Suite):
         if unknown or not self.attacks or isinstance(self.attacks, str) or len(set(self.attacks)) < len(self.attacks):
             raise ValueError(f"attacks={self.attacks!r} must be distinct names of {', '.join(get_args(AttackName))}.")
         APGDSettings(self.num_steps, 1, self.eot)
-        for name in ("num_targets", "num_queries"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer of at least 1.")
+        check_whole(1, num_targets=self.num_targets, num_queries=self.num_queries)
         object.__setattr__(self, "attacks", tuple(self.attacks))
 
     @classmethod
@@ -86,9 +84,9 @@ class AutoAttack(Suite):
         settings = APGDSettings(self.num_steps, 1, self.eot)
         targets = min(self.num_targets, num_classes - 1)
         known: dict[str, Attack] = {
-            "apgd-ce": partial(_apgd, settings, cross_entropy),
-            "apgd-dlr": partial(_apgd, settings, dlr),
-            "apgd-t": partial(_apgd_targeted, settings, targets),
+            "apgd-ce": partial(_of_victim, partial(apgd, settings=settings, loss=cross_entropy)),
+            "apgd-dlr": partial(_of_victim, partial(apgd, settings=settings, loss=dlr)),
+            "apgd-t": partial(_of_victim, partial(apgd_targeted, settings=settings, num_targets=targets)),
             "fab-t": partial(_fab_targeted, self.num_steps, targets),
             "square": partial(_square, self.num_queries),
         }
@@ -166,20 +164,12 @@ def auto_attack(
     return found_BCHW, left
 
 
-def _apgd(settings: APGDSettings, loss, victim: Victim, images: Tensor, labels: Tensor, tm: ThreatModel) -> Tensor:
-    return apgd(
-        victim.gradient_fn, images, labels, tm, settings, loss=loss,
-        seed=victim.seed, confirm=victim.confirm, on_gradient=victim.on_gradient,
-    )  # fmt: skip
-
-
-def _apgd_targeted(
-    settings: APGDSettings, num_targets: int, victim: Victim, images: Tensor, labels: Tensor, tm: ThreatModel
+def _of_victim(
+    attack: Callable[..., Tensor], victim: Victim, images: Tensor, labels: Tensor, tm: ThreatModel
 ) -> Tensor:
-    return apgd_targeted(
-        victim.gradient_fn, images, labels, tm, settings, num_targets=num_targets,
-        seed=victim.seed, confirm=victim.confirm, on_gradient=victim.on_gradient,
-    )  # fmt: skip
+    """One of our APGDs on a victim."""
+    told = {"seed": victim.seed, "confirm": victim.confirm, "on_gradient": victim.on_gradient}
+    return attack(victim.gradient_fn, images, labels, tm, **told)
 
 
 def _fab_targeted(

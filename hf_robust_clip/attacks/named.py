@@ -29,8 +29,7 @@ def suite_named(name: str, step_size: float | str | None = None) -> Suite:
     }
     if name.lower() not in suites:
         raise ValueError(
-            f"attack={name!r} is unknown; known: pgd-20 (any number), cw-20, {', '.join(suites)}, and classes of "
-            "attacks such as AdaptiveWorst, or the dotted path of your own."
+            f"attack={name!r} is unknown; known: pgd-20, cw-20, {', '.join(suites)}, or a class by its path."
         )
     if step_size is not None:
         raise ValueError(f"evaluation.step_size={step_size!r} goes with pgd-N and cw-N, not with {name!r}.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import NO_GRADIENT, checked_labels
+from ..checks import NO_GRADIENT, check_whole, checked_labels
 from ..prediction import Predict, Prediction, by_logits, withstood
 from ..threat_model import ThreatModel, parse_radius
 
@@ -32,8 +32,7 @@ class PGDSettings:
     keep_best: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise ValueError(f"num_steps={self.num_steps!r} must be an integer of at least 1.")
+        check_whole(1, num_steps=self.num_steps)
         step_size = parse_radius(self.step_size, "step_size")
         if step_size == 0:
             raise ValueError("step_size=0 never moves an image; give a positive step such as '1/255'.")
@@ -54,10 +53,8 @@ def input_gradient(loss_fn: LossFn, images_BCHW: Tensor) -> tuple[Tensor, Tensor
         if not losses_B.requires_grad:
             raise ValueError(NO_GRADIENT)
         if losses_B.shape != images_BCHW.shape[:1]:
-            raise ValueError(
-                f"loss_fn must return one loss per image, shape ({len(images_BCHW)},), got {tuple(losses_B.shape)}; "
-                "use reduction='none': a batch mean would make the attack depend on the batch."
-            )
+            given = tuple(losses_B.shape)
+            raise ValueError(f"loss_fn gives {given}, not one loss per image; reduction='none' does.")
         (grad_BCHW,) = torch.autograd.grad(losses_B.sum(), images_BCHW, allow_unused=True)
     if grad_BCHW is None:
         raise ValueError(NO_GRADIENT)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import Field, asdict, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..checks import checked_labels
+from ..digests import plain
 from ..prediction import Predict, by_logits, withstood
 from ..threat_model import ThreatModel, parse_radius
 from .losses import cross_entropy, cw_margin
@@ -94,7 +95,10 @@ class Member:
 
 
 class Suite(ABC):
-    """Attacks with their settings."""
+    """Attacks with their settings. A new attack is one subclass with `members`; its settings are a dataclass's fields.
+
+    Members that bring views of their own go with `about`, which says in words what the suite sees.
+    """
 
     eot: int = 1  # gradients that its attacks average at each step
     about: ClassVar[View | None] = None  # where the members bring views of their own: these in words
@@ -108,13 +112,15 @@ class Suite(ABC):
     def members(self, num_classes: int) -> list[Member]:
         """The attacks in their order, those left out that are not defined for so few classes."""
 
-    @abstractmethod
     def name(self, num_classes: int) -> str:
         """What tables call it."""
+        return type(self).__name__
 
-    @abstractmethod
     def parameters(self, threat_models: Sequence[ThreatModel], num_classes: int) -> dict[str, Any]:
-        """All settings, as JSON types."""
+        """All settings, as JSON types: where the class is, and the fields of a dataclass."""
+        cls = type(self)
+        own: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
+        return {"class": f"{cls.__module__}.{cls.__qualname__}", **{f.name: plain(getattr(self, f.name)) for f in own}}
 
 
 @dataclass(frozen=True)
@@ -145,32 +151,19 @@ class PGD(Suite):
         return [Member("cw" if self.loss is cw_margin else "pgd", self._run, keeps_rows=True)]
 
     def _run(self, victim: Victim, images_BCHW: Tensor, labels_B: Tensor, threat_model: ThreatModel) -> Tensor:
+        walk: dict[str, Any] = {"num_steps": self.num_steps, "step_size": self.step_at(threat_model)}
+        walk |= {"random_start": self.random_start, "seed": victim.seed, "on_gradient": victim.on_gradient}
+        gradient_fn = victim.gradient_fn
         if victim.to_the_end:
             return pgd(
-                lambda pixels_BCHW: self.loss(victim.gradient_fn(pixels_BCHW), labels_B),
+                lambda pixels: self.loss(gradient_fn(pixels), labels_B),
                 images_BCHW,
                 threat_model,
-                num_steps=self.num_steps,
-                step_size=self.step_at(threat_model),
-                random_start=self.random_start,
                 keep_best=True,
-                seed=victim.seed,
-                on_gradient=victim.on_gradient,
+                **walk,
             )
-        return pgd_until_misclassified(
-            victim.gradient_fn,
-            images_BCHW,
-            labels_B,
-            threat_model,
-            loss=self.loss,
-            num_steps=self.num_steps,
-            step_size=self.step_at(threat_model),
-            random_start=self.random_start,
-            seed=victim.seed,
-            confirm=victim.confirm,
-            deterministic=victim.deterministic,
-            on_gradient=victim.on_gradient,
-        )
+        walk |= {"loss": self.loss, "confirm": victim.confirm, "deterministic": victim.deterministic}
+        return pgd_until_misclassified(gradient_fn, images_BCHW, labels_B, threat_model, **walk)
 
     def name(self, num_classes: int) -> str:
         return f"{'CW' if self.loss is cw_margin else 'PGD'}-{self.num_steps}"

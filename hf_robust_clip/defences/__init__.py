@@ -46,7 +46,7 @@ def _classes() -> dict[str, type[Defence]]:
     while left:
         cls = left.pop(0)
         left += cls.__subclasses__()
-        if hasattr(cls, "paper") and cls.defends and not cls.__abstractmethods__:
+        if cls.defends and not cls.__abstractmethods__:
             found[_key(cls)] = cls
     return dict(sorted(found.items(), key=lambda entry: (not _is_own(entry[1]), entry[0])))
 

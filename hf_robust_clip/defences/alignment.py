@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
+from ..checks import check_whole
 from ..modeling import CLIPForZeroShotClassification
 from ..processes import Processes
 from ..prompts.access import num_vision_prompts, summary
@@ -54,11 +55,7 @@ class AlignmentTargets(Fitted):
         model, prompts = fingerprints(classifier)
         for name, statistics in self._parts().items():
             if statistics.record.get("model_fingerprint") != model:
-                raise ValueError(
-                    f"the {name} statistics were made with another image encoder "
-                    f"({statistics.record.get('model', 'of unknown name')}); collect them anew with this one, or load "
-                    "the model that they belong to."
-                )
+                raise ValueError(f"the {name} statistics were made with another image encoder; collect them anew.")
         if self.adversarial.record.get("prompts_fingerprint") != prompts:
             raise ValueError(
                 f"the adversarial statistics were made with other prompts in the image encoder "
@@ -142,8 +139,7 @@ class AlignedTuning(PromptTuning):
         super().__post_init__()
         if not 0 <= self.align_weight < math.inf:
             raise ValueError(f"align_weight={self.align_weight!r} must be at least 0.")
-        if not isinstance(self.align_layers, int) or self.align_layers < 1:
-            raise ValueError(f"align_layers={self.align_layers!r} must be an integer of at least 1.")
+        check_whole(1, align_layers=self.align_layers)
 
     def fit(
         self,
@@ -182,10 +178,7 @@ class AlignedTuning(PromptTuning):
         if self.align_weight == 0:
             return
         if self.targets is None:
-            raise ValueError(
-                f"targets is missing: {self.name} aligns views with the statistics of training images; call "
-                "fit(classifier, dataset), or set align_weight=0."
-            )
+            raise ValueError(f"targets is missing for {self.name}: call fit(classifier, dataset), or align_weight=0.")
         if self.needs and self.targets.clean is None:
             raise ValueError("targets.clean is missing: fit with a clean_classifier, or set gamma=1.")
         self.targets.check(classifier)

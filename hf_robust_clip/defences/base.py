@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_choice
 from ..modeling import CLIPForZeroShotClassification, without_gradients
-from ..paper import Paper
+from ..paper import Paper, Unpublished
 from ..prediction import Prediction
 from ..processes import Processes
 from ..prompts.access import prompts_of
@@ -78,10 +79,10 @@ class Fitted(ABC):
 class Defence(ABC):
     """A test-time defence: a frozen dataclass of its hyperparameters with functions of a classifier and images.
 
-    A new method is one file with one subclass that has `paper`, `traits` and `_predict`. The classifier is an
-    argument: `CLIPForZeroShotClassification` with its classes set, and with the prompts in it that the method tunes
-    (`needs_prompts`); methods that tune the words of a plain CLIP put them in for the time being. Parameters, mode and
-    class embeddings come back as they were.
+    A new method is one file with one subclass that has `_predict`, `traits` unless it has none, and a `paper` if there
+    is one. The classifier is an argument: `CLIPForZeroShotClassification` with its classes set, and with the prompts
+    in it that the method tunes (`needs_prompts`); methods that tune the words of a plain CLIP put them in for the time
+    being. Parameters, mode and class embeddings come back as they were.
 
     Args:
         memory_budget: GiB that activations may take; None takes the batch whole. A batch that doesn't fit (by
@@ -92,7 +93,7 @@ class Defence(ABC):
 
     __test__: ClassVar[bool] = False  # pytest: no test, for all its name
     defends: ClassVar[bool] = True  # whether there is something to attack and to control beyond the classifier
-    paper: ClassVar[Paper]
+    paper: ClassVar[Paper] = Unpublished()  # type: ignore[assignment]
     needs_prompts: ClassVar[bool] = False
 
     memory_budget: float | None = None
@@ -102,9 +103,9 @@ class Defence(ABC):
             raise ValueError(f"memory_budget={self.memory_budget!r} must be a positive number of GiB, or None.")
 
     @property
-    @abstractmethod
     def traits(self) -> Traits:
-        """What an attack must know."""
+        """What an attack must know; nothing of a defence that draws nothing, tunes nothing and keeps no state."""
+        return Traits()
 
     @property
     def name(self) -> str:
@@ -144,12 +145,7 @@ class Defence(ABC):
 
     @abstractmethod
     def _predict(
-        self,
-        classifier: CLIPForZeroShotClassification,
-        images_BCHW: Tensor,
-        state: Any,
-        seed: int,
-        path: GradientPath,
+        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
     ) -> Prediction:
         """`predict` on images that fit into memory, with the classifier prepared; gradients are on. `state` is None
         for episodic defences, else that before the first of these images.
@@ -212,18 +208,11 @@ class Defence(ABC):
         isn't what `Prediction` says.
         """
         if not isinstance(classifier, CLIPForZeroShotClassification):
-            raise TypeError(
-                f"classifier is a {type(classifier).__name__}; give a CLIPForZeroShotClassification (of a PeftModel "
-                "its get_base_model())."
-            )
-        if path not in get_args(GradientPath):
-            raise ValueError(f"path={path!r} is unknown; choose {', '.join(map(repr, get_args(GradientPath)))}.")
+            raise TypeError(f"classifier is a {type(classifier).__name__}; give a CLIPForZeroShotClassification.")
+        check_choice(GradientPath, path=path)
         self.check(classifier)
         if not isinstance(images_BCHW, Tensor):
-            raise TypeError(
-                f"images_BCHW is a {type(images_BCHW).__name__}; give one tensor (B, C, H, W). Pictures of mixed "
-                "sizes are brought to one by the classifier's processor (zero_shot_data.loading.to_pixels)."
-            )
+            raise TypeError(f"images_BCHW is a {type(images_BCHW).__name__}; mixed sizes go through to_pixels.")
         classifier.check_pixels(images_BCHW)
         if len(images_BCHW) == 0:
             raise ValueError("images_BCHW is empty; give at least one image.")
@@ -249,15 +238,9 @@ class Defence(ABC):
         if not classifier.class_names:
             raise ValueError("the classifier has no classes; call set_classes(class_names) first.")
         if len(classifier.class_names) == 1:
-            raise ValueError(
-                f"there is one class, {classifier.class_names[0]!r}: its probability is 1 whatever the image; "
-                "set_classes more."
-            )
+            raise ValueError(f"there is one class, {classifier.class_names[0]!r}, always right; set_classes more.")
         if self.needs_prompts and not prompts_of(classifier):
-            raise ValueError(
-                f"{self.name} tunes prompts and the classifier has none: train some (TAPTTrainer, APTTrainer), or "
-                "load an adapter with PeftModel.from_pretrained."
-            )
+            raise ValueError(f"{self.name} tunes prompts and the classifier has none; train some, or load an adapter.")
 
     def _check_prediction(self, found: Any, count: int, num_classes: int) -> None:
         """Raise TypeError/ValueError unless a method gave what `Prediction` says."""

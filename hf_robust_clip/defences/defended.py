@@ -67,9 +67,7 @@ class DefendedClassifier(nn.Module):
         if not isinstance(core, CLIPForZeroShotClassification):
             raise TypeError(f"classifier is a {type(core).__name__}; give a CLIPForZeroShotClassification.")
         if not isinstance(adapter, Defence):
-            raise TypeError(
-                f"adapter is a {type(adapter).__name__}; give a test-time defence, such as TAPT(targets=...)."
-            )
+            raise TypeError(f"adapter is a {type(adapter).__name__}; give a test-time defence, such as TAPT().")
         self.classifier, self.adapter, self.seed = core, adapter, seed
         self.base_model = base_model
 
@@ -106,8 +104,8 @@ class DefendedClassifier(nn.Module):
         return self.classifier.require_processor()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write prompts (`adapter_*`), what was fitted (`statistics.safetensors`) and `adaptation.json`, whole or not
-        at all.
+        """Write prompts (`adapter_*`), what was fitted (files of its own) and `adaptation.json`, whole or not at all.
+
 
         Other files in the folder stay. Raises ValueError for a defence whose class can't be found again, and a base
         model that has no name or other weights than the classifier: weights aren't saved here.
@@ -120,7 +118,7 @@ class DefendedClassifier(nn.Module):
             "format": FORMAT,
             "method": defence_key(self.adapter),
             "parameters": {name: value for name, value in self.adapter.parameters().items() if name in own},
-            "fitted": sorted(self.adapter.fitted),
+            "fitted": {name: part.file for name, part in sorted(self.adapter.fitted.items())},
             "prompts": bool(getattr(self.classifier, "peft_config", None)),
             "seed": self.seed,
             "base_model": base,
@@ -150,19 +148,14 @@ class DefendedClassifier(nn.Module):
             logger.warning("nobody could look whether the weights are those of the base model: %s", error)
             return
         if weights_digest(there) != weights_digest(self.classifier):
-            raise ValueError(
-                f"the classifier's weights are not those of {base!r}, the base model that a saved defence names; save "
-                "them with classifier.save_pretrained(folder), and give DefendedClassifier base_model=folder."
-            )
+            raise ValueError(f"the classifier's weights are not those of base_model={base!r}; save and name them.")
 
     def _save_prompts(self, folder: Path, base: str, revision: str | None) -> None:
         configs = getattr(self.classifier, "peft_config", {})
         if not configs:
             return
         if not prompts_of(self.classifier):
-            raise ValueError(
-                "the classifier has an adapter without prompts; merge_and_unload() it and save the result."
-            )
+            raise ValueError("the classifier has an adapter without prompts; merge_and_unload() it first.")
         active = active_adapter(self.classifier)
         state = get_peft_model_state_dict(self.classifier, adapter_name=active, save_embedding_layers=False)
         state = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
@@ -177,9 +170,7 @@ class DefendedClassifier(nn.Module):
         config = configs[active_adapter(self.classifier)] if configs and prompts_of(self.classifier) else None
         name = self.base_model or getattr(config, "base_model_name_or_path", None) or self.classifier.name_or_path
         if not name:
-            raise ValueError(
-                "nobody knows the base model's name; give DefendedClassifier base_model=<Hub id or folder>."
-            )
+            raise ValueError("nobody knows the base model's name; give base_model=<Hub id or folder>.")
         return EMBEDDED_MODEL if str(name) == digits_clip_path() else str(name), getattr(config, "revision", None)
 
     @classmethod
@@ -211,30 +202,23 @@ class DefendedClassifier(nn.Module):
         settings = read_settings(folder, str(name))
         adapter_cls = defence_class(settings["method"])
         if method is not None and adapter_cls is not method:
-            raise ValueError(
-                f"{str(name)!r} holds a defence by {adapter_cls.__name__}, not by {method.__name__}; load it with "
-                f"{adapter_cls.__name__}.from_pretrained or DefendedClassifier.from_pretrained."
-            )
+            raise ValueError(f"{str(name)!r} holds a defence by {adapter_cls.__name__}, not by {method.__name__}.")
         learned = adapter_cls.learns()
-        parts = {part: learned[part] for part in settings.get("fitted", learned) if part in learned}
+        parts = {part: kind for part, kind in learned.items() if part in settings["fitted"]}
         if parts:
             folder = _fetched(str(name), [*FILES, *(kind.file for kind in parts.values())], revision, where)
         needed = [kind.file for kind in parts.values()]
         needed += [PROMPTS, "adapter_config.json"] if settings["prompts"] else []
         for file in needed:
             if not (folder / file).is_file():
-                raise OSError(
-                    f"{str(name)!r} has no {file}, without which {adapter_cls.__name__} can't run; save it again."
-                )
+                raise OSError(f"{str(name)!r} has no {file}, which the defence needs; save it again.")
         found = {part: kind.load(folder) for part, kind in parts.items()}
         plain = {key: value for key, value in settings["parameters"].items() if key not in learned}
         adapter = adapter_from(adapter_cls, {**plain, **found})
         named = {"base_model_name_or_path": settings["base_model"], "revision": settings["base_revision"]}
         base, base_revision = base_of(name, named, where)
         classifier = CLIPForZeroShotClassification.from_pretrained(
-            base,
-            **{**where, "revision": base_revision},
-            **({} if dtype is None else {"dtype": dtype}),
+            base, **{**where, "revision": base_revision}, **({} if dtype is None else {"dtype": dtype})
         )
         if settings["prompts"]:
             classifier = with_adapter(classifier, folder)
@@ -283,23 +267,19 @@ class DefendedClassifier(nn.Module):
 def read_settings(folder: Path, name: str) -> dict[str, Any]:
     """What `adaptation.json` says. Raises ValueError, naming the mend, if it is missing or not ours."""
     if not (folder / SETTINGS).is_file():
-        raise ValueError(
-            f"{name!r} has no {SETTINGS}, so it holds no test-time defence: save one with TAPTTrainer.save_model (see "
-            "recipes/tapt.py) or DefendedClassifier(classifier, adapter).save_pretrained, and load it with "
-            "TAPT.from_pretrained."
-        )
+        raise ValueError(f"{name!r} has no {SETTINGS}, hence no defence; save one, for TAPT.from_pretrained, say.")
     settings = read_json(folder / SETTINGS)
-    known = ("format", "method", "parameters", "prompts", "seed", "base_model", "base_revision", "class_names",
-             "templates", "input_size")  # fmt: skip
+    known = ("format", "method", "parameters", "fitted", "prompts", "seed", "base_model", "base_revision",
+             "class_names", "templates", "input_size")  # fmt: skip
     missing = [key for key in known if not isinstance(settings, dict) or key not in settings]
     if missing or settings["format"] != FORMAT:
         what = (
             f"lacks {missing[0]!r}" if missing else f"has format {settings['format']!r}, this version reads {FORMAT}"
         )
         raise ValueError(f"{SETTINGS} of {name!r} {what}; save it again, or take the version that wrote it.")
-    for key, kind in (("parameters", dict), ("fitted", list)):
-        if not isinstance(settings.get(key, kind()), kind):
-            raise ValueError(f"{key}={settings[key]!r} in {SETTINGS} of {name!r} must be a {kind.__name__}.")
+    for key in ("parameters", "fitted"):
+        if not isinstance(settings[key], dict):
+            raise ValueError(f"{key}={settings[key]!r} in {SETTINGS} of {name!r} must be a dict.")
     if not isinstance(settings["seed"], int):
         raise ValueError(f"seed={settings['seed']!r} in {SETTINGS} of {name!r} must be a whole number.")
     return settings

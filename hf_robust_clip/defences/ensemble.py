@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,13 +32,7 @@ class Ensemble(Defence):
     crop: RandomResizedCrop = field(default_factory=RandomResizedCrop)
     chunk_size: int | None = None
 
-    paper: ClassVar[Paper] = Paper(
-        method="ensemble",
-        title="Test-time augmentation: the mean prediction over random views",
-        venue="no publication",
-        arxiv="",
-        bibtex="",
-    )
+    paper = Paper("ensemble", "Test-time augmentation: the mean prediction over random views", "no publication")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,12 +47,7 @@ class Ensemble(Defence):
         return f"ensemble-{self.num_views}"
 
     def _predict(
-        self,
-        classifier: CLIPForZeroShotClassification,
-        images_BCHW: Tensor,
-        state: Any,
-        seed: int,
-        path: GradientPath,
+        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
     ) -> Prediction:
         views = draw_boxes(images_BCHW, self.num_views, self.crop, seed)
         with torch.set_grad_enabled(path != "none"):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
+from ..checks import check_whole
 from ..digests import digest
 from ..environment import library_versions
 from ..modeling import CLIPForZeroShotClassification, resolution_of
@@ -61,8 +62,7 @@ def collect_statistics(
         raise ValueError("dataset is empty; there is nothing to collect statistics of.")
     if getattr(dataset, "augment", False):
         raise ValueError("dataset.augment=True gives whole pictures; collect from replace(data, augment=False).")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r} must be at least 1.")
+    check_whole(1, batch_size=batch_size)
     if state_dir is not None:
         check_writable(state_dir, "state_dir")
     before = classifier.training, classifier.input_size
@@ -190,9 +190,7 @@ class _State:
                 if metadata["digest"] != _digest(text, tensors):
                     raise ValueError("the digest is another")
             except (OSError, ValueError, KeyError) as error:
-                raise ValueError(
-                    f"{path} is damaged or of another format; delete it, and its images are looked at again."
-                ) from error
+                raise ValueError(f"{path} is damaged or of another format; delete it to begin anew.") from error
             about = json.loads(text)
             other = [name for name in self.key if about["key"].get(name) != self.key[name]]
             if other:

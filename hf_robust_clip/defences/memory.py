@@ -35,10 +35,7 @@ def in_parts(run: Callable[[slice], T], count: int, size: int) -> list[T]:
             found.append(run(rows))
         except torch.OutOfMemoryError as error:
             if size <= 1:
-                raise RuntimeError(
-                    "one image with its views doesn't fit into the memory; set memory_budget (GiB), fewer num_views, "
-                    "or load the model in bfloat16."
-                ) from error
+                raise RuntimeError("one image with its views doesn't fit; set memory_budget.") from error
             size = max(1, min(size, rows.stop - rows.start) // 2)
             logger.info("out of memory: going on with %d images at a time", size)
             if torch.cuda.is_available():

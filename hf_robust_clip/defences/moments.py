@@ -104,10 +104,7 @@ class RunningMoments:
             self.count, self.mean, self.squares = other.count, other.mean, other.squares
             return
         if self.mean.shape != other.mean.shape:
-            raise ValueError(
-                f"statistics of (layers, tokens, width) {tuple(self.mean.shape)} and {tuple(other.mean.shape)} don't "
-                "merge; take images of one size and one set of prompts."
-            )
+            raise ValueError(f"statistics of {tuple(self.mean.shape)} and {tuple(other.mean.shape)} don't merge.")
         count = self.count + other.count
         apart = other.mean - self.mean
         self.mean = self.mean + apart * (other.count / count)

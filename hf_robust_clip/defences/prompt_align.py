@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -33,19 +32,7 @@ class PromptAlign(AlignedTuning):
     align_weight: float = 100 / 3
     align_layers: int = 2
 
-    paper: ClassVar[Paper] = Paper(
-        method="prompt_align",
-        title="Align Your Prompts: Test-Time Prompting with Distribution Alignment for Zero-Shot Generalization",
-        venue="NeurIPS 2023",
-        arxiv="2311.01459",
-        bibtex="""@inproceedings{hassan2023promptalign,
-  title = {Align Your Prompts: Test-Time Prompting with Distribution Alignment for Zero-Shot Generalization},
-  author = {Abdul Samadh, Jameel and Gani, Hanan and Hussein, Noor and Khattak, Muhammad Uzair and Naseer, Muhammad
-            Muzammal and Khan, Fahad Shahbaz and Khan, Salman},
-  booktitle = {NeurIPS},
-  year = {2023}
-}""",
-    )
+    paper = Paper.cited("prompt_align", "hassan2023promptalign", arxiv="2311.01459")
 
     def loss(self, logits_BKC: Tensor, layer_inputs: Sequence[Tensor]) -> Tensor:
         """L of each image."""

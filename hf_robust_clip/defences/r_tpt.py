@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..checks import check_whole
 from ..paper import Paper
 from .prompted import Prompts, Run
 from .tuning import WordTuning, entropy
@@ -39,23 +39,11 @@ class RTPT(WordTuning):
     num_neighbours: int = 20
     temperature: float = 0.01
 
-    paper: ClassVar[Paper] = Paper(
-        method="r_tpt",
-        title="R-TPT: Improving Adversarial Robustness of Vision-Language Models through Test-Time Prompt Tuning",
-        venue="CVPR 2025",
-        arxiv="2504.11195",
-        bibtex="""@inproceedings{sheng2025rtpt,
-  title = {{R-TPT}: Improving Adversarial Robustness of Vision-Language Models through Test-Time Prompt Tuning},
-  author = {Sheng, Lijun and Liang, Jian and Wang, Zilei and He, Ran},
-  booktitle = {CVPR},
-  year = {2025}
-}""",
-    )
+    paper = Paper.cited("r_tpt", "sheng2025rtpt", arxiv="2504.11195")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.num_neighbours, int) or self.num_neighbours < 1:
-            raise ValueError(f"num_neighbours={self.num_neighbours!r} must be an integer of at least 1.")
+        check_whole(1, num_neighbours=self.num_neighbours)
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature!r} must be positive.")
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_whole
 from ..modeling import CLIPForZeroShotClassification
 from ..paper import Paper
 from .alignment import AlignedTuning, AlignmentTargets, Reduction, alignment, views_moments
@@ -64,33 +65,17 @@ class TAPT(AlignedTuning):
     reset_every: int = 1
     random_seed: int = 0
 
-    paper: ClassVar[Paper] = Paper(
-        method="tapt",
-        title="TAPT: Test-Time Adversarial Prompt Tuning for Robust Inference in Vision-Language Models",
-        venue="CVPR 2025",
-        arxiv="2411.13136",
-        bibtex="""@inproceedings{wang2025tapt,
-  title = {{TAPT}: Test-Time Adversarial Prompt Tuning for Robust Inference in Vision-Language Models},
-  author = {Wang, Xin and Chen, Kai and Zhang, Jiaming and Chen, Jingjing and Ma, Xingjun},
-  booktitle = {CVPR},
-  year = {2025}
-}""",
-    )
+    paper = Paper.cited("tapt", "wang2025tapt", arxiv="2411.13136")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma={self.gamma!r} must be in [0, 1].")
-        if not isinstance(self.reset_every, int) or self.reset_every < 1:
-            raise ValueError(f"reset_every={self.reset_every!r} must be an integer of at least 1.")
-        for name, choices in (("align_reduction", get_args(Reduction)), ("reset_to", get_args(Reset))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(choices)}.")
+        check_whole(1, reset_every=self.reset_every)
+        check_choice(Reduction, align_reduction=self.align_reduction)
+        check_choice(Reset, reset_to=self.reset_to)
         if self.unbiased and self.num_kept < 2 and self.align_weight > 0:
-            raise ValueError(
-                f"selected={self.selected!r} of num_views={self.num_views!r} keeps one view, which has no unbiased "
-                "variance; keep more, or set unbiased=False."
-            )
+            raise ValueError(f"selected={self.selected!r} keeps one view, too few; keep more, or unbiased=False.")
 
     @classmethod
     def paper_preset(cls, targets: AlignmentTargets | None = None) -> TAPT:

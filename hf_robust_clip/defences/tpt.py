@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,19 +18,7 @@ class TPT(WordTuning):
     Source: arXiv 2209.07511. Its augmentation here is random crops and mirroring.
     """
 
-    paper: ClassVar[Paper] = Paper(
-        method="tpt",
-        title="Test-Time Prompt Tuning for Zero-Shot Generalization in Vision-Language Models",
-        venue="NeurIPS 2022",
-        arxiv="2209.07511",
-        bibtex="""@inproceedings{shu2022tpt,
-  title = {Test-Time Prompt Tuning for Zero-Shot Generalization in Vision-Language Models},
-  author = {Shu, Manli and Nie, Weili and Huang, De-An and Yu, Zhiding and Goldstein, Tom and Anandkumar, Anima and
-            Xiao, Chaowei},
-  booktitle = {NeurIPS},
-  year = {2022}
-}""",
-    )
+    paper = Paper.cited("tpt", "shu2022tpt", arxiv="2209.07511")
 
     def loss(self, logits_BKC: Tensor, layer_inputs: Sequence[Tensor]) -> Tensor:
         """The marginal entropy."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import check_whole
 from ..crops import picture_key
 from ..modeling import CLIPForZeroShotClassification
 from ..paper import Paper
@@ -42,25 +43,11 @@ class TTC(Defence):
     tau: float = 0.2
     beta: float = 2.0
 
-    paper: ClassVar[Paper] = Paper(
-        method="ttc",
-        title="CLIP is Strong Enough to Fight Back: Test-time Counterattacks towards Zero-shot Adversarial Robustness "
-        "of CLIP",
-        venue="CVPR 2025",
-        arxiv="2503.03613",
-        bibtex="""@inproceedings{xing2025ttc,
-  title = {{CLIP} is Strong Enough to Fight Back: Test-time Counterattacks towards Zero-shot Adversarial Robustness of
-           {CLIP}},
-  author = {Xing, Songlong and Zhao, Zhengyu and Sebe, Nicu},
-  booktitle = {CVPR},
-  year = {2025}
-}""",
-    )
+    paper = Paper.cited("ttc", "xing2025ttc", arxiv="2503.03613")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise ValueError(f"num_steps={self.num_steps!r} must be an integer of at least 1.")
+        check_whole(1, num_steps=self.num_steps)
         if not parse_radius(self.step_size, "step_size") > 0 or not self._ball().eps > 0:
             raise ValueError(f"eps={self.eps!r} and step_size={self.step_size!r} must be positive.")
 
@@ -76,12 +63,7 @@ class TTC(Defence):
         return Traits(randomised=True, optimising=True)
 
     def _predict(
-        self,
-        classifier: CLIPForZeroShotClassification,
-        images_BCHW: Tensor,
-        state: Any,
-        seed: int,
-        path: GradientPath,
+        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
     ) -> Prediction:
         ball, step_size = self._ball(), parse_radius(self.step_size, "step_size")
         images = images_BCHW if path == "through" else images_BCHW.detach()

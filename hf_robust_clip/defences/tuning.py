@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import check_whole
 from ..crops import RandomResizedCrop
 from ..modeling import CLIPForZeroShotClassification
 from ..prompts.access import prompts_of, words_as_prompts
@@ -63,15 +64,11 @@ class PromptTuning(Defence):
         super().__post_init__()
         check_views(self.num_views, self.chunk_size)
         if not 0 < self.selected <= 1 or self.num_kept < 1:
-            raise ValueError(
-                f"selected={self.selected!r} keeps none of {self.num_views} views, or more than there are; choose a "
-                f"fraction of at least 1/{self.num_views} and at most 1."
-            )
+            raise ValueError(f"selected={self.selected!r} must be in [1 / {self.num_views}, 1], to keep a view.")
         for name in ("learning_rate", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a number of at least 0.")
-        if not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise ValueError(f"num_steps={self.num_steps!r} must be an integer of at least 1.")
+        check_whole(1, num_steps=self.num_steps)
 
     @property
     def traits(self) -> Traits:
@@ -103,12 +100,7 @@ class PromptTuning(Defence):
         return run.classifier.score(run.embed_image(prompts), run.class_embeds(prompts))[0]
 
     def _predict(
-        self,
-        classifier: CLIPForZeroShotClassification,
-        images_BCHW: Tensor,
-        state: Any,
-        seed: int,
-        path: GradientPath,
+        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
     ) -> Prediction:
         run = self.run(classifier, images_BCHW, seed, path)
         return self.tune(run, self.initial(classifier, run.own))
@@ -227,20 +219,11 @@ class WordTuning(PromptTuning):
         super().check(classifier)
         if prompts_of(classifier):
             if not self.tuned(classifier):
-                raise ValueError(
-                    f"{self.name} tunes words and the classifier has vision prompts alone; use a plain classifier, or "
-                    "one with text prompts."
-                )
+                raise ValueError(f"{self.name} tunes words; the classifier has vision prompts alone.")
         elif len(classifier.templates) > 1:
-            raise ValueError(
-                f"{self.name} tunes the words of one template, and the classifier has {len(classifier.templates)}; "
-                "call set_classes(class_names, 'a photo of a {}.')."
-            )
+            raise ValueError(f"{self.name} tunes one template, not {len(classifier.templates)}; set_classes with one.")
         elif classifier.context_length < 1:
-            raise ValueError(
-                f"{self.name} tunes the words before the class name, and template {classifier.templates[0]!r} has "
-                "none that all classes share; use 'a photo of a {}.'."
-            )
+            raise ValueError(f"{self.name} tunes words before the class name: {classifier.templates[0]!r} has none.")
 
     @contextmanager
     def prepared(self, classifier: CLIPForZeroShotClassification) -> Iterator[None]:
@@ -272,10 +255,8 @@ def log_mean_softmax(logits_BKC: Tensor) -> Tensor:
 
 def check_views(num_views: int, chunk_size: int | None) -> None:
     """Raise ValueError for fewer than 2 views, and chunks below 1."""
-    if not isinstance(num_views, int) or num_views < 2:
-        raise ValueError(f"num_views={num_views!r} must be an integer of at least 2: the image itself and its crops.")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size={chunk_size!r} must be an integer of at least 1, or None.")
+    check_whole(2, num_views=num_views)
+    check_whole(1, chunk_size=1 if chunk_size is None else chunk_size)
 
 
 def _zeros(like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..modeling import CLIPForZeroShotClassification
 from ..paper import Paper
-from .base import Defence, GradientPath, Prediction, Traits
+from .base import Defence, GradientPath, Prediction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,21 +18,10 @@ class Undefended(Defence):
     """z = the classifier's logits: the defence that does nothing, so that one loop judges with and without one."""
 
     defends: ClassVar[bool] = False
-    paper: ClassVar[Paper] = Paper(
-        method="undefended", title="No defence: the classifier itself", venue="no publication", arxiv="", bibtex=""
-    )
-
-    @property
-    def traits(self) -> Traits:
-        return Traits()
+    paper = Paper("undefended", "No defence: the classifier itself", "no publication")
 
     def _predict(
-        self,
-        classifier: CLIPForZeroShotClassification,
-        images_BCHW: Tensor,
-        state: Any,
-        seed: int,
-        path: GradientPath,
+        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
     ) -> Prediction:
         with torch.set_grad_enabled(path != "none"):
             return Prediction(classifier(pixel_values=images_BCHW).logits)

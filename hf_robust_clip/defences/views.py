@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_whole
 from ..crops import DRAWS, RandomResizedCrop, grey_levels, picture_key
 
 
@@ -82,8 +83,7 @@ def draw_boxes(images_BCHW: Tensor, num_views: int, crop: RandomResizedCrop, see
 
     Raises ValueError for fewer than two views.
     """
-    if not isinstance(num_views, int) or num_views < 2:
-        raise ValueError(f"num_views={num_views!r} must be a whole number of at least 2: the image and views of it.")
+    check_whole(2, num_views=num_views)
     rows, _, height, width = images_BCHW.shape
     images_BCHW = grey_levels(images_BCHW) if images_BCHW.is_floating_point() else images_BCHW
     draws_BVR = torch.empty(rows, num_views - 1, DRAWS, dtype=torch.float64)

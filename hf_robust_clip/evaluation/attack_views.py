@@ -14,6 +14,7 @@ from ..attacks import views
 from ..attacks.auto_attack import AutoAttack
 from ..attacks.pgd import LogitsFn
 from ..attacks.suites import PGD, Member, Suite, Victim, plain_victim
+from ..checks import check_whole
 from ..defences.base import Defence, GradientPath
 from ..modeling import CLIPForZeroShotClassification
 from ..prediction import Prediction
@@ -230,9 +231,7 @@ class AdaptiveWorst(Suite):
     about = views.ADAPTIVE_WORST
 
     def __post_init__(self) -> None:
-        for name, value in self._numbers().items():
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 0.")
+        check_whole(0, **self._numbers())
         if not any(self._numbers().values()) and not self.blind:
             raise ValueError("pgd_steps, apgd_steps and num_queries are all 0: no attack is left.")
         object.__setattr__(self, "blind", tuple(self.blind))

@@ -4,6 +4,7 @@ processes, resumable.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from dataclasses import asdict, dataclass, replace
@@ -101,8 +102,8 @@ def evaluate_robustness(
     Raises ValueError for an empty or an augmented dataset, one whose classes aren't the model's in their order, a
     single class, labels beyond the classes, images outside [0, 1] or of wrong size, a state of another model, dataset,
     defence or setting, a view of a defence without one, a defence without such a view, with a model that lacks what it
-    needs, or with a stream state on several processes, and `precision="fast"` for a model in half precision;
-    FloatingPointError for logits that are not finite, naming the stage.
+    needs, with a stream state on several processes, or of other traits than it says, and `precision="fast"` for a
+    model in half precision; FloatingPointError for logits that are not finite, naming the stage.
     """
     defence = Undefended() if defence is None else defence
     if not isinstance(defence, Defence):
@@ -112,9 +113,7 @@ def evaluate_robustness(
     settings.check_against(defence)
     _check_data(dataset, name=name, task=task, model_id=model_id)
     if len(model.class_names) == 1:
-        raise ValueError(
-            f"there is one class, {model.class_names[0]!r}: nothing can be misclassified; set_classes more."
-        )
+        raise ValueError(f"there is one class, {model.class_names[0]!r}: nothing can go wrong; set_classes more.")
     with model.prepared_for(dataset), without_gradients(model), model.fixed_class_embeds():
         evaluation = _Evaluation(model, dataset, settings, defence, processes, state_dir, progress)
         evaluation.run()
@@ -157,10 +156,7 @@ def _check_data(dataset: ImageDataset, **told: str) -> None:
     """Raise TypeError or ValueError for images that can't be evaluated, and for names that a report can't show."""
     lacking = [name for name in ("dataset_id", "revision", "split") if not hasattr(dataset, name)]
     if lacking:
-        raise TypeError(
-            f"dataset is a {type(dataset).__name__} without {lacking[0]}, which a report must name; give an "
-            "ImageDataset (load_image_dataset, image_dataset), whose first, only and shots choose images."
-        )
+        raise TypeError(f"dataset is a {type(dataset).__name__} without {lacking[0]}; give an ImageDataset.")
     told |= {f"dataset.{what}": getattr(dataset, what) for what in ("dataset_id", "revision", "split")}
     for what, text in told.items():
         check_shown(text, what)
@@ -168,9 +164,7 @@ def _check_data(dataset: ImageDataset, **told: str) -> None:
     if len(dataset) == 0:
         raise ValueError("dataset is empty; nothing to evaluate.")
     if getattr(dataset, "augment", False):
-        raise ValueError(
-            "dataset.augment=True gives whole pictures for training; evaluate replace(data, augment=False)."
-        )
+        raise ValueError("dataset.augment=True gives whole pictures; evaluate replace(data, augment=False).")
 
 
 class _Evaluation:
@@ -191,9 +185,7 @@ class _Evaluation:
         self.rank: int = processes.process_index if processes else 0
         self.world: int = processes.num_processes if processes else 1
         if self.world > 1 and not defence.traits.episodic:
-            raise ValueError(
-                f"{defence.name} meets images as one stream, and there are {self.world} processes; use 1."
-            )
+            raise ValueError(f"{defence.name} meets images as one stream: use 1, not {self.world} processes.")
         plan = settings.plan(len(model.class_names))
         self.stages = [Stage(threat, member, view) for threat in settings.threat_models() for view, member in plan]
         self.show = progress and self.rank == 0
@@ -231,10 +223,7 @@ class _Evaluation:
         them, and leaves what it tuned.
         """
         if self.settings.precision == "fast" and self.model.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"precision='fast' takes gradients in bfloat16 and confirms them in float32, and the model is in "
-                f"{str(self.model.dtype).removeprefix('torch.')}: load it with dtype=torch.float32, or use 'fp32'."
-            )
+            raise ValueError(f"precision='fast' confirms in float32, the model is in {self.model.dtype}.")
         few = [self.dataset[i] for i in own[:4]] or [self.dataset[0]]
         images_BCHW = collate_images(few)["pixel_values"].to(self.model.device)
         self.model.check_pixels(images_BCHW, values=True)
@@ -251,8 +240,21 @@ class _Evaluation:
                 what,
             )
         if self.defence.defends:
+            self.check_traits(images_BCHW)
             prompts = self.defence.predict(self.model, images_BCHW, seed=self.settings.seed).prompts
             self.tuned = sum(value[0].numel() for value in prompts.values())
+
+    def check_traits(self, images_BCHW: Tensor) -> None:
+        """Raise ValueError for a defence that draws or tunes without saying so: attacks would be chosen wrongly."""
+        seeds = itertools.count(self.settings.seed)
+
+        def logits(pixels_BCHW: Tensor) -> Tensor:
+            return self.defence.predict(self.model, pixels_BCHW, seed=next(seeds)).logits
+
+        traits, looks = self.defence.traits, {"randomised": is_randomised, "optimising": is_optimising}
+        for name, is_so in looks.items():
+            if not getattr(traits, name) and is_so(logits, images_BCHW):
+                raise ValueError(f"{self.defence.name} is {name}, and its traits don't say so: Traits({name}=True).")
 
     def run_stage(self, number: int, stage: Stage | None, rows: list[int]) -> None:
         """Judge the rows that have not been through this stage; a stream begins anew."""

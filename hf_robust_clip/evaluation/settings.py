@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ..attacks.suites import PGD, Member, Suite
 from ..attacks.views import View
+from ..checks import check_choice, check_whole
 from ..defences.base import Defence
 from ..modeling import CLIPForZeroShotClassification
 from ..threat_model import ThreatModel
-from .attack_views import AttackView, Static
+from .attack_views import VIEWS, AttackView, Static
 
 Precision = Literal["fp32", "fast"]
 
@@ -35,8 +36,8 @@ class EvaluationSettings:
         eot: draws of the defence whose logits are averaged before the loss, in each gradient through it: the gradient
             is that of the mean prediction. Views that don't go through a defence take no such gradient.
 
-    Raises ValueError for a number out of range, and a view beside attacks that bring their own; TypeError for what is
-    no suite or no view.
+    Raises ValueError for a number out of range, a view beside attacks that bring their own, and a stranger's view
+    named like one of ours; TypeError for what is no suite or no view.
     """
 
     radii: Sequence[float | str]
@@ -50,20 +51,17 @@ class EvaluationSettings:
     eot: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size!r} must be at least 1.")
-        if self.precision not in get_args(Precision):
-            raise ValueError(
-                f"precision={self.precision!r} is unknown; choose one of {', '.join(get_args(Precision))}."
-            )
+        check_whole(1, batch_size=self.batch_size, eot=self.eot)
+        check_choice(Precision, precision=self.precision)
         if not isinstance(self.attack, Suite):
             raise TypeError(f"attack={self.attack!r} must be a suite of attacks, such as PGD(20) or AutoAttack().")
         if not isinstance(self.view, AttackView):
             raise TypeError(f"view={self.view!r} must be a view of an attack, such as DefenceBlind() or Adaptive().")
+        known = VIEWS.get(self.view.name)
+        if known is not None and type(known) is not type(self.view):
+            raise ValueError(f"view={self.view!r} is named {known.name!r} like {known!r}; give it a name of its own.")
         if self.attack.about is not None and self.view != Static():
             raise ValueError(f"view={self.view!r} does nothing: attack={self.attack!r} brings its own; leave it out.")
-        if not isinstance(self.eot, int) or self.eot < 1:
-            raise ValueError(f"eot={self.eot!r} must be an integer of at least 1.")
         self.threat_models()
 
     @property
@@ -86,9 +84,18 @@ class EvaluationSettings:
         return threats
 
     def plan(self, num_classes: int) -> list[tuple[AttackView, Member]]:
-        """The attacks of the suite in their order, each with what it sees."""
+        """The attacks of the suite in their order, each with what it sees.
+
+        Raises ValueError for no attacks, for two of one name, and for views of which the suite says nothing.
+        """
         found = []
-        for member in self.attack.members(num_classes):
+        members = self.attack.members(num_classes)
+        if not members or len({member.name for member in members}) < len(members):
+            names = [member.name for member in members]
+            raise ValueError(f"attack={self.attack!r} has the members {names}; give at least one, each its own name.")
+        for member in members:
+            if member.view is not None and self.attack.about is None:
+                raise ValueError(f"attack={self.attack!r} brings the view {member.view!r}; say so by its `about`.")
             view = member.view or (self.view.asked if member.by_queries else self.view)
             found.append((view, replace(member, view=view)))
         return found
@@ -106,18 +113,10 @@ class EvaluationSettings:
         """Raise ValueError unless what is attacked goes with what is judged."""
         name = self.seen.name
         if self.eot > 1 and not self.seen.goes_through:
-            raise ValueError(
-                f"eot={self.eot!r} averages gradients through a defence, and view {name!r} takes none; leave it at 1."
-            )
+            raise ValueError(f"eot={self.eot!r} averages gradients through a defence; view {name!r} takes none.")
         if self.seen.of_defence and not defence.defends:
             raise ValueError(f"view {name!r} attacks a test-time defence, and there is none; give defence=...")
         if defence.defends and not self.seen.of_defence:
-            raise ValueError(
-                f"view {name!r} says nothing of {defence.name}; choose DefenceBlind(), Adaptive(), BPDA() or "
-                "TransferFromAdapted(), or attack=AdaptiveWorst(...)."
-            )
+            raise ValueError(f"view {name!r} says nothing of {defence.name}; choose Adaptive() or AdaptiveWorst().")
         if defence.defends and self.attack.eot > 1:
-            raise ValueError(
-                f"attack={self.attack!r} would average equal gradients: the draws of a defence follow from seed and "
-                "image. Set eot of EvaluationSettings."
-            )
+            raise ValueError(f"attack={self.attack!r} would average equal gradients; set eot of EvaluationSettings.")

@@ -208,10 +208,7 @@ def _read_state(folder: Path, fingerprint: dict[str, str]) -> list[Line]:
                 line = json.loads(unsigned(text))
             except ValueError as error:
                 what = "the file" if number == 1 else "this line"
-                raise ValueError(
-                    f"{file}, line {number} is damaged or of another format; delete {what}, and its images are "
-                    "evaluated again."
-                ) from error
+                raise ValueError(f"{file}, line {number} is damaged or of another format; delete {what}.") from error
             if number > 1:
                 lines.append(line)
             elif other := [key for key in fingerprint if line.get(key) != fingerprint[key]]:

@@ -4,18 +4,3 @@ from .checkpoints import adapter_config, base_of, with_adapter
 from .classifier import ZeroShotClassifier, ZeroShotOutput, without_gradients
 from .clip import CLIPForZeroShotClassification
 from .texts import PAPER_TEMPLATE, check_classes, check_same_classes, resolution_of, tokenize_prompts
-
-__all__ = [
-    "PAPER_TEMPLATE",
-    "CLIPForZeroShotClassification",
-    "ZeroShotClassifier",
-    "ZeroShotOutput",
-    "adapter_config",
-    "base_of",
-    "check_classes",
-    "check_same_classes",
-    "resolution_of",
-    "tokenize_prompts",
-    "with_adapter",
-    "without_gradients",
-]

@@ -42,9 +42,7 @@ def adapter_config(
     folder = Path(name)
     if (folder / "config.json").is_file() and not (folder / "adaptation.json").is_file():
         if (folder / ADAPTER_CONFIG).is_file():
-            raise ValueError(
-                f"{str(name)!r} holds a whole model and an adapter ({ADAPTER_CONFIG}); move one of them elsewhere."
-            )
+            raise ValueError(f"{str(name)!r} holds a whole model and an adapter ({ADAPTER_CONFIG}); move one away.")
         return None
     try:
         file = find_adapter_config_file(str(name), **{**(where or {}), "revision": revision})
@@ -66,10 +64,7 @@ def base_of(name: str | Path, adapter: Mapping[str, Any], where: Mapping[str, An
         raise OSError(f"the adapter {str(name)!r} doesn't name its base model; load that and PeftModel on it.")
     elsewhere = {key: value for key, value in (where or {}).items() if key not in ("revision", "subfolder")}
     if adapter_config(base, revision, elsewhere) is not None:
-        raise OSError(
-            f"the adapter {str(name)!r} names {base!r} as its base model, which is an adapter; correct its settings, "
-            "or merge that one into its own base model."
-        )
+        raise OSError(f"the adapter {str(name)!r} names {base!r} as its base model, an adapter; correct its settings.")
     return base, revision
 
 
@@ -87,9 +82,7 @@ def check_family(source: str, family: str, config: Mapping[str, Any]) -> None:
     if not isinstance(found, str | None):
         raise OSError(f"model_type={found!r} in config.json of {source!r} is no text; save it with save_pretrained.")
     if found in TOWERS:
-        raise OSError(
-            f"{source!r} is the {TOWERS[found]} tower of a CLIP alone; give a whole CLIPModel, with both towers."
-        )
+        raise OSError(f"{source!r} is the {TOWERS[found]} tower of a CLIP alone; give a whole CLIPModel.")
     if found is not None and found != family:
         raise OSError(f"{source!r} is a model of the family {found!r}, not {family!r}, and can't be loaded as one.")
 
@@ -114,7 +107,7 @@ def check_tower_sizes(source: str, config: Any, where: Mapping[str, Any]) -> Non
     for tower in (config.vision_config, config.text_config):
         if tower.num_hidden_layers > LAYERS:
             raise OSError(
-                f"num_hidden_layers={tower.num_hidden_layers} in config.json of {source!r} is above {LAYERS}."
+                f"num_hidden_layers={tower.num_hidden_layers}, config.json of {source!r}, is above {LAYERS}."
             )
         width = tower.hidden_size
         rows = tower.num_hidden_layers * (4 * width + 2 * tower.intermediate_size) + config.projection_dim
@@ -126,10 +119,7 @@ def check_tower_sizes(source: str, config: Any, where: Mapping[str, Any]) -> Non
     files = weight_files(source, where)
     there = sum(file.stat().st_size for file in files)
     if files and asked > there:
-        raise OSError(
-            f"config.json of {source!r} asks for {asked:,} weights or more, and its files have {there:,} bytes; it is "
-            "of another model, or damaged."
-        )
+        raise OSError(f"config.json of {source!r} asks for {asked:,} weights, its files have {there:,} bytes.")
 
 
 def check_stored(source: str, where: Mapping[str, Any]) -> None:
@@ -262,9 +252,7 @@ def readable(source: str, load: Callable[[], T]) -> T:
     try:
         return load()
     except SafetensorError as error:
-        raise UnfitWeights(
-            f"the weights in {source!r} are cut short or damaged ({error}); copy or download them again."
-        ) from error
+        raise UnfitWeights(f"the weights in {source!r} are cut short or damaged ({error}).") from error
     except (OSError, ValueError, TypeError):
         raise
     except Exception as error:  # whatever a file that is damaged, or of another kind, brings up

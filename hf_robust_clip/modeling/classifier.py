@@ -270,9 +270,7 @@ def _cosine(images_BD: Tensor, classes: Tensor) -> Tensor:
     if classes.dim() == 2:
         return images_BD @ classes.T
     if len(images_BD) % len(classes):
-        raise ValueError(
-            f"{len(images_BD)} images don't divide among prompts for {len(classes)} samples; give each equally many."
-        )
+        raise ValueError(f"{len(images_BD)} images don't divide among prompts for {len(classes)} samples.")
     return (images_BD.view(len(classes), -1, images_BD.shape[1]) @ classes.mT).flatten(0, 1)
 
 

@@ -121,9 +121,7 @@ class PretrainedClassifier(ZeroShotClassifier):
         Raises ValueError for a model with an adapter by PEFT inside: `save_pretrained` of its `PeftModel` writes that.
         """
         if kwargs.pop("push_to_hub", False):
-            raise ValueError(
-                "push_to_hub=True would upload before the processor is there; call model.push_to_hub(id)."
-            )
+            raise ValueError("push_to_hub=True would push no processor; call model.push_to_hub(id) instead.")
         processor = self.require_processor()
         self._check_adapters()
         if self.normalisation is not None:  # the processor's file may have been changed since
@@ -142,12 +140,6 @@ class PretrainedClassifier(ZeroShotClassifier):
         kinds = {module.__class__.__module__ for module in self.modules() if isinstance(module, BaseTunerLayer)}
         packages = {kind.rpartition(".")[0] for kind in kinds}
         if len(packages) > 1:
-            raise ValueError(
-                f"the model holds adapters of {len(packages)} methods ({', '.join(sorted(packages))}), which one file "
-                "can't hold; keep one of them, or merge LoRA into the weights first (merge_and_unload)."
-            )
+            raise ValueError(f"the model holds adapters of {', '.join(sorted(packages))}; save one, or merge LoRA.")
         if packages and not getattr(self, "_hf_peft_config_loaded", False):
-            raise ValueError(
-                "the model has an adapter inside; call save_pretrained of its PeftModel, which writes the adapter, or "
-                "merge_and_unload() first."
-            )
+            raise ValueError("the model has an adapter inside; save its PeftModel, or merge_and_unload() first.")

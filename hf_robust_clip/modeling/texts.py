@@ -62,9 +62,7 @@ def tokenize_prompts(
     rows = tokenizer(list(prompts), padding=False, truncation=False, verbose=False).input_ids
     for prompt, row in zip(prompts, rows, strict=True):
         if len(row) > context_length:
-            raise ValueError(
-                f"the prompt {prompt[:99]!r} has {len(row)} tokens, the text tower takes {context_length}; shorten it."
-            )
+            raise ValueError(f"the prompt {prompt[:99]!r} has {len(row)} tokens, {context_length} fit; shorten it.")
         if row.count(tokenizer.eos_token_id) != 1:  # CLIP's unknown token is its end token
             raise ValueError(f"the tokenizer doesn't know part of {prompt!r}; is its vocabulary file missing?")
         if vocab_size is not None and max(row) >= vocab_size:
@@ -82,8 +80,7 @@ def tokenize_prompts(
                 )
         elif eos_token_id not in row:
             raise ValueError(
-                f"the tokenizer doesn't end {prompt!r} with the text tower's EOS id {eos_token_id}; "
-                "load tokenizer and model from the same checkpoint."
+                f"the tokenizer doesn't end {prompt!r} with EOS id {eos_token_id}; take the checkpoint's own."
             )
     longest = max(map(len, rows))
     return torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows])
@@ -96,8 +93,7 @@ def check_told_apart(ids_CTL: Tensor, class_names: Sequence[str]) -> None:
         first = seen.setdefault(tuple(row), i)
         if first != i:
             raise ValueError(
-                f"class_names[{i}]={class_names[i]!r} and class_names[{first}]={class_names[first]!r} are the same "
-                "tokens to the model (it reads neither case nor the width of spaces); give names that differ."
+                f"class_names[{i}]={class_names[i]!r}, class_names[{first}] are the same to the tokenizer."
             )
 
 

@@ -29,10 +29,7 @@ def check_weight_files(source: str, where: Mapping[str, Any]) -> None:
     if present(source, WHOLE, where) is not None:
         return
     if index is None:
-        raise OSError(
-            f"{source!r} has no {WHOLE}: weights in pickles (*.bin, *.pt, *.pth) can run code and are not opened; "
-            "save them as safetensors where you trust them."
-        )
+        raise OSError(f"{source!r} has no {WHOLE}; pickles (*.bin, *.pt, *.pth) can run code and aren't opened.")
     shards = set(_weight_map(index, source).values())
     for shard in shards:
         if not isinstance(shard, str) or not _is_plain(shard) or not shard.endswith(".safetensors"):
@@ -66,10 +63,7 @@ def check_adapter_file(source: str, where: Mapping[str, Any]) -> None:
             if any(isinstance(pattern, str) and re.search(r"\)[*+{]", pattern) for pattern in patterns):
                 raise OSError(f"{name} in {ADAPTER_CONFIG} of {source!r} repeats a group; write it without.")
     if present(source, ADAPTER, where) is None:
-        raise OSError(
-            f"{source!r} has no {ADAPTER}: adapter_model.bin is a pickle, which can run code, and is not opened; save "
-            "the adapter with safetensors."
-        )
+        raise OSError(f"{source!r} has no {ADAPTER}; adapter_model.bin is a pickle, which can run code: not opened.")
 
 
 def present(source: str, name: str, where: Mapping[str, Any]) -> Path | None:
@@ -97,14 +91,9 @@ def check_config(source: str, config: Mapping[str, Any], asked: Mapping[str, Any
             if part.get("return_dict") is False:
                 raise OSError(f"return_dict=false in config.json of {source!r} can't be followed; delete it.")
     if "transformers_weights" in config:
-        raise OSError(
-            f"config.json of {source!r} names other files for its weights (transformers_weights); delete it."
-        )
+        raise OSError(f"config.json of {source!r} names other weights (transformers_weights); delete it.")
     if config.get("quantization_config") and not asked.get("quantization_config"):
-        raise OSError(
-            f"config.json of {source!r} asks for quantised weights, which can't be attacked; load weights in floating "
-            "point."
-        )
+        raise OSError(f"config.json of {source!r} asks for quantised weights; load weights in floating point.")
 
 
 def check_sizes(image_processor: Any, side: int) -> None:

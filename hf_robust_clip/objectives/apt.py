@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from ..attacks.losses import cross_entropy
+from ..checks import check_choice, check_least
 from ..prompts import ClipPromptConfig
 from .base import Batch, Objective, Paper
 from .trades import TRADES
@@ -41,28 +42,13 @@ class APT(Objective):
     batch_mix: BatchMix = "adv_half"
     beta: float = 6.0
     peft_config: ClassVar[ClipPromptConfig] = ClipPromptConfig(design="VLI")  # two in nine layers of each tower
-    paper: ClassVar[Paper] = Paper(
-        "APT",
-        "TAPT: Test-Time Adversarial Prompt Tuning for Robust Inference in Vision-Language Models",
-        "CVPR 2025",
-        "2411.13136",
-        """@inproceedings{wang2025tapt,
-  title = {{TAPT}: Test-Time Adversarial Prompt Tuning for Robust Inference in Vision-Language Models},
-  author = {Wang, Xin and Chen, Kai and Zhang, Jiaming and Chen, Jingjing and Ma, Xingjun},
-  booktitle = {CVPR}, year = {2025}
-}""",
-    )
+    paper = Paper.cited("APT", "wang2025tapt", arxiv="2411.13136")
 
     def __post_init__(self) -> None:
-        if self.batch_mix not in get_args(BatchMix):
-            known = ", ".join(get_args(BatchMix))
-            raise ValueError(f"batch_mix={self.batch_mix!r} is unknown; choose one of {known}.")
-        if not self.beta >= 0:
-            raise ValueError(f"beta={self.beta!r} must be at least 0.")
+        check_choice(BatchMix, batch_mix=self.batch_mix)
+        check_least(0, beta=self.beta)
         if self.beta != APT.beta and self.batch_mix != "trades":
-            raise ValueError(
-                f"beta={self.beta!r} does nothing with batch_mix={self.batch_mix!r}; it goes with 'trades'."
-            )
+            raise ValueError(f"beta={self.beta!r} does nothing with batch_mix={self.batch_mix!r}, only with 'trades'.")
 
     @property
     def couples_images(self) -> bool:  # type: ignore[override]  # a constant elsewhere, a choice here

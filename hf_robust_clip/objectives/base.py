@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..attacks.losses import cross_entropy
 from ..modeling import ZeroShotOutput
-from ..paper import Paper
+from ..paper import Paper, Unpublished
 
 Classifier = Callable[..., ZeroShotOutput]
 NEEDS = frozenset({"labels", "classes", "teacher", "patches", "captions"})
@@ -103,9 +103,9 @@ class Batch:
 class Objective(ABC):
     """A fine-tuning method: a frozen dataclass of its hyperparameters with two functions of a batch.
 
-    A new method is one file with one subclass. `attack_loss` defaults to the cross-entropy of the student.
-    Terms are means over the images of the batch (or such means times `batch.images_per_update`): batches are weighed
-    by their images.
+    A new method is one file with one subclass; `paper` says where it comes from, if it was published. `attack_loss`
+    defaults to the cross-entropy of the student. Terms are means over the images of the batch (or such means times
+    `batch.images_per_update`): batches are weighed by their images.
 
     `needs`: of "labels", "classes" (of the model, without labels), "teacher" (the frozen pretrained model), "patches"
     (patch embeddings of student and teacher) and "captions" (a text for each image; the text tower is trained).
@@ -124,7 +124,7 @@ class Objective(ABC):
     elsewhere.
     """
 
-    paper: ClassVar[Paper]
+    paper: ClassVar[Paper] = Unpublished()  # type: ignore[assignment]
     needs: ClassVar[frozenset[str]] = frozenset({"labels"})
     num_views: ClassVar[int] = 1
     couples_images: ClassVar[bool] = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import Batch, Objective, Paper
-from .clean import Clean
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Contrastive(Objective):
     needs: ClassVar[frozenset[str]] = frozenset({"captions"})
     couples_images: ClassVar[bool] = True
     attacked: ClassVar[bool] = False
-    paper: ClassVar[Paper] = replace(Clean.paper, method="Contrastive")
+    paper = Paper.cited("Contrastive", "radford2021clip", arxiv="2103.00020")
 
     def __call__(self, batch: Batch, adv_BCHW: Tensor) -> dict[str, Tensor]:
         if batch.captions is None:

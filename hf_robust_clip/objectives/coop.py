@@ -22,14 +22,4 @@ class CoOp(Clean):
     """
 
     peft_config: ClassVar[ClipPromptConfig] = ClipPromptConfig(design="T", num_text_tokens=4, text_depth=1)
-    paper = Paper(
-        "CoOp",
-        "Learning to Prompt for Vision-Language Models",
-        "IJCV 2022",
-        "2109.01134",
-        """@article{zhou2022coop,
-  title = {Learning to Prompt for Vision-Language Models},
-  author = {Zhou, Kaiyang and Yang, Jingkang and Loy, Chen Change and Liu, Ziwei},
-  journal = {IJCV}, year = {2022}
-}""",
-    )
+    paper = Paper.cited("CoOp", "zhou2022coop", arxiv="2109.01134")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..attacks.losses import cross_entropy, kl_divergence
+from ..checks import check_least
 from ..prompts import ClipPromptConfig
 from .base import Batch, Objective, Paper
 from .trades import TRADES
@@ -37,21 +38,10 @@ class FAP(Objective):
     weight: float = 1.5
     needs_random_start: ClassVar[bool] = True
     peft_config: ClassVar[ClipPromptConfig] = ClipPromptConfig(design="VLJ", coupling="vision_to_text")
-    paper = Paper(
-        "FAP",
-        "Few-Shot Adversarial Prompt Learning on Vision-Language Models",
-        "NeurIPS 2024",
-        "2403.14774",
-        """@inproceedings{zhou2024fap,
-  title = {Few-Shot Adversarial Prompt Learning on Vision-Language Models},
-  author = {Zhou, Yiwei and Xia, Xiaobo and Lin, Zhiwei and Han, Bo and Liu, Tongliang},
-  booktitle = {NeurIPS}, year = {2024}
-}""",
-    )
+    paper = Paper.cited("FAP", "zhou2024fap", arxiv="2403.14774")
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0:
-            raise ValueError(f"weight={self.weight!r} must be at least 0.")
+        check_least(0, weight=self.weight)
 
     def attack_loss(self, batch: Batch) -> Callable[[Tensor], Tensor]:
         return TRADES().attack_loss(batch)

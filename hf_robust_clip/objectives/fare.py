@@ -22,19 +22,7 @@ class FARE(Objective):
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
     needs_random_start: ClassVar[bool] = True
-    paper = Paper(
-        "FARE",
-        "Robust CLIP: Unsupervised Adversarial Fine-Tuning of Vision Embeddings for Robust "
-        "Large Vision-Language Models",
-        "ICML 2024",
-        "2402.12336",
-        """@inproceedings{schlarmann2024fare,
-  title = {Robust CLIP: Unsupervised Adversarial Fine-Tuning of Vision Embeddings for Robust Large
-           Vision-Language Models},
-  author = {Schlarmann, Christian and Singh, Naman Deep and Croce, Francesco and Hein, Matthias},
-  booktitle = {ICML}, year = {2024}
-}""",
-    )
+    paper = Paper.cited("FARE", "schlarmann2024fare", arxiv="2402.12336")
 
     def attack_loss(self, batch: Batch) -> Callable[[Tensor], Tensor]:
         return lambda adv_BCHW: embedding_l2(batch.student(adv_BCHW).image_embeds, batch.teacher_on_clean.image_embeds)

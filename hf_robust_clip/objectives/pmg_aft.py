@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..attacks.losses import cross_entropy, kl_divergence
+from ..checks import check_choice, check_least
 from ..modeling import ZeroShotOutput
 from .base import Batch, Objective, Paper
 
@@ -54,29 +55,14 @@ class PMGAFT(Objective):
     image_std: Sequence[float] | None = None
 
     needs: ClassVar[frozenset[str]] = frozenset({"labels", "teacher"})
-    paper = Paper(
-        "PMG-AFT",
-        "Pre-trained Model Guided Fine-Tuning for Zero-Shot Adversarial Robustness",
-        "CVPR 2024",
-        "2401.04350",
-        """@inproceedings{wang2024pmgaft,
-  title = {Pre-trained Model Guided Fine-Tuning for Zero-Shot Adversarial Robustness},
-  author = {Wang, Sibo and Zhang, Jie and Yuan, Zheng and Shan, Shiguang},
-  booktitle = {CVPR}, year = {2024}
-}""",
-    )
+    paper = Paper.cited("PMG-AFT", "wang2024pmgaft", arxiv="2401.04350")
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0.")
+        check_least(0, alpha=self.alpha, beta=self.beta)
+        check_choice(KLDirection, kl_direction=self.kl_direction)
+        check_choice(Reduction, reduction=self.reduction)
         if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(
-                f"temperature={self.temperature!r} must be positive, or None for the model's logit scale."
-            )
-        for name, choices in (("kl_direction", get_args(KLDirection)), ("reduction", get_args(Reduction))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}.")
+            raise ValueError(f"temperature={self.temperature!r} must be positive, or None for the model's own.")
         if (self.image_mean is None) != (self.image_std is None):
             raise ValueError(f"image_mean={self.image_mean!r} and image_std={self.image_std!r} go together.")
 

@@ -17,17 +17,7 @@ class TeCoA(Objective):
     Relations: `PMGAFT` with alpha = beta = 0 is TeCoA; `Clean` is TeCoA at eps 0.
     """
 
-    paper = Paper(
-        "TeCoA",
-        "Understanding Zero-Shot Adversarial Robustness for Large-Scale Models",
-        "ICLR 2023",
-        "2212.07016",
-        """@inproceedings{mao2023tecoa,
-  title = {Understanding Zero-Shot Adversarial Robustness for Large-Scale Models},
-  author = {Mao, Chengzhi and Geng, Scott and Yang, Junfeng and Wang, Xin and Vondrick, Carl},
-  booktitle = {ICLR}, year = {2023}
-}""",
-    )
+    paper = Paper.cited("TeCoA", "mao2023tecoa", arxiv="2212.07016")
 
     def __call__(self, batch: Batch, adv_BCHW: Tensor) -> dict[str, Tensor]:
         return {"ce": cross_entropy(batch.student(adv_BCHW).logits, batch.labels).mean()}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.losses import cross_entropy, kl_divergence
+from ..checks import check_least
 from .base import Batch, Objective, Paper
 
 
@@ -24,22 +25,10 @@ class TRADES(Objective):
 
     beta: float = 6.0
     needs_random_start: ClassVar[bool] = True
-    paper = Paper(
-        "TRADES",
-        "Theoretically Principled Trade-off between Robustness and Accuracy",
-        "ICML 2019",
-        "1901.08573",
-        """@inproceedings{zhang2019trades,
-  title = {Theoretically Principled Trade-off between Robustness and Accuracy},
-  author = {Zhang, Hongyang and Yu, Yaodong and Jiao, Jiantao and Xing, Eric P. and El Ghaoui, Laurent
-            and Jordan, Michael I.},
-  booktitle = {ICML}, year = {2019}
-}""",
-    )
+    paper = Paper.cited("TRADES", "zhang2019trades", arxiv="1901.08573")
 
     def __post_init__(self) -> None:
-        if not self.beta >= 0:
-            raise ValueError(f"beta={self.beta!r} must be at least 0.")
+        check_least(0, beta=self.beta)
 
     def attack_loss(self, batch: Batch) -> Callable[[Tensor], Tensor]:
         with torch.no_grad():

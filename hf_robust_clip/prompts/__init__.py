@@ -23,6 +23,4 @@ from .config import ClipPromptConfig  # noqa: E402  # reads the enum
 from .layer import ClipPromptLayer  # noqa: E402
 from .model import ClipPromptModel, check_prompts  # noqa: E402
 
-__all__ = ["ClipPromptConfig", "ClipPromptLayer", "ClipPromptModel", "check_prompts"]
-
 register_peft_method(name="clip_prompt", config_cls=ClipPromptConfig, model_cls=ClipPromptModel)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from ..checks import check_choice, check_least, check_whole
 from .layer import Place
 
 Design = Literal["V", "VLI", "VLJ", "T", "pixel"]
 Coupling = Literal["text_to_vision", "vision_to_text"]
 PixelRegion = Literal["border", "full"]
+COUNTS = ("num_vision_tokens", "num_text_tokens", "vision_depth", "text_depth")
 
 
 @dataclass
@@ -86,27 +88,20 @@ class ClipPromptConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["CLIP_PROMPT"]
-        for name, choices in (
-            ("design", get_args(Design)),
-            ("coupling", (None, *get_args(Coupling))),
-            ("pixel_region", get_args(PixelRegion)),
-        ):
-            if getattr(self, name) not in choices:
-                known = ", ".join(map(repr, choices))
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {known}.")
-        for name in ("num_vision_tokens", "num_text_tokens", "vision_depth", "text_depth", "border_width"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < (name == "border_width"):
-                raise ValueError(f"{name}={value!r} must be a whole number, at least {int(name == 'border_width')}.")
-        if not self.init_std >= 0:
-            raise ValueError(f"init_std={self.init_std!r} must be at least 0.")
+        check_choice(Design, design=self.design)
+        if self.coupling is not None:
+            check_choice(Coupling, coupling=self.coupling)
+        check_choice(PixelRegion, pixel_region=self.pixel_region)
+        check_whole(0, **{name: getattr(self, name) for name in COUNTS})
+        check_whole(1, border_width=self.border_width)
+        check_least(0, init_std=self.init_std)
         if self.design == "VLJ":
             self.coupling = self.coupling or "text_to_vision"
             for vision, text in (("num_vision_tokens", "num_text_tokens"), ("vision_depth", "text_depth")):
                 if getattr(self, vision) != getattr(self, text):
                     raise ValueError(
                         f"{vision}={getattr(self, vision)} and {text}={getattr(self, text)} must be equal for "
-                        "design='VLJ', where each prompt of one tower makes one of the other."
+                        "design='VLJ'."
                     )
         elif self.coupling is not None:
             raise ValueError(f"coupling={self.coupling!r} goes with design='VLJ', not with {self.design!r}.")

@@ -61,10 +61,7 @@ class ClipPromptLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or not active:
             return None
         if len(active) > 1:
-            raise ValueError(
-                f"{len(active)} prompt adapters are active ({', '.join(active)}); prompts don't add up: choose one by "
-                "set_adapter."
-            )
+            raise ValueError(f"{len(active)} prompt adapters are active ({', '.join(active)}); set_adapter(one).")
         if active[0] in self.clip_prompt_tokens:
             return self.clip_prompt_tokens[active[0]]
         if active[0] in self.clip_prompt_projection:
@@ -89,10 +86,7 @@ class ClipPromptLayer(nn.Module, BaseTunerLayer):
         count = prompts.shape[1]
         if self.place.tower == "text":
             if hidden_BTD.shape[1] < count + 2:
-                raise ValueError(
-                    f"the texts have {hidden_BTD.shape[1]} tokens, but {count} text prompts stand between the first "
-                    "and the last: give longer texts (the template's words first), or use fewer text prompts."
-                )
+                raise ValueError(f"the texts have {hidden_BTD.shape[1]} tokens, too few around {count} text prompts.")
             return torch.cat([hidden_BTD[:, :1], prompts, hidden_BTD[:, 1 + count :]], dim=1)
         kept = hidden_BTD if self.place.index == 0 else hidden_BTD[:, : hidden_BTD.shape[1] - count]
         return torch.cat([kept, prompts], dim=1)
@@ -137,7 +131,5 @@ def match_rows(input_BX: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
     if rows == 1:
         return input_BX.expand(groups, *input_BX.shape[1:]), prompts
     if rows % groups:
-        raise ValueError(
-            f"{rows} inputs don't divide among prompts for {groups} samples; give each sample equally many."
-        )
+        raise ValueError(f"{rows} inputs don't divide among prompts for {groups} samples; give each equally many.")
     return input_BX, prompts.repeat_interleave(rows // groups, dim=0)

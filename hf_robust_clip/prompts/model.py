@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from copy import copy, deepcopy
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPVisionModel
 
 from ..normalisation import agree_on_normalisation
 from ..pictures import normalisation_of
+from .access import prompt_layers
 from .config import ClipPromptConfig
 from .layer import MERGE, ClipPromptLayer, Place
 
@@ -48,7 +49,7 @@ class ClipPromptModel(BaseTuner):
         if adapter_name in ("", "training") or "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
             raise ValueError(f"adapter_name={adapter_name!r} can't name parameters; choose another.")
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        layers = {module.place: module for module in _prompt_layers(model)}
+        layers = {module.place: module for module in prompt_layers(model)}
         other = {"text": "vision", "vision": "text"}
         for place, layer in layers.items():
             partner = layers.get(Place(other[place.tower], place.index)) if place.tower in other else None  # type: ignore[arg-type]
@@ -77,10 +78,7 @@ class ClipPromptModel(BaseTuner):
         given = {name.removeprefix(prefix) for name in found if f".{cls.prefix}" in name}
         for verb, names in (("lacks", expected - given), ("holds, without a place for it,", given - expected)):
             if names:
-                raise ValueError(
-                    f"the file of adapter {adapter_name!r} {verb} {min(names)}{_more(names)}: it belongs to another "
-                    "adapter_config.json, or is damaged; save the adapter again."
-                )
+                raise ValueError(f"the file of adapter {adapter_name!r} {verb} {min(names)}{_more(names)}.")
         return found
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -131,11 +129,7 @@ class ClipPromptModel(BaseTuner):
             self.set_adapter(min(self.peft_config))
 
     def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "linear",
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
         """Make an adapter whose prompts are sum_i weights_i * prompts_i of others (weights of sum 1: their mean).
 
@@ -167,13 +161,12 @@ class ClipPromptModel(BaseTuner):
         for name in adapters[1:]:
             if _shape(self.peft_config[name]) != _shape(first):
                 raise ValueError(
-                    f"adapters {adapters[0]!r} and {name!r} differ in design, number of prompts or depth; mix like "
-                    "with like."
+                    f"adapters {adapters[0]!r} and {name!r} differ in design, number of prompts or depth."
                 )
         self.peft_config[adapter_name] = type(first).from_peft_type(**first.to_dict())
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
-            for layer in _prompt_layers(self.model):
+            for layer in prompt_layers(self.model):
                 own = layer.clip_prompt_tokens
                 if adapter_name in own:
                     mixed = sum(weight * own[name] for name, weight in zip(adapters, weights, strict=True))
@@ -185,11 +178,7 @@ def check_unwrapped(model: nn.Module) -> None:
     others = [type(m).__module__ for m in model.modules() if isinstance(m, BaseTunerLayer | PeftModel)
               and not isinstance(m, ClipPromptLayer)]  # fmt: skip
     if others:
-        raise ValueError(
-            f"the model is wrapped by another PEFT method ({others[0].rpartition('.')[0]}), and one of the two "
-            "adapters would be lost when saved; merge LoRA into the weights first (merge_and_unload), or put the "
-            "prompts into the plain model."
-        )
+        raise ValueError(f"the model has another PEFT adapter ({others[0]}), which would be lost; merge it first.")
 
 
 def settle_normalisation(model: nn.Module, config: ClipPromptConfig, alone: bool) -> None:
@@ -212,10 +201,6 @@ def settle_normalisation(model: nn.Module, config: ClipPromptConfig, alone: bool
 
 def _more(names: Collection[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def _prompt_layers(model: nn.Module) -> Iterator[ClipPromptLayer]:
-    return (module for module in model.modules() if isinstance(module, ClipPromptLayer))
 
 
 def _shape(config: PeftConfig) -> tuple:
@@ -246,17 +231,11 @@ def _find_places(model: nn.Module, config: ClipPromptConfig) -> dict[str, Place]
             kind = "vision" if type(module) is CLIPVisionModel else "text"
             towers[kind] = (f"{name}." if name else "", module)
     if not towers:
-        raise TypeError(
-            f"prompts go into CLIPModel, CLIPForZeroShotClassification, CLIPVisionModel, CLIPTextModel and those with "
-            f"projection, not into a {type(model).__name__}."
-        )
+        raise TypeError(f"prompts go into CLIPModel, its towers or our classifier, not into a {type(model).__name__}.")
     needed = {"vision": config.has_vision or config.design == "pixel", "text": config.has_text}
     for kind, need in needed.items():
         if need and kind not in towers:
-            raise ValueError(
-                f"design={config.design!r} needs a {kind} tower, and {type(model).__name__} has none; "
-                f"use {'design V' if kind == 'text' else 'design T'}, or a CLIPModel."
-            )
+            raise ValueError(f"design={config.design!r} needs a {kind} tower; {type(model).__name__} has none.")
     places: dict[str, Place] = {}
     if needed["vision"]:
         prefix, vision = towers["vision"][0], towers["vision"][1].config
@@ -264,10 +243,7 @@ def _find_places(model: nn.Module, config: ClipPromptConfig) -> dict[str, Place]
         if config.design == "pixel":
             _same(config, "image_size", vision.image_size)
             if config.pixel_region == "border" and 2 * config.border_width >= vision.image_size:
-                raise ValueError(
-                    f"border_width={config.border_width} leaves nothing inside a picture of {vision.image_size} px; "
-                    "choose less than half of that, or pixel_region='full'."
-                )
+                raise ValueError(f"border_width={config.border_width} must be below half of {vision.image_size} px.")
             return {f"{prefix}embeddings.patch_embedding": Place("pixel", 0)}
         depth = _depth("vision_depth", config.vision_depth, vision.num_hidden_layers)
         places[f"{prefix}pre_layrnorm"] = Place("vision", 0)
@@ -318,10 +294,7 @@ def _context_ids(model: nn.Module, config: ClipPromptConfig, text_config) -> lis
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # whatever is missing: folder, Hub, files
-            raise ValueError(
-                f"context_init={config.context_init!r} needs the model's tokenizer, and there is none at {name!r}; "
-                "give context_token_ids, or context_init=None for random prompts."
-            ) from error
+            raise ValueError(f"context_init={config.context_init!r} needs a tokenizer; {name!r} has none.") from error
     words = str(config.context_init).replace("_", " ")
     ids = tokenizer(words, add_special_tokens=False).input_ids
     special = {tokenizer.eos_token_id, tokenizer.unk_token_id, text_config.eos_token_id}
@@ -329,26 +302,17 @@ def _context_ids(model: nn.Module, config: ClipPromptConfig, text_config) -> lis
         raise ValueError(f"context_init={config.context_init!r} has words that the model's tokenizer doesn't know.")
     limit = text_config.max_position_embeddings
     if len(ids) + 3 > limit:
-        raise ValueError(
-            f"context_init={config.context_init!r} has {len(ids)} tokens; with start, class name and end it is longer "
-            f"than the text tower's {limit}. Shorten it."
-        )
+        raise ValueError(f"context_init={config.context_init!r} has {len(ids)} tokens, too long for {limit} in all.")
     return ids
 
 
 def _check_context(config: ClipPromptConfig, limit: int, vocab_size: int) -> None:
     count, ids = _count(config, "text"), config.context_token_ids
     if count + 3 > limit:
-        raise ValueError(
-            f"num_text_tokens={count} leaves no place for start, class name and end in the text tower's {limit} "
-            f"tokens; choose at most {limit - 3}."
-        )
+        raise ValueError(f"num_text_tokens={count} leaves no place among {limit}; choose at most {limit - 3}.")
     if count and ids is not None:
         if len(ids) < count:
-            raise ValueError(
-                f"context_init={config.context_init!r} has {len(ids)} tokens for num_text_tokens={count} prompts; "
-                "give more words, fewer prompts, or context_init=None for random ones."
-            )
+            raise ValueError(f"context_init={config.context_init!r} has {len(ids)} tokens for {count} prompts.")
         if not all(0 <= i < vocab_size for i in ids):
             raise ValueError(f"context_token_ids={ids} must lie in 0 .. {vocab_size - 1}, the model's vocabulary.")
 

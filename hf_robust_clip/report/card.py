@@ -110,9 +110,7 @@ def regenerate_card(folder: str | Path) -> ModelCard:
     try:
         return make_card(reports, compared, info)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} holds an entry of another kind ({error}); make it again by an evaluation."
-        ) from error
+        raise ValueError(f"{path} holds an entry of another kind ({error}); make it again.") from error
 
 
 def name_repository(folder: str | Path, repo_id: str) -> None:
@@ -275,6 +273,11 @@ def _metadata(info: CardInfo, holds: Holds, library: str, *tags: str) -> ModelCa
     )
 
 
+def _source(*told: str) -> str:
+    """What is told of a paper, in brackets; nothing of what is nowhere published."""
+    return f" ({', '.join(filter(None, told))})" if any(told) else ""
+
+
 def _title(repo_id: str) -> str:
     return repo_id.rstrip("/").split("/")[-1]
 
@@ -295,8 +298,8 @@ def _about(info: CardInfo, holds: Holds, loads_defence: bool) -> dict[str, Any]:
         if info.base_model == EMBEDDED_MODEL
         else _code(info.base_model or "path/to/the/base/model"),
         "method": info.paper.method,
-        "paper_title": info.paper.title,
-        "venue": info.paper.venue,
+        "source": _source(info.paper.venue),
+        "titled_source": _source(info.paper.title, info.paper.venue),
         "bibtex": _Written(info.paper.bibtex.replace("```", "'''")),
         "attacked": info.settings.get("attack") is not None,
         "attack": info.settings.get("attack"),

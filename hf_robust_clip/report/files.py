@@ -75,9 +75,7 @@ def read_report_file(path: str | Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != REPORT_FORMAT:
         told = f"format {content['format']!r}" if isinstance(content, dict) and "format" in content else "no format"
-        raise ValueError(
-            f"{path} is a report of {told}, this version reads {REPORT_FORMAT}; evaluate the model again."
-        )
+        raise ValueError(f"{path} is of {told}, this version reads {REPORT_FORMAT}; evaluate the model again.")
     if not {"reports", "compared"} <= set(content):
         raise ValueError(f"{path} lacks 'reports' or 'compared'; evaluate the model again.")
     if known := content.get("weights"):

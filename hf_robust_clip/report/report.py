@@ -213,14 +213,9 @@ class RobustnessReport:
             raise ValueError(f"defence lacks {', '.join(lacking or ['traits'])}; a report must say it.")
         if self.defence["traits"]["randomised"] or self.defence["traits"]["optimising"]:
             if self.view.alone and not self.view.of_defence:
-                raise ValueError(
-                    f"view={self.view.name!r} says nothing of {self.defence['name']}, which is randomised or "
-                    "optimising; evaluate with a view of the defence: 'defence_blind', 'adaptive', 'adaptive_worst'."
-                )
+                raise ValueError(f"view={self.view.name!r} says nothing of {self.defence['name']}; take 'adaptive'.")
             if missing := [name for name in CONTROLS if name not in self.controls]:
-                raise ValueError(
-                    f"measurements lack the controls {', '.join(missing)}; evaluate_robustness makes them."
-                )
+                raise ValueError(f"measurements lack the controls {', '.join(missing)}.")
 
     def _check_figures(self) -> None:
         known: set[tuple[Any, ...]] = set()
@@ -260,8 +255,7 @@ class RobustnessReport:
                 raise ValueError(f"per_class counts {images} images, num_images is {self.num_images}.")
             if abs((count := sum(row.value * row.n for row in own)) - total.value * images) > 0.5:
                 raise ValueError(
-                    f"per_class counts {count:.0f} of {images} correct at eps={total.eps:g}, the accuracy there is "
-                    f"{total.value}."
+                    f"per_class counts {count:.0f} of {images} correct at eps={total.eps:g}, but it is {total.value}."
                 )
 
     def _of(self, metric: str, judge: str | None = None) -> dict[float, float]:

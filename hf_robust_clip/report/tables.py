@@ -32,7 +32,8 @@ def table(reports: Sequence[RobustnessReport], title: str) -> RenderableType:
 
     Raises ValueError for no reports and for several norms.
     """
-    caption = f"accuracy in percent; radii in {one_norm(reports)}"
+    norm = "L-inf" if one_norm(reports) == "linf" else "L2"
+    caption = f"accuracy in percent; radii in {norm}"
     return as_text(figures(reports), title, ", ".join(filter(None, [caption, templates_told(reports)])))
 
 

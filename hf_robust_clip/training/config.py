@@ -31,20 +31,8 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Every field of `RobustClipConfig` is in exactly one of three groups. The first change what is trained: a training
-# goes on with those that it began with.
-COMPARED = _names("""
-    per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps
-    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
-    optim optim_args optim_target_modules weight_decay momentum adam_beta1 adam_beta2 adam_epsilon max_grad_norm
-    bf16 fp16 tf32 torch_compile torch_compile_backend torch_compile_mode
-    seed data_seed full_determinism dataloader_drop_last train_sampling_strategy
-    eps norm attack_steps attack_step_size attack_random_start trainable_layers crop_scale flip
-    load_best_model_at_end metric_for_best_model greater_is_better
-    eval_strategy eval_steps eval_delay eval_attack_steps save_strategy save_steps
-""")
-
-# These change what is shown, written or pushed, and how fast: a training may go on with others.
+# Every field of `RobustClipConfig` that is in neither group changes what is trained: a training goes on with those
+# that it began with. These change what is shown, written or pushed, and how fast: a training may go on with others.
 FREE = _names("""
     output_dir logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica
     disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
@@ -185,37 +173,25 @@ def check_augmentation(args: RobustClipConfig, whole_pictures: bool) -> None:
     """Raise ValueError for a choice of crops where none are made, since the dataset gives finished pictures."""
     for name in ("crop_scale", "flip"):
         if not whole_pictures and getattr(args, name) != default_of(name):
-            raise ValueError(
-                f"{name}={getattr(args, name)!r} does nothing here: it goes with a dataset of whole pictures "
-                "(augment=True)."
-            )
+            raise ValueError(f"{name}={getattr(args, name)!r} does nothing without whole pictures (augment=True).")
 
 
 def check_views(objective: Objective, whole_pictures: bool) -> None:
     """Raise ValueError for an objective of several views where no random crops are made."""
     if objective.num_views > 1 and not whole_pictures:
-        raise ValueError(
-            f"{type(objective).__name__} takes {objective.num_views} views of each image; give a train_dataset of "
-            "whole pictures (augment=True)."
-        )
+        raise ValueError(f"{type(objective).__name__} takes {objective.num_views} views; give pictures, augment=True.")
 
 
 def check_trained_part(args: RobustClipConfig, adapter: bool) -> None:
     """Raise ValueError for a choice of layers where an adapter is trained alone."""
     if adapter and args.trainable_layers is not None:
-        raise ValueError(
-            f"trainable_layers={args.trainable_layers!r} does nothing with an adapter (peft_config), which is trained "
-            "alone; leave one of them out."
-        )
+        raise ValueError(f"trainable_layers={args.trainable_layers!r} does nothing with an adapter (peft_config).")
 
 
 def check_start_of_attack(args: RobustClipConfig, objective: Objective) -> None:
     """Raise ValueError where an attack would begin without a gradient."""
     if objective.needs_random_start and not args.attack_random_start:
-        raise ValueError(
-            f"attack_random_start=False: the gradient that {type(objective).__name__} attacks by is zero at the image "
-            "itself; leave it True."
-        )
+        raise ValueError(f"attack_random_start=False: the attack of {type(objective).__name__} has no gradient there.")
 
 
 def on_its_own(args: RobustClipConfig, folder: Path | None = None) -> RobustClipConfig:
@@ -339,10 +315,7 @@ def _check_accelerator(args: RobustClipConfig) -> None:
         if value != default[name]:
             raise ValueError(f"accelerator_config {name}={value!r} can't be used: {REFUSED['accelerator_config'][1]}.")
     if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs in one process can't be used: start a process for each by accelerate launch, or show "
-            "this one a single GPU (CUDA_VISIBLE_DEVICES=0)."
-        )
+        raise ValueError(f"{args.n_gpu} GPUs in one process can't be used: start one for each by accelerate launch.")
     if args.mixed_precision == "fp16" and args.device.type == "cpu":
         raise ValueError("fp16=True does nothing on the CPU; take bf16, or leave it out.")
     if args.mixed_precision not in ("no", "fp16", "bf16"):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from enum import Enum
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
+from ..digests import plain
 from ..processes import Processes, everyone
 from ..threat_model import parse_radius
 from ..zero_shot_data.fingerprint import dataset_digest
@@ -104,10 +103,7 @@ def weights_digest(model: nn.Module, without_trained: bool = False) -> str:
 def check_same_run(folder: str | Path, run: Mapping[str, Any]) -> None:
     """Raise ValueError, with the differences, unless a whole checkpoint is of this training."""
     if found := differences(read_note(folder)["run"], plain(run)):
-        raise ValueError(
-            f"checkpoint {str(folder)!r} is of another training: {_shown(found)}. Resume with what it began with, or "
-            "start without resume in another folder."
-        )
+        raise ValueError(f"checkpoint {str(folder)!r} is of another training: {_shown(found)}. Resume as it began.")
 
 
 def check_same_everywhere(run: Mapping[str, Any], processes: Processes) -> None:
@@ -115,10 +111,7 @@ def check_same_everywhere(run: Mapping[str, Any], processes: Processes) -> None:
     first, *others = everyone(plain(run), processes)
     for rank, other in enumerate(others, start=1):
         if found := differences(first, other):
-            raise ValueError(
-                f"process {rank} was started with another training than process 0 ({_shown(found)}, there); start all "
-                "machines with the same files and settings."
-            )
+            raise ValueError(f"process {rank} was started with another training than process 0: {_shown(found)}.")
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -129,23 +122,6 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in dict.fromkeys([*before, *after])
         if not _same(name, before.get(name), after.get(name))
     ]
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON can hold it, the same in every process."""
-    if isinstance(value, Enum):
-        return plain(value.value)
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted((plain(entry) for entry in value), key=str)
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    if isinstance(value, np.generic | Tensor | np.ndarray):
-        return value.tolist()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _shown(found: Sequence[str]) -> str:

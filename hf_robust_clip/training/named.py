@@ -87,10 +87,7 @@ class TAPTTrainer(RobustClipTrainer):
     objective_cls, defence_cls = APT, TAPT
 
     def collect_statistics(
-        self,
-        dataset: Dataset | None = None,
-        clean_model: nn.Module | None = None,
-        state_dir: str | Path | None = None,
+        self, dataset: Dataset | None = None, clean_model: nn.Module | None = None, state_dir: str | Path | None = None
     ) -> AlignmentTargets:
         """Statistics of clean training images, with which views are aligned: what `fit_defence` gives the defence."""
         return self.fit_defence(dataset, clean_model, state_dir).targets  # type: ignore[attr-defined]  # a TAPT

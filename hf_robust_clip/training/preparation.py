@@ -12,6 +12,7 @@ from torch import nn
 
 from ..modeling import CLIPForZeroShotClassification
 from ..normalisation import has_adapter
+from ..objectives.base import NEEDS
 from ..prompts import ClipPromptConfig, check_prompts
 from .config import RobustClipConfig, check_trained_part
 
@@ -46,6 +47,8 @@ def prepare(
     Raises TypeError/ValueError for a model of another class or without classes that the objective needs, a teacher of
     another architecture, and adapters that don't fit.
     """
+    if unknown := objective.needs - NEEDS:
+        raise ValueError(f"{type(objective).__name__} needs {sorted(unknown)}; there are {sorted(NEEDS)}.")
     student, core, texts_too = model, classifier_in(model), "captions" in objective.needs
     if not core.class_names:
         if objective.needs & {"labels", "classes"}:
@@ -81,10 +84,7 @@ def classifier_in(model: nn.Module) -> CLIPForZeroShotClassification:
     """The classifier itself, or that inside a `PeftModel`. Raises TypeError for any other model."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(core, CLIPForZeroShotClassification):
-        raise TypeError(
-            f"model is a {type(core).__name__}; give a CLIPForZeroShotClassification "
-            "(from_pretrained(path), or from_clip(model, processor) for a CLIPModel in memory)."
-        )
+        raise TypeError(f"model is a {type(core).__name__}; give a CLIPForZeroShotClassification (see from_clip).")
     return core
 
 
@@ -142,10 +142,7 @@ def make_teacher(model: nn.Module, teacher: CLIPForZeroShotClassification | None
     )
     for name, value in own.items():
         if other[name] != value:
-            raise ValueError(
-                f"teacher has another architecture: its {name} is {other[name]}, the model's is {value}; give the "
-                "checkpoint that the model starts from."
-            )
+            raise ValueError(f"teacher has another architecture: its {name} is {other[name]}, the model's is {value}.")
     teacher = copy.deepcopy(teacher)
     teacher.set_normalisation(model.image_mean.flatten().tolist(), model.image_std.flatten().tolist())
     teacher.set_classes(model.class_names, model.templates)
@@ -156,10 +153,7 @@ def check_adapters(student: nn.Module, core: CLIPForZeroShotClassification) -> N
     """Raise ValueError for adapters that a training would not train, or not save as they are."""
     if student is core:
         if has_adapter(core):
-            raise ValueError(
-                "the model has an adapter inside; give its PeftModel (PeftModel.from_pretrained(base, adapter, "
-                "is_trainable=True)), or merge it into the weights first (merge_and_unload)."
-            )
+            raise ValueError("the model has an adapter inside; give its PeftModel, or merge_and_unload() it first.")
         return
     if list(student.peft_config) != ["default"]:  # type: ignore[arg-type]
         raise ValueError(
@@ -179,10 +173,7 @@ def check_teacher(teacher: CLIPForZeroShotClassification, core: CLIPForZeroShotC
         for a, b in ((teacher.image_mean, core.image_mean), (teacher.image_std, core.image_std))
     )
     if any(a != b for a, b in told_apart) or not same_pixels:
-        raise ValueError(
-            "model got other classes, templates or another normalisation after the trainer was made, and the teacher "
-            "has the old ones; make the trainer when the model is ready."
-        )
+        raise ValueError("model got other classes, templates or normalisation than the teacher's; make a new trainer.")
 
 
 def twin_of(model: nn.Module, core: CLIPForZeroShotClassification) -> tuple[nn.Module, PeftConfig]:

@@ -23,6 +23,7 @@ from ..hub import (
     check_folder,
     check_push,
     copy_model,
+    fitted_files,
     prepare_repository,
     saved_in,
     upload,
@@ -31,7 +32,7 @@ from ..report.card import card_state, changed_card, contradiction, name_reposito
 from ..storage import disk_errors, write_text
 
 logger = logging.getLogger(__name__)
-UNMEASURED = (*MODEL_FILES, "README.md")  # what is pushed where no figures belong to the weights
+UNMEASURED = (*MODEL_FILES, "README.md")  # what is pushed where no figures belong to the weights, and what is fitted
 
 
 class PushingTrainer(Trainer):
@@ -73,10 +74,7 @@ class PushingTrainer(Trainer):
         pickles; OSError where nothing can be uploaded: offline, no token, or the Hub refuses.
         """
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            raise ValueError(
-                f"hub_strategy={self.args.hub_strategy.value!r} uploads states of the optimiser, which are pickles; "
-                "choose every_save or end."
-            )
+            raise ValueError(f"hub_strategy={self.args.hub_strategy.value!r} uploads pickles; take every_save or end.")
         base = self.adapter_base()
         if base is not None:
             check_base(base, "hub_model_id: the adapter")
@@ -129,7 +127,7 @@ class PushingTrainer(Trainer):
                 self.create_model_card(**kwargs)
             self._passed_over = None
             self._finish_current_push()
-            only: tuple[str, ...] = UNMEASURED
+            only: tuple[str, ...] = (*UNMEASURED, *fitted_files(folder))
             if card_state(Path(folder, "README.md")) == "measured":
                 only = ("*",)
                 name_repository(folder, push.repo_id)
@@ -207,10 +205,7 @@ class PushingTrainer(Trainer):
             own = {k: v for k, v in self.settings().items() if trained or k not in ("updates", "trainable_parameters")}
             other = contradiction(file.read_text(encoding="utf-8"), own)
             if other is not None:
-                raise ValueError(
-                    f"README.md in output_dir={self.args.output_dir!r} tells figures of another training ({other}); "
-                    "write it again with make_card, or delete it."
-                )
+                raise ValueError(f"README.md in {self.args.output_dir!r} is of another training ({other}); delete it.")
         given = {"language": language, "license": license, "model_name": model_name, "base_model": finetuned_from,
                  "tags": tags, "datasets": dataset_tags}  # fmt: skip
         if any(value is not None for value in given.values()):

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import enable_full_determinism, set_seed
 from transformers.trainer_utils import HPSearchBackend, TrainOutput
 
+from ..digests import plain
 from ..processes import together
 from ..storage import check_writable
 from .checkpoints import (
@@ -29,7 +30,7 @@ from .checkpoints import (
     save_adapter,
 )
 from .config import check_arguments
-from .identity import check_same_everywhere, check_same_run, data_identity, plain
+from .identity import check_same_everywhere, check_same_run, data_identity
 from .pushing import PushingTrainer
 
 logger = logging.getLogger(__name__)
@@ -128,10 +129,7 @@ class ResumingTrainer(PushingTrainer):
         check_arguments(self.args)
         for name, value in self._settled.items():
             if getattr(self.args, name) != value:
-                raise ValueError(
-                    f"{name}={getattr(self.args, name)!r} was set after the trainer was made with {value!r}, when it "
-                    "no longer acts; make another trainer."
-                )
+                raise ValueError(f"{name}={getattr(self.args, name)!r} was {value!r}; make another trainer.")
         if self.args.should_save:
             kept = self.model.parameters()
             saved = (p for p in kept if p.requires_grad) if isinstance(self.model, PeftModel) else kept
@@ -171,9 +169,7 @@ class ResumingTrainer(PushingTrainer):
     def _check_trained(self) -> None:
         """Raise unless something was trained, and its weights are finite."""
         if self.state.global_step == 0:
-            raise ValueError(
-                "train_dataset gave no update: it has no images, or too few for a whole batch (dataloader_drop_last)."
-            )
+            raise ValueError("train_dataset gave no update: too few images for a whole batch, or none.")
         if self.updates() == 0:
             raise FloatingPointError("no update was made: every gradient overflowed; train in bf16 or float32.")
         self._check_weights()
@@ -181,10 +177,7 @@ class ResumingTrainer(PushingTrainer):
     def _check_weights(self) -> None:
         name = first_not_finite(self.accelerator.unwrap_model(self.model))
         if name is not None:
-            raise FloatingPointError(
-                f"step {self.state.global_step}: the trained parameter {name!r} is not finite; lower the learning "
-                "rate or eps, or train in float32. Nothing was saved."
-            )
+            raise FloatingPointError(f"step {self.state.global_step}: the trained parameter {name!r} is not finite.")
 
     def updates(self) -> int:
         """Updates that changed weights: those whose gradient overflowed in fp16 were left out."""

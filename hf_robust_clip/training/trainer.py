@@ -26,6 +26,7 @@ from ..metrics import accuracy_after_each
 from ..modeling import CLIPForZeroShotClassification, tokenize_prompts, without_gradients
 from ..objectives.base import Batch, Objective
 from ..objectives.clean import Clean
+from ..prompts.access import prompts_of
 from ..report.card import make_unmeasured_card
 from ..threat_model import ThreatModel
 from ..zero_shot_data.loading import collate_images
@@ -187,6 +188,8 @@ class RobustClipTrainer(ResumingTrainer):
         """The model as it is trained; its teacher is kept in `teacher`."""
         found = prepare(model, args, self.training_objective, self._adapter, self._given_teacher)
         self.teacher, self._adapter_is_new, self._beginning = found.teacher, found.adapter_is_new, None
+        if self.defence is not None and isinstance(found.student, PeftModel) and not prompts_of(found.student):
+            raise ValueError(f"defence={self.defence.name} can't be saved beside this adapter; train without it.")
         return found.student
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -242,9 +245,7 @@ class RobustClipTrainer(ResumingTrainer):
     def _token_ids(self, inputs: dict[str, Any]) -> Tensor:
         """Those of the captions (B, L), L the context length, so that they can be compared over processes."""
         if "captions" not in inputs:
-            raise ValueError(
-                f"{type(self.training_objective).__name__} needs captions, but the dataset gives no 'captions'."
-            )
+            raise ValueError(f"{type(self.training_objective).__name__} needs captions; the dataset gives none.")
         core = self.classifier()
         text, tokenizer = core.config.text_config, core.require_processor().tokenizer
         length = text.max_position_embeddings
@@ -495,10 +496,7 @@ class RobustClipTrainer(ResumingTrainer):
     # ---- the defence
 
     def fit_defence(
-        self,
-        dataset: Dataset | None = None,
-        clean_model: nn.Module | None = None,
-        state_dir: str | Path | None = None,
+        self, dataset: Dataset | None = None, clean_model: nn.Module | None = None, state_dir: str | Path | None = None
     ) -> Defence:
         """The defence with what it learns from training images under the trained model; kept in `defence`.
 

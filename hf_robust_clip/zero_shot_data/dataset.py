@@ -62,6 +62,10 @@ class ImageDataset(Dataset):
     augment: bool = False
     background: str | Sequence[int] = "white"
 
+    def __repr__(self) -> str:
+        about = f"{self.dataset_id!r}, split {self.split!r}: {len(self)} images of {len(self.class_names)} classes"
+        return f"{type(self).__name__}({about}{', whole pictures' if self.augment else ''})"
+
     def __post_init__(self) -> None:
         self.background = checked_colour(self.background)
         as_stored = datasets.Image(decode=False)
@@ -116,9 +120,7 @@ class ImageDataset(Dataset):
         chosen, _ = check_classes(class_names, "{}")
         unknown = [name for name in chosen if name not in self.class_names]
         if unknown:
-            raise ValueError(
-                f"class {unknown[0]!r} is not in {self.dataset_id}; its first: {list(self.class_names[:10])}."
-            )
+            raise ValueError(f"class {unknown[0]!r} is not in {self.dataset_id}: {list(self.class_names[:10])}.")
         new = {self.class_names.index(name): i for i, name in enumerate(chosen)}
         now = self.label_map or {i: i for i in range(len(self.class_names))}
         label_map = {label: new[i] for label, i in now.items() if i in new}
@@ -218,44 +220,32 @@ def _collated(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for example in examples:
         if not isinstance(example, dict) or not {"picture", "pixel_values"} & example.keys():
             held = sorted(map(str, example)) if isinstance(example, dict) else type(example).__name__
-            raise ValueError(
-                f"an example has no pixel_values but {held}; image_dataset(rows, model.processor) or "
-                "load_image_dataset makes a dataset that has."
-            )
+            raise ValueError(f"an example has {held}, no pixel_values; image_dataset, load_image_dataset give them.")
         key, kind = ("picture", "uint8") if "picture" in example else ("pixel_values", "float")
         if not isinstance(example[key], Tensor) or example[key].dim() != 3:
             shape = getattr(example[key], "shape", None)
             of = "" if shape is None else f" of shape {tuple(shape)}"
-            raise ValueError(
-                f"{key} of an example is a {type(example[key]).__name__}{of}; give a {kind} tensor (3, H, W)."
-            )
+            raise ValueError(f"{key} of an example is a {type(example[key]).__name__}{of}; give {kind} (3, H, W).")
     for key in ("labels", "captions"):
         count = sum(key in example for example in examples)
         if 0 < count < len(examples):
             raise ValueError(f"{count} of {len(examples)} examples of a batch have {key}; give all of them, or none.")
     whole = sum("picture" in example for example in examples)
     if 0 < whole < len(examples):
-        raise ValueError(
-            f"{whole} of {len(examples)} examples of a batch hold a whole picture, the others pixel_values; give all "
-            "the datasets the same `augment`."
-        )
+        raise ValueError(f"{whole} of {len(examples)} examples of a batch hold a whole picture; give one `augment`.")
     batch: dict[str, Any]
     if whole:
         batch = {"pictures": [example["picture"] for example in examples]}
     else:
         shapes = {tuple(example["pixel_values"].shape) for example in examples}
         if len(shapes) > 1:
-            raise ValueError(
-                f"pixel_values differ in shape within a batch: {sorted(shapes)}; resize and crop them alike."
-            )
+            raise ValueError(f"pixel_values differ in shape within a batch: {sorted(shapes)}.")
         pixels_BCHW = torch.stack([example["pixel_values"] for example in examples])
         batch = {"pixel_values": checked_images(pixels_BCHW, "pixel_values")}
     if "captions" in examples[0]:
         batch["captions"] = [example["captions"] for example in examples]
         if not all(isinstance(caption, str) and caption.strip() for caption in batch["captions"]):
-            raise ValueError(
-                f"captions={batch['captions'][:3]!r} must be texts, one for each image, none of them empty."
-            )
+            raise ValueError(f"captions={batch['captions'][:3]!r} must be texts, one for each image, none empty.")
     if "labels" in examples[0]:
         batch["labels"] = checked_labels([np.asarray(example["labels"]) for example in examples])
     return batch

@@ -414,16 +414,11 @@ def _check_all_named(
     paths = [[row[column] and row[column]["path"] for column in columns] for row in rows.select_columns(columns)]
     twice = next((row for row, count in Counter(map(tuple, paths)).items() if count > 1), None)
     if twice:
-        raise DatasetError(
-            f"picture {twice[0]!r} of dataset {name!r} is named twice in its metadata file; keep one row."
-        )
+        raise DatasetError(f"picture {twice[0]!r} of dataset {name!r} is named twice in its metadata file.")
     named = {_relative(path, folder) for row in paths for path in row if path}
     left = sorted({file for file in files if file.name.lower().endswith(READ)} - named)
     if left:
-        raise DatasetError(
-            f"{len(left)} pictures of dataset {name!r}, such as {str(left[0])!r}, are not named in its metadata file; "
-            "add their rows, or move them elsewhere."
-        )
+        raise DatasetError(f"{len(left)} pictures of dataset {name!r} lack metadata, {str(left[0])!r} first.")
 
 
 def _check_other_splits(files: Iterable[PurePath], part: str, pictures: bool, name: str) -> None:
@@ -454,10 +449,7 @@ def _check_pictures(folder: Path, files: Mapping[str, Iterable[PurePath]], name:
     places = Counter(path for paths in files.values() for path in paths if path.name.lower().endswith(READ))
     twice = [path for path, count in places.items() if count > 1]
     if twice:
-        raise DatasetError(
-            f"picture {str(twice[0])!r} of dataset {name!r} would be in two splits, for train or test stands in the "
-            "names of its folders; put the pictures into <split>/<class>/."
-        )
+        raise DatasetError(f"picture {str(twice[0])!r} of dataset {name!r} is in two splits; use <split>/<class>/.")
     in_splits = places and _is_split_in_folders(folder, files)
     tops = {path.parts[0] for path in places if len(path.parts) > 1} if in_splits else None
     read = {path for paths in files.values() for path in paths if path.name.lower().endswith((*READ, *TABLES))}
@@ -475,10 +467,7 @@ def _check_pictures(folder: Path, files: Mapping[str, Iterable[PurePath]], name:
             and (n.lower().endswith(PICTURES) or not (hidden or n.startswith(".")))
         ]
         if not folders and not names and place.name not in classes and not hidden:
-            raise DatasetError(
-                f"folder {str(place)!r} of dataset {name!r} is empty and would be no class; add its pictures, or "
-                "remove it."
-            )
+            raise DatasetError(f"folder {str(place)!r} of dataset {name!r} is empty; fill or remove it.")
         if left:
             raise DatasetError(
                 f"file {str(place / left[0])!r} of dataset {name!r} is in none of its splits {[*map(str, files)]}; "
@@ -499,15 +488,9 @@ def _check_class_folders(files: Mapping[str, Iterable[PurePath]], declared: Iter
     if len(depths) > 1:
         usual = depths.most_common(1)[0][0]
         odd, other = (next(p for p in pictures if (len(p.parts) == usual) == same) for same in (False, True))
-        raise DatasetError(
-            f"picture {str(odd)!r} of dataset {name!r} lies at another depth than {str(other)!r}; put every picture "
-            "into the folder of its class, and none beside or below."
-        )
+        raise DatasetError(f"picture {str(odd)!r} of dataset {name!r} lies at another depth than {str(other)!r}.")
     if len({path.parent.name for path in pictures}) == 1:
-        raise DatasetError(
-            f"all pictures of dataset {name!r} lie in folders of one name, {pictures[0].parent.name!r}, so there are "
-            "no classes; put them into <split>/<class>/, or a metadata.csv with file_name and label beside them."
-        )
+        raise DatasetError(f"dataset {name!r} has folders {pictures[0].parent.name!r} alone: no classes.")
     tops = sorted(declared, key=lambda top: len(top.parts), reverse=True)
     seen: dict[tuple[str, PurePath | None], PurePath] = {}
     for split, paths in files.items():
@@ -546,6 +529,5 @@ def _check_counts(splits: Any, parts: Iterable[str], expected: Mapping[str, int]
     for part in parts:
         if part in expected and part in splits and splits[part].num_examples != expected[part]:
             raise DatasetError(
-                f"split {part!r} of dataset {name!r} has {splits[part].num_examples} rows, {expected[part]} by its "
-                "README.md; add the missing files, or correct it."
+                f"split {part!r} of {name!r} has {splits[part].num_examples} rows, {expected[part]} by its README.md."
             )

@@ -49,7 +49,8 @@ def read_labels(
     letters and digits. Only if all labels are ids, none of the names is among them, and there are equally many, do
     they stand for the labels in their order. A mapping translates the dataset's own labels; one from 0 .. n - 1, none
     of which is a label, is a list; one {name: number} is turned round. Floats without a fraction are whole numbers,
-    bytes are texts. Of a list over whole numbers, a first or last class that no row has is warned of.
+    bytes are texts. Underscores in the names of class folders are spaces. Of a list over whole numbers, a first or
+    last class that no row has is warned of.
 
     Args:
         class_names: a list, a mapping {own label: name}, or a key of `class_names.json`; None takes the dataset's own.
@@ -71,6 +72,8 @@ def read_labels(
         _warn_of_ids(given or ())
     if own is not None:
         names, order = _over_own_labels(own, given, name)
+        if given is None and rows.info.builder_name == "imagefolder":
+            names, _ = check_classes([text.replace("_", " ") for text in names], "{}")
         _check_range(values, own, column, name)
         return names, None if order == list(range(len(own))) else dict(enumerate(order))
     if given is None:
@@ -130,9 +133,7 @@ def _upright(mapping: Mapping[str, Any]) -> dict[str, Any] | list[str]:
     numbers = {int(value): label for value, label in zip(values, mapping, strict=True) if value.strip().isdecimal()}
     if len(numbers) < len(mapping):
         label, value = next(iter(mapping.items()))
-        raise ValueError(
-            f"class_names has the id {value!r} as the name of {label!r}; turn it round to {{label: name}}."
-        )
+        raise ValueError(f"class_names has the id {value!r} as name of {label!r}; turn it round to {{label: name}}.")
     turned = {str(number): numbers[number].strip() for number in sorted(numbers)}
     logger.warning("class_names is taken as {name: number}: %s is %r, ...", *next(iter(turned.items())))
     return list(turned.values()) if numbers.keys() == set(range(len(numbers))) else turned
@@ -177,10 +178,7 @@ def _distinct(rows: datasets.Dataset, column: str, name: str) -> dict[Any, Any]:
     labels = [_label(value) for value in values]
     odd = [label for label in labels if not isinstance(label, int | str)]
     if odd:
-        raise ValueError(
-            f"column {column!r} of dataset {name!r} holds {odd[0]!r}, which is no label: labels are whole numbers or "
-            "texts. Name another column by label_column."
-        )
+        raise ValueError(f"column {column!r} of dataset {name!r} holds {odd[0]!r}, no label; choose label_column.")
     return dict(zip(values, labels, strict=True))
 
 
@@ -256,9 +254,7 @@ def _match(labels: Sequence[str], names: Sequence[str]) -> dict[str, int]:
     for label, place in index.items():
         other = first.setdefault(place, label)
         if _words(other) != _words(label):
-            raise ValueError(
-                f"the labels {other!r} and {label!r} would both be class {names[place]!r}; use a mapping."
-            )
+            raise ValueError(f"labels {other!r} and {label!r} would both be class {names[place]!r}; give a mapping.")
     return index
 
 
@@ -297,8 +293,7 @@ def _check_in_order(own: Sequence[str], names: Sequence[str], name: str) -> None
         )
     if not _in_natural_order(own):
         raise ValueError(
-            f"the labels of dataset {name!r} are not sorted as numbers ({', '.join(own[:SHOWN])}, ...), so that the "
-            "order of class_names is not theirs; give a mapping {label: name}."
+            f"labels of dataset {name!r} aren't sorted as numbers ({', '.join(own[:SHOWN])}); map class_names."
         )
     if not all(ID.fullmatch(label.strip()) for label in own) and len({_without_numbers(label) for label in own}) > 1:
         lines = ", ".join(f"{label!r}: '...'" for label in own[:2])

@@ -1,6 +1,6 @@
 """From a dataset's name, or rows in memory, to pixels with labels.
 
-1. Rows: a known dataset (`specs.py`), a folder, or the Hub. Files must be whole, called alike and of one
+1. Rows: a known dataset (`datasets.json`), a folder, or the Hub. Files must be whole, called alike and of one
    configuration, among pictures nothing may lie that isn't read but documents, and no folder between split and class.
 2. Columns: one of pictures and one of labels, one with the usual name or the only one; no other column is decoded.
 3. Picture to pixels (`pictures.py`): every mode of Pillow, upright, in RGB, transparency on a background, prepared as
@@ -25,10 +25,8 @@ from transformers import CLIPProcessor
 
 from ..pictures import check_processor, check_resize, checked_colour, model_side, to_pixels
 from .dataset import ImageDataset, collate_images
-from .errors import DatasetError
 from .labels import ClassNames, class_names_of, names_of_spec, read_class_names, read_labels
 from .rows import (
-    DATA_ROOT_VARIABLE,
     check_files_of,
     every,
     find_rows,
@@ -39,18 +37,7 @@ from .rows import (
 )
 from .specs import find_spec, prompt_templates
 
-__all__ = [
-    "DATA_ROOT_VARIABLE",
-    "DatasetError",
-    "ImageDataset",
-    "class_names_of",
-    "collate_images",
-    "image_dataset",
-    "load_image_dataset",
-    "model_side",
-    "read_class_names",
-    "to_pixels",
-]
+__all__ = ["ImageDataset", "class_names_of", "collate_images", "load_image_dataset", "read_class_names", "to_pixels"]
 
 
 def load_image_dataset(
@@ -74,11 +61,11 @@ def load_image_dataset(
     """Load one split of a dataset.
 
     Args:
-        name: a dataset of `specs.py` by its key or Hub id (`"digits"` needs no download), a Hub id, or a folder that
-            `load_dataset` reads: parquet files, or pictures in one folder per class. A folder with the key of a known
-            dataset is given as `./digits`.
-        split: `"train"`, `"test"` (whatever a known dataset calls it), `"all"` where a row of `specs.py` has it, or
-            the dataset's own name for it, or another word for that (`dev` for `validation`); `"train+test"` joins two,
+        name: a dataset of `datasets.json` by its key or Hub id (`"digits"` needs no download), a Hub id, or a folder
+            that `load_dataset` reads: parquet files, or pictures in one folder per class. A folder with the key of a
+            known dataset is given as `./digits`.
+        split: `"train"`, `"test"` (whatever a known dataset calls it), `"all"` where `datasets.json` has it, or the
+            dataset's own name for it, or another word for that (`dev` for `validation`); `"train+test"` joins two,
             `"train[:1000]"` is a part.
         data_root: looked at first, for a folder `<data_root>/<Hub id>` in Hub layout; default the environment variable
             HF_ROBUST_CLIP_DATA_ROOT.

@@ -60,7 +60,7 @@ def find_rows(
     if folder is not None and (sign := re.search(r"[*?\[]|::", str(folder.resolve()))):
         raise OSError(f"the path of dataset {str(folder)!r} has {sign[0]!r}, a sign of patterns; rename its folder.")
     revision = revision or (spec.revision if spec else None)
-    unseen = " (this row of specs.py was not checked against the Hub)" if spec and not spec.checked else ""
+    unseen = " (this row of datasets.json was not checked against the Hub)" if spec and not spec.checked else ""
     try:
         if folder is not None:
             return folder_rows(folder, key, split, config, streaming), "local", [f"{folder.resolve()}/"]
@@ -102,10 +102,7 @@ def _check_clash(name: str, spec: DatasetSpec, root: str | Path | None) -> None:
         path = f"./{folder}" if here else str(folder)
         elsewhere = "another working folder" if here else "another data_root"
         known = elsewhere if spec.hub_id == name else repr(spec.hub_id)
-        raise ValueError(
-            f"dataset {name!r} is a known one, but a folder has this name too; give {path!r} for the folder, {known} "
-            "for the known one."
-        )
+        raise ValueError(f"dataset {name!r} is a known one and a folder; give {path!r} or {known}.")
 
 
 def _check_unused(where: str, **given: str | None) -> None:
@@ -149,8 +146,7 @@ def image_column_of(features: datasets.Features, asked: str | None, name: str) -
         raise ValueError(f"dataset {name!r} has no column {column!r}; its columns: {cut(list(features))}.")
     if not _holds_pictures(features[column]) and getattr(features[column], "dtype", "") not in BYTES:
         raise ValueError(
-            f"column {column!r} of dataset {name!r} holds no pictures but {cut(features[column])}; choose by "
-            "image_column."
+            f"column {column!r} of dataset {name!r} holds no pictures but {cut(features[column])}; name image_column."
         )
     return column
 
@@ -170,10 +166,7 @@ def check_files_of(rows: datasets.Dataset, column: str, name: str, places: Seque
         for i in pc.indices_nonzero(empty).to_pylist():
             path = pictures[i].as_py()["path"] if pictures[i].is_valid else None
             if path is not None and not _is_own(path, places):
-                raise DatasetError(
-                    f"row {seen + i} of dataset {name!r} holds no picture but the path {path!r}, which is not the "
-                    "dataset's own; store the pictures' bytes."
-                )
+                raise DatasetError(f"row {seen + i} of dataset {name!r} holds a foreign path, {path!r}; store bytes.")
         seen += len(pictures)
 
 

@@ -1,6 +1,6 @@
-"""Known datasets, one literal row each: where they are, what their columns are called, what their classes are.
+"""Known datasets, a row of `datasets.json` each: where they are, what their columns and their classes are called.
 
-PMG-AFT's 16 test sets, TAPT's 11 (CoOp's), and three small ones. A new dataset is a row here, and its class names in
+PMG-AFT's 16 test sets, TAPT's 11 (CoOp's), and three small ones. A new dataset is a row there, and its class names in
 `class_names.json` unless its own labels read well.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,7 @@ class DatasetSpec:
             return self._translate(label_names, by_name)
         for label, name in zip(label_names, names, strict=True):
             if by_name.get(plain(label), name) != name:
-                raise ValueError(
-                    f"{self.hub_id} has the label {label!r} where {name!r} was expected; give class_names."
-                )
+                raise ValueError(f"{self.hub_id} has the label {label!r}, not {name!r}; give class_names.")
         return list(names)
 
     def label_keys(self) -> list[str] | None:
@@ -95,163 +94,14 @@ class DatasetSpec:
         return [names[plain(label)] for label in label_names]
 
 
-# Layouts could be seen only for the rows with checked=True; every other row is taken from the dataset's card and from
-# public programs that load it, and says so (checked=False) until someone loads it from the Hub.
-SPECS = (
-    DatasetSpec("digits", "digits", 10, checked=True, source="UCI ML hand-written digits, as shipped by scikit-learn"),
-    DatasetSpec(
-        "fashion_mnist",
-        "zalando-datasets/fashion_mnist",
-        10,
-        class_names="fashion_mnist",
-        checked=True,
-        source="Xiao et al., 2017",
-    ),
-    DatasetSpec(
-        "pacs", "flwrlabs/pacs", 7, splits={"test": "train"}, test_every=5, checked=True, source="Li et al., 2017"
-    ),
-    DatasetSpec(
-        "cifar10",
-        "uoft-cs/cifar10",
-        10,
-        image_column="img",
-        attack_resolution=32,
-        checked=True,
-        source="Krizhevsky, 2009",
-    ),
-    DatasetSpec(
-        "cifar100",
-        "uoft-cs/cifar100",
-        100,
-        image_column="img",
-        label_column="fine_label",
-        class_names="cifar100",
-        attack_resolution=32,
-        source="Krizhevsky, 2009",
-    ),
-    DatasetSpec(
-        "stl10", "tanganke/stl10", 10, class_names="stl10", attack_resolution=96, source="Coates et al., 2011"
-    ),
-    DatasetSpec(
-        "tiny_imagenet",
-        "zh-plus/tiny-imagenet",
-        200,
-        splits={"test": "valid"},
-        class_names="tiny_imagenet",
-        source="Le and Yang, Tiny ImageNet Visual Recognition Challenge, 2015",
-    ),
-    DatasetSpec(
-        "imagenet",
-        "ILSVRC/imagenet-1k",  # gated: accept its terms and log in
-        1000,
-        splits={"test": "validation"},
-        class_names="imagenet",
-        source="Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, 2015",
-    ),
-    DatasetSpec(
-        "sun397",
-        "tanganke/sun397",
-        397,
-        class_names="sun397",
-        source="Xiao et al., 2010",
-        note="Partition 1, 19,850 test pictures, as in CoOp; PMG-AFT tests on all 108,754, which this copy lacks.",
-    ),
-    DatasetSpec(
-        "food101",
-        "ethz/food101",
-        101,
-        splits={"test": "validation"},
-        class_names="food101",
-        source="Bossard et al., 2014",
-        note="The official 25,250 test pictures, as in PMG-AFT; CoOp draws its own 30,300.",
-    ),
-    DatasetSpec(
-        "pets",
-        "timm/oxford-iiit-pet",
-        37,
-        class_names="pets",
-        source="Parkhi et al., 2012",
-        note="The official 3,669 test pictures, as in PMG-AFT and CoOp.",
-    ),
-    DatasetSpec(
-        "flowers102",
-        "dpdl-benchmark/oxford_flowers102",
-        102,
-        class_names="flowers102",
-        source="Nilsback and Zisserman, 2008",
-        note="The official 6,149 test pictures, as in PMG-AFT; CoOp draws its own 2,463.",
-    ),
-    DatasetSpec(
-        "dtd",
-        "tanganke/dtd",
-        47,
-        class_names="dtd",
-        source="Cimpoi et al., 2014",
-        note="1,880 test pictures, as in PMG-AFT; CoOp draws its own 1,692.",
-    ),
-    DatasetSpec(
-        "eurosat",
-        "timm/eurosat-rgb",
-        10,
-        splits={"all": "train+validation+test"},
-        class_names="eurosat",
-        source="Helber et al., 2019",
-        note="PMG-AFT tests on all 27,000 pictures; the 5,400 of the test split are not CoOp's 8,100.",
-    ),
-    DatasetSpec(
-        "aircraft",
-        "Donghyun99/FGVC-Aircraft",
-        100,
-        label_column="variation",  # `label` is the family (70)
-        class_names="aircraft",
-        source="Maji et al., 2013",
-        note="The official 3,333 test pictures, as in PMG-AFT and CoOp.",
-    ),
-    DatasetSpec(
-        "caltech101",
-        "flwrlabs/caltech101",
-        101,
-        splits={"test": "train", "all": "train"},
-        class_names="caltech101",
-        test_every=5,
-        source="Fei-Fei et al., 2004",
-        note="PMG-AFT tests on the whole set; CoOp on its own 2,465 pictures, without the class of centered faces.",
-    ),
-    DatasetSpec(
-        "caltech256",
-        "ilee0022/Caltech-256",
-        257,
-        splits={"all": "train+validation+test"},
-        class_names="caltech256",
-        source="Griffin et al., 2007",
-        note="PMG-AFT tests on all 30,607 pictures; clutter is a class.",
-    ),
-    DatasetSpec(
-        "cars",
-        "tanganke/stanford_cars",
-        196,
-        class_names="cars",
-        source="Krause et al., 2013",
-        note="The official 8,041 test pictures, as in PMG-AFT and CoOp.",
-    ),
-    DatasetSpec(
-        "pcam",
-        "dpdl-benchmark/patch_camelyon",
-        2,  # too few for the DLR loss: AutoAttack is APGD-CE and Square here
-        class_names="pcam",
-        source="Veeling et al., 2018",
-        note="The official 32,768 test pictures, as in PMG-AFT.",
-    ),
-    DatasetSpec(
-        "ucf101",
-        "flwrlabs/ucf101",
-        101,
-        class_names="ucf101",
-        frames_of="clip_id",
-        source="Soomro et al., 2012",
-        note="Middle frames, as in CoOp; which of the three official splits this copy follows was not seen.",
-    ),
-)
+@cache
+def _facts(file: str) -> Any:
+    return json.loads((files(__package__) / file).read_text(encoding="utf-8"))
+
+
+# Layouts could be seen only for the rows with checked=true; every other row is taken from the dataset's card and from
+# public programs that load it, and says so until someone loads it from the Hub.
+SPECS = tuple(DatasetSpec(**row) for row in _facts("datasets.json"))
 
 
 def find_spec(name: str) -> DatasetSpec | None:
@@ -286,8 +136,3 @@ def plain(label: object) -> str:
 def words_of(text: str) -> set[str]:
     """The words of a name in small letters: `test` and `old` of `test-old2`, `testOld` and `Old_Test`."""
     return {word.casefold() for word in re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", text) if word}
-
-
-@cache
-def _facts(file: str) -> dict:
-    return json.loads((files(__package__) / file).read_text(encoding="utf-8"))

@@ -84,7 +84,7 @@ def test_input_gradient_returns_losses_and_their_gradient(weights, images):
 
 
 def test_a_batch_mean_is_refused(weights, images):
-    with pytest.raises(ValueError, match=r"one loss per image, shape \(6,\), got \(\).*reduction='none'"):
+    with pytest.raises(ValueError, match=r"gives \(\), not one loss per image.*reduction='none'"):
         pgd(lambda x: (x * weights).mean(), images, ThreatModel(0.1), num_steps=1, step_size=0.1)
 
 

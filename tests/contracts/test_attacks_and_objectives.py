@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CLASS_NAMES
+from tiny import CLASS_NAMES
 
 import hf_robust_clip.objectives
 from hf_robust_clip.attacks import losses

@@ -99,7 +99,6 @@ def test_another_process_and_the_hub_give_equal_logits(saved, tmp_path):
             **{key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))},
             "HF_ENDPOINT": server.url, "HF_TOKEN": "hf_dummy", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path),
             "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
-            "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
         }  # fmt: skip
         command = [sys.executable, __file__, str(folder), str(tmp_path / "found.json")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -7,12 +7,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_processor
 from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 from plain_forward import block
 from prompted_clip import make_base, make_images, make_prompted, randomise
 from safetensors.torch import load_file, save_file
+from tiny import make_processor
 from torch.nn import functional as F
 
 from hf_robust_clip.defences import fit
@@ -314,7 +314,7 @@ def test_the_record_says_where_statistics_come_from():
     [
         (list, 2, "dataset is empty"),
         (lambda: dataset(augment=True), 2, "dataset.augment=True"),
-        (lambda: examples(2), 0, "batch_size=0 must be at least 1"),
+        (lambda: examples(2), 0, "batch_size=0 must be a whole number of at least 1"),
         (lambda: [{"pixel_values": 2 * torch.ones(3, 8, 8), "labels": 0}], 2, "outside"),
     ],
 )

@@ -4,12 +4,14 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from huggingface_hub import CommitOperationDelete
 from prompted_clip import NAMES, make_base, make_images
 from safetensors.torch import load_file, save_file
 
-from hf_robust_clip import CLIPForZeroShotClassification, DefendedClassifier, digits_clip_path
+from hf_robust_clip import TTC, CLIPForZeroShotClassification, DefendedClassifier, digits_clip_path
 from hf_robust_clip.defences import defence_class, defence_classes, defence_key
 from hf_robust_clip.defences.base import Defence, Fitted, Prediction, Traits
+from hf_robust_clip.hub import Push, clear_model, copy_model, fitted_files, upload
 from hf_robust_clip.paper import Paper
 from hf_robust_clip.zero_shot_data.loading import load_image_dataset
 
@@ -119,6 +121,46 @@ def test_a_detector_is_fitted_judged_saved_and_loaded(tmp_path):
     (tmp_path / "mean.safetensors").unlink()
     with pytest.raises(OSError, match=r"mean\.safetensors"):
         DefendedClassifier.from_pretrained(tmp_path)
+
+
+def test_the_files_of_what_was_fitted_go_with_the_model(tmp_path, monkeypatch):
+    """Copied, pushed and cleared with it, and taken from a repository that a defence without them is pushed to."""
+    detector = Detector(mean=Mean(torch.zeros(64)))
+    classifier = CLIPForZeroShotClassification.from_pretrained(digits_clip_path())
+    old, new = tmp_path / "old", tmp_path / "new"
+    DefendedClassifier(classifier, detector, base_model="digits-clip").save_pretrained(old)
+    DefendedClassifier(classifier, TTC(), base_model="digits-clip").save_pretrained(new)
+    (old / "mine.safetensors").write_bytes(b"mine")
+    copy_model(old, tmp_path / "copy")
+    assert (tmp_path / "copy" / "mean.safetensors").is_file() and not (tmp_path / "copy" / "mine.safetensors").exists()
+
+    class Hub:
+        def __init__(self, token):
+            pass
+
+        def list_repo_files(self, repo_id, revision):
+            return [path.name for path in old.iterdir()]
+
+        def hf_hub_download(self, repo_id, file, revision):
+            return str(old / file)
+
+        def create_commit(self, repo_id, operations, **settings):
+            return operations
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    done = upload(new, Push("me/mine"), "message")
+    assert [one.path_in_repo for one in done if isinstance(one, CommitOperationDelete)] == ["mean.safetensors"]
+    clear_model(old)
+    assert [path.name for path in old.iterdir()] == ["mine.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"fitted": ["a"]}', '{"fitted": {"a": "../b.safetensors", "c": 1, "d": "README.md"}}']
+)
+def test_no_other_file_is_taken_for_a_fitted_one(text, tmp_path):
+    assert fitted_files(tmp_path) == ()
+    (tmp_path / "adaptation.json").write_text(text)
+    assert fitted_files(tmp_path) == ()
 
 
 def test_names_are_those_of_the_package_and_of_what_the_caller_has_imported():

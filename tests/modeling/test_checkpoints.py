@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from conftest import CLASS_NAMES, through_transformers_adapters
+from conftest import through_transformers_adapters
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny import CLASS_NAMES
 from torch.utils.data import ConcatDataset, Subset
 from transformers import CLIPModel
 

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import CLASS_NAMES
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from tiny import CLASS_NAMES
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 

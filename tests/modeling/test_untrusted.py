@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from conftest import CLASS_NAMES
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny import CLASS_NAMES
 
 from hf_robust_clip import ClipPromptConfig, pictures
 from hf_robust_clip.modeling import CLIPForZeroShotClassification, with_adapter

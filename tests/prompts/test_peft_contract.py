@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from child_script import train_steps
-from conftest import CONTEXT_LENGTH, make_processor, through_transformers_adapters
+from conftest import through_transformers_adapters
 from hub_server import HubServer
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from prompted_clip import (
@@ -28,6 +28,7 @@ from prompted_clip import (
     randomise,
 )
 from safetensors.torch import load_file
+from tiny import CONTEXT_LENGTH, make_processor
 from tokenizers import pre_tokenizers
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -253,8 +254,7 @@ def shelf(checkpoint):
 def children(shelf):
     """Three processes of their own, one thread each; two of them are also the two ranks of a training run."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "RANK", "MASTER", "WORLD"))}
-    paths = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1])])
-    clean |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
+    clean |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with HubServer() as server:
         hub = {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_dummy", "HF_HUB_OFFLINE": "0",
                "HF_HOME": str(shelf / "home"), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # fmt: skip

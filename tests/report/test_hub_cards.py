@@ -16,7 +16,7 @@ LARGEST = 5_000_000  # bytes; weights belong on the Hub
 
 def card_folders(root: Path) -> list[Path]:
     """Every folder below `root` that holds a file of a card."""
-    return sorted({path.parent for name in FILES for path in root.rglob(name)})
+    return sorted({path.parent for name in FILES for path in root.rglob(name)} - {root})
 
 
 def check_folder(folder: Path, root: Path) -> None:

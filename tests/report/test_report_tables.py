@@ -32,7 +32,7 @@ def test_table_holds_the_numbers_and_a_dash_where_a_radius_was_not_tried(capsys)
         ["TeCoA", "40", "90.0", "70.0", "25.0", "-"],
         ["undefended", "40", "90.0", "-", "-", "12.5"],
     ]
-    assert "accuracy in percent; radii in linf" in lines[-1]
+    assert "accuracy in percent; radii in L-inf" in lines[-1]
 
 
 def test_reports_of_one_attack_on_the_same_images_stand_together():

@@ -3,8 +3,8 @@
 import functools
 
 import torch
-from conftest import CONTEXT_LENGTH, make_processor
 from peft import PeftModel, get_peft_model
+from tiny import CONTEXT_LENGTH, make_processor
 from transformers import CLIPConfig, CLIPModel
 
 from hf_robust_clip.modeling import CLIPForZeroShotClassification

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from peft import LoraConfig
 from training_script import arguments, digits, tiny_data, tiny_model
 
 from hf_robust_clip import TTC, DefendedClassifier, RobustClipTrainer, TeCoA
@@ -107,6 +108,12 @@ def test_what_must_be_fitted_is_before_it_judges(tmp_path):
     assert trainer.settings()["adaptation.threshold"] == trainer.defence.threshold
     with pytest.raises(ValueError, match="defence is missing"):
         make(tmp_path, None).fit_defence()
+
+
+def test_an_adapter_beside_which_no_defence_can_be_saved_is_refused_at_once(tmp_path):
+    args, lora = arguments(tmp_path), LoraConfig(r=2, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="defence"):
+        RobustClipTrainer(tiny_model(), args, TeCoA(), tiny_data(8), peft_config=lora, defence=TTC())
 
 
 def test_trained_weights_are_saved_with_their_defence(tmp_path):

@@ -192,3 +192,11 @@ def test_an_objective_brings_the_adapter_that_it_trains(tmp_path):
     assert RobustClipTrainer(tiny_model(), args, APT()).adapter_base() is None
     with pytest.raises(ValueError, match="vision_depth=9"):  # published for towers of twelve layers
         RobustClipTrainer(tiny_model(), arguments(tmp_path), APT())
+
+
+def test_a_need_that_nobody_meets_is_refused(tmp_path):
+    class Typo(Classes):
+        needs = frozenset({"label"})
+
+    with pytest.raises(ValueError, match="Typo needs"):
+        RobustClipTrainer(tiny_model(), arguments(tmp_path), Typo(), tiny_data(8))

@@ -702,7 +702,7 @@ def test_model_of_a_bf16_run_is_evaluated_in_float32(tmp_path):
     data = tiny_data(dtype=torch.float32)
     trainer = TeCoATrainer(tiny_model(torch.float32), arguments(tmp_path, max_steps=1, bf16=True), None, data)
     trainer.train()
-    plain = plain_model(trainer, tmp_path)[0].eval()
+    plain = plain_model(trainer)[0].eval()
     plain.save_pretrained(tmp_path / "saved")
     again = CLIPForZeroShotClassification.from_pretrained(tmp_path / "saved").eval()
     again.set_classes(plain.class_names, plain.templates)

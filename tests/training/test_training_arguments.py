@@ -9,7 +9,19 @@ from hf_robust_clip import FARE, RobustClipConfig, RobustClipTrainer, TeCoATrain
 from hf_robust_clip.objectives.apt import APT
 from hf_robust_clip.objectives.fap import FAP
 from hf_robust_clip.objectives.trades import TRADES
-from hf_robust_clip.training.config import COMPARED, FREE, REFUSED, compared_arguments, gives_whole_pictures
+from hf_robust_clip.training.config import FREE, REFUSED, _names, compared_arguments, gives_whole_pictures
+
+# What changes what is trained: a new field of the Trainer's is in no group until somebody looks at it.
+COMPARED = _names("""
+    per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps
+    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
+    optim optim_args optim_target_modules weight_decay momentum adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+    bf16 fp16 tf32 torch_compile torch_compile_backend torch_compile_mode
+    seed data_seed full_determinism dataloader_drop_last train_sampling_strategy
+    eps norm attack_steps attack_step_size attack_random_start trainable_layers crop_scale flip
+    load_best_model_at_end metric_for_best_model greater_is_better
+    eval_strategy eval_steps eval_delay eval_attack_steps save_strategy save_steps
+""")
 
 
 def test_every_setting_is_in_one_group():

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_processor
 from datasets import ClassLabel, Dataset, Features
 from PIL import Image
+from tiny import make_processor
 
 from hf_robust_clip.crops import RandomResizedCrop
 from hf_robust_clip.zero_shot_data.loading import ImageDataset, collate_images, load_image_dataset

@@ -10,9 +10,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_processor
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image, PngImagePlugin
+from tiny import make_processor
 from torch.utils.data import DataLoader, Subset
 
 from hf_robust_clip import image_dataset, load_image_dataset
@@ -486,3 +486,22 @@ def test_only_takes_names_and_no_other(processor):
     for names in ([], ["ant", "ant"], "ant"):
         with pytest.raises(ValueError, match="class_names"):
             data.only(names)
+
+
+def test_folders_with_underscores_are_named_in_words(processor, tmp_path):
+    tmp_path /= "pictures"
+    for name in ("golden_retriever", "tabby cat"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(2):
+            (tmp_path / "train" / name / f"{i}.png").write_bytes(content(i))
+    data = load_image_dataset(str(tmp_path), "train", processor)
+    assert data.class_names == ("golden retriever", "tabby cat")
+    assert data.only(["golden retriever"]).class_names == ("golden retriever",)
+    assert "\n" not in repr(data) and repr(data).endswith("4 images of 2 classes)")
+    for given in (["golden_retriever", "tabby cat"], {"golden_retriever": "dog", "tabby cat": "cat"}):
+        own = load_image_dataset(str(tmp_path), "train", processor, class_names=given)
+        assert own.class_names == tuple(given.values() if isinstance(given, dict) else given)
+    (tmp_path / "train" / "tabby_cat").mkdir()
+    (tmp_path / "train" / "tabby_cat" / "0.png").write_bytes(content(9))
+    with pytest.raises(ValueError, match="tabby cat"):
+        load_image_dataset(str(tmp_path), "train", processor)

@@ -6,9 +6,9 @@ from io import BytesIO
 import datasets
 import pyarrow.parquet
 import pytest
-from conftest import make_processor
 from datasets import ClassLabel, Dataset, Features
 from PIL import Image
+from tiny import make_processor
 
 from hf_robust_clip import image_dataset, load_image_dataset
 from hf_robust_clip.zero_shot_data.errors import DatasetError
@@ -376,7 +376,7 @@ def test_class_folders_called_like_a_split(tmp_path, processor):
     folder = write(tmp_path, *files)
     for split, expected in (("train", [0, 1]), ("test", [2, 3]), ("train+test", [0, 1, 2, 3])):
         data = load_image_dataset(folder, split, processor)
-        assert data.class_names == ("airport", "train_station")
+        assert data.class_names == ("airport", "train station")
         assert reds(folder, processor, split) == expected
         assert [row["labels"] for row in data] == [i % 2 for i in expected]
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_processor
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
+from tiny import make_processor
 from torch.utils.data import Subset
 
 from hf_robust_clip.zero_shot_data import fingerprint

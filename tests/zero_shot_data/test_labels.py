@@ -5,9 +5,9 @@ import logging
 
 import datasets
 import pytest
-from conftest import make_processor
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
+from tiny import make_processor
 
 from hf_robust_clip import image_dataset, load_image_dataset
 from hf_robust_clip.zero_shot_data import specs

@@ -1,4 +1,4 @@
-"""Every row of specs.py against a tiny copy of its dataset, in the layout that its card on the Hub shows.
+"""Every row of datasets.json against a tiny copy of its dataset, in the layout that its card on the Hub shows.
 
 The layouts are written out here a second time, so that a slip in a row makes a test fail.
 """
@@ -6,16 +6,17 @@ The layouts are written out here a second time, so that a slip in a row makes a 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import conftest
 import datasets
 import pytest
-from conftest import make_clip, make_processor
+import tiny
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
+from tiny import make_clip, make_processor
 
 from hf_robust_clip.modeling import CLIPForZeroShotClassification
 from hf_robust_clip.zero_shot_data import specs
-from hf_robust_clip.zero_shot_data.loading import DATA_ROOT_VARIABLE, load_image_dataset
+from hf_robust_clip.zero_shot_data.loading import load_image_dataset
+from hf_robust_clip.zero_shot_data.rows import DATA_ROOT_VARIABLE
 from hf_robust_clip.zero_shot_data.specs import SPECS, find_spec, prompt_templates
 
 COUNT = 6
@@ -117,13 +118,13 @@ def processor():
 @pytest.fixture(scope="module")
 def model():
     """Random, with room for the longest prompt in single letters."""
-    before = conftest.CONTEXT_LENGTH
-    conftest.CONTEXT_LENGTH = 120
+    before = tiny.CONTEXT_LENGTH
+    tiny.CONTEXT_LENGTH = 120
     try:
         letters = make_processor()
         return CLIPForZeroShotClassification.from_clip(make_clip(letters), letters).eval().requires_grad_(False)
     finally:
-        conftest.CONTEXT_LENGTH = before
+        tiny.CONTEXT_LENGTH = before
 
 
 @pytest.fixture(autouse=True)
@@ -248,7 +249,7 @@ def test_a_label_in_another_place_is_not_named_by_its_number():
     """Where the spelling of a copy doesn't match ours in full, a name that stands elsewhere is an error."""
     names = list(specs.class_names("flowers102"))
     names[0], names[1], names[58] = names[1], names[0], "something else"
-    with pytest.raises(ValueError, match="the label 'hard-leaved pocket orchid' where 'pink primrose' was expected"):
+    with pytest.raises(ValueError, match="the label 'hard-leaved pocket orchid', not 'pink primrose'"):
         find_spec("flowers102").names_in_label_order(names)
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import datasets
 import numpy as np
 import pytest
-from conftest import make_processor
 from datasets import ClassLabel, Dataset, Features, Value
+from tiny import make_processor
 
 from hf_robust_clip.zero_shot_data.loading import ImageDataset, load_image_dataset
 
