@@ -553,7 +553,7 @@ def test_the_first_defence_is_saved_and_settings_change_every_preset():
         (["--defence.preset", "papre"], "defence.preset='papre'"),
         (["--defence.gama", "1"], "did you mean 'gamma'"),
         (["--defence.num_views", "1"], "num_views=1"),
-        (["--defence.selected", "0.001"], "selected=0.001 keeps none of 32"),
+        (["--defence.selected", "0.001"], "selected=0.001"),
         (["--defence.gamma", "2"], "gamma=2.0"),
         (["--defence.crop", "{scal: 1}"], "did you mean 'scale'"),
         (["--fit_images", "0"], "fit_images=0 must be at least 1"),

@@ -159,11 +159,12 @@ def make(folder: Path, *names: str) -> None:
 
 OURS = ("checkpoint-3/model.safetensors", "checkpoint-3/trainer_state.json", "checkpoint-3/rng_state_1.pth",
         "checkpoint-3/optimizer.pt", "checkpoint-12/training_run.json", "state/digits-clip-0a1b2c3d/state-0.jsonl",
-        "state/statistics/adversarial/state-1.safetensors",
+        "state/statistics/adversarial/state-1.safetensors", "state/fit/a-0a1b2c3d/adversarial/state-0.safetensors",
         "state/statistics/prompts/checkpoint-2/scheduler.pt")  # fmt: skip
 THEIRS = ("state/thesis.txt", "checkpoint-of-my-life/model.safetensors", "checkpoint-3/notes.txt",
           "checkpoint-x", "state/digits-clip-0a1b2c3d/mine.jsonl", "state/other/state-0.jsonl", "state.txt",
-          "mine/state-0.jsonl", "checkpoint-3/mine/photo.jpg")  # fmt: skip
+          "mine/state-0.jsonl", "checkpoint-3/mine/photo.jpg", "state/fit/a-0a1b2c3d/notes.txt",
+          "state/fit/mine/state-0.safetensors")  # fmt: skip
 
 
 def test_only_what_a_run_wrote_is_deleted(tmp_path):
