@@ -66,7 +66,7 @@ def test_the_prompt_of_the_training_is_taken_and_named(capsys):
     assert report.name == "robust"
     printed = " ".join(capsys.readouterr().out.split())
     assert f'robust on digits: 6 images, PGD-1, float32, prompt "{TRAINED}"' in printed
-    assert f'radii in linf, prompt "{TRAINED}"' in printed
+    assert f'radii in L-inf, prompt "{TRAINED}"' in printed
     assert "NOTE" not in printed
     with open("out/report.csv") as file:
         assert {row["templates"] for row in csv.DictReader(file)} == {TRAINED}

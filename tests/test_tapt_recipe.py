@@ -136,7 +136,7 @@ def test_what_is_asked_of_a_saved_defence_goes_before_what_was_saved(finished, w
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--defence.selected", "0.01"], "selected=0.01 keeps none of 8"),
+        (["--defence.selected", "0.01"], "selected=0.01"),
         (["--defence.preset", "best"], "defence.preset='best'"),
         (["--prompts.vision_depth", "9"], "vision_depth=9 is more than the tower's 3 layers"),
     ],
