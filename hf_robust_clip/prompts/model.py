@@ -78,7 +78,9 @@ class ClipPromptModel(BaseTuner):
         given = {name.removeprefix(prefix) for name in found if f".{cls.prefix}" in name}
         for verb, names in (("lacks", expected - given), ("holds, without a place for it,", given - expected)):
             if names:
-                raise ValueError(f"the file of adapter {adapter_name!r} {verb} {min(names)}{_more(names)}.")
+                raise ValueError(
+                    f"the file of adapter {adapter_name!r} {verb} {min(names)}{_more(names)}; save it again."
+                )
         return found
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -294,7 +296,9 @@ def _context_ids(model: nn.Module, config: ClipPromptConfig, text_config) -> lis
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # whatever is missing: folder, Hub, files
-            raise ValueError(f"context_init={config.context_init!r} needs a tokenizer; {name!r} has none.") from error
+            raise ValueError(
+                f"context_init={config.context_init!r} needs a tokenizer; give context_token_ids."
+            ) from error
     words = str(config.context_init).replace("_", " ")
     ids = tokenizer(words, add_special_tokens=False).input_ids
     special = {tokenizer.eos_token_id, tokenizer.unk_token_id, text_config.eos_token_id}
@@ -312,7 +316,9 @@ def _check_context(config: ClipPromptConfig, limit: int, vocab_size: int) -> Non
         raise ValueError(f"num_text_tokens={count} leaves no place among {limit}; choose at most {limit - 3}.")
     if count and ids is not None:
         if len(ids) < count:
-            raise ValueError(f"context_init={config.context_init!r} has {len(ids)} tokens for {count} prompts.")
+            raise ValueError(
+                f"context_init={config.context_init!r} has {len(ids)} tokens for num_text_tokens={count}; give more words."
+            )
         if not all(0 <= i < vocab_size for i in ids):
             raise ValueError(f"context_token_ids={ids} must lie in 0 .. {vocab_size - 1}, the model's vocabulary.")
 
