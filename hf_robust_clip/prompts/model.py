@@ -317,7 +317,7 @@ def _check_context(config: ClipPromptConfig, limit: int, vocab_size: int) -> Non
     if count and ids is not None:
         if len(ids) < count:
             raise ValueError(
-                f"context_init={config.context_init!r} has {len(ids)} tokens for num_text_tokens={count}; give more words."
+                f"context_init={config.context_init!r} has {len(ids)} tokens for num_text_tokens={count}; give more."
             )
         if not all(0 <= i < vocab_size for i in ids):
             raise ValueError(f"context_token_ids={ids} must lie in 0 .. {vocab_size - 1}, the model's vocabulary.")

@@ -96,7 +96,7 @@ MISFITS = [
     (CLIPForZeroShotClassification, dict(design="T", context_init="a " * (CONTEXT_LENGTH - 2)),
      r"context_init='a a .*' has 30 tokens, too long"),
     (CLIPForZeroShotClassification, dict(design="T", context_init="ab", num_text_tokens=3),
-     "context_init='ab' has 2 tokens for 3 prompts"),
+     "context_init='ab' has 2 tokens for num_text_tokens=3"),
     (CLIPForZeroShotClassification, dict(design="VLI", context_init=""), "context_init='' has 0 tokens for"),
     (CLIPForZeroShotClassification, dict(design="T", context_init="a <|endoftext|> b"),
      r"context_init='a <\|endoftext\|> b' has words that the model's tokenizer doesn't know"),
