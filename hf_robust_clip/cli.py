@@ -41,8 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif command == "--version":
         print(f"hf-robust-clip {version('hf_robust_clip')}")
     else:
+        asked = not words or bool({"-h", "--help"} & set(words))
+        if not asked:
+            print(f"error: unknown command {command!r}", file=sys.stderr)
         print(USAGE)
-        raise SystemExit(0 if {"-h", "--help"} & set(words) else 2)
+        raise SystemExit(0 if words and asked else 2)
 
 
 def run(command: str, default_config: Path, description: str | None, argv: Sequence[str] | None = None) -> None:

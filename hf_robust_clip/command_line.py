@@ -179,9 +179,11 @@ def read_command(
     value, a class that isn't there, a token in any place, and where required flags are missing; OSError for a missing
     file.
     """
-    parser = command.parser
     if {"-h", "--help"} & set(words):
+        for kind in command.classes.values():
+            classes_in(kind)  # imported, so that the parser knows them
         show_help(command, default_config, description)
+    parser = command.parser
     options = split_words(words, command)
     for flag, kind in command.classes.items():
         if f"{flag}.help" in options:
@@ -501,7 +503,7 @@ def helps_of(cls: type) -> dict[str, str]:
             if colon:
                 found |= dict.fromkeys((name.strip() for name in names.split(",")), " ".join(text.split()))
     own = {f.name: f.metadata["help"] for f in fields(cls) if "help" in f.metadata}
-    return {name: text.replace("%", "%%") for name, text in {**found, **own}.items()}
+    return {name: text.replace("%", "%%") for name, text in found.items()} | own  # the others' are escaped
 
 
 def packaged_config(name: str) -> Path:

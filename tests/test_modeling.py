@@ -399,6 +399,7 @@ def test_a_missing_folder_offline_points_to_the_switch(monkeypatch, tmp_path):
 @pytest.mark.parametrize("message", ["404 for that name\nand a second line", ""])
 def test_a_missing_folder_online_points_to_name_and_connection(monkeypatch, tmp_path, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between tries to reach the Hub
 
     def fail(*args, **kwargs):
         raise OSError(message)

@@ -76,7 +76,6 @@ TRAINING = [
     ("pmg_aft", "--model_name_or_path ./model --output_dir model", "output_dir='model'"),
 ]
 EVALUATIONS = [
-    ("--evaluation.attack pgd-3", "evaluation.attack='pgd-3' evaluation.attacks"),
     ("--evaluation.attacks []", "evaluation.attacks=[]"),
     ("--evaluation.attacks [pgd-20, PGD-20]", "evaluation.attacks 'PGD-20'"),
     ("--evaluation.eot 4", "evaluation.eot=4 'static'"),

@@ -6,13 +6,14 @@ import math
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage import whole_file
 from ..threat_model import ThreatModel, parse_radius
 from .report import CLEAN, CONTROLS, ROBUST, RobustnessReport
-from .tables import by_model, defence_figures, headlines, one_norm
+from .tables import by_model, defence_figures, headlines, one_norm, titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,6 +53,7 @@ def plot_accuracy(path: str | Path, reports: Sequence[RobustnessReport]) -> None
     A model has one colour, marker and dash in all panels. Raises ValueError for no reports, several norms, and a model
     twice in a panel.
     """
+    reports = [replace(report, name=titled(report)) for report in reports]
     rows, norm = _panel_rows(reports, ["task", "full_attack"])
     styles = _styles(report.name for report in reports)
     attacks = list(dict.fromkeys(rows["full_attack"]))
@@ -149,6 +151,7 @@ def plot_examples(
     truth: Sequence[str],
     before: Sequence[str],
     after: Sequence[str],
+    title: str = "",
 ) -> None:
     """Write a PNG with a row for each image: clean, perturbation, adversarial, what the model saw in them, and whether
     the image fell or withstood.
@@ -161,6 +164,7 @@ def plot_examples(
         images, adversarials: (N, C, H, W) in [0, 1], with C 1 or 3.
         truth: class name of each image.
         before, after: predicted class name of each clean and of each adversarial image; wrong ones are marked.
+        title: of which model and attack they are.
 
     Raises ValueError for shapes that don't match, nothing to draw and values outside [0, 1].
     """
@@ -179,9 +183,10 @@ def plot_examples(
     factor = 0.5 / largest if largest > 0 else 1.0
     factor = math.floor(factor * 1.0001) if factor > 0.9999 else factor  # float32 has 7 digits
     figure = Figure(figsize=(6.6, 0.5 + 2.35 * len(clean)), layout="constrained")
+    figure.suptitle(textwrap.fill(title, 70), fontsize=10)
     grid = figure.subplots(len(clean), 3, squeeze=False)
-    for axis, title in zip(grid[0], ("clean", f"perturbation x {factor:.3g}", "adversarial"), strict=True):
-        axis.set_title(title, fontsize=10)
+    for axis, head in zip(grid[0], ("clean", f"perturbation x {factor:.3g}", "adversarial"), strict=True):
+        axis.set_title(head, fontsize=10)
     smooth = "nearest" if max(clean.shape[2:]) <= 64 else "antialiased"
     for axes, name, *names, image, attacked in zip(grid, truth, before, after, clean, adversarial, strict=True):
         pictures = (image, np.clip(0.5 + factor * (attacked - image), 0, 1), attacked)
@@ -264,7 +269,7 @@ def _panels(titles: Sequence[str], ylabel: str) -> tuple[Figure, list[Axes]]:
         axis.grid(alpha=0.3)
         axis.yaxis.set_major_formatter(_percent_label)
         if i % columns == 0:
-            axis.set_ylabel(ylabel)
+            axis.set_ylabel("\n".join(textwrap.fill(line, 36) for line in ylabel.splitlines()))
     return figure, axes[: len(titles)]
 
 

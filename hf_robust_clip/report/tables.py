@@ -34,7 +34,10 @@ def table(reports: Sequence[RobustnessReport], title: str) -> RenderableType:
     """
     norm = "L-inf" if one_norm(reports) == "linf" else "L2"
     caption = f"accuracy in percent; radii in {norm}"
-    return as_text(figures(reports), title, ", ".join(filter(None, [caption, templates_told(reports)])))
+    about = [caption, templates_told(reports)]
+    if any(report.controls for report in reports):
+        about.append("controls: on the images made against the defence, not attacked themselves; ms per image")
+    return as_text(figures(reports), title, ", ".join(filter(None, about)))
 
 
 def markdown(reports: Sequence[RobustnessReport]) -> str:

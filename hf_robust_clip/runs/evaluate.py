@@ -153,8 +153,11 @@ def check_output(folder: str, model: ModelArguments, about: EvaluationRunArgumen
 
 
 def _prepare_settings(file: dict[str, Any], options: dict[str, str]) -> None:
-    """`compare` as a list; `--dataset_name` takes the place of the file's tasks."""
+    """`compare` as a list; `--dataset_name` takes the place of the tasks, `--evaluation.attack` of attacks."""
     shared.as_list("compare", file, options)
+    evaluation = file.get("evaluation")
+    if "evaluation.attack" in options and isinstance(evaluation, dict):
+        evaluation.pop("attacks", None)
     if "dataset_name" in options and "tasks" not in options:
         file.pop("tasks", None)
 
@@ -251,9 +254,13 @@ def measure(prepared: Prepared) -> Measured:
                 found.reports.append(report)
                 if settings is run.evaluations[0]:
                     found.under_first.append(report)
-            if found.examples is None and prepared.processes.is_main_process:
-                first = partial(evaluation.adversarial_examples, model, data, run.evaluations[0])
-                found.examples = prepared.saving.attempt("examples.png", first) or ()
+            if defence is None and found.examples is None and prepared.processes.is_main_process:
+                first = run.evaluations[0]
+                member, threat_model = first.attack.members(len(data.class_names))[0], first.threat_models()[-1]
+                pictures = partial(evaluation.adversarial_examples, model, data, first)
+                drawn = prepared.saving.attempt("examples.png", pictures)
+                about = f"{prepared.called[name]} on {title} under {member.name} alone at {threat_model}"
+                found.examples = (*drawn, about) if drawn else ()
     return found
 
 
@@ -372,7 +379,12 @@ def show(prepared: Prepared, measured: Measured) -> None:
     reporting.print_table(reporting.table(reports, prepared.called[run.model.model_name_or_path]))
     share = reporting.percent(max(report.zero_gradient_share for report in reports))
     print(f"exactly-zero input gradients in the attacks: at most {share}")
-    for line in filter(None, dict.fromkeys([*measured.remarks, reporting.blind_warning(reports)])):
+    remarks: list[str | None] = [*measured.remarks]
+    if run.defence is not None and not any(report.view.goes_through for report in reports):
+        remarks.append(
+            "no attack went through the defence: the figures say nothing of its strength; add AdaptiveWorst."
+        )
+    for line in filter(None, dict.fromkeys([*remarks, reporting.blind_warning(reports)])):
         print(f"\n{line}\n")
     for report in reports:
         if report.model == run.reference:

@@ -325,8 +325,9 @@ def in_order(prepared: Prepared, fitted: Fitted, measured: Measured) -> list[Rob
 
 def show(prepared: Prepared, fitted: Fitted, rows: Sequence[RobustnessReport]) -> None:
     """Print the table, and how far the attacks were blind."""
-    threat_model = prepared.run.training.threat_model()
-    about = f"before and after {prepared.run.title} ({rows[0].attack}, {threat_model} in training)"
+    args, objective = prepared.run.training, prepared.run.method.objective
+    attack = f"PGD-{args.attack_steps} at {args.threat_model()} in" if objective.attacked else "no attack in"
+    about = f"before and after {prepared.run.title} ({attack} training)"
     reporting.print_table(reporting.table(rows, about))
     zeros = reporting.percent(max(report.zero_gradient_share for report in rows))
     print(f"exactly-zero input gradients in the attacks: at most {zeros}")

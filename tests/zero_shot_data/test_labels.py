@@ -189,6 +189,7 @@ def test_an_end_of_a_list_that_no_integer_means_is_warned_of_once(
     labels, names, absent, tmp_path, processor, caplog, monkeypatch
 ):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s after every shuffled stream
     plain = rows(labels, feature=Value("float64" if isinstance(labels[0], float) else "int64"))
     plain.to_parquet(tmp_path / "test.parquet")
     loads = [
