@@ -72,6 +72,7 @@ def check_training(given: Given, defaults: Mapping[str, Any], *, fits: bool) -> 
     """Flags of `RobustClipConfig` in a run, which evaluates by its section evaluation, and pushes what it wrote.
 
     Args:
+        defaults: of these and of `ModelArguments`.
         fits: whether a defence is fitted, in batches of `per_device_eval_batch_size`.
     """
     for key in EVALUATIONS:
@@ -80,8 +81,8 @@ def check_training(given: Given, defaults: Mapping[str, Any], *, fits: bool) -> 
         idle(given, "per_device_eval_batch_size", "in this recipe; set evaluation.batch_size",
              defaults.get("per_device_eval_batch_size"))  # fmt: skip
     if not given.asked("use_peft"):
-        for key, default in (("lora_r", 8), ("lora_alpha", 16)):
-            idle(given, key, "without use_peft", default)
+        for key in ("lora_r", "lora_alpha"):
+            idle(given, key, "without use_peft", defaults.get(key))
     if not given.asked("push_to_hub"):
         for key in PUSHES:
             if key != "hub_private_repo" or "trackio" not in str(given.asked("report_to")):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_robust_clip import BPDA, PMGAFT, cli
+from hf_robust_clip import BPDA, PGD, PMGAFT, cli
 from hf_robust_clip.attacks.named import suite_named
 from hf_robust_clip.command_line import class_path, packaged_config, read_command
 from hf_robust_clip.runs import evaluate, train
@@ -386,6 +386,23 @@ def test_usage(words, status, capsys):
         cli.main(words)
     assert stopped.value.code == status
     assert "hf-robust-clip train" in capsys.readouterr().out
+
+
+def test_a_word_that_is_no_command_is_named(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["trian"])
+    assert stopped.value.code == 2 and "'trian'" in capsys.readouterr().err
+
+
+def test_one_attack_takes_the_place_of_a_configs_attacks():
+    assert [how.attack for how in evaluation("--evaluation.attack", "pgd-3").evaluations] == [PGD(3)]
+
+
+def test_help_knows_the_classes_of_each_kind(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--help"])
+    text = capsys.readouterr().out
+    assert "RTPT" in text and "TAPT" in text and "%%" not in text
 
 
 def test_version(capsys):

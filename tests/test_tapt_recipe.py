@@ -104,11 +104,20 @@ def test_the_card_names_the_method(finished):
     assert json.loads((finished[0] / "adaptation.json").read_text())["method"] == "tapt"
 
 
-def test_a_saved_defence_is_evaluated_by_the_evaluation_recipe(finished):
+def test_figures_that_no_attack_through_the_defence_stands_beside_are_told(capsys):
+    words = ["--dataset_name", "digits", "--max_images", "2", "--evaluation.attack", "pgd-1", "--evaluation.radii",
+             "[16/255]", "--defence", "Ensemble", "--defence.num_views", "2", "--output_dir", "blind"]  # fmt: skip
+    run_command("evaluate", CONFIGS / "evaluate.yaml", "", words)
+    assert "no attack went through the defence" in capsys.readouterr().out
+    assert not Path("blind/examples.png").exists(), "of the classifier without its defence"
+
+
+def test_a_saved_defence_is_evaluated_by_the_evaluation_recipe(finished, capsys):
     words = ["--model_name_or_path", finished[0], "--dataset_name", "digits", "--max_images", "2",
              "--evaluation.attacks", f"[pgd-1, {WORST}]",
              "--evaluation.radii", "[16/255]", "--output_dir", "again", "--defence", "tapt"]  # fmt: skip
     run_command("evaluate", CONFIGS / "evaluate.yaml", "", [*map(str, words)])
+    assert "no attack went through the defence" not in capsys.readouterr().out
     own, _ = load_reports("again/report.json")
     saved = json.loads((finished[0] / "adaptation.json").read_text())["parameters"]
     assert (saved["num_views"], saved["selected"]) == (8, 0.25)

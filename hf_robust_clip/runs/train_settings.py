@@ -109,7 +109,8 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> T
     resume = given.asked("resume_from_checkpoint") not in (None, "false")
     check_output(given, model, about.overwrite, resume)
     method = Method(about.objective, _adapter(given, made, type(about.objective), model))
-    unused.check_training(given, unused.defaults_of(RobustClipConfig), fits=about.defence is not None)
+    defaults = {**unused.defaults_of(RobustClipConfig), **unused.defaults_of(ModelArguments)}
+    unused.check_training(given, defaults, fits=about.defence is not None)
     training = training_arguments(given, made)
     rivals = _rivals(about, method, given)
     check_augmentation(training, data.augment)

@@ -227,3 +227,11 @@ def test_the_plot_of_a_run_fits_its_reports(tmp_path, monkeypatch):
         "accuracy in percent",
     ]
     assert [label.get_text() for label in figures[1].axes[0].get_yticklabels()] == ["TeCoA"]
+
+
+def test_a_defended_curve_is_called_by_its_defence(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    _, defended = defence_rows().values()
+    plot_accuracy(tmp_path / "a.png", defended[:1])
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels[0] == f"{defended[0].name} with {defended[0].defence['name']}"
