@@ -394,6 +394,14 @@ def test_a_word_that_is_no_command_is_named(capsys):
     assert stopped.value.code == 2 and "'trian'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--compare", "--reference"])
+def test_checkpoints_that_are_not_there_are_told_before_the_first_is_attacked(flag, tmp_path):
+    words = ["--dataset_name", "digits", "--max_images", "2", "--output_dir", str(tmp_path / "out"), flag, "nowhere"]
+    with pytest.raises(OSError, match="'nowhere'"):
+        evaluate.prepare(evaluation(*words))
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_attack_takes_the_place_of_a_configs_attacks():
     assert [how.attack for how in evaluation("--evaluation.attack", "pgd-3").evaluations] == [PGD(3)]
 

@@ -214,6 +214,8 @@ def evaluate(run: EvaluationRun) -> list[RobustnessReport]:
 def prepare(run: EvaluationRun) -> Prepared:
     """Join the processes, and clear what is to be overwritten."""
     folder = Path(run.output_dir)
+    for name in run.names[1:]:  # before hours of the first
+        shared.check_model(name, run.revision_of(name))
     check_writable(folder)
     processes = join_processes(_on_cpu(run.use_cpu))
     processes.print(f"evaluation: {what_runs(processes)}")

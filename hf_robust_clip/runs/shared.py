@@ -10,7 +10,9 @@ from hashlib import sha256
 from typing import Any
 
 from ..arguments import Images
+from ..digits_clip import EMBEDDED_MODEL
 from ..modeling import CLIPForZeroShotClassification, adapter_config, base_of, with_adapter
+from ..modeling.checkpoints import read_config
 from ..zero_shot_data.loading import ImageDataset, class_names_of, load_image_dataset
 from .interruptions import one_line_errors
 
@@ -36,6 +38,12 @@ def as_list(name: str, file: dict[str, Any], options: dict[str, str]) -> None:
         file[name] = [file[name]]
     if name in options and options[name][:1] not in ("[", "{"):
         options[name] = json.dumps([options[name]])
+
+
+def check_model(name: str, revision: str | None = None) -> None:
+    """Raise OSError unless there is a checkpoint of that name; its weights aren't looked at."""
+    if name != EMBEDDED_MODEL and adapter_config(name, revision) is None:
+        read_config(name, {"revision": revision or "main"})
 
 
 def load_model(name: str, revision: str | None = None) -> CLIPForZeroShotClassification:
