@@ -52,9 +52,11 @@ def run(command: str, default_config: Path, description: str | None, argv: Seque
     """The main function of a script: `train` or `evaluate` with a default config."""
     words = arguments_of(argv)
     with one_line_errors():
+        from .processes import leave_processes
         from .runs import evaluate, train
 
         {"train": train, "evaluate": evaluate}[command].main(words, default_config, description or "")
+        leave_processes()
 
 
 def arguments_of(argv: Sequence[str] | None) -> list[str]:

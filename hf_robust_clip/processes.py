@@ -64,6 +64,18 @@ def join_processes(cpu: bool, timeout: int = TIMEOUT, backend: str | None = None
     return processes
 
 
+def leave_processes() -> None:
+    """Ends what joined these processes, once all of them are through.
+
+    A process that ends without it may abort: gloo's threads can still hold Python objects when the interpreter is gone.
+    """
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def what_runs(processes: PartialState) -> str:
     """How many processes run on which device."""
     if processes.num_processes == 1:

@@ -41,6 +41,7 @@ from hf_robust_clip import (
 )
 from hf_robust_clip.attacks.auto_attack import AutoAttack
 from hf_robust_clip.attacks.suites import PGD
+from hf_robust_clip.processes import leave_processes
 
 CASES = {
     "released": dict(objective=PMGAFT.released_preset()),
@@ -309,3 +310,4 @@ if __name__ == "__main__":
         machines(Path(sys.argv[2]))
     else:
         ranks(Path(sys.argv[2]))
+    leave_processes()
