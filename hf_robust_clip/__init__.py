@@ -28,6 +28,12 @@ _NAMES = {
     "objectives.fap": "FAP",
     "objectives.coop": "CoOp",
     "objectives.contrastive": "Contrastive",
+    "objectives.agft": "AGFT",
+    "objectives.caw": "CAW",
+    "objectives.sim_clip": "SimCLIP",
+    "objectives.simple_at": "SimpleAT",
+    "objectives.tga_zsr": "TGAZSR",
+    "objectives.ascl": "ASCL",
     "defences.base": "Defence Fitted Traits",
     "prediction": "Prediction",
     "paper": "Paper",
@@ -45,7 +51,7 @@ _NAMES = {
     "training.config": "RobustClipConfig",
     "training.trainer": "RobustClipTrainer",
     "training.named": "CleanTrainer TeCoATrainer FARETrainer TRADESTrainer PMGAFTTrainer APTTrainer TAPTTrainer "
-    "FAPTrainer CoOpTrainer",
+    "FAPTrainer CoOpTrainer AGFTTrainer CAWTrainer SimCLIPTrainer SimpleATTrainer TGAZSRTrainer ASCLTrainer",
     "evaluation.attack_views": "AttackView AdaptiveWorst Static DefenceBlind TransferFromAdapted BPDA Adaptive "
     "Queries",
     "evaluation.settings": "EvaluationSettings",

@@ -104,6 +104,13 @@ def check_least(least: float, **given: float) -> None:
             raise ValueError(f"{name}={value!r} must be at least {least:g}.")
 
 
+def check_above(least: float, **given: float) -> None:
+    """Raise ValueError unless every number is finite and above `least`."""
+    for name, value in given.items():
+        if not (isinstance(value, int | float) and least < value < math.inf):
+            raise ValueError(f"{name}={value!r} must be above {least}.")
+
+
 def check_choice(kind: Any, **given: Any) -> None:
     """Raise ValueError for a value that isn't one of a `Literal`'s."""
     for name, value in given.items():

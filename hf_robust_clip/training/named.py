@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..defences.tapt import TAPT
+from ..objectives.agft import AGFT
 from ..objectives.apt import APT
+from ..objectives.ascl import ASCL
+from ..objectives.caw import CAW
 from ..objectives.clean import Clean
 from ..objectives.coop import CoOp
 from ..objectives.fap import FAP
 from ..objectives.fare import FARE
 from ..objectives.pmg_aft import PMGAFT
+from ..objectives.sim_clip import SimCLIP
+from ..objectives.simple_at import SimpleAT
 from ..objectives.tecoa import TeCoA
+from ..objectives.tga_zsr import TGAZSR
 from ..objectives.trades import TRADES
 from .trainer import RobustClipTrainer
 
@@ -52,6 +58,42 @@ class PMGAFTTrainer(RobustClipTrainer):
     """PMG-AFT (CVPR 2024). See `objectives.pmg_aft.PMGAFT`."""
 
     objective_cls = PMGAFT
+
+
+class AGFTTrainer(RobustClipTrainer):
+    """AGFT (CVPR 2026). See `objectives.agft.AGFT`."""
+
+    objective_cls = AGFT
+
+
+class CAWTrainer(RobustClipTrainer):
+    """CAW (arXiv 2025). See `objectives.caw.CAW`."""
+
+    objective_cls = CAW
+
+
+class SimCLIPTrainer(RobustClipTrainer):
+    """Sim-CLIP (arXiv 2024). See `objectives.sim_clip.SimCLIP`."""
+
+    objective_cls = SimCLIP
+
+
+class SimpleATTrainer(RobustClipTrainer):
+    """SimpleAT (arXiv 2023). See `objectives.simple_at.SimpleAT`."""
+
+    objective_cls = SimpleAT
+
+
+class TGAZSRTrainer(RobustClipTrainer):
+    """TGA-ZSR (NeurIPS 2024). See `objectives.tga_zsr.TGAZSR`."""
+
+    objective_cls = TGAZSR
+
+
+class ASCLTrainer(RobustClipTrainer):
+    """ASCL (arXiv 2021). See `objectives.ascl.ASCL`."""
+
+    objective_cls = ASCL
 
 
 class APTTrainer(RobustClipTrainer):

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import pkgutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,15 +19,21 @@ from hf_robust_clip.attacks.auto_attack import LEAST_CLASSES, AutoAttack
 from hf_robust_clip.attacks.losses import cross_entropy, cw_margin, dlr, dlr_targeted, kl_divergence
 from hf_robust_clip.attacks.pgd import pgd, pgd_until_misclassified
 from hf_robust_clip.attacks.suites import plain_victim, run_member
+from hf_robust_clip.objectives.agft import AGFT
 from hf_robust_clip.objectives.apt import APT
+from hf_robust_clip.objectives.ascl import ASCL
 from hf_robust_clip.objectives.base import Batch, Objective
+from hf_robust_clip.objectives.caw import CAW
 from hf_robust_clip.objectives.clean import Clean
 from hf_robust_clip.objectives.contrastive import Contrastive
 from hf_robust_clip.objectives.coop import CoOp
 from hf_robust_clip.objectives.fap import FAP
 from hf_robust_clip.objectives.fare import FARE
 from hf_robust_clip.objectives.pmg_aft import PMGAFT
+from hf_robust_clip.objectives.sim_clip import SimCLIP
+from hf_robust_clip.objectives.simple_at import SimpleAT
 from hf_robust_clip.objectives.tecoa import TeCoA
+from hf_robust_clip.objectives.tga_zsr import TGAZSR
 from hf_robust_clip.objectives.trades import TRADES
 from hf_robust_clip.threat_model import ThreatModel
 
@@ -44,6 +51,13 @@ OBJECTIVES = {
     "FAP": FAP(),
     "CoOp": CoOp(),
     "Contrastive": Contrastive(),
+    "AGFT": AGFT(),
+    "CAW": CAW(),
+    "SimCLIP-released": SimCLIP(),
+    "SimCLIP-siamese": SimCLIP("student"),
+    "SimpleAT": SimpleAT(),
+    "TGAZSR": TGAZSR(),
+    "ASCL": ASCL(text_anchors=True),
 }
 LOSSES = {
     "cross_entropy": lambda batch: lambda x: cross_entropy(batch.student(x).logits, batch.labels),
@@ -83,6 +97,9 @@ def world(tiny_clip, tiny_batch):
             student.set_normalisation(*objective.normalisation)
             teacher.set_normalisation(*objective.normalisation)
         images, labels = tiny_batch(size)
+        if objective is not None and "patches" in objective.needs:
+            for model in (student, teacher):
+                model.forward = partial(model.forward, output_patches=True)
         return Batch((images[rows],), labels[rows], captions(student, labels[rows]), student, teacher)
 
     return of
@@ -246,14 +263,17 @@ def test_one_update_against_the_gradient_lowers_the_loss(world, name):
         for parameter, grad in zip(moved.vision_parameters(), grads, strict=True):
             parameter.sub_(1e-4 * grad / size)
         after = sum(objective(replace(batch, student=moved), adv).values())
-    assert after.item() == pytest.approx(loss.item() - 1e-4 * size.item(), rel=0, abs=1e-5 * size.item())
+    if name.startswith("SimCLIP"):  # its gradient is stopped in places, and isn't that of its value
+        assert after < loss
+    else:
+        assert after.item() == pytest.approx(loss.item() - 1e-4 * size.item(), rel=0, abs=1e-5 * size.item())
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_loss_of_a_batch_is_the_average_over_its_halves(world, name):
     """What gradient accumulation and several processes rely on."""
     objective = OBJECTIVES[name]
-    if "captions" in objective.needs:
+    if name in ("Contrastive", "ASCL"):
         pytest.skip("images of a batch are one another's negatives")
     whole = world(f"objective-{name}", slice(None), 8)
     adv = attack(f"objective-{name}", "linf", whole)
