@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from hf_robust_clip import (
     APT,
+    ASCL,
     FAP,
     PMGAFT,
     TAPT,
@@ -53,6 +54,7 @@ CASES = {
     "short last update": dict(objective=PMGAFT.released_preset(), images=21),  # 8, 8, and 4 with 1
     "dropped last batches": dict(objective=PMGAFT(), images=21, dataloader_drop_last=True),
     "captions": dict(objective=Contrastive(), images=21, captions=True),
+    "contrast": dict(objective=ASCL(text_anchors=True), images=21),
     "resumed before it": dict(objective=PMGAFT(), accumulation=2, images=19, resumed=True),  # 2 with 1, twice
 }
 GLOBAL_BATCH = 8
