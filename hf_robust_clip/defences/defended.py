@@ -266,6 +266,7 @@ class DefendedClassifier(nn.Module):
             template=(self.classifier.templates or (PAPER_TEMPLATE,))[0],
             class_names=self.classifier.class_names or ("cat", "dog"),
             limits="",
+            family=self.config.model_type,
         )
         return make_unmeasured_card(info, "defence")
 

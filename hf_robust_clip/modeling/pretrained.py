@@ -64,7 +64,7 @@ class PretrainedClassifier(ZeroShotClassifier):
 
     @classmethod
     def around(cls, plain: Any, processor: Any) -> Any:
-        """Give a model of transformers that is in memory already this interface. The weights are shared, not copied."""
+        """Give a model of transformers that is in memory already this interface. Weights are shared, not copied."""
         with torch.device("meta"):
             model = cls(plain.config)
         for name, child in plain.named_children():

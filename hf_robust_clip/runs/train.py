@@ -363,6 +363,7 @@ def card_info(prepared: Prepared, fitted: Fitted) -> CardInfo:
         datasets=[] if is_path(run.data.dataset) else [data.dataset_id],
         plot="accuracy.png",
         license="apache-2.0" if name == EMBEDDED_MODEL else None,
+        family=prepared.model.config.model_type,
     )
 
 
