@@ -12,7 +12,7 @@ from typing import Any
 
 _NAMES = {
     "threat_model": "ThreatModel",
-    "modeling": "CLIPForZeroShotClassification",
+    "modeling": "CLIPForZeroShotClassification SiglipForZeroShotClassification AutoModelForZeroShotClassification",
     "attacks.pgd": "pgd",
     "attacks.apgd": "apgd apgd_targeted",
     "attacks.auto_attack": "auto_attack AutoAttack",

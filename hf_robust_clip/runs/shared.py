@@ -11,7 +11,7 @@ from typing import Any
 
 from ..arguments import Images
 from ..digits_clip import EMBEDDED_MODEL
-from ..modeling import CLIPForZeroShotClassification, adapter_config, base_of, with_adapter
+from ..modeling import AutoModelForZeroShotClassification, ZeroShotClassifier, adapter_config, base_of, with_adapter
 from ..modeling.checkpoints import read_config
 from ..zero_shot_data.loading import ImageDataset, class_names_of, load_image_dataset
 from .interruptions import one_line_errors
@@ -46,16 +46,16 @@ def check_model(name: str, revision: str | None = None) -> None:
         read_config(name, {"revision": revision or "main"})
 
 
-def load_model(name: str, revision: str | None = None) -> CLIPForZeroShotClassification:
+def load_model(name: str, revision: str | None = None) -> ZeroShotClassifier:
     """A model in eval mode; of an adapter its base with the adapter in it."""
     adapter = adapter_config(name, revision)
     if adapter is not None:
         base = load_model(*base_of(name, adapter))
         return with_adapter(base, name, revision=revision).eval()  # type: ignore[return-value]
-    return CLIPForZeroShotClassification.from_pretrained(name, revision=revision or "main").eval()
+    return AutoModelForZeroShotClassification.from_pretrained(name, revision=revision or "main").eval()
 
 
-def load_data(images: Images, model: CLIPForZeroShotClassification) -> ImageDataset:
+def load_data(images: Images, model: ZeroShotClassifier) -> ImageDataset:
     """The pictures that settings ask for, prepared for the model."""
     names = images.class_names
     data = load_image_dataset(
