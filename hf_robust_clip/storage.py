@@ -83,14 +83,24 @@ def check_text(value: Any, name: str) -> None:
         raise ValueError(f"{name} holds half a character, {odd[0]!a}, which no text file can hold; write it in UTF-8.")
 
 
-def read_json(path: str | Path) -> Any:
-    """What a JSON file says. Raises ValueError, with its name, for what is cut short, no JSON, or above 64 MB."""
+def read_json(path: str | Path, *, once: bool = False) -> Any:
+    """What a JSON file says. Raises ValueError, with its name, for what is cut short, no JSON, or above 64 MB; with
+    `once` for a key that is there twice, of which the last would count.
+    """
     try:
         if os.path.getsize(path) > LARGEST_JSON:
             raise ValueError("more than 64 MB")
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_each_once if once else None)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, cut short or no JSON ({error}); mend it or write it again.") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found
 
 
 def check_writable(folder: str | Path, name: str = "output_dir", room: int = 0) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import is_
 from typing import TYPE_CHECKING, ClassVar
@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..prompts.access import active_prompts, coupled_parameters
+from .descriptions import before_the_class, check_descriptions, default_template, texts_of
 from .freshness import module_key
 from .shared_prefix import PackedTexts, end_positions, pack_texts
-from .texts import PAPER_TEMPLATE, check_classes, check_told_apart
+from .texts import check_classes, check_told_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
@@ -22,6 +23,8 @@ else:
     Model = object
 
 TEXT_MEMORY = 2**30  # bytes that the activations of class prompts may take where no gradient is taken of them
+OF_CLASSES = ("class_names", "templates", "descriptions", "context_length", "class_token_ids", "text_counts",
+              "_packed", "_known", "_others")  # fmt: skip
 
 
 class ClassTexts(Model):
@@ -38,36 +41,83 @@ class ClassTexts(Model):
     def _init_texts(self) -> None:
         self.class_names: tuple[str, ...] = ()
         self.templates: tuple[str, ...] = ()
+        self.descriptions: dict[str, tuple[str, ...]] = {}
         self.context_length = 0
-        self.class_token_ids = torch.zeros(0, 0, 0, dtype=torch.long, device="cpu")  # (C, templates, tokens)
+        self.class_token_ids = torch.zeros(0, 0, 0, dtype=torch.long, device="cpu")  # (C, texts, tokens)
+        self.text_counts: tuple[int, ...] = ()  # of each class, where these differ: what is beyond them is -1
         self._packed: dict[tuple, PackedTexts] = {}
         self._known: tuple[tuple | None, Tensor] | None = None  # class embeddings, with the key of what they rest on
+        self._others: dict[tuple[str, ...] | None, tuple[tuple | None, Tensor]] = {}  # those of `text_embeds`
         self._fixed: tuple[list[torch.nn.Parameter], Tensor] | None = None  # those of a `fixed_class_embeds`
         self._under_attack = False  # whether forwards are those of an attack, on images that were looked at
 
-    def set_classes(self, class_names: Sequence[str], template: str | Sequence[str] = PAPER_TEMPLATE) -> None:
-        """Choose the classes: one prompt per class, or the normalised mean over several templates, as CLIP does.
+    def set_classes(
+        self,
+        class_names: Sequence[str],
+        template: str | Sequence[str] | None = None,
+        descriptions: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """Choose the classes: one text for each, or several, whose unit embeddings are averaged: t_c is the mean over
+        the texts of class c, normalised; every text weighs the same.
+
+            model.set_classes(names, "a photo of a {}.")                                     # one text
+            model.set_classes(names, ["a photo of a {}.", "a sketch of a {}."])              # one for each template
+            model.set_classes(names, descriptions=sentences)                                 # as they are (CuPL)
+            model.set_classes(names, "{}, which has {description}", descriptions=phrases)    # Menon and Vondrick
+            model.set_classes(names, ["a photo of a {}.", "{description}"], sentences)       # one text more
 
         Args:
             class_names: C distinct names, in label order.
-            template: a text with `{}` for the class name, or several; default PMG-AFT's.
+            template: a text with `{}` for the class name, or several; default PMG-AFT's. With descriptions: what they
+                are put into, at `{description}`; default that alone, so that they are texts as they are.
+            descriptions: of each class its texts, {name: [text, ...]}, at least one, as many as there are; `{}` in
+                them is the class name.
 
-        Raises ValueError for no, empty or duplicate names, a template without `{}`, a prompt longer than the context.
+        Raises ValueError for no, empty or duplicate names; a template without `{}`, one with `{description}` where
+        there are no descriptions, and none with it where there are; descriptions of unknown classes, of some classes
+        alone, empty or twice the same; texts longer than the context; and two classes with the same texts.
         """
-        names, templates = check_classes(class_names, template)
-        ids = self.tokenize([pattern.replace("{}", name) for name in names for pattern in templates])
-        contexts = self.prepared_texts([pattern.split("{}")[0].strip() for pattern in templates])
+        template = default_template(descriptions) if template is None else template
+        names, templates = check_classes(class_names, template, described=descriptions is not None)
+        described = {} if descriptions is None else check_descriptions(descriptions, names)
+        texts = [texts_of(name, templates, described) for name in names]
+        ids_RL = self._tokenized([text for own in texts for _, text in own], bool(described))
+        contexts = self.prepared_texts([before_the_class(pattern) for pattern in templates])
         words = self.require_processor().tokenizer(contexts, add_special_tokens=False).input_ids
-        rows = ids[:, self.first_word :].tolist()
-        context_length = min(_alike(words[i % len(words)], row) for i, row in enumerate(rows))
+        of_template = dict(zip(templates, words, strict=True))
+        begun = [of_template[pattern] for own in texts for pattern, _ in own]
+        rows = ids_RL[:, self.first_word :].tolist()
+        context_length = min(_alike(own, row) for own, row in zip(begun, rows, strict=True))
         self.check_context(self.num_text_prompts(), context_length, templates)
-        ids_CTL = ids.view(len(names), len(templates), -1)
+        counts = tuple(map(len, texts))
+        ids_CTL = torch.nn.utils.rnn.pad_sequence(list(ids_RL.split(list(counts))), batch_first=True, padding_value=-1)
+        if described:
+            _check_each_once(ids_CTL, names)
         check_told_apart(ids_CTL, names)
         with torch.inference_mode(False):
-            self.class_token_ids, self._packed, self._known = ids_CTL.clone(), {}, None
-        self.class_names, self.templates, self.context_length = names, templates, context_length
+            self.class_token_ids, self._packed, self._known, self._others = ids_CTL.clone(), {}, None, {}
+        self.class_names, self.templates, self.descriptions = names, templates, described
+        self.context_length, self.text_counts = context_length, counts if len(set(counts)) > 1 else ()
         if not self.text_is_trainable():
             self._fresh_class_embeds()
+
+    def _tokenized(self, texts: Sequence[str], described: bool) -> Tensor:
+        try:
+            return self.tokenize(texts)
+        except ValueError as error:
+            if not described:
+                raise
+            raise ValueError(f"descriptions: {error}") from error
+
+    @contextmanager
+    def same_classes_after(self) -> Iterator[None]:
+        """Classes may be set inside; outside they, and what is known of them, are as they were."""
+        before = {name: getattr(self, name) for name in OF_CLASSES}
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
 
     def prepared_texts(self, texts: Sequence[str]) -> list[str]:
         """Texts as the family's tokenizer is given them: as they are."""
@@ -97,15 +147,65 @@ class ClassTexts(Model):
     @torch.compiler.disable
     def _fresh_class_embeds(self) -> Tensor:
         """Those of a frozen text side, kept as long as nothing that they depend on has changed."""
+        key = self._text_key()
+        if self._known is None or key is None or self._known[0] != key:
+            with self._for_good():
+                self._known = key, self.encode_classes()
+        return self._known[1]
+
+    def _text_key(self) -> tuple | None:
+        """Equal only while text side and texts are the same; None if that can't be told."""
         text = self.text_modules
         buffers = [buffer for module in text for buffer in module.buffers()]
         tensors = [*self.text_parameters(), *buffers, self.class_token_ids]
-        key = module_key([m for module in text for m in module.modules()], tensors)
-        if self._known is None or key is None or self._known[0] != key:
-            off = torch.autocast(self.device.type, enabled=False)  # kept for good: full precision
-            with torch.inference_mode(False), torch.no_grad(), off:
-                self._known = key, self.encode_classes()
-        return self._known[1]
+        return module_key([m for module in text for m in module.modules()], tensors)
+
+    @contextmanager
+    def _for_good(self) -> Iterator[None]:
+        """What is computed inside is kept: in full precision, without a graph."""
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            yield
+
+    @torch.compiler.disable
+    def text_embeds(self, templates: tuple[str, ...] | None = None) -> Tensor:
+        """Further unit embeddings of the classes, (K, C, D), by a frozen text side, without a graph: those in K other
+        templates, or the classes' own K texts one by one. They are kept as `class_embeds` are.
+
+        Args:
+            templates: texts with `{}` for the class name; None for the classes' own.
+
+        Raises ValueError while the text side is trainable, without classes, where classes have different numbers of
+        texts, and for templates that `set_classes` refuses.
+        """
+        if self.text_is_trainable() or not self.class_names:
+            raise ValueError("text_embeds needs classes (set_classes) and a frozen text side; keep adapters out of it.")
+        key = self._text_key()
+        if key is None or self._others.get(templates, (None,))[0] != key:
+            with self._for_good():
+                self._others[templates] = key, self._encode_own() if templates is None else self._encode_in(templates)
+        return self._others[templates][1]
+
+    def _encode_own(self) -> Tensor:
+        if self.text_counts:
+            raise ValueError(
+                f"classes have {min(self.text_counts)} to {max(self.text_counts)} texts, which can't be taken one by "
+                "one; give every class equally many descriptions."
+            )
+        parts = self._class_slices(slice(None), 0)
+        each_CTD = torch.cat([self._each(part, True, 0)[0].unflatten(0, (-1, self._longest())) for part in parts])
+        return each_CTD.transpose(0, 1).contiguous()
+
+    def _encode_in(self, templates: tuple[str, ...]) -> Tensor:
+        found = []
+        with self.same_classes_after():
+            for template in templates:
+                self.set_classes(self.class_names, template)
+                found.append(self._fresh_class_embeds())
+        return torch.stack(found)
+
+    def _longest(self) -> int:
+        """The largest number of texts of a class."""
+        return self.class_token_ids.shape[1]
 
     def _is_fixed(self) -> bool:
         """Whether the text side consists of the very parameters that it had when its embeddings were fixed."""
@@ -160,20 +260,39 @@ class ClassTexts(Model):
 
     def _encode(self, classes: slice, shared_prefix: bool, groups: int) -> Tensor:
         """The embeddings (G, C, D) of some classes in one piece."""
+        units_GRD = self._each(classes, shared_prefix, groups)
+        if not self.text_counts:
+            return F.normalize(units_GRD.unflatten(1, (-1, self._longest())).mean(dim=2), dim=-1)
+        there_CT = self._there(classes)
+        (places,) = there_CT.flatten().to(units_GRD.device).nonzero(as_tuple=True)
+        table = units_GRD.new_zeros(len(units_GRD), there_CT.numel(), units_GRD.shape[-1])
+        table = table.index_copy(1, places, units_GRD).unflatten(1, there_CT.shape)
+        return F.normalize(table.sum(dim=2) / there_CT.sum(dim=1, keepdim=True).to(table), dim=-1)
+
+    def _each(self, classes: slice, shared_prefix: bool, groups: int) -> Tensor:
+        """The unit embeddings (G, R, D) of all texts of some classes."""
         if shared_prefix and self.can_pack_texts():
             features_GRD = self.encode_packed_texts(self._pack(classes, self.num_text_prompts()))
         else:
-            ids_RL = self.class_token_ids[classes].flatten(0, 1).to(self.device)
-            features_GRD = self.encode_texts(ids_RL, max(groups, 1))
-        features = F.normalize(features_GRD, dim=-1).unflatten(1, (-1, len(self.templates)))
-        return F.normalize(features.mean(dim=2), dim=-1)
+            features_GRD = self.encode_texts(self._rows(classes).to(self.device), max(groups, 1))
+        return F.normalize(features_GRD, dim=-1)
+
+    def _there(self, classes: slice) -> Tensor:
+        """Which places of `class_token_ids` hold a text, (C, T)."""
+        counts_C = torch.tensor(self.text_counts[classes], device="cpu")
+        return torch.arange(self._longest(), device="cpu") < counts_C[:, None]
+
+    def _rows(self, classes: slice) -> Tensor:
+        """Token ids (R, L) of all texts of some classes."""
+        ids_CTL = self.class_token_ids[classes]
+        return ids_CTL[self._there(classes)] if self.text_counts else ids_CTL.flatten(0, 1)
 
     def _class_slices(self, classes: slice, groups: int) -> list[slice]:
         """Classes in parts whose activations take about `TEXT_MEMORY` at their peak, each of one class at least."""
         start, stop, _ = classes.indices(len(self.class_token_ids))
-        text, (_, templates, length) = self.config.text_config, self.class_token_ids.shape
+        text, (_, texts, length) = self.config.text_config, self.class_token_ids.shape
         values = 16 * text.hidden_size + 2 * text.intermediate_size + 3 * text.num_attention_heads * length
-        one_class = templates * length * max(groups, 1) * values * torch.finfo(self.dtype).bits // 8
+        one_class = texts * length * max(groups, 1) * values * torch.finfo(self.dtype).bits // 8
         size = max(1, TEXT_MEMORY // max(one_class, 1))
         return [classes] if stop - start <= size else [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
@@ -181,7 +300,7 @@ class ClassTexts(Model):
         key = classes.start, classes.stop, self.device, replaced
         if key not in self._packed:
             with torch.inference_mode(False):  # kept, for forwards of another mode too
-                ids_RL = self.class_token_ids[classes].flatten(0, 1).to(self.device)
+                ids_RL = self._rows(classes).to(self.device)
                 self._packed[key] = pack_texts(ids_RL, self.text_model.eos_token_id, replaced)
         return self._packed[key]
 
@@ -197,6 +316,18 @@ class ClassTexts(Model):
     def text_is_trainable(self) -> bool:
         """Whether class embeddings must be computed in every forward."""
         return any(parameter.requires_grad for parameter in self.text_parameters())
+
+
+def _check_each_once(ids_CTL: Tensor, class_names: Sequence[str]) -> None:
+    """Raise ValueError if two texts of a class are the same to the tokenizer: they would weigh twice."""
+    for name, rows in zip(class_names, ids_CTL.tolist(), strict=True):
+        own = [tuple(row) for row in rows if row[0] >= 0]
+        if len(set(own)) < len(own):
+            place = next(i for i, row in enumerate(own) if own.index(row) != i)
+            raise ValueError(
+                f"descriptions[{name!r}]: texts {own.index(own[place])} and {place} are the same to the tokenizer; "
+                "remove one."
+            )
 
 
 def _alike(words: Sequence[int], ids: Sequence[int]) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ class ZeroShotOutput(ModelOutput):
         patch_embeds: (B, P, D), the patch tokens, projected like the image, without class and prompt tokens; None
             unless they were asked for.
         logit_scale: (), s.
+        text_embeds: (K, C, D), further class embeddings; None unless an objective asked for them.
 
     Of captions in the place of classes the same, (B, N) and (N, D).
     """
@@ -45,6 +46,7 @@ class ZeroShotOutput(ModelOutput):
     class_embeds: Tensor = None  # type: ignore[assignment]
     patch_embeds: Tensor | None = None
     logit_scale: Tensor = None  # type: ignore[assignment]
+    text_embeds: Tensor | None = None
 
     def rows(self, index: Any) -> ZeroShotOutput:
         """The output of some images: a slice, a list or tensor of whole numbers, or a mask (B,). Without the loss,
@@ -55,7 +57,7 @@ class ZeroShotOutput(ModelOutput):
             classes = classes.repeat_interleave(len(self.logits) // len(classes), dim=0)[index]
         own: Any = (self.logits, self.cosine, self.image_embeds, self.patch_embeds)
         logits, cosine, images, patches = (None if value is None else value[index] for value in own)
-        return ZeroShotOutput(None, logits, cosine, images, classes, patches, self.logit_scale)
+        return ZeroShotOutput(None, logits, cosine, images, classes, patches, self.logit_scale, self.text_embeds)
 
 
 class ZeroShotClassifier(ClassTexts):
@@ -145,6 +147,7 @@ class ZeroShotClassifier(ClassTexts):
         dataset: Any,
         template: str | Sequence[str] | None = None,
         *,
+        descriptions: Mapping[str, Sequence[str]] | None = None,
         training: bool | None = False,
         labels: bool = True,
     ) -> Iterator[None]:
@@ -152,30 +155,28 @@ class ZeroShotClassifier(ClassTexts):
 
         Args:
             dataset: what gives its images; where it names its classes, these must be the model's, in their order.
-            template: set the dataset's classes, with this template, in place of comparing them.
+            template, descriptions: set the dataset's classes, with these, in place of comparing them.
             training: the mode inside; None leaves it.
             labels: whether its labels are used: else nothing is compared.
 
         Raises ValueError for a dataset of other classes, or of the same in another order.
         """
-        classes = ("class_token_ids", "class_names", "templates", "context_length", "_packed", "_known")
-        own = ("input_size", *(classes if template is not None else ()))
-        before, mode, parts = {name: getattr(self, name) for name in own}, self.training, parts_of(dataset)
-        side = resolution_of(dataset, self.input_size)
-        try:
-            if template is not None:
-                self.set_classes(parts[0].class_names, template)
-            if labels:
-                check_same_classes(self.class_names, dataset)
-            self.set_input_size(side)
-            if training is not None:
-                self.train(training)
-            yield
-        finally:
-            for name, value in before.items():
-                setattr(self, name, value)
-            if training is not None:
-                self.train(mode)
+        before, mode, side = self.input_size, self.training, resolution_of(dataset, self.input_size)
+        sets = template is not None or descriptions is not None
+        with self.same_classes_after() if sets else nullcontext():
+            try:
+                if sets:
+                    self.set_classes(parts_of(dataset)[0].class_names, template, descriptions)
+                if labels:
+                    check_same_classes(self.class_names, dataset)
+                self.set_input_size(side)
+                if training is not None:
+                    self.train(training)
+                yield
+            finally:
+                self.input_size = before
+                if training is not None:
+                    self.train(mode)
 
     def forward(  # pixels to logits, where the model of transformers pairs pixels with texts
         self,

@@ -12,12 +12,17 @@ from transformers import PreTrainedTokenizerBase
 from ..names import check_shown
 
 PAPER_TEMPLATE = "This is a photo of a {}"
+DESCRIPTION = "{description}"  # where a template takes the descriptions of a class
 
 
 def check_classes(
-    class_names: Sequence[str], template: str | Sequence[str]
+    class_names: Sequence[str], template: str | Sequence[str], described: bool = False
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names and templates as tuples; raises ValueError if they can't label anything."""
+    """The names and templates as tuples; raises ValueError if they can't label anything.
+
+    Args:
+        described: whether there are descriptions: then one template at least must say where they go, else none may.
+    """
     if isinstance(class_names, str):
         raise ValueError(f"class_names={class_names!r} is one text; give a list of names.")
     if isinstance(class_names, Mapping | Set):
@@ -35,11 +40,19 @@ def check_classes(
             raise ValueError(f"class_names[{i}]={name!r} repeats class_names[{seen[name]}]; names must differ.")
         seen[name] = i
         check_shown(name, f"class_names[{i}]")
-    wrong = [text for text in templates if "{}" not in text]
+    for text in templates:
+        if DESCRIPTION in text and not described:
+            raise ValueError(f"template={text!r} takes descriptions; give them, or a template with '{{}}' alone.")
+    wrong = [text for text in templates if "{}" not in text and DESCRIPTION not in text]
     if wrong or not templates:
         raise ValueError(f"template={wrong[0] if wrong else template!r} has no '{{}}' where the class name goes.")
     for text in templates:
         check_shown(text, "template")
+    if described and not any(DESCRIPTION in text for text in templates):
+        raise ValueError(
+            f"template={templates[0]!r} has no {DESCRIPTION!r} where descriptions go: write it there, or leave the "
+            "template out to take descriptions as they are."
+        )
     return names, templates
 
 
@@ -123,10 +136,10 @@ def tokenize_padded(
 
 
 def check_told_apart(ids_CTL: Tensor, class_names: Sequence[str]) -> None:
-    """Raise ValueError if two classes have the same tokens in every template: one of them could never win."""
-    seen: dict[tuple[int, ...], int] = {}
-    for i, row in enumerate(ids_CTL.flatten(1).tolist()):
-        first = seen.setdefault(tuple(row), i)
+    """Raise ValueError if two classes have the same texts, in whatever order: one of them could never win."""
+    seen: dict[tuple[tuple[int, ...], ...], int] = {}
+    for i, rows in enumerate(ids_CTL.tolist()):
+        first = seen.setdefault(tuple(sorted(map(tuple, rows))), i)
         if first != i:
             raise ValueError(
                 f"class_names[{i}]={class_names[i]!r}, class_names[{first}] are the same to the tokenizer."
