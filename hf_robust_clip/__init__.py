@@ -33,6 +33,8 @@ _NAMES = {
     "objectives.sim_clip": "SimCLIP",
     "objectives.simple_at": "SimpleAT",
     "objectives.tga_zsr": "TGAZSR",
+    "objectives.comp_tga": "CompTGA",
+    "objectives.saft": "SAFT",
     "objectives.ascl": "ASCL",
     "defences.base": "Defence Fitted Traits",
     "prediction": "Prediction",
@@ -51,7 +53,8 @@ _NAMES = {
     "training.config": "RobustClipConfig",
     "training.trainer": "RobustClipTrainer",
     "training.named": "CleanTrainer TeCoATrainer FARETrainer TRADESTrainer PMGAFTTrainer APTTrainer TAPTTrainer "
-    "FAPTrainer CoOpTrainer AGFTTrainer CAWTrainer SimCLIPTrainer SimpleATTrainer TGAZSRTrainer ASCLTrainer",
+    "FAPTrainer CoOpTrainer AGFTTrainer CAWTrainer SimCLIPTrainer SimpleATTrainer TGAZSRTrainer ASCLTrainer "
+    "CompTGATrainer SAFTTrainer",
     "evaluation.attack_views": "AttackView AdaptiveWorst Static DefenceBlind TransferFromAdapted BPDA Adaptive "
     "Queries",
     "evaluation.settings": "EvaluationSettings",
@@ -61,6 +64,7 @@ _NAMES = {
     "zero_shot_data.loading": "image_dataset load_image_dataset",
     "digits_clip": "digits_clip_path",
     "report.card": "make_card",
+    "checkpoint_notes": "load_descriptions",
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_WHERE)

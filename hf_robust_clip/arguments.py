@@ -245,7 +245,9 @@ class TrainingRunArguments:
     """What a training is about.
 
     Args:
-        template: prompt with {} for the class name.
+        template: prompt with {} for the class name; with descriptions what they are put into, at {description}, by
+            default nothing else.
+        descriptions: a JSON file of {class name: [texts]} for all classes of training and tasks.
         objective: the method: a class of `hf_robust_clip.objectives`, or the dotted path of your own, with its
             settings as --objective.NAME.
         tasks: datasets to evaluate on, before and after.
@@ -257,6 +259,7 @@ class TrainingRunArguments:
     """
 
     template: str = PAPER_TEMPLATE
+    descriptions: str | None = None
     objective: Objective | None = None
     tasks: Sequence[Images] | None = None
     defence: Defence | None = None
@@ -278,7 +281,10 @@ class EvaluationRunArguments:
     Args:
         output_dir: where report, table and plots are written.
         template: prompt with {} for the class name; null takes that of the model's training, if a recipe.yaml or
-            report.json beside it says so, else the known dataset's own.
+            report.json beside it says so, else the known dataset's own. With descriptions what they are put into, at
+            {description}; null then takes that of the training, if it takes descriptions, else nothing but them.
+        descriptions: a JSON file of {class name: [texts]} for all classes of all tasks; null takes those of the
+            model's training, where its template takes some.
         tasks: datasets to evaluate on; one of them may be given by --dataset_name in their place.
         compare: further checkpoints, shown beside.
         reference: an undefended checkpoint, which a working attack brings to about 0.
@@ -292,6 +298,7 @@ class EvaluationRunArguments:
 
     output_dir: str | None = None
     template: str | None = None
+    descriptions: str | None = None
     tasks: Sequence[Images] | None = None
     compare: Sequence[str] = ()
     reference: str | None = None

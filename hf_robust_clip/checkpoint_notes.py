@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .digits_clip import EMBEDDED_MODEL, digits_clip_path
-from .modeling import PAPER_TEMPLATE
+from .modeling import DESCRIPTION, PAPER_TEMPLATE, chosen, descriptions_digest, read_descriptions
 from .names import hub_name, is_path
-from .storage import read_json
+from .report import quoted, with_descriptions
+from .storage import read_json, write_text
 from .typed_settings import parse_yaml, read_text
 
+DESCRIPTIONS = "descriptions.json"  # beside a checkpoint, those that it was trained with
 CHECKPOINT = re.compile(r"checkpoint-\d+")  # of a Trainer, inside the folder of its run
 
 
@@ -36,6 +39,49 @@ def trained_templates(name: str, revision: str | None = None) -> tuple[str, ...]
     return () if defence is None else _templates(defence.get("templates") or [], name, "adaptation.json")
 
 
+def load_descriptions(
+    source: str | Path, class_names: Sequence[str] | None = None, revision: str | None = None
+) -> dict[str, Sequence[str]]:
+    """Texts of classes, {name: [text, ...]}, for `set_classes`.
+
+    Args:
+        source: a JSON file of them, or a checkpoint that was trained with some: a folder or an id on the Hub, which
+            holds them as descriptions.json, or in the adaptation.json of a defence.
+        class_names: of these classes alone; None gives all that are there.
+        revision: of a Hub id.
+
+    Raises OSError if there are none, ValueError for a file of another kind, a class that is there twice, and one of
+    `class_names` that isn't there.
+    """
+    path = Path(source) if Path(source).is_file() else _found(str(source), DESCRIPTIONS, revision)
+    defence = _content(str(source), "adaptation.json", revision) if path is None else None
+    found = (defence or {}).get("descriptions") or read_descriptions(source if path is None else path)
+    return dict(found if class_names is None else chosen(found, class_names) or {})
+
+
+def save_descriptions(folder: str | Path, descriptions: Mapping[str, Sequence[str]]) -> None:
+    """Write descriptions.json beside a checkpoint."""
+    text = json.dumps(dict(descriptions), indent=1, ensure_ascii=False) + "\n"
+    write_text(Path(folder, DESCRIPTIONS), text)
+
+
+def trained_descriptions(
+    name: str, templates: Sequence[str], revision: str | None = None
+) -> dict[str, Sequence[str]] | None:
+    """What a checkpoint's own `templates` took, as `load_descriptions` finds it; None where they take none.
+
+    Raises OSError if they take some and there are none.
+    """
+    if not any(DESCRIPTION in text for text in templates):
+        return None
+    try:
+        return load_descriptions(name, None, revision)
+    except OSError as error:
+        raise OSError(
+            f"{name!r} was trained with {quoted(templates)}, but has no {DESCRIPTIONS}; give descriptions."
+        ) from error
+
+
 def holds_defence(name: str, revision: str | None = None) -> bool:
     """Whether a test-time defence was saved in a folder or on the Hub. Raises OSError if the Hub can't be asked."""
     return _content(name, "adaptation.json", revision) is not None
@@ -49,16 +95,32 @@ def known_templates(name: str, revision: str | None = None) -> tuple[str, ...]:
         return ()
 
 
-def quoted(templates: Sequence[str]) -> str:
-    """Templates in a line of text: the first, and how many more there are."""
-    return f'"{templates[0]}"' + (f" and {len(templates) - 1} more" if len(templates) > 1 else "")
-
-
-def other_prompt(title: str, trained: Sequence[str], used: Sequence[str]) -> str | None:
-    """A remark on a model that is evaluated with another prompt than it was trained with; None for the same."""
-    if not trained or tuple(trained) == tuple(used):
+def known_descriptions(
+    name: str, templates: Sequence[str], class_names: Sequence[str], revision: str | None = None
+) -> str | None:
+    """The digest of `trained_descriptions` of these classes, for a remark alone: none where nobody can be asked."""
+    try:
+        found = trained_descriptions(name, templates, revision) or {}
+        return descriptions_digest({own: found[own] for own in class_names if own in found})
+    except (OSError, ValueError):
         return None
-    return f"NOTE: {title} was trained with the prompt {quoted(trained)}, and is evaluated with {quoted(used)}."
+
+
+def other_prompt(
+    title: str,
+    trained: Sequence[str],
+    used: Sequence[str],
+    digests: tuple[str | None, str | None] = (None, None),
+) -> str | None:
+    """A remark on a model that is evaluated with another prompt than it was trained with; None for the same.
+
+    Args:
+        digests: of the descriptions that it was trained and is evaluated with.
+    """
+    if not trained or (tuple(trained) == tuple(used) and digests[0] == digests[1]):
+        return None
+    before, after = (quoted(own) + with_descriptions(of) for own, of in zip((trained, used), digests, strict=True))
+    return f"NOTE: {title} was trained with the prompt {before}, and is evaluated with {after}."
 
 
 def named_base(folder: str | Path) -> str | None:
@@ -82,9 +144,13 @@ def named_base(folder: str | Path) -> str | None:
 
 def _templates(value: Any, name: str, file: str) -> tuple[str, ...]:
     templates = (value,) if isinstance(value, str) else value
-    if not isinstance(templates, list | tuple) or not all(isinstance(t, str) and "{}" in t for t in templates):
+    if not isinstance(templates, list | tuple) or not all(map(_is_template, templates)):
         raise ValueError(f"{file} of {name!r} names the template {value!r}, which has no '{{}}'; give template.")
     return tuple(templates)
+
+
+def _is_template(text: Any) -> bool:
+    return isinstance(text, str) and ("{}" in text or DESCRIPTION in text)
 
 
 def _content(name: str, file: str, revision: str | None) -> dict[str, Any] | None:
@@ -103,6 +169,7 @@ def _found(name: str, file: str, revision: str | None) -> Path | None:
     if is_path(name) or name == EMBEDDED_MODEL:
         folder = Path(digits_clip_path() if name == EMBEDDED_MODEL else name)
         places = [folder, *([folder.resolve().parent] if CHECKPOINT.fullmatch(folder.resolve().name) else [])]
+        places = places[::-1] if file == DESCRIPTIONS else places  # a run's own are of all classes that it evaluated
         return next((place / file for place in places if (place / file).is_file()), None)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

@@ -34,7 +34,7 @@ MODEL_FILES = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.s
                "model.safetensors.index.json", "config.json", "generation_config.json",
                "adapter_config.json", "adaptation.json", "processor_config.json", "preprocessor_config.json",
                "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-               "added_tokens.json", "chat_template.jinja")  # fmt: skip
+               "added_tokens.json", "chat_template.jinja", "descriptions.json")  # fmt: skip
 FIGURES = ("report.json", "report.csv", "recipe.yaml", "accuracy.png")  # what belongs to the weights beside them
 TRAINERS = ("training_args.bin", "pytorch_model*.bin", "adapter_model.bin", "optimizer.*", "scheduler.pt", "scaler.pt",
             "rng_state*.pth")  # fmt: skip

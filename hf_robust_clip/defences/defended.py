@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..digits_clip import EMBEDDED_MODEL, digits_clip_path
 from ..hub import Push, check_base, check_folder, prepare_repository, upload
 from ..modeling import (
+    DESCRIPTION,
     PAPER_TEMPLATE,
     AutoModelForZeroShotClassification,
     ZeroShotClassifier,
@@ -85,9 +86,14 @@ class DefendedClassifier(nn.Module):
         """All that the defence makes of a batch, detached: logits, tuned prompts, kept views."""
         return self.adapter.predict(self.classifier, images_BCHW, seed=self.seed)
 
-    def set_classes(self, class_names: Sequence[str], template: str | Sequence[str] = PAPER_TEMPLATE) -> None:
+    def set_classes(
+        self,
+        class_names: Sequence[str],
+        template: str | Sequence[str] | None = None,
+        descriptions: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         """Choose the classes; see `ZeroShotClassifier.set_classes`."""
-        self.classifier.set_classes(class_names, template)
+        self.classifier.set_classes(class_names, template, descriptions)
 
     @property
     def config(self) -> Any:
@@ -131,6 +137,7 @@ class DefendedClassifier(nn.Module):
             "base_revision": revision,
             "class_names": list(self.classifier.class_names),
             "templates": list(self.classifier.templates),
+            **({"descriptions": self.classifier.descriptions} if self.classifier.descriptions else {}),
             "input_size": self.classifier.input_size,
             "image_mean": self.classifier.image_mean.flatten().tolist(),
             "image_std": self.classifier.image_std.flatten().tolist(),
@@ -234,7 +241,7 @@ class DefendedClassifier(nn.Module):
         for part in found.values():
             part.check(classifier)
         if settings["class_names"]:
-            classifier.set_classes(settings["class_names"], settings["templates"])
+            classifier.set_classes(settings["class_names"], settings["templates"], settings.get("descriptions"))
         return cls(classifier, adapter, seed=settings["seed"], base_model=base).eval()
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
@@ -253,7 +260,7 @@ class DefendedClassifier(nn.Module):
 
     def card(self, repo_id: str) -> ModelCard:
         """A card that says what the repository holds and how to load it, and that nothing was measured."""
-        settings = self.adapter.parameters()
+        settings, told = self.adapter.parameters(), self.classifier.templates or (PAPER_TEMPLATE,)
         record = settings.get("statistics")
         if record:
             settings["statistics"] = f"{record['num_images']} images of {shown_name(record['dataset'])}"
@@ -263,10 +270,11 @@ class DefendedClassifier(nn.Module):
             training_data="",
             paper=self.adapter.paper,
             settings=settings,
-            template=(self.classifier.templates or (PAPER_TEMPLATE,))[0],
+            template=next((t for t in told if DESCRIPTION in t), told[0]),
             class_names=self.classifier.class_names or ("cat", "dog"),
             limits="",
             family=self.config.model_type,
+            described=bool(self.classifier.descriptions),
         )
         return make_unmeasured_card(info, "defence")
 

@@ -21,7 +21,7 @@ from ..checks import Blindness, check_logits, checked_labels
 from ..defences.base import Defence
 from ..defences.undefended import Undefended
 from ..environment import hardware, library_versions
-from ..modeling import ZeroShotClassifier, without_gradients
+from ..modeling import ZeroShotClassifier, descriptions_digest, without_gradients
 from ..names import check_shown
 from ..prediction import Prediction
 from ..processes import Processes, everyone
@@ -334,7 +334,7 @@ class _Evaluation:
         found, model, settings, stages = self.state.gathered(), self.model, self.settings, self.stages
         everywhere = everyone(self.flags, self.processes)
         flags = {key: any(each[key] for each in everywhere) for key in self.flags}
-        share = found.accuracies(0, len(stages))
+        share, descriptions = found.accuracies(0, len(stages)), descriptions_digest(model.descriptions)
         after_each: dict[float, dict[str, float]] = {}
         for stage, value in zip(stages, share[1:], strict=True):
             after_each.setdefault(stage.threat_model.eps, {})[stage.member.name] = value
@@ -348,7 +348,7 @@ class _Evaluation:
             split=self.dataset.split,
             num_images=len(found.levels),
             class_names=tuple(model.class_names),
-            prompt_hash=prompt_hash(model.class_names, model.templates),
+            prompt_hash=prompt_hash(model.class_names, model.templates, descriptions),
             attack=settings.attack.name(len(model.class_names)),
             attack_parameters=settings.attack_parameters(len(model.class_names)),
             view=settings.seen,
@@ -363,6 +363,7 @@ class _Evaluation:
             measurements=accuracies(share[0], after_each, self.per_class(found), self.controls_found(found)),
             defence=self.about_defence(found) if self.defence.defends else None,
             templates=tuple(model.templates),
+            descriptions=descriptions,
             standard_attack=settings.attack.is_standard,
         )
 

@@ -20,7 +20,7 @@ from ..defences.base import Defence
 from ..digests import signed, unsigned
 from ..environment import library_versions
 from ..metrics import accuracy_after_each
-from ..modeling import ZeroShotClassifier
+from ..modeling import ZeroShotClassifier, descriptions_digest
 from ..processes import Processes, everyone, together
 from ..report import prompt_hash
 from ..storage import disk_errors
@@ -151,7 +151,7 @@ def fingerprint_of(
     batches = "" if defence.traits.episodic else f" batches of {settings.batch_size}"
     return {
         "model": f"{_digest(tensors)} {hashlib.sha256(text.encode()).hexdigest()[:16]}",
-        "classes": prompt_hash(model.class_names, model.templates),
+        "classes": prompt_hash(model.class_names, model.templates, descriptions_digest(model.descriptions)),
         "dataset": f"{dataset.dataset_id} {dataset.revision} {dataset.split}, {len(dataset)} images like "
         f"{dataset_digest(dataset, every=True)}",
         "attack": f"{attack} {settings.norm} {[t.eps for t in threats]} seed {settings.seed} {settings.precision}",

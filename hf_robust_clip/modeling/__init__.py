@@ -4,5 +4,12 @@ from .auto import AutoModelForZeroShotClassification
 from .checkpoints import adapter_config, base_of, with_adapter
 from .classifier import ZeroShotClassifier, ZeroShotOutput, without_gradients
 from .clip import CLIPForZeroShotClassification
+from .descriptions import (
+    check_descriptions,
+    chosen,
+    default_template,
+    descriptions_digest,
+    read_descriptions,
+)
 from .siglip import SiglipForZeroShotClassification
-from .texts import PAPER_TEMPLATE, check_classes, check_same_classes, resolution_of, tokenize_prompts
+from .texts import DESCRIPTION, PAPER_TEMPLATE, check_classes, check_same_classes, resolution_of, tokenize_prompts

@@ -178,7 +178,9 @@ class ClassTexts(Model):
         texts, and for templates that `set_classes` refuses.
         """
         if self.text_is_trainable() or not self.class_names:
-            raise ValueError("text_embeds needs classes (set_classes) and a frozen text side; keep adapters out of it.")
+            raise ValueError(
+                "text_embeds needs classes (set_classes) and a frozen text side; keep adapters out of it."
+            )
         key = self._text_key()
         if key is None or self._others.get(templates, (None,))[0] != key:
             with self._for_good():

@@ -17,7 +17,7 @@ from ..modeling import ZeroShotOutput
 from ..paper import Paper, Unpublished
 
 Classifier = Callable[..., ZeroShotOutput]
-NEEDS = frozenset({"labels", "classes", "teacher", "patches", "captions"})
+NEEDS = frozenset({"labels", "classes", "teacher", "patches", "captions", "texts"})
 
 
 @dataclass
@@ -29,7 +29,8 @@ class Batch:
         labels: (B,), class indices; None where the objective doesn't need them.
         captions: (B, L), token ids, one text for each image; None where the objective doesn't need them.
         student: the model being trained, pixels to `ZeroShotOutput`, with patch embeddings where the objective needs
-            them. `student(pixels, captions=ids)` takes texts in the place of classes: `class_embeds` are theirs.
+            them, and `text_embeds` where it has `templates` or needs texts. `student(pixels, captions=ids)` takes
+            texts in the place of classes: `class_embeds` are theirs.
         teacher: the frozen pretrained model, if the objective needs it, called in the same way.
         images_per_update: images that one optimiser step sees over all processes and accumulated batches, those of a
             short last one included; 0 where these are all.
@@ -108,7 +109,11 @@ class Objective(ABC):
     `batch.images_per_update`): batches are weighed by their images.
 
     `needs`: of "labels", "classes" (of the model, without labels), "teacher" (the frozen pretrained model), "patches"
-    (patch embeddings of student and teacher) and "captions" (a text for each image; the text tower is trained).
+    (patch embeddings of student and teacher), "captions" (a text for each image; the text tower is trained) and
+    "texts" (the embedding of every text of the classes, of which each must have equally many).
+    `templates`: texts with `{}` for the class name in which the classes are embedded too, by the frozen text side,
+    once. Outputs of student and teacher have them as `text_embeds` (K, C, D), one for each template; with "texts" in
+    `needs` the classes' own texts come first.
     `num_views`: random crops of each picture in a batch; more than one takes a dataset of whole pictures.
     `couples_images`: whether the loss, or the choice of attacked images, depends on which images share a forward
     batch; then it matters how an update is divided over accumulated batches, and over processes unless
@@ -126,6 +131,7 @@ class Objective(ABC):
 
     paper: ClassVar[Paper] = Unpublished()  # type: ignore[assignment]
     needs: ClassVar[frozenset[str]] = frozenset({"labels"})
+    templates: ClassVar[tuple[str, ...]] = ()
     num_views: ClassVar[int] = 1
     couples_images: ClassVar[bool] = False
     peft_config: ClassVar[PeftConfig | None] = None

@@ -49,8 +49,19 @@ class TGAZSR(Objective):
         check_least(0, alpha=self.alpha, beta=self.beta)
         check_choice(MapNorm, map_norm=self.map_norm)
 
+    def cross_entropy(self, output: ZeroShotOutput, labels_B: Tensor) -> Tensor:
+        """That of each image, (B,)."""
+        return cross_entropy(output.logits, labels_B)
+
     def attention(self, output: ZeroShotOutput, labels_B: Tensor, side: int) -> Tensor:
         """A (B, side, side) of the true classes, in [0, 1]. Raises ValueError unless patches lie in a square."""
+        texts = output.class_embeds
+        return self.guided(
+            output, texts[labels_B] if texts.dim() == 2 else texts[torch.arange(len(labels_B)), labels_B], side
+        )
+
+    def guided(self, output: ZeroShotOutput, texts_BD: Tensor, side: int) -> Tensor:
+        """The map (B, side, side) of one text for each image, in [0, 1]."""
         if output.patch_embeds is None:
             raise ValueError("this objective compares maps of patch embeddings, but the output has none.")
         patches_BPD = output.patch_embeds
@@ -63,8 +74,6 @@ class TGAZSR(Objective):
         edge = round(count**0.5)
         if edge**2 != count:
             raise ValueError(f"patch_embeds has {count} patches, which make no square; give square images.")
-        texts = output.class_embeds
-        texts_BD = texts[labels_B] if texts.dim() == 2 else texts[torch.arange(len(labels_B)), labels_B]
         map_BP = (patches_BPD @ texts_BD.to(patches_BPD)[:, :, None]).squeeze(2)
         least_B1, largest_B1 = map_BP.amin(dim=1, keepdim=True), map_BP.amax(dim=1, keepdim=True)
         map_BP = (map_BP - least_B1) / (largest_B1 - least_B1).clamp_min(1e-8)  # a map that is the same all over: 0
@@ -83,7 +92,7 @@ class TGAZSR(Objective):
         )
         scale = PUBLISHED_SIDE / side
         return {
-            "ce": cross_entropy(adv.logits, batch.labels).mean(),
+            "ce": self.cross_entropy(adv, batch.labels).mean(),
             "attention_adv": self.alpha * scale * self.distance(adv_BHW, frozen_BHW),
             "attention_clean": self.beta * scale * self.distance(clean_BHW, frozen_BHW),
         }

@@ -12,6 +12,8 @@ from .report import (
     frame,
     percent,
     prompt_hash,
+    quoted,
     templates_told,
+    with_descriptions,
 )
 from .tables import as_markdown, by_model, figures_by_task, figures_of_defences, markdown, print_table, table

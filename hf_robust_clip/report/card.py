@@ -15,12 +15,13 @@ from jinja2 import Environment
 
 from ..attacks.views import KNOWN_VIEWS
 from ..digits_clip import EMBEDDED_MODEL
+from ..modeling import DESCRIPTION
 from ..names import is_repo_id
 from ..paper import Paper
 from ..secrets import refuse_tokens
 from ..storage import write_text
 from .files import load_reports, read_report_file, save_reports
-from .report import CLEAN, ROBUST, RobustnessReport, blind_warning, frame, percent
+from .report import CLEAN, ROBUST, RobustnessReport, blind_warning, frame, percent, with_descriptions
 from .tables import by_column, cell, head, headlines, titled
 
 LIBRARY = "hf_robust_clip"
@@ -75,6 +76,7 @@ class CardInfo:
         license: SPDX id of the weights; None where it follows from the base model.
         ancestor: Hub id of what a start without a `base_model` was made from itself; None if nobody knows.
         family: `model_type` of the model's configuration.
+        described: whether the template takes descriptions of the classes, which lie beside the weights.
 
     Raises TypeError for settings that JSON can't hold, ValueError for an access token among them, and an unknown
     family.
@@ -93,6 +95,7 @@ class CardInfo:
     license: str | None = None
     ancestor: str | None = None
     family: str = "clip"
+    described: bool = False
 
     def __post_init__(self) -> None:
         for name in ("class_names", "datasets"):
@@ -114,7 +117,7 @@ def load_card_info(path: str | Path) -> CardInfo:
     paper = card.get("paper") or {}
     for row, cls in ((card, CardInfo), (paper, Paper)):
         known = {field.name for field in fields(cls)}
-        needed = known - {"ancestor", "family"}
+        needed = known - {"ancestor", "family", "described"}
         if wrong := (needed - set(row)) | (set(row) - known):
             raise ValueError(f"the card entry of {path} lacks or adds: {', '.join(sorted(wrong))}.")
     if card["plot"] is not None and not re.fullmatch(r"[\w-]+\.png", str(card["plot"])):
@@ -217,9 +220,13 @@ def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessRe
         measured=list(
             dict.fromkeys(f"{r.precision} at {r.attack_resolution} px on {r.hardware}" for r in (*before, *reports))
         ),
-        templates=[
-            _code(text) for text in dict.fromkeys(text for r in (*before, *reports) for text in r.templates or ())
-        ],
+        templates=list(
+            dict.fromkeys(
+                _Written(_code(text) + (with_descriptions(r.descriptions) if DESCRIPTION in text else ""))
+                for r in (*before, *reports)
+                for text in r.templates or ()
+            )
+        ),
         attacks=[_attack_table(own) for own in _by_attack([*before, *reports])],
         defences=defences,
         defended=defended,
@@ -318,7 +325,7 @@ def _about(info: CardInfo, holds: Holds, loads_defence: bool) -> dict[str, Any]:
     family = FAMILIES[info.family]
     plain = f"loads as a plain `{family.plain}`: weights, tokenizer and image processor are all here."
     texts = [info.template, *info.class_names[:3]]
-    template, *names = (text.lower() for text in texts) if family.lower_case else texts
+    template, *names = (text.lower() for text in texts) if family.lower_case and not info.described else texts
     return {
         "title": _title(info.repo_id),
         "repo_code": _code(info.repo_id),
@@ -339,12 +346,27 @@ def _about(info: CardInfo, holds: Holds, loads_defence: bool) -> dict[str, Any]:
         "training_data": cell(info.training_data),
         "training": _rows(info.settings),
         "template": _code(template),
+        "set_classes": _setting(info, names, template),
+        "described": info.described,
         "example_names": _code(names),
         "family": family,
         "prompts": info.settings.get("prompts"),
         "parameters": f"{info.settings.get('trainable_parameters', 0):,}",
         "text_tokens": info.settings.get("text_tokens"),
     }
+
+
+def _setting(info: CardInfo, names: Sequence[str], template: str) -> _Written:
+    """The line of code that sets the classes, or the lines, where they have descriptions."""
+    if not info.described:
+        return _Written(f"model.set_classes({_code(names)}, template={_code(template)})")
+    lines = [
+        "from hf_robust_clip import load_descriptions\n",
+        f"names = {_code(names)}",
+        f"descriptions = load_descriptions({_code(info.repo_id)}, names)",
+        f"model.set_classes(names, {_code(template)}, descriptions)",
+    ]
+    return _Written("\n".join(lines))
 
 
 def _rows(settings: dict[str, Any]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..attacks.views import KNOWN_VIEWS, View
 from ..checks import BLIND_ABOVE
 from ..metrics import wilson_interval
+from ..modeling import DESCRIPTION
 from ..secrets import refuse_tokens
 from ..threat_model import ThreatModel
 
@@ -126,7 +127,7 @@ class RobustnessReport:
         dataset, dataset_revision, split: the images.
         num_images: how many were evaluated.
         class_names: the classes among which the model chose, in order.
-        prompt_hash: SHA-256 (16 digits) of class names and templates, in order.
+        prompt_hash: SHA-256 (16 digits) of class names, templates and `descriptions`, in order.
         attack, attack_parameters: e.g. `"PGD-20"`, and all its settings, in JSON types; a list under `"step_size"` has
             one for each radius, a dict under `"left_out"` says why members of a suite did not run.
         view: what the attack saw; `KNOWN_VIEWS` has those of this library.
@@ -147,6 +148,7 @@ class RobustnessReport:
             has measurements too.
         templates: the texts, with `{}` for the class name, that class names were put in; None where nobody noted them.
         standard_attack: whether the attack is the standard one that others quote (AutoAttack), not one of many.
+        descriptions: SHA-256 (16 digits) of the texts that templates with `{description}` took; None without any.
 
     Raises ValueError for a field that is empty, unknown, out of range, at odds with another, or holds an access token,
     TypeError for attack parameters that JSON can't hold. So too for a randomised or optimising defence under a view of
@@ -178,6 +180,7 @@ class RobustnessReport:
     defence: dict[str, Any] | None = None
     templates: tuple[str, ...] | None = None
     standard_attack: bool = False
+    descriptions: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("class_names", "measurements", "templates"):
@@ -189,8 +192,14 @@ class RobustnessReport:
         for name in ("attack_parameters", "defence"):  # as a file gives them back
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
         refuse_tokens({name: value for name, value in vars(self).items() if isinstance(value, str)}, "report")
-        if self.templates is not None and prompt_hash(self.class_names, self.templates) != self.prompt_hash:
-            raise ValueError(f"templates={self.templates!r} are not those of prompt_hash={self.prompt_hash!r}.")
+        if self.templates is not None:
+            if prompt_hash(self.class_names, self.templates, self.descriptions) != self.prompt_hash:
+                raise ValueError(
+                    f"templates={self.templates!r} (descriptions={self.descriptions!r}) are not those of "
+                    f"prompt_hash={self.prompt_hash!r}."
+                )
+            if any(DESCRIPTION in text for text in self.templates) != (self.descriptions is not None):
+                raise ValueError(f"templates={self.templates!r} and descriptions={self.descriptions!r} go together.")
         if not 0 <= self.zero_gradient_share <= 1:
             raise ValueError(f"zero_gradient_share={self.zero_gradient_share!r} must be in [0, 1].")
         self._check_view()
@@ -350,9 +359,12 @@ def frame(reports: Iterable[RobustnessReport]) -> DataFrame:
     return DataFrame(rows)
 
 
-def prompt_hash(class_names: Sequence[str], templates: Sequence[str]) -> str:
-    """16 hexadecimal digits that change when any class name, template or their order does."""
-    text = json.dumps([list(class_names), list(templates)], ensure_ascii=False)
+def prompt_hash(class_names: Sequence[str], templates: Sequence[str], descriptions: str | None = None) -> str:
+    """16 hexadecimal digits that change when any class name, template, their order or the descriptions do, of which a
+    digest is given (`descriptions_digest`).
+    """
+    told = [list(class_names), list(templates), *([descriptions] if descriptions else [])]
+    text = json.dumps(told, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -377,17 +389,27 @@ def blind_warning(reports: Iterable[RobustnessReport]) -> str | None:
 
 def templates_told(reports: Iterable[RobustnessReport]) -> str | None:
     """Which prompts the figures are of: one template, or those of each task; None where no report says it."""
-    by_task: dict[tuple[str, ...], list[str]] = {}
+    by_task: dict[tuple[tuple[str, ...], str | None], list[str]] = {}
     for report in reports:
         if report.templates:
-            tasks = by_task.setdefault(report.templates, [])
+            tasks = by_task.setdefault((report.templates, report.descriptions), [])
             tasks += [] if report.task in tasks else [report.task]
     if not by_task:
         return None
-    texts = {own: f'"{own[0]}"' if len(own) == 1 else f'"{own[0]}" and {len(own) - 1} more' for own in by_task}
+    texts = {(own, digest): f"{quoted(own)}{with_descriptions(digest)}" for own, digest in by_task}
     if len(texts) == 1:
         return f"prompt {next(iter(texts.values()))}"
     return "prompts " + "; ".join(f"{texts[own]} on {', '.join(tasks)}" for own, tasks in by_task.items())
+
+
+def quoted(templates: Sequence[str]) -> str:
+    """Templates in a line of text: the first, and how many more there are."""
+    return f'"{templates[0]}"' + (f" and {len(templates) - 1} more" if len(templates) > 1 else "")
+
+
+def with_descriptions(digest: str | None) -> str:
+    """What is said of descriptions after their templates; nothing where there are none."""
+    return f" with descriptions {digest}" if digest else ""
 
 
 def percent(value: float) -> str:

@@ -21,7 +21,14 @@ from ..arguments import (
     check_folder,
 )
 from ..attacks.suites import Suite
-from ..checkpoint_notes import holds_defence, known_templates, other_prompt, quoted, trained_templates
+from ..checkpoint_notes import (
+    holds_defence,
+    known_descriptions,
+    known_templates,
+    other_prompt,
+    trained_descriptions,
+    trained_templates,
+)
 from ..command_line import ClassFlag, CommandLine, Given, read_command
 from ..defences.base import Defence
 from ..defences.defended import DefendedClassifier
@@ -30,7 +37,7 @@ from ..evaluation import loop as evaluation
 from ..evaluation.attack_views import AttackView
 from ..evaluation.settings import EvaluationSettings
 from ..hub import clear_states, dump_recipe
-from ..modeling import ZeroShotClassifier, check_classes
+from ..modeling import ZeroShotClassifier, descriptions_digest
 from ..names import same_place, task_titles, titles
 from ..processes import join_processes, what_runs
 from ..report import RobustnessReport
@@ -72,6 +79,7 @@ class EvaluationRun(EvaluationRunArguments):
     evaluations: tuple[EvaluationSettings, ...]
     defence_settings: tuple[str, ...]  # names of those that go before what a folder saved; none of them with a preset
     preset: str | None
+    texts: shared.Texts
     fit_on: Images | None
     source: dict[str, Any] = field(default_factory=dict)
 
@@ -124,8 +132,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
     reference = about.reference
     if reference is not None:
         reference = next((own for own in (name, *about.compare) if same_place(own, reference)), reference)
-    if about.template is not None:
-        check_classes(["a class"], about.template)
+    texts = shared.texts_asked(about.template, about.descriptions)
     evaluations = made.evaluation.settings(defended=about.defence is not None)
     unused.check_evaluation(given, evaluations)
     for how in evaluations:
@@ -140,6 +147,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
         evaluations=evaluations,
         defence_settings=tuple(set(given.asked("defence.init_args") or ()) - {"preset"}),
         preset=given.presets.get("defence"),
+        texts=texts,
         fit_on=_fit_on(given, made.fit_on, about.defence, tasks),
         source=without_token_keys(given.settings),
     )
@@ -236,18 +244,21 @@ def _on_cpu(asked: bool) -> bool:
 def measure(prepared: Prepared) -> Measured:
     """Every checkpoint on every task under every attack."""
     run, found = prepared.run, Measured()
-    templates: Sequence[str] = () if run.template is None else (run.template,)
+    texts = run.texts
     for name in run.names:
         revision = run.revision_of(name)
         model = shared.load_model(name, revision).to(prepared.processes.device)
-        if name == run.model.model_name_or_path and not templates:
-            templates = trained_templates(name, revision)
-        defence, facts = defence_for(prepared, model, name, templates)
+        if name == run.model.model_name_or_path and not texts.templates:
+            texts = texts_of(texts, name, revision)
+        tasks = {title: shared.load_data(task, model) for title, task in prepared.tasks.items()}
+        for data in tasks.values():
+            texts.of(data.class_names)  # one without descriptions is told before hours of another
+        defence, facts = defence_for(prepared, model, name, texts)
         trained = known_templates(name, revision)
-        for title, task in prepared.tasks.items():
-            data = shared.load_data(task, model)
-            model.set_classes(data.class_names, templates or data.templates)
-            remark = other_prompt(prepared.called[name], trained, model.templates)
+        for title, data in tasks.items():
+            texts.set(model, data)
+            digests = (known_descriptions(name, trained, data.class_names, revision), digest_of(model))
+            remark = other_prompt(prepared.called[name], trained, model.templates, digests)
             found.remarks += [] if remark is None else [remark]
             for settings in run.evaluations:
                 report = measure_one(prepared, model, data, settings, name, title, defence)
@@ -266,6 +277,19 @@ def measure(prepared: Prepared) -> Measured:
     return found
 
 
+def texts_of(asked: shared.Texts, name: str, revision: str | None) -> shared.Texts:
+    """Those of a checkpoint's training, with the descriptions that were asked for in the place of its own."""
+    trained = trained_templates(name, revision)
+    if asked.descriptions is not None:
+        return replace(asked, templates=shared.described(trained))
+    return shared.Texts(trained, trained_descriptions(name, trained, revision))
+
+
+def digest_of(model: ZeroShotClassifier) -> str | None:
+    """That of its descriptions."""
+    return descriptions_digest(model.descriptions)
+
+
 def measure_one(
     prepared: Prepared,
     model: ZeroShotClassifier,
@@ -279,7 +303,7 @@ def measure_one(
     attack = settings.attack.name(len(data.class_names))
     called = prepared.called[name]
     through = f" {settings.seen.name}" if settings.seen.of_defence else ""
-    prompt = f"prompt {quoted(model.templates)}"
+    prompt = f"prompt {reporting.quoted(model.templates)}{reporting.with_descriptions(digest_of(model))}"
     about = f"{len(data)} images, {attack}, {settings.precision_with(model)}, {prompt}"
     prepared.processes.print(f"{called} on {task}: {about}")
     return evaluation.evaluate_robustness(
@@ -297,7 +321,7 @@ def measure_one(
 
 
 def defence_for(
-    prepared: Prepared, model: ZeroShotClassifier, name: str, templates: Sequence[str]
+    prepared: Prepared, model: ZeroShotClassifier, name: str, texts: shared.Texts
 ) -> tuple[Defence | None, dict[str, Any]]:
     """The defence as it is evaluated on a checkpoint, and what reports say of it beside its own parameters: fitted on
     the images that the run names, under their classes, or with what was saved beside the model.
@@ -316,7 +340,7 @@ def defence_for(
     about = f"{len(data)} images of {data.dataset_id}, split {data.split}"
     prepared.processes.print(f"{called}: {run.defence.name} is fitted on {about}")
     how = run.evaluations[0]
-    with model.prepared_for(data, templates or data.templates):
+    with model.prepared_for(data, texts.templates or data.templates, descriptions=texts.of(data.class_names)):
         defence = run.defence.fit(
             model,
             data,

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
 from ..arguments import Images
 from ..digits_clip import EMBEDDED_MODEL
-from ..modeling import AutoModelForZeroShotClassification, ZeroShotClassifier, adapter_config, base_of, with_adapter
+from ..modeling import (
+    DESCRIPTION,
+    AutoModelForZeroShotClassification,
+    ZeroShotClassifier,
+    adapter_config,
+    base_of,
+    check_classes,
+    chosen,
+    read_descriptions,
+    with_adapter,
+)
 from ..modeling.checkpoints import read_config
 from ..zero_shot_data.loading import ImageDataset, class_names_of, load_image_dataset
 from .interruptions import one_line_errors
@@ -76,6 +86,43 @@ def load_data(images: Images, model: ZeroShotClassifier) -> ImageDataset:
     data = data if images.classes is None else data.only(images.classes)
     data = data.shots(images.shots, images.shots_seed).first(images.max_images)
     return replace(data, augment=images.augment)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What stands for classes.
+
+    Args:
+        templates: texts with `{}` for the class name, or with `{description}`; none for each dataset's own.
+        descriptions: texts of at least the classes that come up; None where templates take none.
+    """
+
+    templates: tuple[str, ...] = ()
+    descriptions: Mapping[str, Sequence[str]] | None = None
+
+    def of(self, class_names: Sequence[str]) -> Mapping[str, Sequence[str]] | None:
+        """The descriptions of these classes. Raises ValueError for a class without any."""
+        return chosen(self.descriptions, class_names)
+
+    def set(self, model: ZeroShotClassifier, data: ImageDataset) -> None:
+        """The model's classes are those of a dataset."""
+        model.set_classes(data.class_names, self.templates or data.templates, self.of(data.class_names))
+
+
+def texts_asked(template: str | None, file: str | None) -> Texts:
+    """Those of settings; templates are missing where no template was given.
+
+    Raises OSError/ValueError for a file that can't be read, and a template that doesn't go with it.
+    """
+    found = Texts(() if template is None else (template,), None if file is None else read_descriptions(file))
+    if template is not None:
+        check_classes(["a class"], template, described=found.descriptions is not None)
+    return found
+
+
+def described(templates: Sequence[str]) -> tuple[str, ...]:
+    """These templates if they take descriptions, else one that is nothing but them."""
+    return tuple(templates) if any(DESCRIPTION in text for text in templates) else (DESCRIPTION,)
 
 
 def check_tasks(tasks: tuple[Images, ...]) -> None:

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from peft import PeftModel
 
 from .. import report as reporting
-from ..checkpoint_notes import named_base
+from ..checkpoint_notes import named_base, save_descriptions
 from ..defences.base import Defence
 from ..digits_clip import EMBEDDED_MODEL
 from ..evaluation import loop as evaluation
@@ -132,7 +132,9 @@ def prepare(run: TrainingRun) -> Prepared:
         for pictures in (shared.load_data(images, model) for images in (run.data, *run.tasks))
     )
     names = task_titles([(task.name, task.dataset) for task in run.tasks])
-    model.set_classes(data.class_names, run.template)  # a bad class name fails here, before any work
+    for pictures in tasks:
+        run.texts.of(pictures.class_names)
+    run.texts.set(model, data)  # a bad class name fails here, before any work
     for method in (run.method, *run.rivals):
         if isinstance(method.adapter, ClipPromptConfig):
             check_prompts(model, method.adapter)
@@ -165,7 +167,7 @@ def measure(
     model.to(prepared.processes.device)
     found = []
     for task, data in prepared.tasks.items():
-        model.set_classes(data.class_names, run.template)
+        run.texts.set(model, data)
         found.append(
             evaluation.evaluate_robustness(
                 model,
@@ -179,7 +181,7 @@ def measure(
                 defence=defence,
             )
         )
-    model.set_classes(prepared.data.class_names, run.template)
+    run.texts.set(model, prepared.data)
     return found
 
 
@@ -207,7 +209,7 @@ def fit(prepared: Prepared, method: Method, model: ZeroShotClassifier, save: boo
 def measure_rival(prepared: Prepared, rival: Method) -> list[RobustnessReport]:
     """Train another method by the same settings; its reports."""
     model = shared.load_model(prepared.run.model.model_name_or_path, prepared.run.model.model_revision)
-    model.set_classes(prepared.data.class_names, prepared.run.template)
+    prepared.run.texts.set(model, prepared.data)
     trainer = fit(prepared, rival, model, save=False)
     classifier, _ = plain_model(trainer)
     return measure(prepared, classifier, rival.title, f"{rival.title} from {prepared.start}, same settings")
@@ -253,6 +255,8 @@ def write_model(prepared: Prepared, fitted: Fitted) -> None:
         text = dump_recipe(source)
         prepared.saving.save("the weights", lambda: save_trained(fitted.to_save, prepared.folder))
         prepared.saving.save("recipe.yaml", lambda: write_text(prepared.folder / "recipe.yaml", text))
+        if (found := prepared.run.texts.descriptions) is not None:
+            prepared.saving.save("descriptions.json", lambda: save_descriptions(prepared.folder, found))
     prepared.processes.wait_for_everyone()
 
 
@@ -364,6 +368,7 @@ def card_info(prepared: Prepared, fitted: Fitted) -> CardInfo:
         plot="accuracy.png",
         license="apache-2.0" if name == EMBEDDED_MODEL else None,
         family=prepared.model.config.model_type,
+        described=run.descriptions is not None,
     )
 
 
@@ -379,7 +384,8 @@ def saved_files(folder: Path) -> list[str]:
     """What a run leaves for others, in a few words."""
     adapter = folder / "adapter_model.safetensors"
     kinds = [f"adapter ({adapter.stat().st_size / 1000:.0f} kB)"] if adapter.is_file() else ["weights", "processor"]
-    others = ("statistics.safetensors", "adaptation.json", "README.md", "report.json", "accuracy.png", "recipe.yaml")
+    others = ("statistics.safetensors", "adaptation.json", "README.md", "report.json", "accuracy.png", "recipe.yaml",
+              "descriptions.json")  # fmt: skip
     return [*kinds, *(name for name in others if (folder / name).is_file())]
 
 

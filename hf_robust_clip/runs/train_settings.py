@@ -26,6 +26,7 @@ from ..defences.base import Defence
 from ..evaluation.attack_views import Adaptive, AdaptiveWorst, Static
 from ..evaluation.settings import EvaluationSettings
 from ..hub import Push, check_base, check_push
+from ..modeling import DESCRIPTION
 from ..names import shown_name
 from ..objectives.base import Objective
 from ..prompts import ClipPromptConfig
@@ -88,6 +89,7 @@ class TrainingRun(TrainingRunArguments):
     output_dir: str
     resume: bool
     push: Push | None
+    texts: shared.Texts
     source: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -124,6 +126,9 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> T
             "without one; a defence is attacked by defence_evaluation."
         )
     defences = _defences(given, about.defence, method, made.defence_evaluation)
+    if about.descriptions is not None and given.asked("template") is None:
+        about = replace(about, template=DESCRIPTION)
+    texts = shared.texts_asked(about.template, about.descriptions)
     tasks = tuple(about.tasks or ()) if given.asked("tasks") is not None else (_own_test(data),)
     shared.check_tasks(tasks)
     run = TrainingRun(
@@ -140,6 +145,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> T
         output_dir=str(given.asked("output_dir")),
         resume=resume,
         push=push_of(training),
+        texts=texts,
         source={**without_token_keys(given.settings), "template": about.template},
     )
     if run.push is not None:

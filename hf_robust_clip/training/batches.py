@@ -12,6 +12,9 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from ..modeling import ZeroShotClassifier
+    from ..objectives.base import Objective
+
 OWN_IMAGES = "own_images"  # key of a batch that was filled up: how many of its images belong to this process's share
 
 
@@ -69,3 +72,10 @@ def gathering(own: int, processes: Accelerator) -> Callable[[Tensor], Tensor]:
         return torch.cat([part[:count] for part, (count, _) in zip(all_gather(padded), counts, strict=True)])
 
     return gather
+
+
+def further_texts(objective: Objective, classifier: ZeroShotClassifier) -> Tensor | None:
+    """What an objective finds as `text_embeds` (K, C, D) in a classifier's outputs; None where it asks for none."""
+    own = [classifier.text_embeds()] if "texts" in objective.needs else []
+    others = [classifier.text_embeds(objective.templates)] if objective.templates else []
+    return torch.cat([*own, *others]) if own or others else None

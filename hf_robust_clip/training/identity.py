@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from ..digests import plain
+from ..modeling import descriptions_digest
 from ..processes import Processes, everyone
 from ..threat_model import parse_radius
 from ..zero_shot_data.fingerprint import dataset_digest
@@ -51,6 +52,7 @@ def model_identity(
             "image_std": core.image_std.flatten().tolist(),
             "classes": list(core.class_names),
             "templates": list(core.templates),
+            "descriptions": descriptions_digest(core.descriptions),
         },
         "teacher": None if teacher is None else weights_digest(teacher),
         "adapter": {name: _adapter_settings(one) for name, one in config.items()} if config else None,

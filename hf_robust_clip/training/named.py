@@ -10,10 +10,12 @@ from ..objectives.apt import APT
 from ..objectives.ascl import ASCL
 from ..objectives.caw import CAW
 from ..objectives.clean import Clean
+from ..objectives.comp_tga import CompTGA
 from ..objectives.coop import CoOp
 from ..objectives.fap import FAP
 from ..objectives.fare import FARE
 from ..objectives.pmg_aft import PMGAFT
+from ..objectives.saft import SAFT
 from ..objectives.sim_clip import SimCLIP
 from ..objectives.simple_at import SimpleAT
 from ..objectives.tecoa import TeCoA
@@ -88,6 +90,18 @@ class TGAZSRTrainer(RobustClipTrainer):
     """TGA-ZSR (NeurIPS 2024). See `objectives.tga_zsr.TGAZSR`."""
 
     objective_cls = TGAZSR
+
+
+class CompTGATrainer(RobustClipTrainer):
+    """Comp-TGA (TPAMI 2026). See `objectives.comp_tga.CompTGA`."""
+
+    objective_cls = CompTGA
+
+
+class SAFTTrainer(RobustClipTrainer):
+    """SAFT (TMLR 2026). See `objectives.saft.SAFT`."""
+
+    objective_cls = SAFT
 
 
 class ASCLTrainer(RobustClipTrainer):

@@ -52,7 +52,7 @@ def prepare(
         raise ValueError(f"{type(objective).__name__} needs {sorted(unknown)}; there are {sorted(NEEDS)}.")
     student, core, texts_too = model, classifier_in(model), "captions" in objective.needs
     if not core.class_names:
-        if objective.needs & {"labels", "classes"}:
+        if objective.needs & {"labels", "classes", "texts"}:
             raise ValueError("model has no classes; call model.set_classes(class_names) first.")
         if not texts_too:
             core.set_classes(["image"])  # such objectives never look at the logits
@@ -76,6 +76,8 @@ def prepare(
         reference = make_teacher(student, teacher) if "teacher" in objective.needs else None
         if peft_config is not None and student is core:  # after the teacher, which shares the text tower
             student = add_adapter(core, peft_config, texts_too)
+    if (objective.templates or "texts" in objective.needs) and core.text_is_trainable():
+        raise ValueError(f"{type(objective).__name__} asks for texts of a frozen text side; train no text prompts.")
     if reference is not None:
         reference.to(args.device)
     return Prepared(student, reference, adapter_is_new=peft_config is not None)
@@ -159,7 +161,7 @@ def make_teacher(model: nn.Module, teacher: ZeroShotClassifier | None) -> ZeroSh
             raise ValueError(f"teacher has another architecture: its {name} is {other[name]}, the model's is {value}.")
     teacher = copy.deepcopy(teacher)
     teacher.set_normalisation(model.image_mean.flatten().tolist(), model.image_std.flatten().tolist())
-    teacher.set_classes(model.class_names, model.templates)
+    teacher.set_classes(model.class_names, model.templates, model.descriptions or None)
     return teacher.eval().requires_grad_(False)
 
 
@@ -181,13 +183,15 @@ def check_teacher(teacher: ZeroShotClassifier, core: ZeroShotClassifier) -> None
     """Raise ValueError where the teacher has other classes or another normalisation: its logits would be of other
     things than the student's.
     """
-    told_apart = [(teacher.class_names, core.class_names), (teacher.templates, core.templates)]
+    told_apart = [
+        (getattr(teacher, name), getattr(core, name)) for name in ("class_names", "templates", "descriptions")
+    ]
     same_pixels = all(
         torch.equal(a.cpu(), b.cpu())
         for a, b in ((teacher.image_mean, core.image_mean), (teacher.image_std, core.image_std))
     )
     if any(a != b for a, b in told_apart) or not same_pixels:
-        raise ValueError("model got other classes, templates or normalisation than the teacher's; make a new trainer.")
+        raise ValueError("model got other classes, texts or normalisation than the teacher's; make a new trainer.")
 
 
 def twin_of(model: nn.Module, core: ZeroShotClassifier) -> tuple[nn.Module, PeftConfig]:

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from ..checkpoint_notes import named_base
-from ..modeling import PAPER_TEMPLATE
+from ..modeling import DESCRIPTION, PAPER_TEMPLATE, ZeroShotClassifier
 from ..names import hub_name, is_path, shown_name
 from ..prompts import ClipPromptConfig
 from ..report.card import CardInfo
@@ -34,11 +34,18 @@ def card_info(trainer: RobustClipTrainer, repo_id: str) -> CardInfo:
         datasets=[dataset] if dataset and not is_path(dataset) else [],
         paper=trainer.training_objective.paper,
         settings=trainer.settings(),
-        template=core.templates[0] if core.templates else PAPER_TEMPLATE,
+        template=shown_template(core),
         class_names=core.class_names,
         limits="",
         family=core.config.model_type,
+        described=bool(core.descriptions),
     )
+
+
+def shown_template(core: ZeroShotClassifier) -> str:
+    """The template that a card's example sets: the first that takes descriptions, where there are some."""
+    templates = [text for text in core.templates if DESCRIPTION in text] or core.templates or (PAPER_TEMPLATE,)
+    return templates[0]
 
 
 def training_settings(trainer: RobustClipTrainer) -> dict[str, Any]:

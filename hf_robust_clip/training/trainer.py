@@ -17,19 +17,27 @@ from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
 from ..attacks.losses import cross_entropy
 from ..attacks.pgd import PGDSettings, pgd
+from ..checkpoint_notes import save_descriptions
 from ..checks import Blindness, check_logits, checked_labels
 from ..defences.base import Defence, Prediction
 from ..defences.defended import DefendedClassifier
 from ..hub import Kind
 from ..metrics import accuracy_after_each
-from ..modeling import ZeroShotClassifier, without_gradients
+from ..modeling import ZeroShotClassifier, ZeroShotOutput, without_gradients
 from ..objectives.base import Batch, Objective
 from ..objectives.clean import Clean
 from ..prompts.access import prompts_of
 from ..report.card import make_unmeasured_card
 from ..threat_model import ThreatModel
 from ..zero_shot_data.loading import collate_images
-from .batches import count_images, gathering, own_images_of_last_batch, share_of_update, without_fill
+from .batches import (
+    count_images,
+    further_texts,
+    gathering,
+    own_images_of_last_batch,
+    share_of_update,
+    without_fill,
+)
 from .checkpoints import NothingToResume
 from .config import (
     RobustClipConfig,
@@ -266,16 +274,24 @@ class RobustClipTrainer(ResumingTrainer):
             views=inputs.get("views", (inputs["pixel_values"],)),
             labels=inputs.get("labels"),  # type: ignore[arg-type]  # checked: objectives that need them have them
             captions=inputs.get("captions") if "captions" in self.training_objective.needs else None,
-            student=self._asked(student),
-            teacher=None if self.teacher is None else self._asked(self.teacher),
+            student=self._asked(student, self.classifier()),
+            teacher=None if self.teacher is None else self._asked(self.teacher, self.teacher),
             images_per_update=images_per_update,
             gather=gathering(count_images(inputs), self.accelerator) if several else None,
         )
 
-    def _asked(self, model: nn.Module) -> Callable[..., Any]:
-        """A model as objectives call it."""
+    def _asked(self, model: nn.Module, core: ZeroShotClassifier) -> Callable[..., Any]:
+        """A model, with `core` inside, as objectives call it."""
         patches = {"output_patches": True} if "patches" in self.training_objective.needs else {}
-        return lambda pixels, **texts: model(pixel_values=pixels, **patches, **texts)
+        further = further_texts(self.training_objective, core)
+
+        def asked(pixels: Tensor, **texts: Tensor) -> ZeroShotOutput:
+            output = model(pixel_values=pixels, **patches, **texts)
+            if further is not None:
+                output["text_embeds"] = further
+            return output
+
+        return asked
 
     # ---- attack and loss
 
@@ -335,7 +351,7 @@ class RobustClipTrainer(ResumingTrainer):
         classifier, attackable = self.classifier(), self.attackable(model)
         batch = self.make_batch(inputs, attackable, in_update)
         adv = self._attacked(batch, attackable) if objective.attacked else batch.stacked
-        batch.student = self._asked(model)
+        batch.student = self._asked(model, classifier)
         fixed = nullcontext() if classifier.text_is_trainable() else classifier.fixed_class_embeds()
         with self.accelerator.autocast(), fixed:
             terms = objective(batch, adv)
@@ -565,6 +581,8 @@ class RobustClipTrainer(ResumingTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
+        if self.args.should_save and self.classifier().descriptions:
+            save_descriptions(output_dir or self.args.output_dir, self.classifier().descriptions)
         if self.args.should_save and self._saves_defence():
             folder, defended = output_dir or self.args.output_dir, self.defended()
             if self.adapter_base() is None:  # it stands on the weights beside it
