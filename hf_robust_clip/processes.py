@@ -67,7 +67,7 @@ def join_processes(cpu: bool, timeout: int = TIMEOUT, backend: str | None = None
 def leave_processes() -> None:
     """Ends what joined these processes, once all of them are through.
 
-    A process that ends without it may abort: gloo's threads can still hold Python objects when the interpreter is gone.
+    A process that ends without it may abort: gloo's threads can hold Python objects when the interpreter is gone.
     """
     import torch
 
