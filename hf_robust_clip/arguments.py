@@ -247,7 +247,8 @@ class TrainingRunArguments:
     Args:
         template: prompt with {} for the class name; with descriptions what they are put into, at {description}, by
             default nothing else.
-        descriptions: a JSON file of {class name: [texts]} for all classes of training and tasks.
+        descriptions: a JSON file of {class name: [texts]} for all classes of training and tasks, or a known set
+            (digits).
         objective: the method: a class of `hf_robust_clip.objectives`, or the dotted path of your own, with its
             settings as --objective.NAME.
         tasks: datasets to evaluate on, before and after.
@@ -283,8 +284,8 @@ class EvaluationRunArguments:
         template: prompt with {} for the class name; null takes that of the model's training, if a recipe.yaml or
             report.json beside it says so, else the known dataset's own. With descriptions what they are put into, at
             {description}; null then takes that of the training, if it takes descriptions, else nothing but them.
-        descriptions: a JSON file of {class name: [texts]} for all classes of all tasks; null takes those of the
-            model's training, where its template takes some.
+        descriptions: a JSON file of {class name: [texts]} for all classes of all tasks, or a known set (digits); null
+            takes those of the model's training, where its template takes some.
         tasks: datasets to evaluate on; one of them may be given by --dataset_name in their place.
         compare: further checkpoints, shown beside.
         reference: an undefended checkpoint, which a working attack brings to about 0.

@@ -18,7 +18,8 @@ from hf_robust_clip.runs.train_settings import COMMAND, OBJECTIVE
 RECIPES = Path(__file__).parent.parent / "recipes"
 DEFAULT = RECIPES / "configs/digits-clip/pmg_aft.yaml"
 TAPT = RECIPES / "configs/digits-clip/tapt.yaml"
-METHODS = ("pmg_aft", "tecoa", "fare", "trades", "clean", "apt", "tapt", "fap", "coop")
+METHODS = ("pmg_aft", "tecoa", "fare", "trades", "clean", "apt", "tapt", "fap", "coop", "agft", "sim_clip", "tga_zsr",
+           "comp_tga", "saft")  # fmt: skip
 METHOD_CONFIGS = sorted(path for path in (RECIPES / "configs").rglob("*.yaml") if path.stem.startswith(METHODS))
 CONFIGS = [path for path in METHOD_CONFIGS if path.parent.name != "mini-clip"]
 EVALUATIONS = (
@@ -460,20 +461,23 @@ def top_comment(config: Path) -> str:
     return re.sub(r"\\?\s+", " ", " ".join(line.removeprefix("#") for line in lines[:count]))
 
 
-def test_there_are_configs_for_seven_methods_and_four_models():
-    assert {method_of(config) for config in CONFIGS} == {"pmg_aft", "tecoa", "fare", "apt", "tapt", "fap", "coop"}
-    assert len({config.parent for config in CONFIGS}) == 4
+def test_there_are_configs_for_every_method_and_seven_models():
+    assert {method_of(config) for config in CONFIGS} == {*METHODS} - {"trades", "clean"}
+    assert len({config.parent for config in CONFIGS}) == 7
 
 
 @pytest.mark.parametrize("config", **named(CONFIGS))
 def test_every_config_is_read(config):
     found, method = recipe(config=config), method_of(config)
     assert found.training.threat_model().eps > 0
-    assert found.model.model_name_or_path.split("/")[-1] == config.parent.name
+    model = {"laion-vit-b-32": "CLIP-ViT-B-32-laion2B-s34B-b79K"}.get(config.parent.name, config.parent.name)
+    assert found.model.model_name_or_path.split("/")[-1] == model
     assert bool(found.defences) == (method == "tapt")
     if "imagenet" in config.name or (method == "tapt" and "base" in config.parent.name):
         update = found.training.per_device_train_batch_size * found.training.gradient_accumulation_steps
-        assert update == {"fare": 128, "apt": 32, "tapt": 32, "fap": 4}.get(method, 256)
+        assert update == {"fare": 128, "tga_zsr": 128, "sim_clip": 64, "apt": 32, "tapt": 32, "fap": 4}.get(
+            method, 256
+        )
         assert ("tiny" in config.name) == (found.data.dataset == "zh-plus/tiny-imagenet")
 
 

@@ -22,14 +22,16 @@ from .untrusted import ADAPTER, ADAPTER_CONFIG, NO_CODE, WHOLE, check_adapter_fi
 
 T = TypeVar("T")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-TOWERS = {"clip_vision_model": "the image tower of a CLIP alone; give a whole CLIPModel",
-          "clip_text_model": "the text tower of a CLIP alone; give a whole CLIPModel",
-          "siglip_vision_model": "the image tower of a SigLIP alone; give a whole SiglipModel",
-          "siglip_text_model": "the text tower of a SigLIP alone; give a whole SiglipModel",
-          "siglip2": "a SigLIP2 of variable resolution (naflex), which takes patches in place of images; give one of "
-                     "fixed resolution, such as google/siglip2-base-patch16-224"}  # fmt: skip
-PARTS = {"clip": ("CLIPModel", "CLIPForZeroShotClassification"),
-         "siglip": ("SiglipModel", "SiglipForZeroShotClassification")}  # fmt: skip
+REFUSED_TYPES = {
+    "clip_vision_model": "the image tower of a CLIP alone; give a whole CLIPModel",
+    "clip_text_model": "the text tower of a CLIP alone; give a whole CLIPModel",
+    "siglip_vision_model": "the image tower of a SigLIP alone; give a whole SiglipModel",
+    "siglip_text_model": "the text tower of a SigLIP alone; give a whole SiglipModel",
+    "siglip2": "a SigLIP2 of variable resolution (naflex), which takes patches in place of images; give one of fixed "
+    "resolution, such as google/siglip2-base-patch16-224",
+}
+FAMILY_CLASSES = {"clip": ("CLIPModel", "CLIPForZeroShotClassification"),
+                  "siglip": ("SiglipModel", "SiglipForZeroShotClassification")}  # fmt: skip
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
          "num_channels", "vocab_size", "max_position_embeddings", "projection_dim", "projection_size")  # fmt: skip
 LAYERS = 1000  # of a tower at most
@@ -88,8 +90,8 @@ def check_family(source: str, family: str, config: Mapping[str, Any]) -> None:
     found = config.get("model_type")
     if not isinstance(found, str | None):
         raise OSError(f"model_type={found!r} in config.json of {source!r} is no text; save it with save_pretrained.")
-    if found in TOWERS:
-        raise OSError(f"{source!r} is {TOWERS[found]}.")
+    if found in REFUSED_TYPES:
+        raise OSError(f"{source!r} is {REFUSED_TYPES[found]}.")
     if found is not None and found != family:
         raise OSError(f"{source!r} is a model of the family {found!r}, not {family!r}, and can't be loaded as one.")
 
@@ -100,7 +102,7 @@ def check_adapter_family(classifier: Any, source: str, where: Mapping[str, Any])
     settings = None if file is None else read_json(file)
     made_for = (settings.get("auto_mapping") or {}) if isinstance(settings, dict) else {}
     name = made_for.get("base_model_class") if isinstance(made_for, dict) else None
-    family = next((family for family, classes in PARTS.items() if name in classes), None)
+    family = next((family for family, classes in FAMILY_CLASSES.items() if name in classes), None)
     if family not in (None, classifier.config.model_type):
         raise OSError(f"the adapter {source!r} was made for a {name}, not for a {type(classifier).__name__}.")
 
@@ -275,6 +277,10 @@ def readable(source: str, load: Callable[[], T]) -> T:
         raise UnfitWeights(f"the weights in {source!r} are cut short or damaged ({error}).") from error
     except (OSError, ValueError, TypeError):
         raise
+    except ImportError as error:
+        raise UnfitWeights(
+            f"can't load {source!r} without a library; install it: {' '.join(str(error).split())}"
+        ) from error
     except Exception as error:  # whatever a file that is damaged, or of another kind, brings up
         lines = [line.strip() for line in str(error).splitlines()] or [""]
         if "Error(s) in loading state_dict" in lines[0]:

@@ -177,10 +177,10 @@ class ClassTexts(Model):
         Raises ValueError while the text side is trainable, without classes, where classes have different numbers of
         texts, and for templates that `set_classes` refuses.
         """
-        if self.text_is_trainable() or not self.class_names:
-            raise ValueError(
-                "text_embeds needs classes (set_classes) and a frozen text side; keep adapters out of it."
-            )
+        if not self.class_names:
+            raise ValueError("the model has no classes; call set_classes(class_names) first.")
+        if self.text_is_trainable():
+            raise ValueError("text_embeds are those of a frozen text side, and this one is trained; freeze it.")
         key = self._text_key()
         if key is None or self._others.get(templates, (None,))[0] != key:
             with self._for_good():

@@ -24,6 +24,7 @@ from ..modeling import (
 )
 from ..modeling.checkpoints import read_config
 from ..zero_shot_data.loading import ImageDataset, class_names_of, load_image_dataset
+from ..zero_shot_data.specs import known_descriptions
 from .interruptions import one_line_errors
 
 SUITES = ("hf_robust_clip.attacks", "hf_robust_clip.evaluation")  # where classes of attacks are
@@ -109,12 +110,16 @@ class Texts:
         model.set_classes(data.class_names, self.templates or data.templates, self.of(data.class_names))
 
 
-def texts_asked(template: str | None, file: str | None) -> Texts:
+def texts_asked(template: str | None, source: str | None) -> Texts:
     """Those of settings; templates are missing where no template was given.
+
+    Args:
+        source: a JSON file of descriptions, or a known set of them.
 
     Raises OSError/ValueError for a file that can't be read, and a template that doesn't go with it.
     """
-    found = Texts(() if template is None else (template,), None if file is None else read_descriptions(file))
+    known = None if source is None else known_descriptions(source) or read_descriptions(source)
+    found = Texts(() if template is None else (template,), known)
     if template is not None:
         check_classes(["a class"], template, described=found.descriptions is not None)
     return found

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from ..modeling import ZeroShotClassifier
+    from ..modeling import ZeroShotClassifier, ZeroShotOutput
     from ..objectives.base import Objective
 
 OWN_IMAGES = "own_images"  # key of a batch that was filled up: how many of its images belong to this process's share
@@ -74,8 +74,21 @@ def gathering(own: int, processes: Accelerator) -> Callable[[Tensor], Tensor]:
     return gather
 
 
-def further_texts(objective: Objective, classifier: ZeroShotClassifier) -> Tensor | None:
-    """What an objective finds as `text_embeds` (K, C, D) in a classifier's outputs; None where it asks for none."""
+def as_objectives_call(
+    model: nn.Module, classifier: ZeroShotClassifier, objective: Objective
+) -> Callable[..., ZeroShotOutput]:
+    """A model, with the classifier inside, as an objective calls it: with the patch and text embeddings that it asks
+    for.
+    """
+    patches = {"output_patches": True} if "patches" in objective.needs else {}
     own = [classifier.text_embeds()] if "texts" in objective.needs else []
     others = [classifier.text_embeds(objective.templates)] if objective.templates else []
-    return torch.cat([*own, *others]) if own or others else None
+    texts_KCD = torch.cat([*own, *others]) if own or others else None
+
+    def call(pixels: Tensor, **captions: Tensor) -> ZeroShotOutput:
+        output = model(pixel_values=pixels, **patches, **captions)
+        if texts_KCD is not None:
+            output["text_embeds"] = texts_KCD
+        return output
+
+    return call

@@ -130,7 +130,8 @@ def check_adapter_is_used(student: nn.Module) -> None:
     """
     for name, module in student.named_modules():
         inside = [child for child, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)]
-        if isinstance(module, nn.MultiheadAttention) and inside:
+        wrapped = name.endswith(".base_layer")  # by an adapter that knows what is inside
+        if isinstance(module, nn.MultiheadAttention) and inside and not wrapped:
             raise ValueError(
                 f"peft_config reaches {name}.{inside[0]}, which its attention never calls: keep the adapter out by "
                 "exclude_modules."
@@ -177,6 +178,7 @@ def check_adapters(student: nn.Module, core: ZeroShotClassifier) -> None:
         )
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError("the adapter is not trainable; load it with is_trainable=True.")
+    check_adapter_is_used(student)
 
 
 def check_teacher(teacher: ZeroShotClassifier, core: ZeroShotClassifier) -> None:

@@ -23,7 +23,7 @@ from ..defences.base import Defence, Prediction
 from ..defences.defended import DefendedClassifier
 from ..hub import Kind
 from ..metrics import accuracy_after_each
-from ..modeling import ZeroShotClassifier, ZeroShotOutput, without_gradients
+from ..modeling import ZeroShotClassifier, without_gradients
 from ..objectives.base import Batch, Objective
 from ..objectives.clean import Clean
 from ..prompts.access import prompts_of
@@ -31,8 +31,8 @@ from ..report.card import make_unmeasured_card
 from ..threat_model import ThreatModel
 from ..zero_shot_data.loading import collate_images
 from .batches import (
+    as_objectives_call,
     count_images,
-    further_texts,
     gathering,
     own_images_of_last_batch,
     share_of_update,
@@ -269,29 +269,16 @@ class RobustClipTrainer(ResumingTrainer):
 
     def make_batch(self, inputs: dict[str, Any], student: nn.Module, images_per_update: int = 0) -> Batch:
         """What the objective sees of a batch, with `student` behind its images."""
-        several = self.accelerator.num_processes > 1
+        several, objective = self.accelerator.num_processes > 1, self.training_objective
         return Batch(
             views=inputs.get("views", (inputs["pixel_values"],)),
             labels=inputs.get("labels"),  # type: ignore[arg-type]  # checked: objectives that need them have them
-            captions=inputs.get("captions") if "captions" in self.training_objective.needs else None,
-            student=self._asked(student, self.classifier()),
-            teacher=None if self.teacher is None else self._asked(self.teacher, self.teacher),
+            captions=inputs.get("captions") if "captions" in objective.needs else None,
+            student=as_objectives_call(student, self.classifier(), objective),
+            teacher=None if self.teacher is None else as_objectives_call(self.teacher, self.teacher, objective),
             images_per_update=images_per_update,
             gather=gathering(count_images(inputs), self.accelerator) if several else None,
         )
-
-    def _asked(self, model: nn.Module, core: ZeroShotClassifier) -> Callable[..., Any]:
-        """A model, with `core` inside, as objectives call it."""
-        patches = {"output_patches": True} if "patches" in self.training_objective.needs else {}
-        further = further_texts(self.training_objective, core)
-
-        def asked(pixels: Tensor, **texts: Tensor) -> ZeroShotOutput:
-            output = model(pixel_values=pixels, **patches, **texts)
-            if further is not None:
-                output["text_embeds"] = further
-            return output
-
-        return asked
 
     # ---- attack and loss
 
@@ -351,7 +338,7 @@ class RobustClipTrainer(ResumingTrainer):
         classifier, attackable = self.classifier(), self.attackable(model)
         batch = self.make_batch(inputs, attackable, in_update)
         adv = self._attacked(batch, attackable) if objective.attacked else batch.stacked
-        batch.student = self._asked(model, classifier)
+        batch.student = as_objectives_call(model, classifier, objective)
         fixed = nullcontext() if classifier.text_is_trainable() else classifier.fixed_class_embeds()
         with self.accelerator.autocast(), fixed:
             terms = objective(batch, adv)

@@ -127,6 +127,12 @@ def prompt_templates(key: str) -> tuple[str, ...]:
     return tuple(known[key])
 
 
+def known_descriptions(key: str) -> dict[str, list[str]] | None:
+    """An entry of `descriptions.json`: texts by class name; None if there is none of that name."""
+    found = _facts("descriptions.json").get(key)
+    return found if isinstance(found, dict) else None
+
+
 def plain(label: object) -> str:
     """A label's letters and digits in lower case, by which `"apple_pie"` and `"Apple Pie"` are the same."""
     whole = unicodedata.normalize("NFC", str(label))  # a folder's name may have accents as signs of their own

@@ -19,6 +19,7 @@ from transformers import (
     SiglipVisionModel,
     pipeline,
 )
+from transformers.utils import is_sentencepiece_available
 
 from hf_robust_clip.attacks.losses import cross_entropy
 from hf_robust_clip.attacks.pgd import pgd
@@ -246,6 +247,17 @@ def test_what_is_no_siglip_of_fixed_resolution_is_refused(folder, tmp_path, chan
         changes = {"vision_config": {**own, **changes["vision_config"]}}
     with pytest.raises(OSError, match=named):
         AutoModelForZeroShotClassification.from_pretrained(changed_config(folder, tmp_path, **changes))
+
+
+@pytest.mark.skipif(is_sentencepiece_available(), reason="the library is there")
+def test_a_tokenizer_that_needs_a_library_says_which(folder, tmp_path):
+    """SigLIP's first repositories name it."""
+    changed_config(folder, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "SiglipTokenizer"}))
+    (tmp_path / "tokenizer.json").rename(tmp_path / "spiece.model")
+    with pytest.raises(OSError, match="SentencePiece"):
+        AutoModelForZeroShotClassification.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(("tower", "kind"), [(SiglipVisionModel, "image"), (SiglipTextModel, "text")])

@@ -5,6 +5,8 @@ import torch
 from hf_robust_clip.modeling import ZeroShotOutput
 from hf_robust_clip.objectives.base import Batch
 
+OF_ALL = ("class_embeds", "text_embeds", "logit_scale")
+
 
 def tensor(values):
     return torch.tensor(values, dtype=torch.float64)
@@ -26,8 +28,7 @@ def made_batch(adv, clean=None, on_adv=None, on_clean=None, labels=None, side=1)
             parts = [attacked if pixel > 0.5 else unattacked for pixel in pixels[:, 0, 0, 0]]
             rows = [made_output(**part).rows([i % count]) for i, part in enumerate(parts)]
             joined = {
-                name: rows[0][name] if name == "class_embeds" else torch.cat([row[name] for row in rows])
-                for name in parts[0]
+                name: rows[0][name] if name in OF_ALL else torch.cat([row[name] for row in rows]) for name in parts[0]
             }
             return ZeroShotOutput(**joined)
 
