@@ -92,7 +92,8 @@ def captions(student, labels):
 def asked(forward, texts, pixel_values):
     """What the trainer gives to objectives that look at more than images and classes."""
     output = forward(pixel_values, output_patches=True)
-    output["text_embeds"] = texts
+    if texts is not None:
+        output["text_embeds"] = texts
     return output
 
 
@@ -115,7 +116,7 @@ def world_of(family, tiny_batch):
                     model.set_classes(CLASS_NAMES, ("a {}.", "one {}."))
                 further = objective.templates or "texts" in objective.needs
                 texts = model.text_embeds(objective.templates or None) if further else None
-                model.forward = partial(asked, model.forward, texts)
+                model.forward = partial(asked, partial(type(model).forward, model), texts)
         return Batch((images[rows],), labels[rows], captions(student, labels[rows]), student, teacher)
 
     return of

@@ -64,6 +64,14 @@ def other_classes():
     return model
 
 
+def with_descriptions(last):
+    """A model whose classes have several texts each."""
+    model = tiny_model()
+    names = model.class_names
+    model.set_classes(names, descriptions={name: [f"a {name}", f"{name} {last}"] for name in names})
+    return model
+
+
 def other_weights():
     model = tiny_model()
     with torch.no_grad():
@@ -92,6 +100,7 @@ OTHERS = {
     "fewer images": (lambda: dict(data=tiny_data(15)), "data.images was 16, is 15 now"),
     "label": (lambda: dict(data=other_label()), "data.digest"),
     "classes": (lambda: dict(model=other_classes()), "model.classes"),
+    "descriptions": (lambda: dict(model=with_descriptions("b")), "model.templates was"),
     "weights": (lambda: dict(model=other_weights()), "model.weights"),
     "teacher": (lambda: dict(teacher=tiny_model(seed=5)), "teacher was None"),
     "adapter": (lambda: dict(lora=LoraConfig(r=2, target_modules=["q_proj"])), "adapter"),
@@ -111,6 +120,12 @@ def test_the_division_is_compared_where_the_objective_looks_at_it(tmp_path):
             )
         ]
         assert any("images_per_forward" in text for text in differences(*found)) == others == bool(differences(*found))
+
+
+def test_other_descriptions_are_another_training(tmp_path):
+    found = [make(tmp_path, model=with_descriptions(last)).start_identity() for last in "bcb"]
+    (told,) = differences(found[0], found[1])
+    assert told.startswith("model.descriptions was") and not differences(found[0], found[2])
 
 
 @pytest.mark.parametrize("what", OTHERS)
