@@ -475,9 +475,8 @@ def test_every_config_is_read(config):
     assert bool(found.defences) == (method == "tapt")
     if "imagenet" in config.name or (method == "tapt" and "base" in config.parent.name):
         update = found.training.per_device_train_batch_size * found.training.gradient_accumulation_steps
-        assert update == {"fare": 128, "tga_zsr": 128, "sim_clip": 64, "apt": 32, "tapt": 32, "fap": 4}.get(
-            method, 256
-        )
+        others = {"fare": 128, "tga_zsr": 128, "comp_tga": 128, "sim_clip": 64, "apt": 32, "tapt": 32, "fap": 4}
+        assert update == others.get(method, 256)
         assert ("tiny" in config.name) == (found.data.dataset == "zh-plus/tiny-imagenet")
 
 

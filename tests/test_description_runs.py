@@ -10,7 +10,7 @@ from command_words import last_of_each
 
 from hf_robust_clip.cli import run as run_command
 from hf_robust_clip.report import load_reports
-from hf_robust_clip.runs import evaluate, train
+from hf_robust_clip.runs import train
 from hf_robust_clip.zero_shot_data.specs import known_descriptions
 
 CONFIGS = Path(__file__).parents[1] / "recipes/configs"
@@ -74,17 +74,13 @@ def test_others_that_are_asked_for_go_before_them(capsys):
     found = evaluated("--descriptions", "others.json")
     assert found.templates == ("{description}",) and found.descriptions != trained.descriptions
     assert "NOTE: out was trained with" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluated("--overwrite", "false", "--resume", "true")
+    assert "is the state of another evaluation: its model is" in capsys.readouterr().err
     plain = evaluated("--template", PAPER)
     assert (plain.templates, plain.descriptions) == ((PAPER,), None)
     assert len({plain.prompt_hash, found.prompt_hash, trained.prompt_hash}) == 3
     assert "NOTE: out was trained with" in capsys.readouterr().out
-
-
-def test_another_evaluation_does_not_go_on_with_the_state_of_these(capsys):
-    evaluated()
-    with pytest.raises(SystemExit):
-        evaluated("--descriptions", "others.json", "--overwrite", "false", "--resume", "true")
-    assert "is the state of another evaluation: its model is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -115,6 +111,3 @@ def test_a_training_checks_its_descriptions_first():
     run = train.read(["--descriptions", "less.json", "--template", "{description}"], config)
     with pytest.raises(ValueError, match="descriptions has no texts for"):
         train.prepare(run)
-    assert evaluate.read(
-        [*FEW, "--output_dir", "x", "--descriptions", "digits"], CONFIGS / "evaluate.yaml"
-    ).texts.descriptions == known_descriptions("digits")

@@ -15,7 +15,7 @@ from ..prompts.access import active_prompts, coupled_parameters
 from .descriptions import before_the_class, check_descriptions, default_template, texts_of
 from .freshness import module_key
 from .shared_prefix import PackedTexts, end_positions, pack_texts
-from .texts import check_classes, check_told_apart
+from .texts import DESCRIPTION, check_classes, check_told_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
@@ -131,10 +131,12 @@ class ClassTexts(Model):
     def check_context(count: int, context_length: int, templates: Sequence[str]) -> None:
         """Raise ValueError if `count` text prompts would overwrite class names."""
         if count > context_length:
+            described = any(DESCRIPTION in text for text in templates)
+            example = "a photo of a {}, which has {description}" if described else "a photo of a {}."
             raise ValueError(
                 f"the text prompts replace the first {count} tokens of every prompt, but among the templates "
                 f"{list(templates)} one has only {context_length} before the class name; choose a template with more "
-                "words there, such as 'a photo of a {}.', or fewer text prompts."
+                f"words there, such as {example!r}, or fewer text prompts."
             )
 
     @property
