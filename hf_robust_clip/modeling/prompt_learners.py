@@ -169,7 +169,7 @@ def _read(weights: Mapping[str, Tensor]) -> _Learner:
         else:
             if key in (PREFIX, SUFFIX):
                 learner.texts[key] = values
-            elif key.startswith(TOWERS) or key in ("logit_scale", MEAN, STD):
+            elif (key.startswith(TOWERS) and "VPT" not in key) or key in ("logit_scale", MEAN, STD):
                 learner.rest[key] = values
             else:
                 raise ValueError(_refusal(key))

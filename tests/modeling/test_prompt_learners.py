@@ -92,22 +92,32 @@ def plus(key, *size):
     return lambda weights: {**weights, key: torch.ones(*size)}
 
 
-DEEP = "image_encoder.transformer.resblocks.1.VPT_shallow"
+def renamed(name, other):
+    return lambda weights: {other if key == name else key: value for key, value in weights.items()}
+
+
+BLOCKS = "image_encoder.transformer.resblocks"
+DEEP = f"{BLOCKS}.1.VPT_shallow"
 WRONG = {
     "a context for each class": ("coop", changed("ctx", lambda x: x.expand(5, -1, -1)), "ctx"),
     "CoCoOp": ("coop", plus("meta_net.linear1.weight", 2, TEXT), "meta_net"),
-    "TAME": ("ivlp", plus("image_encoder.transformer.resblocks.1.expert_prompts", 4, 3, VISION), "expert_prompts"),
+    "TAME": ("ivlp", plus(f"{BLOCKS}.1.expert_prompts", 4, 3, VISION), "expert_prompts"),
     "an unknown key": ("maple", plus("prompt_learner.scale", 1), "prompt_learner.scale"),
     "an unknown key of a tower": ("ivlp", plus("image_encoder.adapter.weight", 1), "image_encoder.adapter.weight"),
-    "prompts after ln_pre": ("vpt", plus("image_encoder.transformer.resblocks.0.VPT_shallow", 3, VISION), "blocks.0"),
+    "prompts after ln_pre": ("ivlp", renamed("image_encoder.VPT", f"{BLOCKS}.0.VPT_shallow"), "blocks.0"),
     "no first layer": ("vpt", without("encoder.VPT"), "layer 0"),
     "a layer in the middle": ("vpt", without(DEEP), "layer 1"),
-    "too deep": ("vpt", plus("image_encoder.transformer.resblocks.3.VPT_shallow", 3, VISION), "blocks.3"),
+    "too deep": ("vpt", plus(f"{BLOCKS}.3.VPT_shallow", 3, VISION), "blocks.3"),
     "another width": ("ivlp", changed(DEEP, lambda x: x[:, :-1]), "blocks.1"),
     "another count": ("ivlp", changed(DEEP, lambda x: x[:-1]), "blocks.1"),
     "no maps": ("maple", without("weight", "bias"), "compound_prompts_text"),
     "one map less": ("maple", without("projections.1.weight", "projections.1.bias"), "layer 2"),
     "half a map": ("fap", without("projections.0.bias"), "layer 1"),
+    "no map for the deep layers": (
+        "fap",
+        without(*(f"{i}.{leaf}" for i in "01" for leaf in ("weight", "bias"))),
+        "layer",
+    ),
     "no map for the first layer": ("fap", without("proj.weight", "proj.bias"), "layer 0"),
     "a map of another width": ("maple", changed("proj.weight", lambda x: x.T), "proj.weight"),
     "maps and prompts of both": ("maple", plus("prompt_learner.compound_prompts_image.0", 2, VISION), "layer 1"),
