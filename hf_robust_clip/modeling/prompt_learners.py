@@ -404,6 +404,5 @@ def _say_what_is_unknown(learner: _Learner, base: CLIPForZeroShotClassification,
     if not any(key.startswith(TOWERS[0]) for key in learner.rest):
         logger.warning("the file holds no image encoder: whether base is the CLIP it was trained in isn't checked.")
     if texts:
-        words = base.require_processor().tokenizer.decode(texts[0])
-        logger.warning("these prompts were trained on texts such as '<%d prompts> %s'; other templates give other "
-                       "figures.", len(learner.text[0]), words)  # fmt: skip
+        words = f"<{len(learner.text[0])} prompts> {base.require_processor().tokenizer.decode(texts[0])}"
+        logger.warning("these prompts were trained on texts such as %r; other templates give other figures.", words)
