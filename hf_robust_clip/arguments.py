@@ -266,7 +266,8 @@ class TrainingRunArguments:
         template: prompt with {} for the class name.
         objective: the method: a class of `hf_robust_clip.objectives`, or the dotted path of your own, with its
             settings as --objective.NAME.
-        tasks: datasets to evaluate on, before and after.
+        tasks: datasets to evaluate on, before and after; the name of a suite, such as pmg_aft_16, stands for all test
+            sets of a paper's table.
         defence: a test-time defence, a class with its settings as --defence.NAME, which is fitted on the training
             images, evaluated, and saved with the adapter.
         fit_images: the defence is fitted on so many training images; null takes all.
@@ -295,9 +296,10 @@ class EvaluationRunArguments:
 
     Args:
         output_dir: where report, table and plots are written.
-        template: prompt with {} for the class name; null takes that of the model's training, if a recipe.yaml or
-            report.json beside it says so, else the known dataset's own.
-        tasks: datasets to evaluate on; one of them may be given by --dataset_name in their place.
+        template: prompt with {} for the class name; null takes that of a task or of its suite, else that of the
+            model's training, if a recipe.yaml or report.json beside it says so, else the known dataset's own.
+        tasks: datasets to evaluate on; one of them may be given by --dataset_name in their place. The name of a suite,
+            such as pmg_aft_16, stands for all test sets of a paper's table.
         compare: further checkpoints, shown beside.
         reference: an undefended checkpoint, which a working attack brings to about 0.
         defence: a test-time defence, a class with its settings as --defence.NAME. Where the model's folder holds one

@@ -12,7 +12,7 @@ from PIL import Image
 from hf_robust_clip.cli import main
 from hf_robust_clip.report import load_reports
 from hf_robust_clip.runs import evaluate, train
-from hf_robust_clip.runs.shared import load_data, load_model, load_tasks
+from hf_robust_clip.runs.shared import load_data, load_model, load_tasks, templates_of
 from hf_robust_clip.zero_shot_data.specs import class_names, find_spec, prompt_templates
 from hf_robust_clip.zero_shot_data.suites import SUITES, find_suite, other_pictures
 
@@ -219,6 +219,32 @@ def test_resolution_and_crop_of_a_task_reach_its_pictures(pictures):
     assert [data.resolution for data in found.values()] == [8, 4, 8, 8]
     assert [data.resize for data in found.values()] == [None, None, 16, None]
     assert found["whole"].templates == ("a {} thing",)
+    for number, otherwise, expected in (
+        (3, ["z {}"], "a {} thing"),
+        (2, ["z {}"], "z {}"),
+        (2, [], "This is a photo of a {}"),
+    ):
+        title = run.tasks[number].name or run.tasks[number].dataset
+        assert list(templates_of(run.tasks[number], found[title], otherwise)) == [expected]
     (small,) = evaluation("--tasks", "[{dataset: cifar10, data_root: data, attack_resolution: 4, crop_pct: 1}]").tasks
     with pytest.raises(ValueError, match="resize=8 does nothing"):
         load_data(small, model)
+
+
+def test_a_training_evaluates_each_task_with_its_own_prompt(pictures):
+    suite = f"{{suite: tga_zsr_16, data_root: data, without: {ONLY_TWO}}}"
+    words = [
+        "--tasks",
+        f"[{{dataset: digits}}, {suite}]",
+        "--template",
+        "z {}",
+        "--output_dir",
+        "trained",
+        "--use_cpu",
+    ]
+    prepared = train.prepare(train.read(words, RECIPES / "digits-clip/tecoa.yaml"))
+    assert {title: data.templates for title, data in prepared.tasks.items()} == {
+        "digits": ("z {}",),
+        "cifar10": ("This is a photo of a {}",),
+        "dtd": ("A surface with a {} texture.",),
+    }
