@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from .attacks.suites import Suite
 from .defences.base import Defence
@@ -100,6 +101,12 @@ class Images(PictureArguments):
         name: what tables call a task.
         config: where a dataset has several configurations.
         revision: of a Hub id.
+        template: prompt with {} for the class name, or a key of templates.json; null takes that of the run.
+        attack_resolution: side in pixels at which pictures are attacked, or model for the model's input size; null
+            takes the known dataset's own.
+        crop_pct: side of the centre crop by the shorter side of the resized picture, in place of resize: 0.875 is
+            256 and 224 px. It counts at the model's input size.
+        suite: of which this is a task, for remarks on what differs from the paper's table.
         All others are those of `PictureArguments`.
     """
 
@@ -108,9 +115,20 @@ class Images(PictureArguments):
     name: str | None = None
     config: str | None = None
     revision: str | None = None
+    template: str | None = None
+    attack_resolution: int | Literal["model"] | None = None
+    crop_pct: float | None = None
+    suite: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct={self.crop_pct!r} must be above 0 and at most 1.")
+        if self.crop_pct is not None and (self.resize is not None or self.augment):
+            other = f"resize={self.resize!r}" if self.augment is False else "augment=true"
+            raise ValueError(f"crop_pct={self.crop_pct!r} does nothing beside {other}; choose one.")
+        if isinstance(self.attack_resolution, int) and self.attack_resolution < 1:
+            raise ValueError(f"attack_resolution={self.attack_resolution!r} must be at least 1.")
         if self.dataset == "digits" and self.data_root is not None:
             raise ValueError(f"data_root={self.data_root!r} does nothing for digits, which come with scikit-learn.")
 
@@ -248,7 +266,8 @@ class TrainingRunArguments:
         template: prompt with {} for the class name.
         objective: the method: a class of `hf_robust_clip.objectives`, or the dotted path of your own, with its
             settings as --objective.NAME.
-        tasks: datasets to evaluate on, before and after.
+        tasks: datasets to evaluate on, before and after; the name of a suite, such as pmg_aft_16, stands for all test
+            sets of a paper's table.
         defence: a test-time defence, a class with its settings as --defence.NAME, which is fitted on the training
             images, evaluated, and saved with the adapter.
         fit_images: the defence is fitted on so many training images; null takes all.
@@ -277,9 +296,10 @@ class EvaluationRunArguments:
 
     Args:
         output_dir: where report, table and plots are written.
-        template: prompt with {} for the class name; null takes that of the model's training, if a recipe.yaml or
-            report.json beside it says so, else the known dataset's own.
-        tasks: datasets to evaluate on; one of them may be given by --dataset_name in their place.
+        template: prompt with {} for the class name; null takes that of a task or of its suite, else that of the
+            model's training, if a recipe.yaml or report.json beside it says so, else the known dataset's own.
+        tasks: datasets to evaluate on; one of them may be given by --dataset_name in their place. The name of a suite,
+            such as pmg_aft_16, stands for all test sets of a paper's table.
         compare: further checkpoints, shown beside.
         reference: an undefended checkpoint, which a working attack brings to about 0.
         defence: a test-time defence, a class with its settings as --defence.NAME. Where the model's folder holds one

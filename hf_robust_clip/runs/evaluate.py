@@ -57,7 +57,8 @@ COMMAND = CommandLine(
     },
     required=("output_dir", "evaluation.radii"),
     skip=frozenset(
-        ["use_peft", "lora_r", "lora_alpha", "dataset_train_split", "augment", "fit_on.augment", "fit_on.name"]
+        ["use_peft", "lora_r", "lora_alpha", "dataset_train_split", "augment"]
+        + [f"fit_on.{name}" for name in ("augment", "name", "suite")]
     ),
 )
 
@@ -153,13 +154,18 @@ def check_output(folder: str, model: ModelArguments, about: EvaluationRunArgumen
 
 
 def _prepare_settings(file: dict[str, Any], options: dict[str, str]) -> None:
-    """`compare` as a list; `--dataset_name` takes the place of the tasks, `--evaluation.attack` of attacks."""
+    """`compare` as a list; `--dataset_name` takes the place of the tasks, `--evaluation.attack` of attacks; and the
+    tasks of suites that of their names.
+    """
     shared.as_list("compare", file, options)
     evaluation = file.get("evaluation")
     if "evaluation.attack" in options and isinstance(evaluation, dict):
         evaluation.pop("attacks", None)
     if "dataset_name" in options and "tasks" not in options:
         file.pop("tasks", None)
+    template = options.get("template", file.get("template"))
+    if shared.expand_suites(file, options, template=template not in (None, "null")):
+        shared.beside_suites(file, options)
 
 
 def _tasks(given: Given, data: DataArguments, about: EvaluationRunArguments) -> tuple[Images, ...]:
@@ -244,9 +250,8 @@ def measure(prepared: Prepared) -> Measured:
             templates = trained_templates(name, revision)
         defence, facts = defence_for(prepared, model, name, templates)
         trained = known_templates(name, revision)
-        for title, task in prepared.tasks.items():
-            data = shared.load_data(task, model)
-            model.set_classes(data.class_names, templates or data.templates)
+        for title, data in shared.load_tasks(prepared.tasks, model).items():
+            model.set_classes(data.class_names, shared.templates_of(prepared.tasks[title], data, templates))
             remark = other_prompt(prepared.called[name], trained, model.templates)
             found.remarks += [] if remark is None else [remark]
             for settings in run.evaluations:
@@ -316,7 +321,7 @@ def defence_for(
     about = f"{len(data)} images of {data.dataset_id}, split {data.split}"
     prepared.processes.print(f"{called}: {run.defence.name} is fitted on {about}")
     how = run.evaluations[0]
-    with model.prepared_for(data, templates or data.templates):
+    with model.prepared_for(data, shared.templates_of(run.fit_on, data, templates)):
         defence = run.defence.fit(
             model,
             data,
@@ -381,7 +386,7 @@ def show(prepared: Prepared, measured: Measured) -> None:
     reporting.print_table(reporting.table(reports, prepared.called[run.model.model_name_or_path]))
     share = reporting.percent(max(report.zero_gradient_share for report in reports))
     print(f"exactly-zero input gradients in the attacks: at most {share}")
-    remarks: list[str | None] = [*measured.remarks]
+    remarks: list[str | None] = [*measured.remarks, *shared.suite_remarks(prepared.tasks, reports)]
     if run.defence is not None and not any(report.view.goes_through for report in reports):
         remarks.append(
             "no attack went through the defence: the figures say nothing of its strength; add AdaptiveWorst."

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
 from ..arguments import Images
 from ..digits_clip import EMBEDDED_MODEL
-from ..modeling import CLIPForZeroShotClassification, adapter_config, base_of, with_adapter
+from ..modeling import CLIPForZeroShotClassification, adapter_config, base_of, check_classes, with_adapter
 from ..modeling.checkpoints import read_config
+from ..pictures import model_side
+from ..report import RobustnessReport
+from ..typed_settings import typed_text
+from ..zero_shot_data.errors import one_line
 from ..zero_shot_data.loading import ImageDataset, class_names_of, load_image_dataset
+from ..zero_shot_data.specs import prompt_templates
+from ..zero_shot_data.suites import find_suite, other_pictures
 from .interruptions import one_line_errors
 
 SUITES = ("hf_robust_clip.attacks", "hf_robust_clip.evaluation")  # where classes of attacks are
+SAID_OF = {"data_root": "a folder", "max_images": "a whole number", "streaming": "true or false"}
+FOR_ALL_TASKS = tuple(SAID_OF)  # may stand beside a suite, for all of its tasks
 
 
 def run_command(read: Callable[[], Any], act: Callable[[Any], object], left: Callable[[str], str]) -> None:
@@ -38,6 +46,81 @@ def as_list(name: str, file: dict[str, Any], options: dict[str, str]) -> None:
         file[name] = [file[name]]
     if name in options and options[name][:1] not in ("[", "{"):
         options[name] = json.dumps([options[name]])
+
+
+def expand_suites(file: dict[str, Any], options: dict[str, str], *, template: bool) -> bool:
+    """Put the tasks of suites in the place of their names: `tasks: NAME`, and in a list NAME, or {suite: NAME} with
+    `data_root`, `max_images` or `streaming` for all of its tasks, `template`, and `without`: sets to leave out.
+
+    Args:
+        file, options: settings of a YAML file and of flags, which are changed.
+        template: whether the run has a prompt of its own, which goes before those of suites.
+
+    Returns whether all tasks are of suites.
+    Raises ValueError for a name that there is no suite of, one that is there twice, and other keys beside it.
+    """
+    told: Any = file.get("tasks")
+    if "tasks" in options:
+        try:
+            told = typed_text(options["tasks"])
+        except ValueError as error:
+            raise ValueError(f"tasks: {error}") from None
+    entries = told if isinstance(told, list) else [told]
+    suites = [_suite_named(entry) for entry in entries if _suite_named(entry) is not None]
+    if not suites or told == "null":
+        return False
+    if twice := [name for name in suites if suites.count(name) > 1]:
+        raise ValueError(f"tasks={told!r} names the suite {twice[0]!r} twice; name it once.")
+    expanded = [_tasks_of(entry, template, several=len(suites) > 1) for entry in entries]
+    options.pop("tasks", None)
+    file["tasks"] = [task for tasks in expanded for task in tasks]
+    return len(suites) == len(entries)
+
+
+def _suite_named(entry: Any) -> Any:
+    """The name of the suite of which an entry of `tasks` stands for all tasks; one with a dataset is a single task."""
+    if isinstance(entry, Mapping):
+        return entry["suite"] if "suite" in entry and "dataset" not in entry else None
+    return entry if isinstance(entry, str) else None
+
+
+def _tasks_of(entry: Any, template: bool, several: bool) -> list[Any]:
+    """The tasks that an entry stands for; titles name the suite where there are several."""
+    name = _suite_named(entry)
+    if name is None:
+        return [entry]
+    asked = {key: value for key, value in entry.items() if key != "suite"} if isinstance(entry, Mapping) else {}
+    known = ("without", "template", *FOR_ALL_TASKS)
+    if other := [key for key in asked if key not in known]:
+        raise ValueError(f"tasks: {other[0]!r} is no key beside suite={name!r}, which takes {', '.join(known)}.")
+    for key in FOR_ALL_TASKS:
+        _check_for_all(key, asked.get(key))
+    without = asked.pop("without", None) or []
+    if template and "template" not in asked:
+        asked["template"] = None
+    tasks = find_suite(name).settings([without] if isinstance(without, str) else without)
+    if several:
+        tasks = [{**task, "name": f"{task['name']} ({name})"} for task in tasks]
+    return [{key: value for key, value in {**task, **asked}.items() if value is not None} for task in tasks]
+
+
+def beside_suites(file: dict[str, Any], options: dict[str, str]) -> None:
+    """Let `--data_root`, `--max_images` and `--streaming` stand for all tasks, all of which are of suites; what a task
+    says itself goes before.
+    """
+    for key in FOR_ALL_TASKS:
+        value = options.pop(key, file.get(key))
+        file.pop(key, None)
+        _check_for_all(key, value)
+        if value is not None:
+            file["tasks"] = [{key: value, **task} for task in file["tasks"]]
+
+
+def _check_for_all(key: str, value: Any) -> None:
+    """Raise ValueError here for a value that would be wrong in every task."""
+    right = {"max_images": str(value).isdecimal(), "streaming": value in ("true", "false")}
+    if value is not None and not right.get(key, isinstance(value, str)):
+        raise ValueError(f"{key}={value!r} of a suite must be {SAID_OF[key]}.")
 
 
 def check_model(name: str, revision: str | None = None) -> None:
@@ -68,14 +151,64 @@ def load_data(images: Images, model: CLIPForZeroShotClassification) -> ImageData
         class_names=class_names_of(names) if isinstance(names, str) else names,
         image_column=images.image_column,
         label_column=images.label_column,
-        resize=images.resize,
+        resize=_resize(images, model),
+        templates=_template_key(images.template),
+        attack_resolution=images.attack_resolution,
         background=images.background,
         streaming=images.streaming,
         max_images=images.max_images if images.streaming else None,
     )
+    if images.template is not None and _template_key(images.template) is None:
+        data = replace(data, templates=(images.template,))
     data = data if images.classes is None else data.only(images.classes)
     data = data.shots(images.shots, images.shots_seed).first(images.max_images)
     return replace(data, augment=images.augment)
+
+
+def _resize(images: Images, model: CLIPForZeroShotClassification) -> int | None:
+    """The shorter side before the centre crop; None for the processor's own."""
+    if images.crop_pct is None:
+        return images.resize
+    return int(model_side(model.require_processor()) / images.crop_pct)
+
+
+def _template_key(template: str | None) -> str | None:
+    """The key of `templates.json` that a task gives; None where it gives a prompt, or nothing."""
+    return None if template is None or "{}" in template else template
+
+
+def load_tasks(tasks: Mapping[str, Images], model: CLIPForZeroShotClassification) -> dict[str, ImageDataset]:
+    """The pictures of all tasks by their titles, before the first is evaluated.
+
+    Raises OSError that names every set that can't be found.
+    """
+    found, missing = {}, {}
+    for title, task in tasks.items():
+        try:
+            found[title] = load_data(task, model)
+        except OSError as error:
+            missing[title] = error
+    if len(missing) == 1 and len(tasks) == 1:
+        raise next(iter(missing.values()))
+    if missing:
+        first = one_line(next(iter(missing.values())))
+        raise OSError(f"{len(missing)} of {len(tasks)} tasks can't be loaded: {', '.join(missing)}; {first}")
+    return found
+
+
+def templates_of(task: Images, data: ImageDataset, otherwise: Sequence[str]) -> Sequence[str]:
+    """The prompts of a task: its own, else others that there are, else those of the known dataset."""
+    return data.templates if task.template is not None else (otherwise or data.templates)
+
+
+def suite_remarks(tasks: Mapping[str, Images], reports: Sequence[RobustnessReport]) -> list[str]:
+    """What of each suite among the tasks isn't as in the paper's table."""
+    counts = {report.task: report.num_images for report in reports}
+    found: dict[str, dict[str, int]] = {}
+    for title, task in tasks.items():
+        if task.suite is not None and title in counts:
+            found.setdefault(task.suite, {})[task.dataset] = counts[title]
+    return [remark for name, own in found.items() if (remark := other_pictures(name, own)) is not None]
 
 
 def check_tasks(tasks: tuple[Images, ...]) -> None:
@@ -87,9 +220,24 @@ def check_tasks(tasks: tuple[Images, ...]) -> None:
     for i, task in enumerate(tasks):
         if not task.dataset:
             raise ValueError(f"tasks[{i}].dataset is missing.")
+        if task.suite is not None:
+            find_suite(task.suite)
+        if task.template is not None:
+            check_template(task.template, f"tasks[{i}].template")
         if task.augment:
             raise ValueError(f"tasks[{i}].augment=true: pictures are evaluated as they are; augment is of training.")
     task_titles([(task.name, task.dataset) for task in tasks])
+
+
+def check_template(template: str, name: str) -> None:
+    """Raise ValueError for a text that is neither a prompt with {} for the class name nor a key of templates.json."""
+    if (key := _template_key(template)) is None:
+        check_classes(["a class"], template)
+        return
+    try:
+        prompt_templates(key)
+    except ValueError:
+        raise ValueError(f"{name}={template!r} has no {{}}, and is no key of templates.json; give a prompt.") from None
 
 
 def quiet_loading() -> None:

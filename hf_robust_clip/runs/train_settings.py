@@ -26,7 +26,7 @@ from ..defences.base import Defence
 from ..evaluation.attack_views import Adaptive, AdaptiveWorst, Static
 from ..evaluation.settings import EvaluationSettings
 from ..hub import Push, check_base, check_push
-from ..names import shown_name
+from ..names import shown_name, task_titles
 from ..objectives.base import Objective
 from ..prompts import ClipPromptConfig
 from ..report.card import card_state
@@ -89,6 +89,12 @@ class TrainingRun(TrainingRunArguments):
     resume: bool
     push: Push | None
     source: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def titled(self) -> dict[str, Images]:
+        """The tasks by what tables call them."""
+        names = task_titles([(task.name, task.dataset) for task in self.tasks])
+        return dict(zip(names, self.tasks, strict=True))
 
     @property
     def title(self) -> str:
@@ -189,8 +195,11 @@ def _own_test(data: DataArguments) -> Images:
 
 
 def _prepare_settings(file: dict[str, Any], options: dict[str, str]) -> None:
-    """`compare` as a list; and where the flags ask for another design of prompts than the file, nothing of its own."""
+    """`compare` as a list; the tasks of suites in the place of their names; and where the flags ask for another design
+    of prompts than the file, nothing of its own.
+    """
     shared.as_list("compare", file, options)
+    shared.expand_suites(file, options, template=False)
     prompts = file.get("prompts")
     if isinstance(prompts, dict) and options.get("prompts.design") not in (None, prompts.get("design")):
         for key in unused.unused_by_design(options["prompts.design"], prompts):
