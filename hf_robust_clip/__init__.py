@@ -12,7 +12,7 @@ from typing import Any
 
 _NAMES = {
     "threat_model": "ThreatModel",
-    "modeling": "CLIPForZeroShotClassification",
+    "modeling": "CLIPForZeroShotClassification SiglipForZeroShotClassification AutoModelForZeroShotClassification",
     "modeling.vision_tower": "replace_vision_tower robust_vision_tower",
     "attacks.pgd": "pgd",
     "attacks.apgd": "apgd apgd_targeted",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor
 
 from ..checks import check_whole
-from ..modeling import CLIPForZeroShotClassification
+from ..modeling import ZeroShotClassifier
 from ..processes import Processes
 from ..prompts.access import num_vision_prompts, summary
 from .base import Fitted
@@ -47,7 +47,7 @@ class AlignmentTargets(Fitted):
         """That of the adversarial statistics."""
         return self.adversarial.record
 
-    def check(self, classifier: CLIPForZeroShotClassification) -> None:
+    def check(self, classifier: ZeroShotClassifier) -> None:
         """Raise ValueError unless these statistics belong to the classifier: its layers, tokens and width, its image
         encoder, and (`adversarial`) the prompts that are active in this.
         """
@@ -63,10 +63,10 @@ class AlignmentTargets(Fitted):
                 f"({summary(classifier)}); collect them anew after training, or choose their adapter."
             )
 
-    def check_shapes(self, classifier: CLIPForZeroShotClassification) -> None:
+    def check_shapes(self, classifier: ZeroShotClassifier) -> None:
         """Raise ValueError unless layers, tokens and width are those of the classifier's image encoder."""
         vision = classifier.config.vision_config
-        tokens = (vision.image_size // vision.patch_size) ** 2 + 1 + num_vision_prompts(classifier)
+        tokens = classifier.num_image_tokens + num_vision_prompts(classifier)
         expected = vision.num_hidden_layers, tokens, vision.hidden_size
         for name, statistics in self._parts().items():
             given = tuple(statistics.mean.shape)
@@ -143,10 +143,10 @@ class AlignedTuning(PromptTuning):
 
     def fit(
         self,
-        classifier: CLIPForZeroShotClassification,
+        classifier: ZeroShotClassifier,
         dataset: ImageDataset,
         *,
-        clean_classifier: CLIPForZeroShotClassification | None = None,
+        clean_classifier: ZeroShotClassifier | None = None,
         batch_size: int = 64,
         processes: Processes = None,
         state_dir: str | Path | None = None,
@@ -173,7 +173,7 @@ class AlignedTuning(PromptTuning):
         }
         return replace(self, targets=AlignmentTargets(**found))
 
-    def check(self, classifier: CLIPForZeroShotClassification) -> None:
+    def check(self, classifier: ZeroShotClassifier) -> None:
         super().check(classifier)
         if self.align_weight == 0:
             return

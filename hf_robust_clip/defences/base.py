@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice
-from ..modeling import CLIPForZeroShotClassification, without_gradients
+from ..modeling import ZeroShotClassifier, without_gradients
 from ..paper import Paper, Unpublished
 from ..prediction import Prediction
 from ..processes import Processes
@@ -71,7 +71,7 @@ class Fitted(ABC):
         """Read what `save` wrote. Raises OSError, or ValueError, for a file that can't be read."""
 
     @abstractmethod
-    def check(self, classifier: CLIPForZeroShotClassification) -> None:
+    def check(self, classifier: ZeroShotClassifier) -> None:
         """Raise ValueError unless it belongs to this classifier."""
 
 
@@ -80,7 +80,7 @@ class Defence(ABC):
     """A test-time defence: a frozen dataclass of its hyperparameters with functions of a classifier and images.
 
     A new method is one file with one subclass that has `_predict`, `traits` unless it has none, and a `paper` if there
-    is one. The classifier is an argument: `CLIPForZeroShotClassification` with its classes set, and with the prompts
+    is one. The classifier is an argument: `ZeroShotClassifier` with its classes set, and with the prompts
     in it that the method tunes (`needs_prompts`); methods that tune the words of a plain CLIP put them in for the time
     being. Parameters, mode and class embeddings come back as they were.
 
@@ -145,7 +145,7 @@ class Defence(ABC):
 
     @abstractmethod
     def _predict(
-        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
+        self, classifier: ZeroShotClassifier, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
     ) -> Prediction:
         """`predict` on images that fit into memory, with the classifier prepared; gradients are on. `state` is None
         for episodic defences, else that before the first of these images.
@@ -153,10 +153,10 @@ class Defence(ABC):
 
     def fit(
         self,
-        classifier: CLIPForZeroShotClassification,
+        classifier: ZeroShotClassifier,
         dataset: ImageDataset,
         *,
-        clean_classifier: CLIPForZeroShotClassification | None = None,
+        clean_classifier: ZeroShotClassifier | None = None,
         batch_size: int = 64,
         processes: Processes = None,
         state_dir: str | Path | None = None,
@@ -177,13 +177,13 @@ class Defence(ABC):
         """
         return self
 
-    def start(self, classifier: CLIPForZeroShotClassification) -> Any:
+    def start(self, classifier: ZeroShotClassifier) -> Any:
         """The stream state before the first image; None for episodic defences."""
         return None
 
     def predict(
         self,
-        classifier: CLIPForZeroShotClassification,
+        classifier: ZeroShotClassifier,
         images_BCHW: Tensor,
         *,
         state: Any = None,
@@ -207,8 +207,10 @@ class Defence(ABC):
         classes or without the prompts that the method tunes; TypeError or ValueError for a method whose prediction
         isn't what `Prediction` says.
         """
-        if not isinstance(classifier, CLIPForZeroShotClassification):
-            raise TypeError(f"classifier is a {type(classifier).__name__}; give a CLIPForZeroShotClassification.")
+        if not isinstance(classifier, ZeroShotClassifier):
+            raise TypeError(
+                f"classifier is a {type(classifier).__name__}; give one of AutoModelForZeroShotClassification."
+            )
         check_choice(GradientPath, path=path)
         self.check(classifier)
         if not isinstance(images_BCHW, Tensor):
@@ -233,7 +235,7 @@ class Defence(ABC):
 
             return joined(in_parts(part, len(images_BCHW), size))
 
-    def check(self, classifier: CLIPForZeroShotClassification) -> None:
+    def check(self, classifier: ZeroShotClassifier) -> None:
         """Raise ValueError unless the classifier has what the method needs."""
         if not classifier.class_names:
             raise ValueError("the classifier has no classes; call set_classes(class_names) first.")
@@ -261,7 +263,7 @@ class Defence(ABC):
             raise ValueError(f"{name} gives no state, and the method isn't episodic; give Prediction(state=...).")
 
     @contextmanager
-    def prepared(self, classifier: CLIPForZeroShotClassification) -> Iterator[None]:
+    def prepared(self, classifier: ZeroShotClassifier) -> Iterator[None]:
         """The classifier in eval mode, its parameters frozen, with gradients on, ready to be defended.
 
         Enter it around many calls, of images that were checked, to spare each of them the preparation; it may be
@@ -277,13 +279,13 @@ class Defence(ABC):
             stack.enter_context(torch.inference_mode(False))
             yield
 
-    def _images_at_once(self, classifier: CLIPForZeroShotClassification, count: int) -> int:
+    def _images_at_once(self, classifier: ZeroShotClassifier, count: int) -> int:
         """How many images are defended together."""
         if self.memory_budget is None:
             return max(count, 1)
         return max(1, int(self.memory_budget * 2**30 / self._bytes_per_image(classifier)))
 
-    def _bytes_per_image(self, classifier: CLIPForZeroShotClassification) -> float:
+    def _bytes_per_image(self, classifier: ZeroShotClassifier) -> float:
         """What the activations of one image take, roughly; for `memory_budget`."""
         return activation_bytes(classifier, graph=True)
 

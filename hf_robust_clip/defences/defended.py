@@ -16,11 +16,17 @@ from huggingface_hub import ModelCard, snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPProcessor
 
 from ..digits_clip import EMBEDDED_MODEL, digits_clip_path
 from ..hub import Push, check_base, check_folder, prepare_repository, upload
-from ..modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, ZeroShotOutput, base_of, with_adapter
+from ..modeling import (
+    PAPER_TEMPLATE,
+    AutoModelForZeroShotClassification,
+    ZeroShotClassifier,
+    ZeroShotOutput,
+    base_of,
+    with_adapter,
+)
 from ..modeling.freshness import weights_digest
 from ..names import hub_name, shown_name
 from ..prompts.access import active_adapter, prompts_of
@@ -37,7 +43,7 @@ FILES = (SETTINGS, PROMPTS, "adapter_config.json", "config.json", "README.md")
 
 
 class DefendedClassifier(nn.Module):
-    """A `CLIPForZeroShotClassification` (with prompts in it, where the method tunes some) behind a test-time defence.
+    """A `ZeroShotClassifier` (with prompts in it, where the method tunes some) behind a test-time defence.
 
         model = DefendedClassifier.from_pretrained(folder)      # or TAPT.from_pretrained(folder)
         logits = model(pixel_values).logits                     # defended; pixel_values: (B, 3, H, W) in [0, 1]
@@ -56,7 +62,7 @@ class DefendedClassifier(nn.Module):
 
     def __init__(
         self,
-        classifier: CLIPForZeroShotClassification | PeftModel,
+        classifier: ZeroShotClassifier | PeftModel,
         adapter: Defence,
         *,
         seed: int = 0,
@@ -64,8 +70,8 @@ class DefendedClassifier(nn.Module):
     ):
         super().__init__()
         core = classifier.get_base_model() if isinstance(classifier, PeftModel) else classifier
-        if not isinstance(core, CLIPForZeroShotClassification):
-            raise TypeError(f"classifier is a {type(core).__name__}; give a CLIPForZeroShotClassification.")
+        if not isinstance(core, ZeroShotClassifier):
+            raise TypeError(f"classifier is a {type(core).__name__}; give one of AutoModelForZeroShotClassification.")
         if not isinstance(adapter, Defence):
             raise TypeError(f"adapter is a {type(adapter).__name__}; give a test-time defence, such as TAPT().")
         self.classifier, self.adapter, self.seed = core, adapter, seed
@@ -80,11 +86,11 @@ class DefendedClassifier(nn.Module):
         return self.adapter.predict(self.classifier, images_BCHW, seed=self.seed)
 
     def set_classes(self, class_names: Sequence[str], template: str | Sequence[str] = PAPER_TEMPLATE) -> None:
-        """Choose the classes; see `CLIPForZeroShotClassification.set_classes`."""
+        """Choose the classes; see `ZeroShotClassifier.set_classes`."""
         self.classifier.set_classes(class_names, template)
 
     @property
-    def config(self) -> CLIPConfig:
+    def config(self) -> Any:
         """The base model's."""
         return self.classifier.config
 
@@ -99,7 +105,7 @@ class DefendedClassifier(nn.Module):
         return self.classifier.dtype
 
     @property
-    def processor(self) -> CLIPProcessor:
+    def processor(self) -> Any:
         """The base model's. Raises ValueError if it has none."""
         return self.classifier.require_processor()
 
@@ -143,7 +149,7 @@ class DefendedClassifier(nn.Module):
     def _check_weights(self, base: str, revision: str | None) -> None:
         """Raise ValueError unless the classifier's weights, adapters aside, are those of the base model."""
         try:
-            there = CLIPForZeroShotClassification.from_pretrained(base, revision=revision or "main")
+            there = AutoModelForZeroShotClassification.from_pretrained(base, revision=revision or "main")
         except OSError as error:
             logger.warning("nobody could look whether the weights are those of the base model: %s", error)
             return
@@ -217,7 +223,7 @@ class DefendedClassifier(nn.Module):
         adapter = adapter_from(adapter_cls, {**plain, **found})
         named = {"base_model_name_or_path": settings["base_model"], "revision": settings["base_revision"]}
         base, base_revision = base_of(name, named, where)
-        classifier = CLIPForZeroShotClassification.from_pretrained(
+        classifier = AutoModelForZeroShotClassification.from_pretrained(
             base, **{**where, "revision": base_revision}, **({} if dtype is None else {"dtype": dtype})
         )
         if settings["prompts"]:
@@ -260,6 +266,7 @@ class DefendedClassifier(nn.Module):
             template=(self.classifier.templates or (PAPER_TEMPLATE,))[0],
             class_names=self.classifier.class_names or ("cat", "dog"),
             limits="",
+            family=self.config.model_type,
         )
         return make_unmeasured_card(info, "defence")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..crops import RandomResizedCrop
-from ..modeling import CLIPForZeroShotClassification
+from ..modeling import ZeroShotClassifier
 from ..paper import Paper
 from .base import Defence, GradientPath, Prediction, Traits
 from .memory import activation_bytes
@@ -47,7 +47,7 @@ class Ensemble(Defence):
         return f"ensemble-{self.num_views}"
 
     def _predict(
-        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
+        self, classifier: ZeroShotClassifier, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
     ) -> Prediction:
         views = draw_boxes(images_BCHW, self.num_views, self.crop, seed)
         with torch.set_grad_enabled(path != "none"):
@@ -56,6 +56,6 @@ class Ensemble(Defence):
             logits_BC = log_mean_softmax(logits.unflatten(0, embeds_BVD.shape[:2]))
         return Prediction(logits_BC, torch.zeros(len(logits_BC), dtype=torch.bool, device=logits_BC.device), {})
 
-    def _bytes_per_image(self, classifier: CLIPForZeroShotClassification) -> float:
+    def _bytes_per_image(self, classifier: ZeroShotClassifier) -> float:
         at_once = self.num_views if self.chunk_size is None else min(self.num_views, self.chunk_size)
         return at_once * activation_bytes(classifier, graph=False)

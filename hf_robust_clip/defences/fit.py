@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..checks import check_whole
 from ..digests import digest
 from ..environment import library_versions
-from ..modeling import CLIPForZeroShotClassification, resolution_of
+from ..modeling import ZeroShotClassifier, resolution_of
 from ..processes import Processes, together
 from ..prompts.access import coupled_parameters, prompts_of, summary
 from ..storage import check_writable, whole_file
@@ -30,7 +30,7 @@ BATCHES_PER_STATE = 50  # after how many batches a resumable collection writes d
 
 
 def collect_statistics(
-    classifier: CLIPForZeroShotClassification,
+    classifier: ZeroShotClassifier,
     dataset: ImageDataset | Dataset,
     *,
     batch_size: int,
@@ -99,7 +99,7 @@ def collect_statistics(
     return moments.statistics(record, torch.promote_types(classifier.dtype, torch.float32))
 
 
-def fingerprints(classifier: CLIPForZeroShotClassification) -> tuple[str, str]:
+def fingerprints(classifier: ZeroShotClassifier) -> tuple[str, str]:
     """Two short hashes: of the image encoder without its prompts, and of the active prompts that it reads.
 
     The first is of the shapes of all its parameters, the first 16 values of each, and mean and std of the
@@ -107,7 +107,7 @@ def fingerprints(classifier: CLIPForZeroShotClassification) -> tuple[str, str]:
     too), `"none"` without any. Values count to the precision of bfloat16: casting a float32 model to it changes
     neither hash.
     """
-    named = (*classifier.vision_model.named_parameters(), *classifier.visual_projection.named_parameters())
+    named = [named for module in classifier.image_modules for named in module.named_parameters()]
     weights: list[Tensor] = [parameter for name, parameter in named if "clip_prompt_" not in name]
     weights += [classifier.image_mean, classifier.image_std]
     prompts = vision_prompts(classifier)
@@ -123,13 +123,14 @@ def _hash(tensors: Sequence[Tensor], first: int | None = None) -> str:
     return sha256(shapes + values.cpu().view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
-def vision_prompts(classifier: CLIPForZeroShotClassification) -> list[Tensor]:
+def vision_prompts(classifier: ZeroShotClassifier) -> list[Tensor]:
     """The active parameters that prompts in the image encoder are made from."""
-    own = [p for name, p in prompts_of(classifier).items() if name.startswith("vision_model.")]
-    return [*own, *coupled_parameters(classifier.vision_model)]
+    inside = {id(parameter) for parameter in classifier.vision_parameters()}
+    own: list[Tensor] = [p for p in prompts_of(classifier).values() if id(p) in inside]
+    return [*own, *coupled_parameters(classifier.image_modules[0])]
 
 
-def _record(classifier: CLIPForZeroShotClassification, dataset: Any, data_id: str | None) -> dict[str, Any]:
+def _record(classifier: ZeroShotClassifier, dataset: Any, data_id: str | None) -> dict[str, Any]:
     """Where statistics come from, in JSON types; of folders only the last part of their path."""
     model, prompts = fingerprints(classifier)
     name = classifier.name_or_path
@@ -159,7 +160,7 @@ def _merged_over_processes(moments: RunningMoments, device: torch.device) -> Run
     return merged
 
 
-def _state_key(classifier: CLIPForZeroShotClassification, dataset: Any, world: int) -> dict[str, Any]:
+def _state_key(classifier: ZeroShotClassifier, dataset: Any, world: int) -> dict[str, Any]:
     """What must be the same for a state to be of use."""
     model, prompts = fingerprints(classifier)
     return {

@@ -8,13 +8,13 @@ from typing import TypeVar
 
 import torch
 
-from ..modeling import CLIPForZeroShotClassification
+from ..modeling import ZeroShotClassifier
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def activation_bytes(classifier: CLIPForZeroShotClassification, graph: bool) -> float:
+def activation_bytes(classifier: ZeroShotClassifier, graph: bool) -> float:
     """Roughly what one picture's forward through the image encoder keeps: its peak, or with a graph all layers."""
     vision = classifier.config.vision_config
     tokens = (vision.image_size // vision.patch_size) ** 2 + 8

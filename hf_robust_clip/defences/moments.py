@@ -1,6 +1,6 @@
 """Moments of what the layers of an image encoder read.
 
-Shapes: N images, L layers, T tokens of an image (class token, patches, prompts), D width.
+Shapes: N images, L layers, T tokens of an image (class token if there is one, patches, prompts), D width.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modeling import CLIPForZeroShotClassification
+from ..modeling import ZeroShotClassifier
 from ..prompts.access import plain_layer
 
 
 @contextmanager
-def layer_inputs(classifier: CLIPForZeroShotClassification) -> Iterator[list[Tensor]]:
+def layer_inputs(classifier: ZeroShotClassifier) -> Iterator[list[Tensor]]:
     """A list that every forward of the image encoder fills anew: what its layers read, L tensors (N, T, D).
 
     They are the hidden states with the layer's prompts in their place, before its layer norm, with their graph; the
-    first comes out of `pre_layrnorm`.
+    first comes out of what stands before the layers (CLIP's `pre_layrnorm`).
     """
     found: list[Tensor] = []
-    layers = [plain_layer(layer) for layer in classifier.vision_model.encoder.layers]
+    layers = [plain_layer(layer) for layer in classifier.image_layers]
 
     def note(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         if layer is layers[0]:

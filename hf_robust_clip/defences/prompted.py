@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..modeling import CLIPForZeroShotClassification
+from ..modeling import ZeroShotClassifier
 from ..prompts.access import coupled_parameters, prompts_of, with_prompts
 from .base import GradientPath
 from .views import Views
@@ -28,7 +28,7 @@ class Run:
         own: what is tuned, with the values that the classifier has.
     """
 
-    classifier: CLIPForZeroShotClassification
+    classifier: ZeroShotClassifier
     images: Tensor
     views: Views
     own: Prompts
@@ -38,7 +38,7 @@ class Run:
     def __post_init__(self) -> None:
         model = self.classifier
         text = {id(p) for p in model.text_parameters()}
-        vision = {id(p) for p in (*model.vision_model.parameters(), *coupled_parameters(model.vision_model))}
+        vision = {id(p) for p in (*model.vision_parameters(), *coupled_parameters(model.image_modules[0]))}
         parameters = prompts_of(model)
         self.text_names = [name for name in self.own if id(parameters[name]) in text]
         self.moves_vision = any(id(parameters[name]) in vision for name in self.own)
@@ -104,7 +104,7 @@ class Run:
 
 
 def embed_views(
-    classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, views: Views, prompts: Prompts, chunk: int | None
+    classifier: ZeroShotClassifier, images_BCHW: Tensor, views: Views, prompts: Prompts, chunk: int | None
 ) -> Tensor:
     """f of the views of each image, (B, V, D), at most `chunk` of them in one forward (at least one of each image)."""
     count, size = views.boxes.shape[1], classifier.config.vision_config.image_size
@@ -116,7 +116,7 @@ def embed_views(
     return torch.cat(found, dim=1)
 
 
-def embed_pixels(classifier: CLIPForZeroShotClassification, pixels_BVCHW: Tensor, prompts: Prompts) -> Tensor:
+def embed_pixels(classifier: ZeroShotClassifier, pixels_BVCHW: Tensor, prompts: Prompts) -> Tensor:
     """f of V pictures of each image, (B, V, D)."""
     rows = pixels_BVCHW.flatten(0, 1)
     embeds = with_prompts(classifier, prompts, lambda: classifier.encode_images(rows))

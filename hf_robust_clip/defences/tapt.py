@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_whole
-from ..modeling import CLIPForZeroShotClassification
+from ..modeling import ZeroShotClassifier
 from ..paper import Paper
 from .alignment import AlignedTuning, AlignmentTargets, Reduction, alignment, views_moments
 from .base import GradientPath, Prediction, Traits, joined
@@ -118,7 +118,7 @@ class TAPT(AlignedTuning):
     def needs(self) -> frozenset[str]:
         return frozenset({"clean_classifier"} if self.gamma < 1 and self.align_weight > 0 else ())
 
-    def initial(self, classifier: CLIPForZeroShotClassification, own: Prompts) -> Prompts:
+    def initial(self, classifier: ZeroShotClassifier, own: Prompts) -> Prompts:
         """The trained prompts, or the released code's random ones."""
         coupled = any(".clip_prompt_projection." in name for name in own)
         if self.reset_to == "trained" or (self.reset_to == "released" and coupled):
@@ -143,13 +143,13 @@ class TAPT(AlignedTuning):
                 loss_B = loss_B + self.align_weight * weight * distance_B
         return loss_B
 
-    def start(self, classifier: CLIPForZeroShotClassification) -> TaptState | None:
+    def start(self, classifier: ZeroShotClassifier) -> TaptState | None:
         """No image yet."""
         return None if self.reset_every == 1 else (0, {})
 
     def _predict(
         self,
-        classifier: CLIPForZeroShotClassification,
+        classifier: ZeroShotClassifier,
         images_BCHW: Tensor,
         state: TaptState | None,
         seed: int,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import check_whole
 from ..crops import picture_key
-from ..modeling import CLIPForZeroShotClassification
+from ..modeling import ZeroShotClassifier
 from ..paper import Paper
 from ..threat_model import ThreatModel, parse_radius
 from .base import Defence, GradientPath, Prediction, Traits
@@ -63,7 +63,7 @@ class TTC(Defence):
         return Traits(randomised=True, optimising=True)
 
     def _predict(
-        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
+        self, classifier: ZeroShotClassifier, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
     ) -> Prediction:
         ball, step_size = self._ball(), parse_radius(self.step_size, "step_size")
         images = images_BCHW if path == "through" else images_BCHW.detach()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import check_whole
 from ..crops import RandomResizedCrop
-from ..modeling import CLIPForZeroShotClassification
+from ..modeling import ZeroShotClassifier
 from ..prompts.access import prompts_of, words_as_prompts
 from .base import Defence, GradientPath, Prediction, Traits
 from .memory import activation_bytes
@@ -87,11 +87,11 @@ class PromptTuning(Defence):
             layer_inputs: where `aligns` is set, what each layer of the image encoder reads, (B * K, tokens, width).
         """
 
-    def tuned(self, classifier: CLIPForZeroShotClassification) -> Prompts:
+    def tuned(self, classifier: ZeroShotClassifier) -> Prompts:
         """What is tuned, by parameter name."""
         return {name: parameter.detach() for name, parameter in prompts_of(classifier).items()}
 
-    def initial(self, classifier: CLIPForZeroShotClassification, own: Prompts) -> Prompts:
+    def initial(self, classifier: ZeroShotClassifier, own: Prompts) -> Prompts:
         """The values that tuning begins from, the same for all images. `own` are those that the classifier has."""
         return own
 
@@ -100,14 +100,12 @@ class PromptTuning(Defence):
         return run.classifier.score(run.embed_image(prompts), run.class_embeds(prompts))[0]
 
     def _predict(
-        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
+        self, classifier: ZeroShotClassifier, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
     ) -> Prediction:
         run = self.run(classifier, images_BCHW, seed, path)
         return self.tune(run, self.initial(classifier, run.own))
 
-    def run(
-        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, seed: int, path: GradientPath
-    ) -> Run:
+    def run(self, classifier: ZeroShotClassifier, images_BCHW: Tensor, seed: int, path: GradientPath) -> Run:
         """The batch with its views drawn."""
         views = draw_boxes(images_BCHW, self.num_views, self.crop, seed)
         return Run(classifier, images_BCHW, views, self.tuned(classifier), path, self.chunk_size)
@@ -194,7 +192,7 @@ class PromptTuning(Defence):
         moved = p * (1 - self.learning_rate * self.weight_decay) - self.learning_rate * direction
         return moved.to(kind), (m, v)
 
-    def _bytes_per_image(self, classifier: CLIPForZeroShotClassification) -> float:
+    def _bytes_per_image(self, classifier: ZeroShotClassifier) -> float:
         at_once = self.num_views if self.chunk_size is None else min(self.num_views, self.chunk_size)
         views = at_once * activation_bytes(classifier, graph=False)
         return views + self.num_kept * activation_bytes(classifier, graph=True)
@@ -205,17 +203,18 @@ class WordTuning(PromptTuning):
     """Tunes the words that all class prompts begin with: in a plain CLIP the template's own, at the input.
 
     Tuning starts at the plain classifier's predictions: the prompts stand for every token between the start token and
-    the class name, with that token's embedding. In a classifier that has text prompts already, those are tuned.
+    the class name, with that token's embedding (in a family without a start token, from the first word on). In a
+    classifier that has text prompts already, those are tuned.
 
     Raises ValueError for several templates, a template without words before the class name, and a classifier with
     vision prompts alone.
     """
 
-    def tuned(self, classifier: CLIPForZeroShotClassification) -> Prompts:
-        text = {id(p) for p in classifier.text_model.parameters()}
+    def tuned(self, classifier: ZeroShotClassifier) -> Prompts:
+        text = {id(p) for module in classifier.text_modules for p in module.parameters()}
         return {name: p.detach() for name, p in prompts_of(classifier).items() if id(p) in text}
 
-    def check(self, classifier: CLIPForZeroShotClassification) -> None:
+    def check(self, classifier: ZeroShotClassifier) -> None:
         super().check(classifier)
         if prompts_of(classifier):
             if not self.tuned(classifier):
@@ -226,13 +225,14 @@ class WordTuning(PromptTuning):
             raise ValueError(f"{self.name} tunes words before the class name: {classifier.templates[0]!r} has none.")
 
     @contextmanager
-    def prepared(self, classifier: CLIPForZeroShotClassification) -> Iterator[None]:
+    def prepared(self, classifier: ZeroShotClassifier) -> Iterator[None]:
         if prompts_of(classifier):
             with super().prepared(classifier):
                 yield
             return
-        words = classifier.class_token_ids[0, 0, 1 : 1 + classifier.context_length]
-        with words_as_prompts(classifier.text_model, words), super().prepared(classifier):
+        first = classifier.first_word
+        words = classifier.class_token_ids[0, 0, first : first + classifier.context_length]
+        with words_as_prompts(classifier.text_model, words, first), super().prepared(classifier):
             yield
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..modeling import CLIPForZeroShotClassification
+from ..modeling import ZeroShotClassifier
 from ..paper import Paper
 from .base import Defence, GradientPath, Prediction
 
@@ -21,7 +21,7 @@ class Undefended(Defence):
     paper = Paper("undefended", "No defence: the classifier itself", "no publication")
 
     def _predict(
-        self, classifier: CLIPForZeroShotClassification, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
+        self, classifier: ZeroShotClassifier, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
     ) -> Prediction:
         with torch.set_grad_enabled(path != "none"):
             return Prediction(classifier(pixel_values=images_BCHW).logits)

@@ -16,7 +16,7 @@ from ..attacks.pgd import LogitsFn
 from ..attacks.suites import PGD, Member, Suite, Victim, plain_victim
 from ..checks import check_whole
 from ..defences.base import Defence, GradientPath
-from ..modeling import CLIPForZeroShotClassification
+from ..modeling import ZeroShotClassifier
 from ..prediction import Prediction
 from ..prompts.access import with_prompts
 from ..threat_model import ThreatModel
@@ -39,7 +39,7 @@ class Scene:
     """
 
     defence: Defence
-    classifier: CLIPForZeroShotClassification
+    classifier: ZeroShotClassifier
     state: Any = None
     seed: int = 0
     eot: int = 1

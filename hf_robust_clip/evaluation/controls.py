@@ -9,24 +9,24 @@ import torch
 
 from ..defences.base import Defence
 from ..defences.ensemble import Ensemble
-from ..modeling import CLIPForZeroShotClassification
+from ..modeling import ZeroShotClassifier
 from ..prediction import Predict, by_logits
 
-Control = Callable[[CLIPForZeroShotClassification, Defence, int], Predict | None]  # None: the defence's own verdict
+Control = Callable[[ZeroShotClassifier, Defence, int], Predict | None]  # None: the defence's own verdict
 
 
-def static_prompts(classifier: CLIPForZeroShotClassification, defence: Defence, seed: int) -> Predict:
+def static_prompts(classifier: ZeroShotClassifier, defence: Defence, seed: int) -> Predict:
     """The classifier as it is."""
     return by_logits(lambda pixels: classifier(pixel_values=pixels).logits)
 
 
-def random_prompts(classifier: CLIPForZeroShotClassification, defence: Defence, seed: int) -> Predict:
+def random_prompts(classifier: ZeroShotClassifier, defence: Defence, seed: int) -> Predict:
     """The classifier without adapters and with random vision prompts."""
     plain = with_random_prompts(classifier)
     return by_logits(lambda pixels: plain(pixel_values=pixels).logits)
 
 
-def ensemble(classifier: CLIPForZeroShotClassification, defence: Defence, seed: int) -> Predict | None:
+def ensemble(classifier: ZeroShotClassifier, defence: Defence, seed: int) -> Predict | None:
     """The mean prediction over 64 random views."""
     mean = Ensemble(memory_budget=defence.memory_budget)
     return None if defence == mean else lambda pixels: mean.predict(classifier, pixels, seed=seed)
@@ -39,14 +39,14 @@ CONTROLS: dict[str, Control] = {
 }
 
 
-def controls_of(defence: Defence, classifier: CLIPForZeroShotClassification, seed: int) -> dict[str, Predict | None]:
+def controls_of(defence: Defence, classifier: ZeroShotClassifier, seed: int) -> dict[str, Predict | None]:
     """The controls of a defence by name, ready to judge; none where nothing is defended. Make them before the
     classifier is `prepared` for the defence, which may put prompts in.
     """
     return {name: make(classifier, defence, seed) for name, make in CONTROLS.items()} if defence.defends else {}
 
 
-def with_random_prompts(model: CLIPForZeroShotClassification) -> CLIPForZeroShotClassification:
+def with_random_prompts(model: ZeroShotClassifier) -> ZeroShotClassifier:
     """A copy without adapters and with vision prompts, always the same: 2 in up to 9 layers each, N(0, 0.02^2)."""
     from peft import get_peft_model
 

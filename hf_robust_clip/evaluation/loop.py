@@ -21,7 +21,7 @@ from ..checks import Blindness, check_logits, checked_labels
 from ..defences.base import Defence
 from ..defences.undefended import Undefended
 from ..environment import hardware, library_versions
-from ..modeling import CLIPForZeroShotClassification, without_gradients
+from ..modeling import ZeroShotClassifier, without_gradients
 from ..names import check_shown
 from ..prediction import Prediction
 from ..processes import Processes, everyone
@@ -50,7 +50,7 @@ class Stage:
 
 
 def evaluate_robustness(
-    model: CLIPForZeroShotClassification,
+    model: ZeroShotClassifier,
     dataset: ImageDataset,
     settings: EvaluationSettings,
     *,
@@ -108,7 +108,7 @@ def evaluate_robustness(
     defence = Undefended() if defence is None else defence
     if not isinstance(defence, Defence):
         raise TypeError(f"defence is a {type(defence).__name__}; give a test-time defence such as TAPT(targets=...).")
-    if not isinstance(model, CLIPForZeroShotClassification):
+    if not isinstance(model, ZeroShotClassifier):
         model = model.get_base_model()  # of a PeftModel
     settings.check_against(defence)
     _check_data(dataset, name=name, task=task, model_id=model_id)
@@ -125,7 +125,7 @@ def evaluate_robustness(
 
 
 def adversarial_examples(
-    model: CLIPForZeroShotClassification, dataset: ImageDataset, settings: EvaluationSettings, count: int = 6
+    model: ZeroShotClassifier, dataset: ImageDataset, settings: EvaluationSettings, count: int = 6
 ) -> tuple[Tensor, Tensor, list[str], list[str], list[str]]:
     """A few images, attacked at the largest radius by the first attack, for `report.plot_examples`.
 
@@ -172,7 +172,7 @@ class _Evaluation:
 
     def __init__(
         self,
-        model: CLIPForZeroShotClassification,
+        model: ZeroShotClassifier,
         dataset: ImageDataset,
         settings: EvaluationSettings,
         defence: Defence,

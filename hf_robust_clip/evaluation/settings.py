@@ -10,7 +10,7 @@ from ..attacks.suites import PGD, Member, Suite
 from ..attacks.views import View
 from ..checks import check_choice, check_whole
 from ..defences.base import Defence
-from ..modeling import CLIPForZeroShotClassification
+from ..modeling import ZeroShotClassifier
 from ..threat_model import ThreatModel
 from .attack_views import VIEWS, AttackView, Static
 
@@ -69,7 +69,7 @@ class EvaluationSettings:
         """What the attacks see, in words."""
         return self.attack.about or self.view.about
 
-    def precision_with(self, model: CLIPForZeroShotClassification) -> str:
+    def precision_with(self, model: ZeroShotClassifier) -> str:
         """The arithmetic of an evaluation of a model."""
         own = str(model.dtype).removeprefix("torch.")
         return own if self.precision == "fp32" else f"{own}, gradients in bfloat16"

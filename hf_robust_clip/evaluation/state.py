@@ -20,7 +20,7 @@ from ..defences.base import Defence
 from ..digests import signed, unsigned
 from ..environment import library_versions
 from ..metrics import accuracy_after_each
-from ..modeling import CLIPForZeroShotClassification
+from ..modeling import ZeroShotClassifier
 from ..processes import Processes, everyone, together
 from ..report import prompt_hash
 from ..storage import disk_errors
@@ -130,7 +130,7 @@ class State:
 
 
 def fingerprint_of(
-    model: CLIPForZeroShotClassification, dataset: ImageDataset, settings: EvaluationSettings, defence: Defence
+    model: ZeroShotClassifier, dataset: ImageDataset, settings: EvaluationSettings, defence: Defence
 ) -> dict[str, str]:
     """What must be the same for a state to be of use: weights, configuration and classes, images, attacks, the defence
     with its statistics, and what the attacks see of it.

@@ -22,9 +22,18 @@ from .untrusted import ADAPTER, ADAPTER_CONFIG, NO_CODE, WHOLE, check_adapter_fi
 
 T = TypeVar("T")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-TOWERS = {"clip_vision_model": "image", "clip_text_model": "text"}
+REFUSED_TYPES = {
+    "clip_vision_model": "the image tower of a CLIP alone; give a whole CLIPModel",
+    "clip_text_model": "the text tower of a CLIP alone; give a whole CLIPModel",
+    "siglip_vision_model": "the image tower of a SigLIP alone; give a whole SiglipModel",
+    "siglip_text_model": "the text tower of a SigLIP alone; give a whole SiglipModel",
+    "siglip2": "a SigLIP2 of variable resolution (naflex), which takes patches in place of images; give one of fixed "
+    "resolution, such as google/siglip2-base-patch16-224",
+}
+FAMILY_CLASSES = {"clip": ("CLIPModel", "CLIPForZeroShotClassification"),
+                  "siglip": ("SiglipModel", "SiglipForZeroShotClassification")}  # fmt: skip
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
-         "num_channels", "vocab_size", "max_position_embeddings", "projection_dim")  # fmt: skip
+         "num_channels", "vocab_size", "max_position_embeddings", "projection_dim", "projection_size")  # fmt: skip
 LAYERS = 1000  # of a tower at most
 
 
@@ -81,10 +90,21 @@ def check_family(source: str, family: str, config: Mapping[str, Any]) -> None:
     found = config.get("model_type")
     if not isinstance(found, str | None):
         raise OSError(f"model_type={found!r} in config.json of {source!r} is no text; save it with save_pretrained.")
-    if found in TOWERS:
-        raise OSError(f"{source!r} is the {TOWERS[found]} tower of a CLIP alone; give a whole CLIPModel.")
+    if found in REFUSED_TYPES:
+        raise OSError(f"{source!r} is {REFUSED_TYPES[found]}.")
     if found is not None and found != family:
         raise OSError(f"{source!r} is a model of the family {found!r}, not {family!r}, and can't be loaded as one.")
+
+
+def check_adapter_family(classifier: Any, source: str, where: Mapping[str, Any]) -> None:
+    """Raise OSError for an adapter that says that it was made for another family: its tensors may fit all the same."""
+    file = present(source, ADAPTER_CONFIG, where)
+    settings = None if file is None else read_json(file)
+    made_for = (settings.get("auto_mapping") or {}) if isinstance(settings, dict) else {}
+    name = made_for.get("base_model_class") if isinstance(made_for, dict) else None
+    family = next((family for family, classes in FAMILY_CLASSES.items() if name in classes), None)
+    if family not in (None, classifier.config.model_type):
+        raise OSError(f"the adapter {source!r} was made for a {name}, not for a {type(classifier).__name__}.")
 
 
 def commit_of(source: str, where: Mapping[str, Any]) -> str | None:
@@ -95,7 +115,7 @@ def commit_of(source: str, where: Mapping[str, Any]) -> str | None:
 
 
 def check_tower_sizes(source: str, config: Any, where: Mapping[str, Any]) -> None:
-    """Raise OSError for sizes in a CLIP's configuration that are no whole numbers above 0, and where the matrices that
+    """Raise OSError for sizes in a configuration that are no whole numbers above 0, and where the matrices that
     it asks for have more values than its files have bytes: to build them would take minutes, or all memory.
     """
     asked = 0
@@ -110,7 +130,8 @@ def check_tower_sizes(source: str, config: Any, where: Mapping[str, Any]) -> Non
                 f"num_hidden_layers={tower.num_hidden_layers}, config.json of {source!r}, is above {LAYERS}."
             )
         width = tower.hidden_size
-        rows = tower.num_hidden_layers * (4 * width + 2 * tower.intermediate_size) + config.projection_dim
+        projected = getattr(config, "projection_dim", getattr(tower, "projection_size", 0))
+        rows = tower.num_hidden_layers * (4 * width + 2 * tower.intermediate_size) + projected
         if hasattr(tower, "patch_size"):
             rows += (tower.image_size // tower.patch_size) ** 2 + tower.num_channels * tower.patch_size**2
         else:
@@ -205,6 +226,7 @@ def with_adapter(base: nn.Module, folder: str | Path, **where: Any) -> nn.Module
             return PeftModel.from_pretrained(base, source, **options), set(load_peft_weights(source, **options))
 
     check_stored(source, options)
+    check_adapter_family(base, source, options)
     model, given = explained(source, load)
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     unknown = without_normalisation(given - expected)
@@ -255,6 +277,10 @@ def readable(source: str, load: Callable[[], T]) -> T:
         raise UnfitWeights(f"the weights in {source!r} are cut short or damaged ({error}).") from error
     except (OSError, ValueError, TypeError):
         raise
+    except ImportError as error:
+        raise UnfitWeights(
+            f"can't load {source!r} without a library; install it: {' '.join(str(error).split())}"
+        ) from error
     except Exception as error:  # whatever a file that is damaged, or of another kind, brings up
         lines = [line.strip() for line in str(error).splitlines()] or [""]
         if "Error(s) in loading state_dict" in lines[0]:

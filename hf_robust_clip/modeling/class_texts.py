@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..prompts.access import active_prompts, coupled_parameters
 from .freshness import module_key
 from .shared_prefix import PackedTexts, end_positions, pack_texts
-from .texts import PAPER_TEMPLATE, check_classes, check_told_apart, tokenize_prompts
+from .texts import PAPER_TEMPLATE, check_classes, check_told_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
@@ -27,9 +27,13 @@ TEXT_MEMORY = 2**30  # bytes that the activations of class prompts may take wher
 class ClassTexts(Model):
     """The part of a zero-shot classifier that makes class embeddings of names; a model class mixes it in.
 
-    What a family of models gives to it: `text_modules`, the modules of its text side; `encode_texts(ids_RL, groups)`,
-    (groups, R, D); `encode_packed_texts(packed)`, the same of texts that share a prefix, and `can_pack_texts()`.
+    What a family of models gives to it: `text_modules`, the modules of its text side; `tokenize(texts, whole)`, token
+    ids (R, L) as its tower reads them, `whole` ones of the whole context's length; `first_word`, the position of a
+    text's first word; `encode_texts(ids_RL, groups)`, (groups, R, D); `can_pack_texts()`, and where that may be true
+    `encode_packed_texts(packed)`, the same of texts that share a prefix.
     """
+
+    first_word: ClassVar[int]
 
     def _init_texts(self) -> None:
         self.class_names: tuple[str, ...] = ()
@@ -51,14 +55,11 @@ class ClassTexts(Model):
         Raises ValueError for no, empty or duplicate names, a template without `{}`, a prompt longer than the context.
         """
         names, templates = check_classes(class_names, template)
-        text = self.config.text_config
-        tokenizer = self.require_processor().tokenizer
-        prompts = [pattern.replace("{}", name) for name in names for pattern in templates]
-        end = self.text_model.eos_token_id
-        ids = tokenize_prompts(tokenizer, prompts, text.max_position_embeddings, end, text.vocab_size)
-        contexts = [pattern.split("{}")[0].strip() for pattern in templates]
-        words = tokenizer(contexts, add_special_tokens=False).input_ids
-        context_length = min(_alike(words[i % len(words)], row) for i, row in enumerate(ids[:, 1:].tolist()))
+        ids = self.tokenize([pattern.replace("{}", name) for name in names for pattern in templates])
+        contexts = self.prepared_texts([pattern.split("{}")[0].strip() for pattern in templates])
+        words = self.require_processor().tokenizer(contexts, add_special_tokens=False).input_ids
+        rows = ids[:, self.first_word :].tolist()
+        context_length = min(_alike(words[i % len(words)], row) for i, row in enumerate(rows))
         self.check_context(self.num_text_prompts(), context_length, templates)
         ids_CTL = ids.view(len(names), len(templates), -1)
         check_told_apart(ids_CTL, names)
@@ -67,6 +68,10 @@ class ClassTexts(Model):
         self.class_names, self.templates, self.context_length = names, templates, context_length
         if not self.text_is_trainable():
             self._fresh_class_embeds()
+
+    def prepared_texts(self, texts: Sequence[str]) -> list[str]:
+        """Texts as the family's tokenizer is given them: as they are."""
+        return list(texts)
 
     def num_text_prompts(self) -> int:
         """How many tokens after the first the active prompts replace in every text."""

@@ -27,8 +27,8 @@ class ZeroShotOutput(ModelOutput):
 
     Args:
         loss: mean cross-entropy, if labels were given.
-        logits: (B, C), s * cos(f(x), t_c) with s = exp(logit_scale).
-        cosine: (B, C), the same without s: the logits at temperature 1.
+        logits: (B, C), s * cos(f(x), t_c) with s = exp(logit_scale); plus the model's logit_bias, where it has one.
+        cosine: (B, C), cos(f(x), t_c): the logits at temperature 1, without a bias.
         image_embeds: (B, D), f(x): projected, not normalised.
         class_embeds: (C, D), t_c: of unit length; (G, C, D) where G groups of images have classes of their own.
         patch_embeds: (B, P, D), the patch tokens, projected like the image, without class and prompt tokens; None
@@ -61,7 +61,9 @@ class ZeroShotOutput(ModelOutput):
 class ZeroShotClassifier(ClassTexts):
     """Pixels in [0, 1] to one logit per class; a model class of transformers mixes it in.
 
-    A family (`clip.py` is one) gives what `ClassTexts` asks for, and of its image side `image_modules`;
+    A family (`clip.py` and `siglip.py` are two) gives what `ClassTexts` asks for, and of its image side
+    `image_modules`, tower first; `image_layers`, the tower's layers in their order, and `image_head`, the modules
+    after them; `num_image_tokens`, how many tokens a layer reads without prompts; `embedding_width`, D;
     `encode_pixels(pixels, interpolate_pos_encoding)`, the projected features (B, D) and hidden states of pixels that
     are normalised; `project_patches(hidden)`, (B, P, D); and another `score`, where it compares otherwise.
     """
@@ -209,7 +211,7 @@ class ZeroShotClassifier(ClassTexts):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits_BC, checked_labels(labels, len(logits_BC), len(self.class_names)))
-        scale = self.logit_scale.exp()
+        scale = self.logit_scale.exp().squeeze()
         return ZeroShotOutput(loss, logits_BC, cosine_BC, image_embeds_BD, class_embeds, patch_embeds_BPD, scale)
 
     def encode_images(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
 
 from ..prompts.access import num_vision_prompts
 from .pretrained import PretrainedClassifier
 from .shared_prefix import PackedTexts, can_run_packed, encode_packed
+from .texts import tokenize_prompts
 
 
 class CLIPForZeroShotClassification(PretrainedClassifier, CLIPModel):
@@ -34,18 +36,12 @@ class CLIPForZeroShotClassification(PretrainedClassifier, CLIPModel):
     plain_cls: ClassVar[type[CLIPModel]] = CLIPModel
     processor_cls: ClassVar[type[CLIPProcessor]] = CLIPProcessor
 
+    first_word: ClassVar[int] = 1
+
     @classmethod
     def from_clip(cls, clip: CLIPModel, processor: CLIPProcessor) -> CLIPForZeroShotClassification:
         """Give a `CLIPModel` that is already in memory this interface. The weights are shared, not copied."""
-        with torch.device("meta"):
-            model = cls(clip.config)
-        for name, child in clip.named_children():
-            setattr(model, name, child)
-        model.logit_scale = clip.logit_scale
-        for name in ("image_mean", "image_std"):
-            setattr(model, name, torch.empty_like(getattr(model, name), device=clip.device))
-        model.set_processor(processor)
-        return model.train(clip.training)
+        return cls.around(clip, processor)
 
     @property
     def text_modules(self) -> tuple[nn.Module, ...]:
@@ -56,6 +52,35 @@ class CLIPForZeroShotClassification(PretrainedClassifier, CLIPModel):
     def image_modules(self) -> tuple[nn.Module, ...]:
         """The image encoder: tower and projection."""
         return self.vision_model, self.visual_projection
+
+    @property
+    def image_layers(self) -> nn.ModuleList:
+        """The image tower's layers."""
+        return self.vision_model.encoder.layers
+
+    @property
+    def image_head(self) -> tuple[nn.Module, ...]:
+        """What follows the image tower's layers: norm and projection."""
+        return self.vision_model.post_layernorm, self.visual_projection
+
+    @property
+    def num_image_tokens(self) -> int:
+        """The class token and the patches."""
+        return self.vision_model.embeddings.num_positions
+
+    @property
+    def embedding_width(self) -> int:
+        """Of images and texts."""
+        return self.config.projection_dim
+
+    def tokenize(self, texts: Sequence[str], whole: bool = False) -> Tensor:
+        """Token ids (R, L), padded after the end token to the longest text, or to the `whole` context. See
+        `tokenize_prompts` for what is refused.
+        """
+        text, tokenizer = self.config.text_config, self.require_processor().tokenizer
+        end, length = self.text_model.eos_token_id, text.max_position_embeddings
+        ids_RL = tokenize_prompts(tokenizer, texts, length, end, text.vocab_size)
+        return F.pad(ids_RL, (0, length - ids_RL.shape[1]), value=tokenizer.eos_token_id) if whole else ids_RL
 
     def encode_texts(self, ids_RL: Tensor, groups: int) -> Tensor:
         """Features (G, R, D) of texts, each as a whole, for groups with text prompts of their own."""

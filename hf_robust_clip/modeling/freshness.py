@@ -10,7 +10,8 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-KNOWN = ("torch.nn.modules.", "transformers.models.clip.", "transformers.activations", "peft.tuners.lora.",
+KNOWN = ("torch.nn.modules.", "transformers.models.clip.", "transformers.models.siglip.",
+         "transformers.activations", "peft.tuners.lora.",
          "peft.utils.other", "hf_robust_clip.")  # fmt: skip
 _ROW = 2048  # values whose weighted sums are taken together
 

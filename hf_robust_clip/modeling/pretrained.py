@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -15,6 +16,7 @@ from ..normalisation import adopt_normalisation, carry_normalisation, has_adapte
 from .checkpoints import (
     adapter_config,
     base_of,
+    check_adapter_family,
     check_family,
     check_loaded,
     check_stored,
@@ -29,6 +31,20 @@ from .checkpoints import (
 )
 from .classifier import ZeroShotClassifier
 from .untrusted import ADAPTER, ADAPTER_CONFIG, NO_CODE, check_adapter_file, check_config, check_weight_files
+
+WHERE = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
+
+
+def checked_source(name: str | Path, subfolder: str = "") -> str:
+    """Folder or Hub id of a checkpoint; of the embedded model its folder. Raises OSError for a folder without one."""
+    source = str(name)
+    if source == EMBEDDED_MODEL:
+        check_embedded(source)
+        source = digits_clip_path()
+    folder = Path(source, subfolder)
+    if folder.is_dir() and not any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
+        raise OSError(f"can't load {source!r}: the folder lacks a readable config.json; use save_pretrained.")
+    return source
 
 
 class PretrainedClassifier(ZeroShotClassifier):
@@ -47,6 +63,20 @@ class PretrainedClassifier(ZeroShotClassifier):
         self.register_load_state_dict_pre_hook(check_whole_adapters)
 
     @classmethod
+    def around(cls, plain: Any, processor: Any) -> Any:
+        """Give a model of transformers that is in memory already this interface. Weights are shared, not copied."""
+        with torch.device("meta"):
+            model = cls(plain.config)
+        for name, child in plain.named_children():
+            setattr(model, name, child)
+        for name, parameter in plain.named_parameters(recurse=False):
+            setattr(model, name, parameter)
+        for name in ("image_mean", "image_std"):
+            setattr(model, name, torch.empty_like(getattr(model, name), device=plain.device))
+        model.set_processor(processor)
+        return model.train(plain.training)
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args, **kwargs):  # the Hub's own signature
         """Load weights and processor from a folder or the Hub. Arguments are those of transformers' models.
 
@@ -57,18 +87,9 @@ class PretrainedClassifier(ZeroShotClassifier):
         Raises OSError with the mend if there is no such checkpoint, it is of another family, its files are cut short
         or hold other weights than the model has, or it has no processor.
         """
-        where: dict[str, Any] = {
-            name: kwargs[name]
-            for name in ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
-            if name in kwargs
-        }
-        wants_info, source = kwargs.pop("output_loading_info", False), str(pretrained_model_name_or_path)
-        if source == EMBEDDED_MODEL:
-            check_embedded(source)
-            source = digits_clip_path()
-        folder = Path(source, kwargs.get("subfolder", ""))
-        if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
-            raise OSError(f"can't load {source!r}: the folder lacks a readable config.json; use save_pretrained.")
+        where: dict[str, Any] = {name: kwargs[name] for name in WHERE if name in kwargs}
+        wants_info = kwargs.pop("output_loading_info", False)
+        source = checked_source(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
         adapter = adapter_config(source, kwargs.get("revision"), where)
         if adapter is not None:
             own = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
@@ -103,6 +124,7 @@ class PretrainedClassifier(ZeroShotClassifier):
             check_adapter_file(str(peft_model_id), where)
             check_stored(str(peft_model_id), where)
             swapped = kwargs.get("hotswap") is True
+            check_adapter_family(self, str(peft_model_id), where)
             take_normalisation(self, str(peft_model_id), where, alone=not (swapped or has_adapter(self)))
         kwargs["ignore_mismatched_sizes"] = True  # `check_loaded` refuses them by name
         load = partial(super().load_adapter, peft_model_id, adapter_name, *args, **kwargs)

@@ -86,6 +86,42 @@ def tokenize_prompts(
     return torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows])
 
 
+def tokenize_padded(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], context_length: int, vocab_size: int
+) -> Tensor:
+    """Token ids (R, L), padded by the tokenizer to the whole context: what towers read that look at their padding.
+
+    Args:
+        context_length, vocab_size: of the text tower.
+
+    Raises ValueError for a text longer than `context_length` tokens, one of which the tokenizer doesn't know a part or
+    that it doesn't end, tokens that the tower has no embedding of, and a tokenizer that can't pad or that asks for its
+    padding to be masked (every plain use of the checkpoint would then give other embeddings).
+    """
+    if "attention_mask" in tokenizer.model_input_names:
+        raise ValueError(
+            "the tokenizer masks its padding, which this text tower was trained to read; set "
+            "tokenizer.model_input_names = ['input_ids'], and save it with the checkpoint."
+        )
+    rows = tokenizer(list(texts), padding="max_length", max_length=context_length, truncation=False, verbose=False)
+    unknown = {tokenizer.unk_token_id} - {None, tokenizer.pad_token_id, tokenizer.eos_token_id}
+    for text, row in zip(texts, rows.input_ids, strict=True):
+        if len(row) > context_length:
+            raise ValueError(f"the prompt {text[:99]!r} has {len(row)} tokens, {context_length} fit; shorten it.")
+        if unknown & set(row):
+            raise ValueError(f"the tokenizer doesn't know part of {text!r}; is its vocabulary file missing?")
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in row:
+            raise ValueError(
+                f"the tokenizer doesn't end {text!r} with {tokenizer.eos_token!r}; set tokenizer.add_eos_token = True."
+            )
+        if max(row) >= vocab_size:
+            raise ValueError(
+                f"the prompt {text!r} holds the token {tokenizer.convert_ids_to_tokens(max(row))!r} of id {max(row)}, "
+                f"and the text tower has {vocab_size} embeddings; take the checkpoint's own tokenizer."
+            )
+    return torch.tensor(rows.input_ids)
+
+
 def check_told_apart(ids_CTL: Tensor, class_names: Sequence[str]) -> None:
     """Raise ValueError if two classes have the same tokens in every template: one of them could never win."""
     seen: dict[tuple[int, ...], int] = {}

@@ -82,11 +82,15 @@ def with_prompts(model: nn.Module, prompts: Mapping[str, Tensor], function: Call
 
 
 @contextmanager
-def words_as_prompts(text_model: Any, ids_N: Tensor) -> Iterator[None]:
-    """Text prompts at the input that begin as these words, for the time being; the tower is left as it was found."""
+def words_as_prompts(text_model: Any, ids_N: Tensor, first: int = 1) -> Iterator[None]:
+    """Text prompts at the input that begin as these words, for the time being; the tower is left as it was found.
+
+    Args:
+        first: the position of the first of these words in every text.
+    """
     embeddings = text_model.embeddings
     plain = embeddings.token_embedding
-    layer = ClipPromptLayer(plain, Place("text", 0))
+    layer = ClipPromptLayer(plain, Place("text", 0), first)
     layer.update_layer("default", plain.weight.detach()[ids_N].clone())
     try:
         embeddings.token_embedding = layer

@@ -19,7 +19,7 @@ COUNTS = ("num_vision_tokens", "num_text_tokens", "vision_depth", "text_depth")
 
 @dataclass
 class ClipPromptConfig(PeftConfig):
-    """Settings of `ClipPromptModel`: learned prompts in a frozen CLIP.
+    """Settings of `ClipPromptModel`: learned prompts in a frozen CLIP or (designs V and pixel) SigLIP.
 
         model = get_peft_model(clip, ClipPromptConfig(design="VLI"))
 
@@ -32,10 +32,11 @@ class ClipPromptConfig(PeftConfig):
     - `"T"`: text prompts. With `num_text_tokens=4, text_depth=1` this is CoOp's unified context: 4 * 512.
     - `"pixel"`: a picture added to the (normalised) pixels: visual prompting.
 
-    Vision prompts stand after the patch tokens: they are appended before `pre_layrnorm`, and before each of the layers
-    1 .. `vision_depth` - 1 the last tokens are replaced by that layer's own. Text prompts replace the embeddings of
-    tokens 1 .. n after the start token (positions are added to them), and likewise before the layers 1 ..
-    `text_depth` - 1. Later layers carry on what the prompts have become.
+    Vision prompts stand after the patch tokens: they are appended before `pre_layrnorm` (in SigLIP, which has none,
+    before the first layer), and before each of the layers 1 .. `vision_depth` - 1 the last tokens are replaced by that
+    layer's own. SigLIP's pooling head reads what becomes of them, with the patches. Text prompts replace the
+    embeddings of tokens 1 .. n after the start token (positions are added to them), and likewise before the layers
+    1 .. `text_depth` - 1. Later layers carry on what the prompts have become.
 
     Args:
         design: see above.
@@ -52,10 +53,11 @@ class ClipPromptConfig(PeftConfig):
         init_std: standard deviation of random prompts.
         pixel_region, border_width: for `"pixel"`: a frame so many pixels wide, or the whole picture. It starts at 0.
         modules_to_save: names of further modules to train and save, as everywhere in PEFT.
-        vision_width, text_width, image_size: of the model that the prompts were made for; filled in when they are
-            injected, and compared when they are loaded.
+        family: `"clip"` or `"siglip"`.
+        vision_width, text_width, image_size: like `family` of the model that the prompts were made for; filled in when
+            they are injected, and compared when they are loaded.
         image_mean, image_std: the normalisation under which they were trained; filled in when they are injected into a
-            `CLIPForZeroShotClassification`, which is given it when they are loaded.
+            classifier of ours, which is given it when they are loaded.
 
     Raises ValueError for an unknown design, coupling or region, and for counts that don't fit together. Counts beyond
     the model are refused when the prompts are injected.
@@ -76,6 +78,7 @@ class ClipPromptConfig(PeftConfig):
     pixel_region: PixelRegion = "border"
     border_width: int = 30
     modules_to_save: list[str] | None = field(default=None)
+    family: str | None = None
     vision_width: int | None = None
     text_width: int | None = None
     image_size: int | None = None

@@ -34,10 +34,11 @@ class ClipPromptLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("clip_prompt_tokens", "clip_prompt_projection")
 
-    def __init__(self, base_layer: nn.Module, place: Place):
+    def __init__(self, base_layer: nn.Module, place: Place, first_word: int = 1):
         super().__init__()
         self.base_layer = base_layer
         self.place = place
+        self.first_word = first_word  # the position of the first token that text prompts replace
         self.clip_prompt_tokens = nn.ParameterDict()
         self.clip_prompt_projection = nn.ModuleDict()
         self.partner: list[ClipPromptLayer] = []  # the same layer of the other tower; in a list: not a submodule
@@ -85,9 +86,10 @@ class ClipPromptLayer(nn.Module, BaseTunerLayer):
         hidden_BTD, prompts = match_rows(hidden_BTD, prompts)
         count = prompts.shape[1]
         if self.place.tower == "text":
-            if hidden_BTD.shape[1] < count + 2:
+            first = self.first_word
+            if hidden_BTD.shape[1] < first + count + 1:
                 raise ValueError(f"the texts have {hidden_BTD.shape[1]} tokens, too few around {count} text prompts.")
-            return torch.cat([hidden_BTD[:, :1], prompts, hidden_BTD[:, 1 + count :]], dim=1)
+            return torch.cat([hidden_BTD[:, :first], prompts, hidden_BTD[:, first + count :]], dim=1)
         kept = hidden_BTD if self.place.index == 0 else hidden_BTD[:, : hidden_BTD.shape[1] - count]
         return torch.cat([kept, prompts], dim=1)
 

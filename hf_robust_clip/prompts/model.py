@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 from copy import copy, deepcopy
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPTextModel, CLIPVisionModel
+from transformers import AutoTokenizer, CLIPTextModel, CLIPVisionModel, SiglipTextModel, SiglipVisionModel
 
 from ..normalisation import agree_on_normalisation
 from ..pictures import normalisation_of
@@ -22,16 +23,47 @@ from .layer import MERGE, ClipPromptLayer, Place
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Tower:
+    """A tower that prompts may go into.
+
+    Args:
+        family: its `model_type` in a whole model's configuration.
+        kind: `"vision"` or `"text"`.
+        entry: the module whose input (of a text tower: whose output) the first prompts are put into.
+        why_not: the reason, where it takes no prompt tokens.
+    """
+
+    family: str
+    kind: Literal["vision", "text"]
+    entry: str
+    why_not: str | None = None
+
+
+TOWERS = {
+    CLIPVisionModel: Tower("clip", "vision", "pre_layrnorm"),
+    CLIPTextModel: Tower("clip", "text", "embeddings.token_embedding"),
+    SiglipVisionModel: Tower("siglip", "vision", "encoder.layers.0"),
+    SiglipTextModel: Tower(
+        "siglip",
+        "text",
+        "embeddings.token_embedding",
+        "SigLIP's text tower has no start token that prompts could follow, and reads its padding",
+    ),
+}
+
+
 class ClipPromptModel(BaseTuner):
     """Learned vision and text prompts in a frozen CLIP; see `ClipPromptConfig` for the designs.
 
     Works on `CLIPModel` and what derives from it, on `CLIPVisionModel` and `CLIPVisionModelWithProjection` (designs V
-    and pixel), and on `CLIPTextModel` and `CLIPTextModelWithProjection` (design T). Prompted layers see n tokens more
-    than the base model's: `last_hidden_state` and `hidden_states` of the vision tower hold them at the end.
+    and pixel), and on `CLIPTextModel` and `CLIPTextModelWithProjection` (design T); designs V and pixel also on
+    `SiglipModel` and `SiglipVisionModel`. Prompted layers see n tokens more than the base model's:
+    `last_hidden_state` and `hidden_states` of the vision tower hold them at the end.
 
     Raises TypeError for another model; ValueError for prompts that don't fit it: more layers or tokens than it has, a
-    context that its tokenizer doesn't make or that is shorter than the prompts, an adapter of another width, a design
-    for a tower it lacks.
+    context that its tokenizer doesn't make or that is shorter than the prompts, an adapter of another width or family,
+    a design for a tower it lacks, text prompts in a SigLIP.
     """
 
     prefix: str = "clip_prompt_"
@@ -227,20 +259,28 @@ def check_prompts(model: nn.Module, config: ClipPromptConfig) -> None:
 
 def _find_places(model: nn.Module, config: ClipPromptConfig) -> dict[str, Place]:
     """The modules that get prompts, by name. Checks that the prompts fit the model, and completes the config."""
-    towers: dict[str, tuple[str, CLIPVisionModel | CLIPTextModel]] = {}
+    towers: dict[str, tuple[str, Any, Tower]] = {}
     for name, module in model.named_modules():
-        if type(module) in (CLIPVisionModel, CLIPTextModel):
-            kind = "vision" if type(module) is CLIPVisionModel else "text"
-            towers[kind] = (f"{name}." if name else "", module)
+        if type(module) in TOWERS:
+            tower = TOWERS[type(module)]
+            towers[tower.kind] = (f"{name}." if name else "", module, tower)
     if not towers:
-        raise TypeError(f"prompts go into CLIPModel, its towers or our classifier, not into a {type(model).__name__}.")
+        raise TypeError(
+            f"prompts go into CLIPModel or SiglipModel, their towers or our classifiers, not into a "
+            f"{type(model).__name__}."
+        )
+    for _, _, tower in towers.values():
+        _same(config, "family", tower.family)
     needed = {"vision": config.has_vision or config.design == "pixel", "text": config.has_text}
     for kind, need in needed.items():
         if need and kind not in towers:
             raise ValueError(f"design={config.design!r} needs a {kind} tower; {type(model).__name__} has none.")
+        if need and (why_not := towers[kind][2].why_not):
+            raise ValueError(f"design={config.design!r} puts prompts among texts: {why_not}; choose 'V' or 'pixel'.")
     places: dict[str, Place] = {}
     if needed["vision"]:
-        prefix, vision = towers["vision"][0], towers["vision"][1].config
+        prefix, module, tower = towers["vision"]
+        vision = module.config
         _same(config, "vision_width", vision.hidden_size)
         if config.design == "pixel":
             _same(config, "image_size", vision.image_size)
@@ -248,22 +288,23 @@ def _find_places(model: nn.Module, config: ClipPromptConfig) -> dict[str, Place]
                 raise ValueError(f"border_width={config.border_width} must be below half of {vision.image_size} px.")
             return {f"{prefix}embeddings.patch_embedding": Place("pixel", 0)}
         depth = _depth("vision_depth", config.vision_depth, vision.num_hidden_layers)
-        places[f"{prefix}pre_layrnorm"] = Place("vision", 0)
+        places[f"{prefix}{tower.entry}"] = Place("vision", 0)
         places |= {f"{prefix}encoder.layers.{i}": Place("vision", i) for i in range(1, depth)}
     if needed["text"]:
-        prefix, text = towers["text"][0], towers["text"][1].config
+        prefix, module, tower = towers["text"]
+        text = module.config
         _same(config, "text_width", text.hidden_size)
         depth = _depth("text_depth", config.text_depth, text.num_hidden_layers)
         if config.context_token_ids is None and config.context_init is not None and _count(config, "text"):
             config.context_token_ids = _context_ids(model, config, text)
         _check_context(config, text.max_position_embeddings, text.vocab_size)
-        places[f"{prefix}embeddings.token_embedding"] = Place("text", 0)
+        places[f"{prefix}{tower.entry}"] = Place("text", 0)
         places |= {f"{prefix}encoder.layers.{i}": Place("text", i) for i in range(1, depth)}
     return places
 
 
-def _same(config: ClipPromptConfig, name: str, here: int) -> None:
-    """Note a size of the model in the config, or compare it with the one noted there."""
+def _same(config: ClipPromptConfig, name: str, here: int | str) -> None:
+    """Note the family or a size of the model in the config, or compare it with what is noted there."""
     there = getattr(config, name)
     if there is not None and there != here:
         raise ValueError(

@@ -33,6 +33,30 @@ HIDDEN = ("attack", "threat_model", "text_tokens")  # settings that stand elsewh
 
 
 @dataclass(frozen=True)
+class Family:
+    """What a card says of a family of models: its name, its class in transformers, whether its texts are in lower case
+    wherever they go, and what is to be known of its scores.
+    """
+
+    name: str
+    plain: str
+    lower_case: bool = False
+    note: str = ""
+
+
+FAMILIES = {
+    "clip": Family("CLIP", "CLIPModel"),
+    "siglip": Family(
+        "SigLIP",
+        "SiglipModel",
+        lower_case=True,
+        note="The scores are sigmoids, of each label by itself, while the training compared labels with one another: "
+        "their order counts, not their size.",
+    ),
+}
+
+
+@dataclass(frozen=True)
 class CardInfo:
     """What a card says beyond its reports.
 
@@ -50,8 +74,10 @@ class CardInfo:
         plot: file name of the plot beside the card, or None.
         license: SPDX id of the weights; None where it follows from the base model.
         ancestor: Hub id of what a start without a `base_model` was made from itself; None if nobody knows.
+        family: `model_type` of the model's configuration.
 
-    Raises TypeError for settings that JSON can't hold, ValueError for an access token among them.
+    Raises TypeError for settings that JSON can't hold, ValueError for an access token among them, and an unknown
+    family.
     """
 
     repo_id: str
@@ -66,10 +92,13 @@ class CardInfo:
     plot: str | None = None
     license: str | None = None
     ancestor: str | None = None
+    family: str = "clip"
 
     def __post_init__(self) -> None:
         for name in ("class_names", "datasets"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.family not in FAMILIES:
+            raise ValueError(f"family={self.family!r} of a card must be one of {', '.join(FAMILIES)}.")
         object.__setattr__(self, "settings", json.loads(json.dumps(self.settings)))  # as a file gives them back
         refuse_tokens(vars(self), "card")
 
@@ -85,7 +114,7 @@ def load_card_info(path: str | Path) -> CardInfo:
     paper = card.get("paper") or {}
     for row, cls in ((card, CardInfo), (paper, Paper)):
         known = {field.name for field in fields(cls)}
-        needed = known - {"ancestor"}
+        needed = known - {"ancestor", "family"}
         if wrong := (needed - set(row)) | (set(row) - known):
             raise ValueError(f"the card entry of {path} lacks or adds: {', '.join(sorted(wrong))}.")
     if card["plot"] is not None and not re.fullmatch(r"[\w-]+\.png", str(card["plot"])):
@@ -266,7 +295,7 @@ def _metadata(info: CardInfo, holds: Holds, library: str, *tags: str) -> ModelCa
         license=info.license,
         base_model=published or (info.ancestor if holds == "model" else None),
         datasets=[name for name in info.datasets if is_repo_id(name)] or None,
-        tags=[LIBRARY, "clip", "adversarial-robustness", info.paper.method.lower(), *own, *tags],
+        tags=[LIBRARY, info.family, "adversarial-robustness", info.paper.method.lower(), *own, *tags],
         model_name=_title(info.repo_id),
         eval_results=None,
         **of_adapter,
@@ -286,7 +315,10 @@ def _about(info: CardInfo, holds: Holds, loads_defence: bool) -> dict[str, Any]:
     """What the template says of a repository whether or not anything was measured."""
     base = _span(info.base_model) if info.base_model else "a checkpoint that isn't published"
     start = f"a checkpoint made from {_span(info.ancestor)}" if info.ancestor and not info.base_model else base
-    plain = "loads as a plain `CLIPModel`: weights, tokenizer and image processor are all here."
+    family = FAMILIES[info.family]
+    plain = f"loads as a plain `{family.plain}`: weights, tokenizer and image processor are all here."
+    texts = [info.template, *info.class_names[:3]]
+    template, *names = (text.lower() for text in texts) if family.lower_case else texts
     return {
         "title": _title(info.repo_id),
         "repo_code": _code(info.repo_id),
@@ -306,8 +338,9 @@ def _about(info: CardInfo, holds: Holds, loads_defence: bool) -> dict[str, Any]:
         "threat_model": info.settings.get("threat_model"),
         "training_data": cell(info.training_data),
         "training": _rows(info.settings),
-        "template": _code(info.template),
-        "example_names": _code(list(info.class_names[:3])),
+        "template": _code(template),
+        "example_names": _code(names),
+        "family": family,
         "prompts": info.settings.get("prompts"),
         "parameters": f"{info.settings.get('trainable_parameters', 0):,}",
         "text_tokens": info.settings.get("text_tokens"),

@@ -30,7 +30,7 @@ from ..evaluation import loop as evaluation
 from ..evaluation.attack_views import AttackView
 from ..evaluation.settings import EvaluationSettings
 from ..hub import clear_states, dump_recipe
-from ..modeling import CLIPForZeroShotClassification, check_classes
+from ..modeling import ZeroShotClassifier, check_classes
 from ..names import same_place, task_titles, titles
 from ..processes import join_processes, what_runs
 from ..report import RobustnessReport
@@ -273,7 +273,7 @@ def measure(prepared: Prepared) -> Measured:
 
 def measure_one(
     prepared: Prepared,
-    model: CLIPForZeroShotClassification,
+    model: ZeroShotClassifier,
     data: Any,
     settings: EvaluationSettings,
     name: str,
@@ -302,7 +302,7 @@ def measure_one(
 
 
 def defence_for(
-    prepared: Prepared, model: CLIPForZeroShotClassification, name: str, templates: Sequence[str]
+    prepared: Prepared, model: ZeroShotClassifier, name: str, templates: Sequence[str]
 ) -> tuple[Defence | None, dict[str, Any]]:
     """The defence as it is evaluated on a checkpoint, and what reports say of it beside its own parameters: fitted on
     the images that the run names, under their classes, or with what was saved beside the model.

@@ -11,7 +11,14 @@ from typing import Any
 
 from ..arguments import Images
 from ..digits_clip import EMBEDDED_MODEL
-from ..modeling import CLIPForZeroShotClassification, adapter_config, base_of, check_classes, with_adapter
+from ..modeling import (
+    AutoModelForZeroShotClassification,
+    ZeroShotClassifier,
+    adapter_config,
+    base_of,
+    check_classes,
+    with_adapter,
+)
 from ..modeling.checkpoints import read_config
 from ..pictures import model_side
 from ..report import RobustnessReport
@@ -129,16 +136,16 @@ def check_model(name: str, revision: str | None = None) -> None:
         read_config(name, {"revision": revision or "main"})
 
 
-def load_model(name: str, revision: str | None = None) -> CLIPForZeroShotClassification:
+def load_model(name: str, revision: str | None = None) -> ZeroShotClassifier:
     """A model in eval mode; of an adapter its base with the adapter in it."""
     adapter = adapter_config(name, revision)
     if adapter is not None:
         base = load_model(*base_of(name, adapter))
         return with_adapter(base, name, revision=revision).eval()  # type: ignore[return-value]
-    return CLIPForZeroShotClassification.from_pretrained(name, revision=revision or "main").eval()
+    return AutoModelForZeroShotClassification.from_pretrained(name, revision=revision or "main").eval()
 
 
-def load_data(images: Images, model: CLIPForZeroShotClassification) -> ImageDataset:
+def load_data(images: Images, model: ZeroShotClassifier) -> ImageDataset:
     """The pictures that settings ask for, prepared for the model."""
     names = images.class_names
     data = load_image_dataset(
@@ -165,7 +172,7 @@ def load_data(images: Images, model: CLIPForZeroShotClassification) -> ImageData
     return replace(data, augment=images.augment)
 
 
-def _resize(images: Images, model: CLIPForZeroShotClassification) -> int | None:
+def _resize(images: Images, model: ZeroShotClassifier) -> int | None:
     """The shorter side before the centre crop; None for the processor's own."""
     if images.crop_pct is None:
         return images.resize
@@ -177,7 +184,7 @@ def _template_key(template: str | None) -> str | None:
     return None if template is None or "{}" in template else template
 
 
-def load_tasks(tasks: Mapping[str, Images], model: CLIPForZeroShotClassification) -> dict[str, ImageDataset]:
+def load_tasks(tasks: Mapping[str, Images], model: ZeroShotClassifier) -> dict[str, ImageDataset]:
     """The pictures of all tasks by their titles, before the first is evaluated.
 
     Raises OSError that names every set that can't be found.

@@ -27,7 +27,7 @@ from ..hub import (
     prepare_repository,
     push_folder,
 )
-from ..modeling import CLIPForZeroShotClassification
+from ..modeling import ZeroShotClassifier
 from ..names import hub_name, is_path, shown_folder, shown_name, without_paths
 from ..processes import join_processes, what_runs
 from ..prompts import ClipPromptConfig, check_prompts
@@ -48,7 +48,7 @@ class Prepared:
     """A run with its model, its pictures and its processes."""
 
     run: TrainingRun
-    model: CLIPForZeroShotClassification
+    model: ZeroShotClassifier
     data: ImageDataset
     tasks: dict[str, ImageDataset]
     processes: PartialState
@@ -82,7 +82,7 @@ class Fitted:
         settings: of the training, for the card.
     """
 
-    classifier: CLIPForZeroShotClassification
+    classifier: ZeroShotClassifier
     to_save: Any
     defences: dict[str, Defence]
     settings: dict[str, Any]
@@ -159,7 +159,7 @@ def prepare(run: TrainingRun) -> Prepared:
 
 def measure(
     prepared: Prepared,
-    model: CLIPForZeroShotClassification,
+    model: ZeroShotClassifier,
     title: str,
     model_id: str,
     settings: EvaluationSettings | None = None,
@@ -188,7 +188,7 @@ def measure(
     return found
 
 
-def fit(prepared: Prepared, method: Method, model: CLIPForZeroShotClassification, save: bool) -> RobustClipTrainer:
+def fit(prepared: Prepared, method: Method, model: ZeroShotClassifier, save: bool) -> RobustClipTrainer:
     """Train; `save=False` writes no checkpoints and goes on from none."""
     run = prepared.run
     args = run.training if save else on_its_own(run.training)
@@ -237,7 +237,7 @@ def finish(prepared: Prepared, trainer: RobustClipTrainer) -> Fitted:
     return Fitted(classifier, to_save, defences, settings)
 
 
-def plain_model(trainer: RobustClipTrainer) -> tuple[CLIPForZeroShotClassification, Any]:
+def plain_model(trainer: RobustClipTrainer) -> tuple[ZeroShotClassifier, Any]:
     """The trained classifier without wrappers or autocast, and what is to be saved of it.
 
     That is the classifier itself, LoRA merged into it; of prompts, which can't be merged, the adapter, with its
@@ -311,13 +311,13 @@ def write(prepared: Prepared, fitted: Fitted, measured: Measured) -> None:
     prepared.processes.wait_for_everyone()
     saving.finish()
     run = prepared.run
-    load = f"\nload it: {loading_code(run, run.output_dir)}" if push is None else ""
+    load = f"\nload it: {loading_code(prepared, run.output_dir)}" if push is None else ""
     if prepared.processes.is_main_process:  # another machine's folder holds none of it
         line = f"saved to {folder}: {', '.join(saved_files(folder))}{load}"
         saving.attempt("a line", lambda: prepared.processes.print(line))
     if push is not None and prepared.processes.is_main_process:
         address = push_folder(folder, push.repo_id, token=push.token, private=push.private, revision=push.revision)
-        prepared.processes.print(f"pushed: {address}\nload it: {loading_code(run, push.repo_id)}")
+        prepared.processes.print(f"pushed: {address}\nload it: {loading_code(prepared, push.repo_id)}")
 
 
 def in_order(prepared: Prepared, fitted: Fitted, measured: Measured) -> list[RobustnessReport]:
@@ -369,6 +369,7 @@ def card_info(prepared: Prepared, fitted: Fitted) -> CardInfo:
         datasets=[] if is_path(run.data.dataset) else [data.dataset_id],
         plot="accuracy.png",
         license="apache-2.0" if name == EMBEDDED_MODEL else None,
+        family=prepared.model.config.model_type,
     )
 
 
@@ -388,11 +389,13 @@ def saved_files(folder: Path) -> list[str]:
     return [*kinds, *(name for name in others if (folder / name).is_file())]
 
 
-def loading_code(run: TrainingRun, source: str) -> str:
+def loading_code(prepared: Prepared, source: str) -> str:
     """How what was trained is loaded from a folder or repository."""
+    run = prepared.run
     if run.defences:
         without = "PeftModel.from_pretrained(clip, ...)"
         return f'DefendedClassifier.from_pretrained("{source}"), or without the defence {without}; see README.md'
     if run.adds_adapter:
         return f'PeftModel.from_pretrained(clip, "{source}")  # after import hf_robust_clip; see README.md'
-    return f'CLIPForZeroShotClassification.from_pretrained("{source}")  # or transformers.CLIPModel'
+    plain = prepared.model.plain_cls.__name__
+    return f'AutoModelForZeroShotClassification.from_pretrained("{source}")  # or transformers.{plain}'

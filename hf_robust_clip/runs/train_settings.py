@@ -35,7 +35,7 @@ from ..training.config import RobustClipConfig, check_augmentation, check_start_
 from . import shared
 from .shared import SUITES
 
-LORA_TARGETS = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj)"
+LORA_TARGETS = r".*vision_model.*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 OBJECTIVE = ClassFlag(Objective, ("hf_robust_clip.objectives",))
 COMMAND = CommandLine(
     groups={

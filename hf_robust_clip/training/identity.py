@@ -24,7 +24,7 @@ from .checkpoints import read_note
 from .config import chooses_by_evaluation, compared_arguments, images_per_update
 
 if TYPE_CHECKING:
-    from ..modeling import CLIPForZeroShotClassification
+    from ..modeling import ZeroShotClassifier
     from ..objectives.base import Objective
     from .config import RobustClipConfig
 
@@ -34,7 +34,7 @@ _NOT_OF_THE_ADAPTER = ("base_model_name_or_path", "revision", "inference_mode", 
 
 
 def model_identity(
-    student: nn.Module, core: CLIPForZeroShotClassification, teacher: nn.Module | None, new_adapter: bool
+    student: nn.Module, core: ZeroShotClassifier, teacher: nn.Module | None, new_adapter: bool
 ) -> dict[str, Any]:
     """What a training starts from: a digest of the weights, normalisation, class prompts, and the adapter's settings.
 

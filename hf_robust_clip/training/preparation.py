@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..modeling import CLIPForZeroShotClassification
+from ..modeling import ZeroShotClassifier
 from ..normalisation import has_adapter
 from ..objectives.base import NEEDS
 from ..prompts import ClipPromptConfig, check_prompts
@@ -31,7 +32,7 @@ class Prepared:
     """
 
     student: nn.Module
-    teacher: CLIPForZeroShotClassification | None
+    teacher: ZeroShotClassifier | None
     adapter_is_new: bool
 
 
@@ -40,7 +41,7 @@ def prepare(
     args: RobustClipConfig,
     objective: Objective,
     peft_config: PeftConfig | None = None,
-    teacher: CLIPForZeroShotClassification | None = None,
+    teacher: ZeroShotClassifier | None = None,
 ) -> Prepared:
     """The model as it is trained: with classes, the objective's normalisation, frozen parts and adapter.
 
@@ -80,29 +81,28 @@ def prepare(
     return Prepared(student, reference, adapter_is_new=peft_config is not None)
 
 
-def classifier_in(model: nn.Module) -> CLIPForZeroShotClassification:
+def classifier_in(model: nn.Module) -> ZeroShotClassifier:
     """The classifier itself, or that inside a `PeftModel`. Raises TypeError for any other model."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(core, CLIPForZeroShotClassification):
-        raise TypeError(f"model is a {type(core).__name__}; give a CLIPForZeroShotClassification (see from_clip).")
+    if not isinstance(core, ZeroShotClassifier):
+        raise TypeError(f"model is a {type(core).__name__}; give one of AutoModelForZeroShotClassification.")
     return core
 
 
-def select_trainable(
-    model: CLIPForZeroShotClassification, last_layers: int | None = None, texts_too: bool = False
-) -> None:
-    """Freeze everything but the vision encoder with its projection, or but its last layers, final norm and projection;
-    with `texts_too` the text tower with its projection and the logit scale are trained as well.
+def select_trainable(model: ZeroShotClassifier, last_layers: int | None = None, texts_too: bool = False) -> None:
+    """Freeze everything but the image encoder, or but its last layers and what follows them (`image_head`); with
+    `texts_too` the text side and the logit scale are trained as well. A logit bias, which no objective depends on,
+    stays as it is.
 
     Raises ValueError if `last_layers` is not in 1 .. the encoder's number of layers.
     """
-    layers = model.vision_model.encoder.layers
+    layers = model.image_layers
     if last_layers is not None and not 1 <= last_layers <= len(layers):
         raise ValueError(f"trainable_layers={last_layers!r} must be None or in 1 .. {len(layers)}.")
     model.requires_grad_(False)
     trained: tuple[nn.Module, ...] = model.image_modules
     if last_layers is not None:
-        trained = (*layers[-last_layers:], model.vision_model.post_layernorm, model.visual_projection)
+        trained = (*layers[-last_layers:], *model.image_head)
     if texts_too:
         trained += model.text_modules
         model.logit_scale.requires_grad_(True)
@@ -110,7 +110,7 @@ def select_trainable(
         module.requires_grad_(True)
 
 
-def add_adapter(model: CLIPForZeroShotClassification, peft_config: PeftConfig, texts_too: bool = False) -> PeftModel:
+def add_adapter(model: ZeroShotClassifier, peft_config: PeftConfig, texts_too: bool = False) -> PeftModel:
     """The model with a new adapter in it, which stays out of the text tower unless that is trained too."""
     peft_config = copy.deepcopy(peft_config)
     if not texts_too and getattr(peft_config, "exclude_modules", "") is None:
@@ -118,10 +118,25 @@ def add_adapter(model: CLIPForZeroShotClassification, peft_config: PeftConfig, t
     student = get_peft_model(model, peft_config)
     if model.text_is_trainable() and not texts_too:
         raise ValueError("peft_config reaches the text tower; restrict target_modules to the vision encoder.")
+    check_adapter_is_used(student)
     return student
 
 
-def make_teacher(model: nn.Module, teacher: CLIPForZeroShotClassification | None) -> CLIPForZeroShotClassification:
+def check_adapter_is_used(student: nn.Module) -> None:
+    """Raise ValueError for an adapter inside of `torch.nn.MultiheadAttention`, which reads the weights of its layers
+    and never calls them: nothing would be trained.
+    """
+    for name, module in student.named_modules():
+        inside = [child for child, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)]
+        wrapped = name.endswith(".base_layer")  # by an adapter that knows what is inside
+        if isinstance(module, nn.MultiheadAttention) and inside and not wrapped:
+            raise ValueError(
+                f"peft_config reaches {name}.{inside[0]}, which its attention never calls: keep the adapter out by "
+                "exclude_modules."
+            )
+
+
+def make_teacher(model: nn.Module, teacher: ZeroShotClassifier | None) -> ZeroShotClassifier:
     """A frozen copy of the model without adapters (its frozen text tower shared), or the given one, comparable.
 
     Raises TypeError for one of another class, ValueError for one of another architecture.
@@ -133,11 +148,11 @@ def make_teacher(model: nn.Module, teacher: CLIPForZeroShotClassification | None
         frozen = () if model.text_is_trainable() else model.text_modules
         teacher = copy.deepcopy(model, {id(part): part for part in (*frozen, model.processor)})
         return teacher.eval().requires_grad_(False)
-    if not isinstance(teacher, CLIPForZeroShotClassification):
-        raise TypeError(f"teacher is a {type(teacher).__name__}; give a CLIPForZeroShotClassification, as for model.")
+    if not isinstance(teacher, ZeroShotClassifier):
+        raise TypeError(f"teacher is a {type(teacher).__name__}; give a classifier, as for model.")
     own, other = (
         {f"vision {name}": getattr(m.config.vision_config, name) for name in ARCHITECTURE}
-        | {"projection_dim": m.config.projection_dim}
+        | {"model_type": m.config.model_type, "embedding_width": m.embedding_width}
         for m in (model, teacher)
     )
     for name, value in own.items():
@@ -149,7 +164,7 @@ def make_teacher(model: nn.Module, teacher: CLIPForZeroShotClassification | None
     return teacher.eval().requires_grad_(False)
 
 
-def check_adapters(student: nn.Module, core: CLIPForZeroShotClassification) -> None:
+def check_adapters(student: nn.Module, core: ZeroShotClassifier) -> None:
     """Raise ValueError for adapters that a training would not train, or not save as they are."""
     if student is core:
         if has_adapter(core):
@@ -161,9 +176,10 @@ def check_adapters(student: nn.Module, core: CLIPForZeroShotClassification) -> N
         )
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError("the adapter is not trainable; load it with is_trainable=True.")
+    check_adapter_is_used(student)
 
 
-def check_teacher(teacher: CLIPForZeroShotClassification, core: CLIPForZeroShotClassification) -> None:
+def check_teacher(teacher: ZeroShotClassifier, core: ZeroShotClassifier) -> None:
     """Raise ValueError where the teacher has other classes or another normalisation: its logits would be of other
     things than the student's.
     """
@@ -176,7 +192,7 @@ def check_teacher(teacher: CLIPForZeroShotClassification, core: CLIPForZeroShotC
         raise ValueError("model got other classes, templates or normalisation than the teacher's; make a new trainer.")
 
 
-def twin_of(model: nn.Module, core: CLIPForZeroShotClassification) -> tuple[nn.Module, PeftConfig]:
+def twin_of(model: nn.Module, core: ZeroShotClassifier) -> tuple[nn.Module, PeftConfig]:
     """The frozen model that an adapter stands in, without it (its frozen weights shared), and the adapter's settings,
     for another one like it. Raises ValueError for a model without an adapter.
     """

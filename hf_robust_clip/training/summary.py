@@ -37,6 +37,7 @@ def card_info(trainer: RobustClipTrainer, repo_id: str) -> CardInfo:
         template=core.templates[0] if core.templates else PAPER_TEMPLATE,
         class_names=core.class_names,
         limits="",
+        family=core.config.model_type,
     )
 
 

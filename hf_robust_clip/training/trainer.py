@@ -13,7 +13,6 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
 from ..attacks.losses import cross_entropy
@@ -23,7 +22,7 @@ from ..defences.base import Defence, Prediction
 from ..defences.defended import DefendedClassifier
 from ..hub import Kind
 from ..metrics import accuracy_after_each
-from ..modeling import CLIPForZeroShotClassification, tokenize_prompts, without_gradients
+from ..modeling import ZeroShotClassifier, without_gradients
 from ..objectives.base import Batch, Objective
 from ..objectives.clean import Clean
 from ..prompts.access import prompts_of
@@ -71,7 +70,7 @@ def robust_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class RobustClipTrainer(ResumingTrainer):
-    """Trains a `CLIPForZeroShotClassification`, or prompts in it, on adversarial examples, by any `Objective`.
+    """Trains a `ZeroShotClassifier`, or prompts in it, on adversarial examples, by any `Objective`.
 
     In each step: random crops, if the dataset gives whole pictures, as many of each as the objective has views;
     adversarial images by PGD on `objective.attack_loss` (through the module without its distributed wrapper,
@@ -115,18 +114,18 @@ class RobustClipTrainer(ResumingTrainer):
 
     def __init__(
         self,
-        model: CLIPForZeroShotClassification | PeftModel | None,
+        model: ZeroShotClassifier | PeftModel | None,
         args: RobustClipConfig,
         objective: Objective | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        teacher: CLIPForZeroShotClassification | None = None,
+        teacher: ZeroShotClassifier | None = None,
         peft_config: PeftConfig | None = None,
         data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]] = collate_images,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] = robust_accuracy,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        model_init: Callable[..., CLIPForZeroShotClassification | PeftModel] | None = None,
+        model_init: Callable[..., ZeroShotClassifier | PeftModel] | None = None,
         defence: Defence | None = None,
     ):
         if not isinstance(args, RobustClipConfig):
@@ -146,7 +145,7 @@ class RobustClipTrainer(ResumingTrainer):
             check_augmentation(args, whole_pictures)
             check_views(objective, whole_pictures)
         self.training_objective = objective
-        self.teacher: CLIPForZeroShotClassification | None = None
+        self.teacher: ZeroShotClassifier | None = None
         self.defence = self.defence_cls() if defence is None and self.defence_cls is not None else defence
         self.given_optimizers = optimizers
         self._given_teacher, self._adapter, self._teacher_is_given = teacher, peft_config, teacher is not None
@@ -180,7 +179,7 @@ class RobustClipTrainer(ResumingTrainer):
         """The attack of training, as `args` say now."""
         return self.args.attack()
 
-    def classifier(self) -> CLIPForZeroShotClassification:
+    def classifier(self) -> ZeroShotClassifier:
         """The model that is trained, without wrappers; adapters are inside."""
         return classifier_in(self.accelerator.unwrap_model(self.model))
 
@@ -246,11 +245,7 @@ class RobustClipTrainer(ResumingTrainer):
         """Those of the captions (B, L), L the context length, so that they can be compared over processes."""
         if "captions" not in inputs:
             raise ValueError(f"{type(self.training_objective).__name__} needs captions; the dataset gives none.")
-        core = self.classifier()
-        text, tokenizer = core.config.text_config, core.require_processor().tokenizer
-        length = text.max_position_embeddings
-        ids_BL = tokenize_prompts(tokenizer, inputs["captions"], length, core.text_model.eos_token_id, text.vocab_size)
-        return F.pad(ids_BL, (0, length - ids_BL.shape[1]), value=tokenizer.eos_token_id).to(self.args.device)
+        return self.classifier().tokenize(inputs["captions"], whole=True).to(self.args.device)
 
     def _check_batch(self, inputs: dict[str, Any], needs_labels: bool) -> None:
         core, pixels, objective = self.classifier(), inputs["pixel_values"], self.training_objective
@@ -533,7 +528,7 @@ class RobustClipTrainer(ResumingTrainer):
         )
         return self.defence
 
-    def _train_clean(self, folder: Path | None = None) -> CLIPForZeroShotClassification:
+    def _train_clean(self, folder: Path | None = None) -> ZeroShotClassifier:
         """An adapter of the same kind in the same frozen model, trained by the same settings without an attack; where
         it was killed, it goes on from its checkpoint in `folder`.
         """

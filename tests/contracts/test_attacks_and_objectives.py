@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import CLASS_NAMES
+from tiny_siglip import tiny_siglip
 
 import hf_robust_clip.objectives
 from hf_robust_clip.attacks import losses
@@ -69,10 +70,9 @@ def captions(student, labels):
     return student.processor.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
 
 
-@pytest.fixture
-def world(tiny_clip, tiny_batch):
+def world_of(family, tiny_batch):
     """A student apart from its teacher; `of(row, rows, size)` gives the row's batch."""
-    student, teacher = tiny_clip(), tiny_clip().requires_grad_(False)
+    student, teacher = family(), family().requires_grad_(False)
     with torch.no_grad():
         for i, parameter in enumerate(student.vision_parameters()):
             parameter.mul_(1 + 0.02 * (i % 3 - 1))
@@ -86,6 +86,12 @@ def world(tiny_clip, tiny_batch):
         return Batch((images[rows],), labels[rows], captions(student, labels[rows]), student, teacher)
 
     return of
+
+
+@pytest.fixture
+def world(tiny_clip, tiny_batch):
+    """Of CLIPs."""
+    return world_of(tiny_clip, tiny_batch)
 
 
 def attack(row, norm, batch, images=None, **settings):
@@ -220,11 +226,14 @@ def test_works_without_gradients_around_it(world, row, norm):
         assert not torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("family", ["clip", "siglip"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_terms_are_finite_scalars_and_train_the_whole_image_encoder(world, name):
+def test_terms_are_finite_scalars_and_train_the_whole_image_encoder(tiny_clip, tiny_batch, family, name):
     """Every vision parameter gets a gradient; the frozen text tower, the logit scale and the teacher get none."""
+    world = world_of({"clip": tiny_clip, "siglip": tiny_siglip}[family], tiny_batch)
     batch, objective = world(f"objective-{name}"), OBJECTIVES[name]
     adv = attack(f"objective-{name}", "linf", batch)
+    assert not torch.equal(adv, batch.images)
     terms = objective(batch, adv)
     assert all(value.shape == () and value.isfinite() for value in terms.values())
     sum(terms.values()).backward()

@@ -206,7 +206,7 @@ def test_a_folder_is_written_whole_or_not_at_all(saved, tmp_path, monkeypatch):
 
 
 def test_what_can_not_be_saved_or_defended():
-    with pytest.raises(TypeError, match="give a CLIPForZeroShotClassification"):
+    with pytest.raises(TypeError, match="classifier is a Linear"):
         DefendedClassifier(torch.nn.Linear(1, 1), TTC())
     with pytest.raises(TypeError, match="give a test-time defence"):
         DefendedClassifier(base_model(), "tapt")

@@ -110,7 +110,7 @@ def test_examples_are_python_whatever_the_names(name):
 
     for block in blocks:
         code = compile(re.sub(r"^from .*", "", block, flags=re.MULTILINE), "card", "exec")
-        exec(code, {"pipeline": Stub, "CLIPForZeroShotClassification": Stub})
+        exec(code, {"pipeline": Stub, "AutoModelForZeroShotClassification": Stub})
     assert seen[0][1]["candidate_labels"] == [name, "dog"]
     assert seen[1] == (([name, "dog"],), {"template": template})
 

@@ -25,10 +25,14 @@ def make_processor(image_size: int = 8) -> CLIPProcessor:
     return CLIPProcessor(image_processor, tokenizer)
 
 
-def make_clip(processor: CLIPProcessor, seed: int = 0, image_size: int = 8) -> CLIPModel:
+def make_clip(
+    processor: CLIPProcessor, seed: int = 0, image_size: int = 8, hidden_act: str = "quick_gelu"
+) -> CLIPModel:
     """A random CLIP with two layers per tower; noise on every parameter, so that no bias is 0 and no scale is 1."""
     tokenizer = processor.tokenizer
-    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    tower = dict(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, hidden_act=hidden_act
+    )
     text = dict(
         tower,
         vocab_size=len(tokenizer),

@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from tiny import CLASS_NAMES, make_clip, make_processor
+from tiny_siglip import tiny_siglip
 from transformers import TrainerCallback
 
 from hf_robust_clip import (
@@ -53,6 +54,7 @@ CASES = {
     "short last update": dict(objective=PMGAFT.released_preset(), images=21),  # 8, 8, and 4 with 1
     "dropped last batches": dict(objective=PMGAFT(), images=21, dataloader_drop_last=True),
     "captions": dict(objective=Contrastive(), images=21, captions=True),
+    "SigLIP": dict(objective=PMGAFT.released_preset(), model=tiny_siglip),
     "resumed before it": dict(objective=PMGAFT(), accumulation=2, images=19, resumed=True),  # 2 with 1, twice
 }
 GLOBAL_BATCH = 8
@@ -133,9 +135,8 @@ def case_trainer(name, folder, processes):
         train_dataset=tiny_data(case.get("images", 24), captions=case.get("captions", False)),
         eval_dataset=tiny_data(7),
     )
-    return PMGAFTTrainer(
-        tiny_model(), args, case["objective"], **data, teacher=tiny_model(seed=5), peft_config=adapter
-    )
+    make = case.get("model", tiny_model)
+    return PMGAFTTrainer(make(), args, case["objective"], **data, teacher=make(seed=5), peft_config=adapter)
 
 
 @functools.cache
