@@ -69,7 +69,7 @@ class Layout:
 
 NO_VIT = (r"(visual\.)?layer1\.", r"(visual\.)?trunk\.")
 PROMPTED = r"(visual\.)?prompt_pos_embedding$"
-LEARNER = r"prompt_learner\.|(.*\.)?(VPT$|VPT_shallow$)"
+LEARNER = r"prompt_learner\.|(.*\.)?(ctx|VPT|VPT_shallow)$"
 LAYOUTS = (
     Layout("open_clip", "a whole CLIP of OpenAI or open_clip", "whole", PLAIN,
            (r"visual\.conv1\.weight$", r"token_embedding\.weight$"), (*NO_VIT, LEARNER), "visual.", ""),

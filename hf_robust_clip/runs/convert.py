@@ -185,7 +185,7 @@ def convert_prompts(case: Case) -> Path:
     """Write an adapter of the prompts that a trainer on Dassl learned. Raises ValueError for an activation, which is
     the base's.
     """
-    from ..modeling.prompt_learners import prompt_learner_adapter
+    from ..modeling.prompt_learners import prompt_learner_adapter, trained_template
     from ..training.checkpoints import save_adapter
 
     settings = case.settings
@@ -193,13 +193,14 @@ def convert_prompts(case: Case) -> Path:
         raise ValueError(f"activation={settings.activation!r} does nothing for prompts: it is the base's.")
     folder, about, chosen = Path(settings.output_dir), provenance(case), decide_normalisation(case, None)
     case.model.set_normalisation(chosen.mean, chosen.std)
+    template = trained_template(case.found.tensors, case.model)
     adapted = prompt_learner_adapter(case.found.tensors, case.model)
     for config in adapted.peft_config.values():
         config.base_model_name_or_path, config.revision = _lasting(settings.base), settings.base_revision
     check_writable(folder)
     with written_whole(folder, last="adapter_config.json") as draft:
         save_adapter(adapted, draft)
-        write_notes(draft, about | {"normalisation": vars(chosen)}, folder)
+        write_notes(draft, about | {"normalisation": vars(chosen), "template": template}, folder)
         if settings.overwrite:
             clear_model(folder)
     return folder

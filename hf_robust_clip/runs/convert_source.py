@@ -99,19 +99,24 @@ def find_source(source: str, file: str | None, revision: str | None) -> Source:
 def _on_the_hub(source: str, file: str | None, where: dict[str, Any]) -> Source:
     from huggingface_hub import HfApi, hf_hub_download
 
+    def fetched(name: str) -> Path:
+        return Path(hf_hub_download(source, name, revision=where["revision"]))
+
     try:
         names = [file] if file else HfApi().list_repo_files(source, revision=where["revision"])
-        index = Path(hf_hub_download(source, INDEX, revision=where["revision"])) if INDEX in names else Path(INDEX)
-        chosen = weights_among(
-            [name for name in names if "/" not in name or name == file], file, source, _shards(index)
-        )
-        files = tuple(Path(hf_hub_download(source, name, revision=where["revision"])) for name in chosen)
-    except ValueError:
-        raise
+        shards = _shards(fetched(INDEX)) if INDEX in names else []
     except Exception as error:  # the Hub's client raises many kinds
-        mend = "name a file, a folder or a Hub id; offline, give source_file"
-        raise OSError(f"source={source!r} can't be read from the Hub ({reason_of(error):.200}); {mend}.") from error
-    return Source(source, source, files, where)
+        raise _unreadable(source, error) from error
+    chosen = weights_among([own for own in names if "/" not in own or own == file], file, source, shards)
+    try:
+        return Source(source, source, tuple(map(fetched, chosen)), where)
+    except Exception as error:
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: str, error: Exception) -> OSError:
+    mend = "name a file, a folder or a Hub id; offline, give source_file too"
+    return OSError(f"source={source!r} can't be read from the Hub ({reason_of(error):.200}); {mend}.")
 
 
 def weights_among(names: Sequence[str], file: str | None, source: str, shards: Sequence[str]) -> list[str]:
