@@ -184,13 +184,14 @@ def test_a_folder_of_transformers_gets_the_processor_that_it_lacks(pickled, base
         convert_checkpoint("theirs", base, "other", activation="quick_gelu")
 
 
-def test_a_config_without_activation_is_not_taken_for_quick_gelu(base_model, tmp_path):
+def test_a_config_without_activation_is_not_taken_for_quick_gelu(base, base_model, tmp_path):
     other = base_in(tmp_path / "gelu")
     config = json.loads(Path(other, "config.json").read_text())
     for part in ("vision_config", "text_config"):
         config[part]["hidden_act"] = "gelu"
     Path(other, "config.json").write_text(json.dumps(config))
     hugging_face("theirs", base_model, hidden_act=None)
+    assert loaded(convert_checkpoint("theirs", base, "same")).config.text_config.hidden_act == "quick_gelu"
     with pytest.raises(ValueError, match="activation"):
         convert_checkpoint("theirs", other, "out")
     folder = convert_checkpoint("theirs", other, "out", activation="gelu")
@@ -277,6 +278,9 @@ def test_a_replaced_folder_keeps_nothing_of_what_was_there(base):
     convert(visual(CLIP["gelu"]), base, activation="gelu", overwrite=True)
     assert not Path("out/report.json").exists() and Path("out/mine.txt").read_text() == "mine"
     assert loaded("out").config.vision_config.hidden_act == "gelu"
+    Path("out/README.md").write_text("my own words")
+    with pytest.raises(OSError, match=r"README\.md"):
+        convert(visual(CLIP["gelu"]), base, overwrite=True)
 
 
 # ---- the command

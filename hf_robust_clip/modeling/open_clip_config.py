@@ -44,7 +44,7 @@ def read_open_clip_config(path: str | Path, base: Any) -> OpenClipConfig:
     """
     content = read_json(path)
     try:
-        model = content["model_cfg"]
+        model = content.get("model_cfg", content)  # as the first ones were written
         vision, text = model["vision_cfg"], model["text_cfg"]
         for part in ("vision_cfg", "text_cfg"):
             _check_known(part, model[part])

@@ -19,8 +19,8 @@ from ..environment import library_versions
 from ..hub import clear_model
 from ..modeling import CLIPForZeroShotClassification, adapter_config
 from ..modeling.layouts import clip_weights, find_weights, likeness
-from ..names import hub_name, same_place, shown_folder, shown_name
-from ..report.card import LIBRARY
+from ..names import cached_revision, hub_name, same_place, shown_folder, shown_name
+from ..report.card import LIBRARY, card_state
 from ..report.converted import PROVENANCE, make_converted_card
 from ..storage import check_writable, read_json, write_text, written_whole
 from .convert_choices import Activation, Case, decide_activation, decide_normalisation, own_config, told_beside
@@ -134,6 +134,8 @@ def check_output(settings: ConvertArguments, origin: Source) -> None:
             raise OSError(f"output_dir={given!r} is the folder of the {name}; name another.")
     if folder.is_dir() and any(folder.iterdir()) and not settings.overwrite:
         raise OSError(f"output_dir={given!r} is not empty; add --overwrite, or name another folder.")
+    if card_state(folder / "README.md") == "theirs":
+        raise OSError(f"output_dir={given!r} has a README.md of somebody's own; move it, or name another folder.")
 
 
 def load_base(base: str, revision: str | None) -> CLIPForZeroShotClassification:
@@ -159,14 +161,15 @@ def provenance(case: Case) -> dict[str, Any]:
     """Where a checkpoint is from, in JSON types, without paths of this disk."""
     settings, origin, found = case.settings, case.origin, case.found
     versions = library_versions()
+    floats = [own for own in found.tensors.values() if own.is_floating_point()]
     return {
         "source": {
             "name": shown_name(origin.title),
-            "commit": origin.commit,
+            "commit": origin.commit or cached_revision(origin.place),
             "files": origin.digests(),
             "place": list(found.place),
             "left_out": list(found.left_out),
-            "dtypes": sorted({str(own.dtype).removeprefix("torch.") for own in found.tensors.values()}),
+            "dtypes": sorted({str(own.dtype).removeprefix("torch.") for own in floats}),
         },
         "layout": found.layout.name,
         "about": found.layout.about,
@@ -174,7 +177,7 @@ def provenance(case: Case) -> dict[str, Any]:
         "base": {
             "name": shown_name(settings.base),
             "published": hub_name(settings.base) is not None,
-            "commit": case.model.config._commit_hash,
+            "commit": case.model.config._commit_hash or cached_revision(settings.base),
         },
         "activation": None,
         "versions": {name: versions[name] for name in (LIBRARY, "torch", "transformers")},

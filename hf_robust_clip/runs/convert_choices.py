@@ -18,6 +18,7 @@ from ..pictures import normalisation_of
 from .convert_source import Source
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+DEFAULT = "quick_gelu"  # of transformers, where a config.json says nothing
 EXACT = 1e-4  # means and standard deviations are published with 3 digits or more
 
 
@@ -87,35 +88,45 @@ def decide_activation(case: Case, config: CLIPConfig | None, told: OpenClipConfi
 
     Raises ValueError where a config beside the weights and the base, or the flag, say otherwise.
     """
-    asked, origin, of_base = case.settings.activation, case.origin, case.model.config
+    asked, of_base = case.settings.activation, case.model.config
     base = of_base.vision_config.hidden_act, of_base.text_config.hidden_act
-    if config is not None and (said := _said_of(origin, config)):
-        if asked is not None and {asked} != set(said):
-            raise ValueError(
-                f"activation={asked!r} is against config.json of source={origin.title!r} ({said[0]}, text {said[1]}); "
-                "correct that file where it is wrong."
-            )
-        return Activation(said[0], said[1] if case.whole else base[1], "as config.json of the source says")
+    if config is not None:
+        return _of_own_config(case, base)
     if asked is not None:
         return Activation(asked, asked if case.whole else base[1], "as it was given by --activation")
-    beside = told.activation if told else "quick_gelu" if config is not None else None  # which transformers would take
-    if beside is not None and {beside} != set(base if case.whole else base[:1]):
-        where = OPEN_CLIP if told else "config.json, which leaves it out,"
+    if told is not None and {told.activation} != set(base if case.whole else base[:1]):
         raise ValueError(
-            f"activation: {where} of source={origin.title!r} means {beside}, the config of "
+            f"activation: {OPEN_CLIP} of source={case.origin.title!r} means {told.activation}, the config of "
             f"base={case.settings.base!r} {base[0]}, text {base[1]}; give --activation."
         )
     also = f" and {OPEN_CLIP} beside the weights say" if told else " says"
     return Activation(*base, f"as the base's config{also}; the weights themselves don't tell")
 
 
-def _said_of(origin: Source, config: CLIPConfig) -> tuple[str, str] | None:
-    """The activations of both towers, where a config.json says them: what it leaves out would become quick_gelu."""
-    content = origin.clip_config() or {}
-    parts = [content.get(name) or content.get(f"{name}_dict") or {} for name in ("vision_config", "text_config")]
-    if not all("hidden_act" in part for part in parts):
-        return None
-    return config.vision_config.hidden_act, config.text_config.hidden_act
+def _of_own_config(case: Case, base: tuple[str, str]) -> Activation:
+    """The activations that config.json beside weights of transformers says. Where it leaves one out, transformers
+    takes quick_gelu: so it must be the base's too, or given.
+    """
+    content, asked, title = case.origin.clip_config() or {}, case.settings.activation, case.origin.title
+    found, left_out = list(base), False
+    for number, part in enumerate(("vision_config", "text_config")[: 2 if case.whole else 1]):
+        said = (content.get(part) or content.get(f"{part}_dict") or {}).get("hidden_act")
+        left_out = left_out or said is None
+        if said is not None and asked not in (None, said):
+            raise ValueError(
+                f"activation={asked!r} is against {part} in config.json of source={title!r} ({said}); correct that "
+                "file where it is wrong."
+            )
+        found[number] = said or asked or DEFAULT
+        if said is None and asked is None and base[number] != DEFAULT:
+            raise ValueError(
+                f"activation: {part} in config.json of source={title!r} leaves it out, which means {DEFAULT}, and "
+                f"base={case.settings.base!r} has {base[number]}; give --activation."
+            )
+    why = "as config.json of the source says"
+    if left_out:
+        why += ", and where it says nothing " + ("as it was given by --activation" if asked else "as the base does")
+    return Activation(found[0], found[1], why)
 
 
 def decide_normalisation(case: Case, told: OpenClipConfig | None) -> Normalisation:
