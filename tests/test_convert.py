@@ -11,11 +11,12 @@ import torch
 from layout_files import FILES, halved, open_clip_text, tecoa, visual
 from openai_clip import OpenAIClip
 from PIL import Image
+from prompt_learner_files import texts
 from safetensors.torch import load_file, save_file
 from tiny import make_clip, make_processor
 from transformers import CLIPModel, CLIPProcessor, pipeline
 
-from hf_robust_clip.checkpoint_notes import named_base
+from hf_robust_clip.checkpoint_notes import named_base, trained_templates
 from hf_robust_clip.cli import main
 from hf_robust_clip.modeling import CLIPForZeroShotClassification
 from hf_robust_clip.modeling.checkpoints import UnfitWeights
@@ -199,14 +200,16 @@ def test_a_config_without_activation_is_not_taken_for_quick_gelu(base, base_mode
 
 
 def test_prompts_of_a_trainer_become_an_adapter_of_the_base(base, base_model):
-    context = 0.5 * torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
-    file = {"state_dict": {"prompt_learner.ctx": context}, "epoch": 50, "optimizer": None, "val_result": None}
+    count = len(base_model.processor.tokenizer("a photo of a", add_special_tokens=False).input_ids)
+    context = 0.5 * torch.randn(count, 16, generator=torch.Generator().manual_seed(0))
+    learner = {"prompt_learner.ctx": context, **texts(base_model, "a photo of a", ["cat", "dog"], count)}
+    file = {"state_dict": learner, "epoch": 50, "optimizer": None, "val_result": None}
     folder = convert(file, base)
     model = load_model(str(folder))
-    model.set_classes(["cat", "dog"], "a b c d {}.")
     (layer,) = [own for name, own in model.state_dict().items() if "clip_prompt_tokens" in name]
     assert torch.equal(layer, context)
     assert provenance()["layout"] == "prompt_learner" and card_state("out/README.md") == "unmeasured"
+    assert trained_templates("out") == ("a photo of a {}.",)
     with pytest.raises(ValueError, match="activation"):
         convert(file, base, activation="gelu", overwrite=True)
 
@@ -260,7 +263,8 @@ def test_provenance_and_card_say_where_it_is_from(base):
     file = told["source"]["files"][0]
     assert file["sha256"] == hashlib.sha256(Path("weights.pt").read_bytes()).hexdigest()
     assert told["layout"] == "tecoa" and told["base"]["name"] == "base"
-    assert set(told["source"]["left_out"]) == {"epoch", "optimizer", "state_dict", "add_prompter", "best_acc1"}
+    left_out = {"epoch", "optimizer", "state_dict", "add_prompter", "best_acc1", "best_robust"}
+    assert set(told["source"]["left_out"]) == left_out
     card = (folder / "README.md").read_text()
     assert file["sha256"] in card and "license" not in card.split("\n---")[0] and "model-index" not in card
     assert card_state(folder / "README.md") == "unmeasured"
@@ -374,6 +378,7 @@ WRONG_FILES: dict = {  # what a file holds, and what the error names
     "token_prompts": (tecoa(CLEAN) | {"add_prompter": {"prompt": Z(1, 2, 16)}}, "add_prompter"),
     "agft_prompt": (FILES["agft"](CLEAN) | {"params": {"image_prompt": Z(1, 3, 8, 8)}}, "params"),
     "other_weights_beside": (tecoa(CLEAN) | {"text_encoder": {"x": Z(3)}}, "text_encoder"),
+    "scale_beside": (tecoa(CLEAN) | {"logit_scale": torch.tensor(4.6)}, "logit_scale"),
     "several": ({"state_dict": WHOLE, "vision_encoder_state_dict": VISUAL}, "layout"),
     "both_forms": ({**WHOLE, **VISUAL}, "layout"),
     "scale": ({**WHOLE, "logit_scale": torch.tensor(100.0)}, "logit_scale"),

@@ -26,6 +26,7 @@ ANYWHERE = (*PLAIN, *TECOA, *AGFT)
 WRAPPED = ("module.", "_orig_mod.")  # by DataParallel, by torch.compile
 OF_TRAINING = ("optimizer", "optimizer_state", "optimizer_state_dict", "scheduler", "scheduler_state_dict",
                "lr_scheduler", "scaler", "scaler_state_dict", "grad_scaler")  # fmt: skip
+SCALES = ("logit_scale", "logit_bias")
 SIZES = {"input_resolution": ("vision_config", "image_size"), "vocab_size": ("text_config", "vocab_size"),
          "context_length": ("text_config", "max_position_embeddings")}  # fmt: skip
 LARGEST_SCALE = 10.0  # of logit_scale, a logarithm: CLIP stops at log(100), 4.6
@@ -199,16 +200,15 @@ def _beside(content: Mapping[str, Any], place: Place, row: Layout, others: set[s
         for key, value in inside.items():
             if key == (place[depth] if depth < len(place) else None) or (depth == len(place) and _is_tensor(value)):
                 continue
-            count = _values_in(value)
-            if count and key in row.empty and key not in others:
+            prompts = _values_in(value) if key in row.empty and key not in others else 0
+            if prompts:
                 raise ValueError(
-                    f"{key} in source={source!r} holds {count:,} values of prompts, without which the image "
+                    f"{key} in source={source!r} holds {prompts:,} values of prompts, without which the image "
                     "tower is another function; no adapter here has them."
                 )
-            if count and key not in (*OF_TRAINING, *others):
-                raise ValueError(
-                    f"{key} in source={source!r} holds {count:,} values, which would be lost; take it out."
-                )
+            lost = 0 if key in (*OF_TRAINING, *others) else _values_in(value, above=0 if key in SCALES else 1)
+            if lost:
+                raise ValueError(f"{key} in source={source!r} holds {lost:,} values that would be lost; take it out.")
             yield str(key)
         inside = inside[place[depth]] if depth < len(place) else inside
 
@@ -217,13 +217,13 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _values_in(value: Any) -> int:
-    """How many values the tensors in nested containers have."""
+def _values_in(value: Any, above: int = 0) -> int:
+    """How many values the tensors in nested containers have: those of more than so many, since one is a figure."""
     if isinstance(value, Tensor):
-        return value.numel()
+        return value.numel() if value.numel() > above else 0
     if isinstance(value, Mapping):
         value = list(value.values())
-    return sum(map(_values_in, value)) if isinstance(value, list | tuple | set) else 0
+    return sum(_values_in(own, above) for own in value) if isinstance(value, list | tuple | set) else 0
 
 
 def clip_weights(found: FoundWeights, base: nn.Module, source: str) -> dict[str, Tensor]:

@@ -89,14 +89,14 @@ def convert_checkpoint(
     is written then.
     """
     settings = ConvertArguments(
-        str(source), base, str(output_dir), source_file, source_revision, base_revision, layout, normalisation,
+        str(source), str(base), str(output_dir), source_file, source_revision, base_revision, layout, normalisation,
         activation, overwrite,
     )  # fmt: skip
     folder = Path(settings.output_dir)
     origin = find_source(settings.source, source_file, source_revision)
     check_output(settings, origin)
     found = find_weights(origin.content(), origin.title, layout)
-    model = load_base(base, base_revision)
+    model = load_base(settings.base, base_revision)
     if found.layout.gives == "adapter":
         return convert_prompts(Case(settings, origin, found, model))
     case = Case(settings, origin, found, model)
@@ -109,7 +109,8 @@ def convert_checkpoint(
     if alike < UNRELATED:
         logger.warning(
             "the weights of source=%r have nothing in common with those of base=%r (cosine %.3f): they were not "
-            "trained from it, so that its activation and normalisation may not be theirs", origin.title, base, alike,
+            "trained from it, so that its activation and normalisation may not be theirs",
+            origin.title, settings.base, alike,
         )  # fmt: skip
     fill(case, weights, config, activation_found)
     model.set_normalisation(normalisation_found.mean, normalisation_found.std)
