@@ -376,7 +376,7 @@ WRONG_FILES: dict = {  # what a file holds, and what the error names
     "logit_bias": ({**WHOLE, "logit_bias": Z(())}, "logit_bias"),
     "prompter": (tecoa(CLEAN) | {"state_dict": {"module.pad_up": Z(1, 3, 2, 8)}}, "state_dict"),
     "token_prompts": (tecoa(CLEAN) | {"add_prompter": {"prompt": Z(1, 2, 16)}}, "add_prompter"),
-    "agft_prompt": (FILES["agft"](CLEAN) | {"params": {"image_prompt": Z(1, 3, 8, 8)}}, "params"),
+    "agft_prompt": (FILES["agft"](CLEAN) | {"params": {"image_prompt": Z(1)}}, "params"),
     "other_weights_beside": (tecoa(CLEAN) | {"text_encoder": {"x": Z(3)}}, "text_encoder"),
     "scale_beside": (tecoa(CLEAN) | {"logit_scale": torch.tensor(4.6)}, "logit_scale"),
     "several": ({"state_dict": WHOLE, "vision_encoder_state_dict": VISUAL}, "layout"),

@@ -50,7 +50,8 @@ def convert_and_tell(settings: ConvertArguments) -> None:
     folder = convert_checkpoint(**vars(settings))
     told = read_json(folder / PROVENANCE)
     source, normalisation, activation = told["source"], told["normalisation"], told["activation"]
-    print(f"source: {source['name']}, {', '.join(own['file'] for own in source['files'])}: {told['about']}")
+    files = [own["file"] for own in source["files"] if own["file"] != source["name"]]
+    print(f"source: {', '.join([source['name'], *files])}: {told['about']}")
     print(f"layout: {told['layout']}; stored as {', '.join(source['dtypes'])}, here float32")
     if activation:
         print(f"activation: {activation['vision']}, text {activation['text']}: {activation['why']}")
