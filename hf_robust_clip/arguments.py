@@ -7,14 +7,28 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+
 from .attacks.suites import Suite
 from .defences.base import Defence
 from .digits_clip import EMBEDDED_MODEL
 from .evaluation.attack_views import AttackView, DefenceBlind, Static
 from .evaluation.settings import EvaluationSettings, Precision
 from .modeling import PAPER_TEMPLATE
+from .modeling.layouts import KNOWN
 from .names import is_path, same_place
 from .objectives.base import Objective
+
+ACTIVATIONS = ("quick_gelu", "gelu")  # of OpenAI's CLIPs, of others
+NORMALISATIONS = {
+    "clip": (list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)),
+    "imagenet": (list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)),
+}
 
 
 @dataclass(frozen=True)
@@ -328,6 +342,70 @@ class EvaluationRunArguments:
             raise ValueError("overwrite=true deletes what resume=true would go on from; choose one.")
         if self.defence is not None and self.reference is not None:
             raise ValueError(f"reference={self.reference!r} is undefended: evaluate it without a defence.")
+
+
+@dataclass(frozen=True)
+class ConvertArguments:
+    """Which weights become a checkpoint of transformers, and what they don't tell.
+
+    Args:
+        source: a file of weights, a folder, or a Hub id.
+        base: the CLIP that they were trained from, a Hub id or a folder: it gives what they lack (text tower,
+            tokenizer, processor), and all names and sizes are compared with its own.
+        output_dir: where the checkpoint is written.
+        source_file: the file of weights in a folder or repository of several.
+        source_revision: of a Hub id.
+        base_revision: of a Hub id.
+        layout: how the weights are written; null finds it by their names.
+        normalisation: of the images in the training: clip, imagenet, MEAN,STD, or three of each as M,M,M;S,S,S; null
+            takes that of the base's processor.
+        activation: of the training: quick_gelu or gelu; null takes that of the base's config.
+        overwrite: replace a checkpoint that the folder holds.
+    """
+
+    source: str = ""
+    base: str = ""
+    output_dir: str = ""
+    source_file: str | None = None
+    source_revision: str | None = None
+    base_revision: str | None = None
+    layout: str | None = None
+    normalisation: str | None = None
+    activation: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("source", "base", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}='' names nothing.")
+        if self.layout is not None and self.layout not in KNOWN:
+            raise ValueError(f"layout={self.layout!r} is unknown; choose one of {', '.join(KNOWN)}.")
+        if self.activation not in (None, *ACTIVATIONS):
+            raise ValueError(f"activation={self.activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}.")
+        if self.base_revision is not None and (self.base == EMBEDDED_MODEL or is_path(self.base)):
+            raise ValueError(
+                f"base_revision={self.base_revision!r} does nothing for {self.base!r}, which is no Hub id."
+            )
+        self.mean_and_std()
+
+    def mean_and_std(self) -> tuple[list[float], list[float]] | None:
+        """Three values each, in units of [0, 1]; None if none were given. Raises ValueError for others."""
+        text = self.normalisation
+        if text is None or text in NORMALISATIONS:
+            return None if text is None else NORMALISATIONS[text]
+        try:
+            halves = text.split(";") if ";" in text else text.split(",")
+            mean, std = ([float(value) for value in half.split(",")] for half in halves)
+        except ValueError:
+            mean, std = [], []
+        mean, std = (values * 3 if len(values) == 1 else values for values in (mean, std))
+        fits = all(0 <= value <= 1 for value in mean) and all(0 < value <= 1 for value in std)
+        if len(mean) != 3 or len(std) != 3 or not fits:
+            raise ValueError(
+                f"normalisation={text!r} must be {', '.join(NORMALISATIONS)}, MEAN,STD or M,M,M;S,S,S, in units of "
+                "[0, 1]."
+            )
+        return mean, std
 
 
 def check_folder(output_dir: str, model: str, goes_on: bool) -> None:

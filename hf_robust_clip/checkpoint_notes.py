@@ -19,8 +19,8 @@ CHECKPOINT = re.compile(r"checkpoint-\d+")  # of a Trainer, inside the folder of
 
 
 def trained_templates(name: str, revision: str | None = None) -> tuple[str, ...]:
-    """The templates that a checkpoint was trained with, as its recipe.yaml, report.json or adaptation.json says, in a
-    folder or on the Hub; none if none of them says it.
+    """The templates that a checkpoint was trained with, as its recipe.yaml, report.json, provenance.json or
+    adaptation.json says, in a folder or on the Hub; none if none of them says it.
 
     Raises OSError if the Hub can't be asked, ValueError for a file that says it in a way that can't be read.
     """
@@ -32,6 +32,9 @@ def trained_templates(name: str, revision: str | None = None) -> tuple[str, ...]
         return _templates(report["card"]["template"], name, "report.json")
     if recipe is not None and "objective" in recipe:  # a recipe that leaves it out trains with this one
         return (PAPER_TEMPLATE,)
+    converted = _content(name, "provenance.json", revision)
+    if converted is not None and converted.get("template"):
+        return _templates(converted["template"], name, "provenance.json")
     defence = _content(name, "adaptation.json", revision)
     return () if defence is None else _templates(defence.get("templates") or [], name, "adaptation.json")
 
