@@ -78,6 +78,15 @@ def load_data(images: Images, model: CLIPForZeroShotClassification) -> ImageData
     return replace(data, augment=images.augment)
 
 
+def count_whole(images: Images, data: ImageDataset, model: CLIPForZeroShotClassification) -> int | None:
+    """How many images there would be, if settings didn't take a part of them by number; None of a stream."""
+    if images.streaming:
+        return None
+    if images.max_images is None and images.shots is None:
+        return len(data)
+    return len(load_data(replace(images, max_images=None, shots=None, shots_seed=0), model))
+
+
 def check_tasks(tasks: tuple[Images, ...]) -> None:
     """Raise ValueError for no tasks, one without a dataset, crops, and two that tables would call the same."""
     from ..names import task_titles
