@@ -224,7 +224,7 @@ def prepare(run: EvaluationRun) -> Prepared:
     name = run.model.model_name_or_path
     comparison = run.comparison and published.with_model(run.comparison, name, run.revision_of(name))
     check_writable(folder)
-    processes = join_processes(_on_cpu(run.use_cpu))
+    processes = join_processes(shared.on_cpu(run.use_cpu))
     processes.print(f"evaluation: {what_runs(processes)}")
     if processes.is_local_main_process and run.overwrite:
         clear_states(folder)
@@ -232,12 +232,6 @@ def prepare(run: EvaluationRun) -> Prepared:
     names = task_titles([(task.name, task.dataset) for task in run.tasks])
     tasks = dict(zip(names, run.tasks, strict=True))
     return Prepared(run, folder, processes, Saving(folder, processes.print), titles(run.names), tasks, comparison)
-
-
-def _on_cpu(asked: bool) -> bool:
-    import torch
-
-    return asked or not torch.cuda.is_available()
 
 
 def measure(prepared: Prepared) -> Measured:

@@ -32,6 +32,13 @@ def run_command(read: Callable[[], Any], act: Callable[[Any], object], left: Cal
             act(run)
 
 
+def on_cpu(asked: bool) -> bool:
+    """Whether a run is on the CPU: where it is asked for, or there is nothing else."""
+    import torch
+
+    return asked or not torch.cuda.is_available()
+
+
 def as_list(name: str, file: dict[str, Any], options: dict[str, str]) -> None:
     """Let one text stand where a list of texts may."""
     if isinstance(file.get(name), str):
