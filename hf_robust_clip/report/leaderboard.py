@@ -29,7 +29,7 @@ class LeaderboardRow:
         method: by which it was trained; empty for an undefended reference.
         trained: the perturbations of its training, such as `"L-inf eps=4/255"`.
         trained_on: dataset.
-        base: what it was fine-tuned from.
+        reference: title of the undefended model that it was fine-tuned from.
         licence: of the weights.
         source: where they are, with the revision.
         notes: what a reader must know.
@@ -42,7 +42,7 @@ class LeaderboardRow:
     method: str
     trained: str
     trained_on: str
-    base: str
+    reference: str
     licence: str
     source: str
     notes: str = ""
@@ -161,8 +161,8 @@ def as_cells(board: Leaderboard, *, brief: bool = False) -> Cells:
         method = "undefended" if row.is_reference else row.method
         notes = "; ".join(filter(None, [*row.reasons, row.notes]))
         line = [row.title, rank, method, row.trained or UNRANKED, *figures]
-        lines.append(tuple(line if brief else [*line, row.base, row.licence, row.source, notes]))
-    return Cells(tuple(heads if brief else [*heads, "base", "licence", "source", "notes"]), tuple(lines))
+        lines.append(tuple(line if brief else [*line, row.reference, row.licence, row.source, notes]))
+    return Cells(tuple(heads if brief else [*heads, "trained from", "licence", "source", "notes"]), tuple(lines))
 
 
 def as_cells_by_task(board: Leaderboard) -> Cells:
@@ -227,10 +227,28 @@ def _save_csv(path: Path, board: Leaderboard) -> None:
     """A line for each model, task and radius, the clean accuracy at 0, and the means; one for a model without any."""
     with whole_file(path) as draft, Path(draft).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        facts = ("rank", "model", "method", "trained", "trained_on", "base", "licence", "source", "reference")
+        facts = (
+            "rank",
+            "model",
+            "method",
+            "trained",
+            "trained_on",
+            "trained_from",
+            "licence",
+            "source",
+            "is_reference",
+        )
         writer.writerow([*facts, "task", "n", "attack", "norm", "eps", "accuracy", "reasons"])
         for rank, row in zip(board.ranks(), board.rows, strict=True):
-            told = [rank.strip(UNRANKED), row.title, row.method, row.trained, row.trained_on, row.base, row.licence]
+            told = [
+                rank.strip(UNRANKED),
+                row.title,
+                row.method,
+                row.trained,
+                row.trained_on,
+                row.reference,
+                row.licence,
+            ]
             told += [row.source, str(row.is_reference).lower()]
             reasons = "; ".join(row.reasons)
             for task, report in row.reports.items():

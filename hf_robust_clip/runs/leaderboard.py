@@ -31,7 +31,6 @@ from .shared import SUITES
 KEY = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 PROVENANCE = "provenance.json"  # of a converted folder
 LAST = ("config.json", "adapter_config.json")  # of these a converted folder has one only if it is whole
-NOT_RUN = (ValueError, TypeError, OSError, FloatingPointError, RuntimeError)  # of one model, which keeps no other back
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class LeaderboardModel:
         key: of its folder.
         title: what tables call it.
         licence: of the weights, as its authors name it; none-given where they name none.
-        base: Hub id or folder of what it was fine-tuned from, which is among the references.
+        reference: key of the undefended model that it was fine-tuned from, which is among the references.
         source: Hub id, folder or file; null where it must be fetched by hand, from `link`, and is named by `files`.
         file: name of the weights in the source.
         revision: of a Hub id.
@@ -50,6 +49,7 @@ class LeaderboardModel:
         link: where people find what isn't on the Hub.
         layout: how its file is written, as the converter calls it; null for a folder of transformers, which is
             evaluated as it is.
+        base: of the converter: Hub id or folder of a CLIP of the same sizes, which gives what the file lacks.
         normalisation: of the converter.
         activation: of the converter.
         method: by which it was trained.
@@ -63,13 +63,14 @@ class LeaderboardModel:
     key: str = ""
     title: str = ""
     licence: str = ""
-    base: str | None = None
+    reference: str | None = None
     source: str | None = None
     file: str | None = None
     revision: str | None = None
-    base_revision: str | None = None
     link: str | None = None
     layout: str | None = None
+    base: str | None = None
+    base_revision: str | None = None
     normalisation: str | None = None
     activation: str | None = None
     method: str = ""
@@ -87,7 +88,9 @@ class LeaderboardModel:
                 raise ValueError(f"model {self.key!r}: {name} is missing.")
         if self.source is None and self.link is None:
             raise ValueError(f"model {self.key!r}: source is missing; where it must be fetched by hand, give link.")
-        of_converter = ("file", "base_revision", "normalisation", "activation")
+        if self.layout is not None and self.base is None:
+            raise ValueError(f"model {self.key!r}: base is missing; name a CLIP of the same sizes, for the converter.")
+        of_converter = ("file", "base", "base_revision", "normalisation", "activation")
         lost = next((name for name in of_converter if self.layout is None and getattr(self, name) is not None), None)
         if lost is not None:
             raise ValueError(f"model {self.key!r}: {lost} does nothing without layout, by which it is converted.")
@@ -131,7 +134,7 @@ class LeaderboardArguments:
         about: below the heading.
         output_dir: where everything is written.
         models: that are ranked.
-        references: undefended models, shown and not ranked; each base is among them.
+        references: undefended models, shown and not ranked; that which a model was trained from is among them.
         excluded: checkpoints that are left out, with the reason.
         files: files that were fetched by hand, by key of their model.
         tasks: datasets that all are evaluated on.
@@ -162,14 +165,15 @@ class LeaderboardArguments:
             if twice := next((value for value in values if values.count(value) > 1), None):
                 raise ValueError(f"two models have the {name} {twice!r}; give each its own.")
         for model in self.references:
-            if model.layout is not None or model.method or model.trained_eps is not None:
-                raise ValueError(f"references: {model.key!r} is undefended: it has no layout, method and trained_eps.")
-        known = [model.source for model in self.references]
+            if model.method or model.trained_eps is not None or model.reference is not None:
+                raise ValueError(
+                    f"references: {model.key!r} is undefended: without method, trained_eps and reference."
+                )
+        undefended = [model.key for model in self.references]
         for model in self.models:
-            if model.base is None:
-                raise ValueError(f"model {model.key!r}: base is missing; name what it was fine-tuned from.")
-            if model.base not in known:
-                raise ValueError(f"model {model.key!r}: base={model.base!r} is no reference; add it to references.")
+            if model.reference not in undefended:
+                known = ", ".join(undefended) or "none"
+                raise ValueError(f"model {model.key!r}: reference={model.reference!r} must be one of: {known}.")
         keys = [model.key for model in everyone]
         for name, asked in (("only", self.only), ("files", self.files)):
             for key in asked:
@@ -309,7 +313,7 @@ def row_of(run: LeaderboardRun, model: LeaderboardModel) -> LeaderboardRow:
         checkpoint, revision = checkpoint_of(run, model, source)
     except NotWritten:
         raise
-    except NOT_RUN as error:
+    except Exception as error:  # whatever a file, the Hub or a library brings up: it keeps no other model back
         reasons.append(f"not run: {_line(error)}")
     else:
         for title, task in run.tasks.items():
@@ -317,7 +321,7 @@ def row_of(run: LeaderboardRun, model: LeaderboardModel) -> LeaderboardRow:
                 reports[title] = measured(run, model, source, checkpoint, title, task, revision)
             except NotWritten:
                 raise
-            except NOT_RUN as error:
+            except Exception as error:
                 reasons.append(f"not run on {title}: {_line(error)}")
     found = next((report.model_revision for report in reports.values()), revision)
     where = model.link or "" if source is None else shown_name(source) + (f", {model.file}" if model.file else "")
@@ -326,7 +330,7 @@ def row_of(run: LeaderboardRun, model: LeaderboardModel) -> LeaderboardRow:
         method=model.method,
         trained=model.trained,
         trained_on=model.trained_on,
-        base=shown_name(model.base) if model.base else "",
+        reference=next((own.title for own in run.about.references if own.key == model.reference), ""),
         licence=model.licence,
         source=where + (f" at {found[:7]}" if found and found != "local" else ""),
         notes="; ".join(filter(None, [model.notes, model.paper])),

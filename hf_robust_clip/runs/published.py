@@ -46,6 +46,7 @@ class Beside:
         eps: its radius in units of [0, 1]; 0 of clean figures.
         differences: what differs in radius, norm, attack or defence.
         remarks: what else does, of all datasets.
+        same_attack: whether it is the published attack, if with other settings.
     """
 
     column: PublishedColumn
@@ -53,6 +54,12 @@ class Beside:
     eps: float = 0.0
     differences: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    same_attack: bool = True
+
+    @property
+    def distance(self) -> tuple[bool, int]:
+        """How much differs: another attack is more than any number of other settings."""
+        return not self.same_attack, len(self.differences)
 
     @property
     def title(self) -> str:
@@ -125,7 +132,7 @@ def asked_comparison(
     exact = [beside for beside in robust if not beside.differences]
     wrong = next((beside for beside in pairs if beside.differences), None)
     if robust and not exact:
-        wrong = min(robust, key=lambda beside: len(beside.differences))
+        wrong = min(robust, key=lambda beside: beside.distance)
     if wrong is not None and not about.published_anyway:
         raise ValueError(f"published={about.published!r} is of another setting: {_listed(wrong.differences)}; {MEND}.")
     pairs += robust if about.published_anyway else exact
@@ -144,13 +151,16 @@ def _nearest(
     found = [
         _beside(column, settings, threat, about) for settings in evaluations for threat in settings.threat_models()
     ]
-    return min(found, key=lambda beside: len(beside.differences))
+    return min(found, key=lambda beside: beside.distance)
 
 
 def _beside(
     column: PublishedColumn, settings: EvaluationSettings, threat: ThreatModel, about: EvaluationRunArguments
 ) -> Beside:
-    told = [_other("norm", settings.norm, column.norm), *_of_attack(column, settings, threat)]
+    named = column.attack and suite_named(column.attack).name(MANY)
+    same_attack = settings.attack.name(MANY) == named
+    told = [_other("norm", settings.norm, column.norm), _other("attack", settings.attack.name(MANY), named)]
+    told += _of_attack(column.attack, settings, threat) if column.attack and same_attack else []
     if column.eps is None or not math.isclose(threat.eps, parse_radius(column.eps)):
         told.append(_other("eps", threat.radius, column.eps))
     told.append(_other("view", settings.seen.name, column.view))
@@ -158,18 +168,12 @@ def _beside(
     remarks = [f"an image must have withstood {', '.join(smaller)} too"] if smaller else []
     remarks += [f"precision {settings.precision}"] if settings.precision != "fp32" else []
     differences = (*filter(None, told), *_of_defence(column, about))
-    return Beside(column, settings, threat.eps, differences, tuple(remarks))
+    return Beside(column, settings, threat.eps, differences, tuple(remarks), same_attack)
 
 
-def _of_attack(column: PublishedColumn, settings: EvaluationSettings, threat: ThreatModel) -> list[str | None]:
-    """What differs in the attack: its name, or else its settings, save those that no source says."""
-    own = settings.attack
-    if column.attack is None:
-        return [_other("attack", own.name(MANY), None)]
-    other = suite_named(column.attack)
-    if own.name(MANY) != other.name(MANY):
-        return [_other("attack", own.name(MANY), other.name(MANY))]
-    ours, theirs = (suite.parameters([threat], MANY) for suite in (own, other))
+def _of_attack(attack: str, settings: EvaluationSettings, threat: ThreatModel) -> list[str | None]:
+    """What differs in the settings of an attack, save those that no source says."""
+    ours, theirs = (suite.parameters([threat], MANY) for suite in (settings.attack, suite_named(attack)))
     names = [name for name in {**ours, **theirs} if name not in UNSAID]
     return [_other(f"attack's {name}", ours.get(name), theirs.get(name)) for name in names]
 
