@@ -96,8 +96,10 @@ class LeaderboardModel:
             raise ValueError(f"model {self.key!r}: {lost} does nothing without layout, by which it is converted.")
         if self.source is None and self.layout is None:
             raise ValueError(f"model {self.key!r}: layout is missing; say how the file from link is written.")
-        if self.trained_eps is not None:
-            ThreatModel(self.trained_eps, self.trained_norm)  # type: ignore[arg-type]
+        try:
+            _ = self.trained
+        except ValueError as error:
+            raise ValueError(f"model {self.key!r}: trained_eps, trained_norm: {error}") from None
 
     @property
     def trained(self) -> str:
