@@ -35,12 +35,12 @@ def test_checkpoints_of_the_hub_are_converted_evaluated_and_ranked(tmp_path):
     base.save_pretrained(tmp_path / "base")
     first, second = (openai_clip.OpenAIClip(len(processor.tokenizer), "quick_gelu", seed=seed) for seed in (1, 2))
     tower, tecoa = first.visual.state_dict(), second.visual.state_dict()
-    trap = {"state_dict": {"pad": torch.zeros(1)}, "add_prompter": {}, "vision_encoder_state_dict": tecoa, "epoch": 1}
+    trap = {"state_dict": {}, "add_prompter": {}, "vision_encoder_state_dict": tecoa, "epoch": 1}
     shared = {"base": "org/base", "reference": "base", "licence": "mit", "trained_eps": "1/255"}
+    attack = {"class_path": "AutoAttack", "init_args": {"num_steps": 3, "num_queries": 20}}
     settings = {
         "output_dir": "out",
-        "evaluation": {"radii": ["1/255", "4/255"], "attack": "{class_path: AutoAttack, init_args: {num_steps: 3, "
-                       "num_queries: 20}}"},
+        "evaluation": {"radii": ["1/255", "4/255"], "attack": attack},
         "tasks": [{"dataset": "digits", "max_images": 12}],
         "references": [{"key": "base", "title": "base", "source": "org/base", "licence": "mit"}],
         "models": [
@@ -51,7 +51,6 @@ def test_checkpoints_of_the_hub_are_converted_evaluated_and_ranked(tmp_path):
             {**shared, "key": "e", "title": "wrong", "source": "org/towers", "file": "fare.pt", "layout": "tecoa"},
         ],
     }  # fmt: skip
-    settings["evaluation"]["attack"] = yaml.safe_load(settings["evaluation"]["attack"])
     (tmp_path / "board.yaml").write_text(yaml.safe_dump(settings))
     with HubServer() as server:
         server.repos |= {

@@ -1,4 +1,4 @@
-"""`hf-robust-clip leaderboard`: every setting is checked, models that fail keep no other back, nothing is done twice."""
+"""`hf-robust-clip leaderboard`: settings are checked, what fails keeps no other model back, nothing is done twice."""
 
 import json
 import re
@@ -37,8 +37,9 @@ def convert_checkpoint(source, base, output_dir, *, source_file=None, source_rev
 @pytest.fixture
 def converter(monkeypatch):
     CONVERTED.clear()
-    for name, content in (("runs.convert", {"convert_checkpoint": convert_checkpoint}),
-                          ("modeling.layouts", {"LAYOUTS": [SimpleNamespace(name=own) for own in LAYOUTS]})):  # fmt: skip
+    layouts = [SimpleNamespace(name=own) for own in LAYOUTS]
+    contents = {"runs.convert": {"convert_checkpoint": convert_checkpoint}, "modeling.layouts": {"LAYOUTS": layouts}}
+    for name, content in contents.items():
         module = ModuleType(f"hf_robust_clip.{name}")
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -118,13 +119,13 @@ def test_models_are_converted_evaluated_and_ranked_once(capsys, monkeypatch):
 def test_a_task_that_fails_leaves_the_others(capsys, monkeypatch):
     def report(run, model, source, checkpoint, title, task, revision):
         if title == "other" and model.key == "fare":
-            raise ValueError("no such\nsplit")
+            raise ValueError(f"no such\nsplit in {Path.cwd() / 'pictures'}")
         return SimpleNamespace(model_revision="local")
 
     monkeypatch.setattr(leaderboard, "measured", report)
     Path("weights.pt").write_bytes(b"weights")
     status, printed = run(capsys, "--only", "[fare, clip]")
-    assert status == 1 and "FARE: not run on other: no such split" in printed and "CLIP: " not in printed
+    assert status == 1 and "FARE: not run on other: no such split in pictures\n" in printed and "CLIP: " not in printed
 
 
 def without(model, *names, **changes):

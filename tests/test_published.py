@@ -96,7 +96,7 @@ def test_a_method_is_found_by_its_name_in_any_spelling():
 
 @pytest.mark.parametrize("name", ["pmg-eft", "nowhere/pmg_aft", "ucat/pmg_aft", "gladiator", ""])
 def test_what_has_no_figures_of_datasets_is_refused_with_those_that_have(name):
-    with pytest.raises(ValueError, match="published=.*tga_zsr/pmg_aft") as raised:
+    with pytest.raises(ValueError, match=r"published=.*tga_zsr/pmg_aft") as raised:
         find_published(name)
     assert "\n" not in str(raised.value)
 

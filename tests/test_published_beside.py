@@ -134,7 +134,7 @@ def test_the_attack_that_differs_least_stands_beside():
 
 def test_another_model_is_refused_before_anything_is_attacked(tmp_path, monkeypatch):
     run = read("--dataset_name", "cifar10", "--published", "pmg_aft", folder=tmp_path / "out")
-    with pytest.raises(ValueError, match="model clip with patches of 2 px.*published ViT-B/32 with quick_gelu"):
+    with pytest.raises(ValueError, match=r"model clip with patches of 2 px.*published ViT-B/32 with quick_gelu"):
         evaluate.prepare(run)
     assert list(tmp_path.iterdir()) == []
     anyway = with_model(replace(run.comparison, anyway=True), "digits-clip", None)
@@ -169,3 +169,11 @@ def test_prompts_of_another_design_are_another_model(monkeypatch):
     comparison = read("--dataset_name", "dtd", "--published", "tapt/apt_vli").comparison
     with pytest.raises(ValueError, match="prompts of design none, published VLI"):
         with_model(comparison, "digits-clip", None)
+
+
+def test_an_undefended_model_is_known_by_its_name(monkeypatch):
+    comparison = read("--dataset_name", "cifar10", "--published", "pmg_aft").comparison
+    monkeypatch.setattr(published, "architecture_of", lambda name, revision: "ViT-B/32 with quick_gelu")
+    monkeypatch.setattr(published, "adapter_config", lambda name, revision: None)
+    with pytest.raises(ValueError, match="method none, published PMG-AFT"):
+        with_model(comparison, "openai/clip-vit-base-patch32", None)

@@ -16,13 +16,13 @@ from ..digests import digest, digests, file_digest, plain
 from ..evaluation.settings import EvaluationSettings
 from ..hub import dump_recipe
 from ..modeling import PAPER_TEMPLATE, check_classes
-from ..names import cached_revision, is_path, shown_name, task_titles, without_paths
+from ..names import cached_revision, is_path, last_part, paths_in, shown_name, task_titles, without_paths
 from ..processes import join_processes
 from ..report import RobustnessReport, load_reports, print_table, save_reports
 from ..report.leaderboard import FILES, LeaderboardRow, make_leaderboard, write_leaderboard
 from ..report.leaderboard import as_cells as leaderboard_cells
 from ..report.tables import as_text
-from ..secrets import without_token_keys
+from ..secrets import without_token_keys, without_tokens
 from ..storage import NotWritten, check_writable, read_json, write_text
 from ..threat_model import ThreatModel, parse_radius
 from . import evaluate, shared
@@ -343,7 +343,10 @@ def row_of(run: LeaderboardRun, model: LeaderboardModel) -> LeaderboardRow:
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    """An error in one line that may be published: without tokens, and of each path on this disk the last part."""
+    text = without_tokens(" ".join(str(error).split())) or type(error).__name__
+    for path in paths_in(text):
+        text = text.replace(path, last_part(path))
     return text if len(text) < 300 else f"{text[:300]} ..."
 
 

@@ -18,7 +18,7 @@ from ..digits_clip import EMBEDDED_MODEL, digits_clip_path
 from ..evaluation.settings import EvaluationSettings
 from ..modeling import adapter_config, base_of
 from ..modeling.checkpoints import explained
-from ..names import task_titles
+from ..names import hub_name, task_titles
 from ..published import PublishedColumn, find_published, same_method
 from ..report import RobustnessReport
 from ..report.tables import Cells
@@ -31,6 +31,7 @@ ARCHITECTURES = {  # patch and picture in pixels, width and layers of the image 
     "ViT-B/16": (16, 224, 768, 12),
     "ViT-L/14": (14, 224, 1024, 24),
 }
+UNDEFENDED = ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch16", "openai/clip-vit-large-patch14")
 UNSAID = ("step_size", "random_start")  # of PGD, which no source in published.json says
 MANY = 1000  # classes, for which no attack of a suite is left out
 MEND = "add --published_anyway true to show them all the same"
@@ -201,7 +202,7 @@ def with_model(comparison: Comparison, name: str, revision: str | None) -> Compa
     column = comparison.pairs[0].column
     adapter = adapter_config(name, revision)
     base = (name, revision or "main") if adapter is None else base_of(name, adapter)
-    own, method = architecture_of(*base), trained_method(name, revision)
+    own, method = architecture_of(*base), "none" if hub_name(name) in UNDEFENDED else trained_method(name, revision)
     told = [_other("model", own, f"{column.architecture} with quick_gelu")]
     if method is not None and not column.defence and not same_method(method, column.family):
         told.append(_other("method", method, column.method))
@@ -220,11 +221,12 @@ def architecture_of(name: str, revision: str = "main") -> str:
     source = digits_clip_path() if name == EMBEDDED_MODEL else name
     where = {} if name == EMBEDDED_MODEL else {"revision": revision}
     config = explained(source, lambda: AutoConfig.from_pretrained(source, trust_remote_code=False, **where))
-    vision = config.vision_config
-    sizes = vision.patch_size, vision.image_size, vision.hidden_size, vision.num_hidden_layers
+    vision = getattr(config, "vision_config", config)
+    parts = ("patch_size", "image_size", "hidden_size", "num_hidden_layers")
+    sizes = tuple(getattr(vision, part, None) for part in parts)
     known = next((told for told, own in ARCHITECTURES.items() if own == sizes and config.model_type == "clip"), None)
     told = known or "{} with patches of {} px at {} px, width {}, {} layers".format(config.model_type, *sizes)
-    return f"{told} with {vision.hidden_act}"
+    return f"{told} with {getattr(vision, 'hidden_act', 'another activation')}"
 
 
 def compared_rows(
