@@ -251,7 +251,7 @@ def measure(prepared: Prepared) -> Measured:
             remark = other_prompt(prepared.called[name], trained, model.templates)
             found.remarks += [] if remark is None else [remark]
             if prepared.comparison is not None and name == run.model.model_name_or_path:
-                found.whole[title] = shared.count_whole(task, data, model)
+                found.whole[title] = shared.count_whole(prepared.tasks[title], data, model)
             for settings in run.evaluations:
                 report = measure_one(prepared, model, data, settings, name, title, defence)
                 if facts:

@@ -32,13 +32,6 @@ def run_command(read: Callable[[], Any], act: Callable[[Any], object], left: Cal
             act(run)
 
 
-def on_cpu(asked: bool) -> bool:
-    """Whether a run is on the CPU: where it is asked for, or there is nothing else."""
-    import torch
-
-    return asked or not torch.cuda.is_available()
-
-
 def as_list(name: str, file: dict[str, Any], options: dict[str, str]) -> None:
     """Let one text stand where a list of texts may."""
     if isinstance(file.get(name), str):
@@ -85,15 +78,6 @@ def load_data(images: Images, model: CLIPForZeroShotClassification) -> ImageData
     return replace(data, augment=images.augment)
 
 
-def count_whole(images: Images, data: ImageDataset, model: CLIPForZeroShotClassification) -> int | None:
-    """How many images there would be, if settings didn't take a part of them by number; None of a stream."""
-    if images.streaming:
-        return None
-    if images.max_images is None and images.shots is None:
-        return len(data)
-    return len(load_data(replace(images, max_images=None, shots=None, shots_seed=0), model))
-
-
 def check_tasks(tasks: tuple[Images, ...]) -> None:
     """Raise ValueError for no tasks, one without a dataset, crops, and two that tables would call the same."""
     from ..names import task_titles
@@ -106,6 +90,22 @@ def check_tasks(tasks: tuple[Images, ...]) -> None:
         if task.augment:
             raise ValueError(f"tasks[{i}].augment=true: pictures are evaluated as they are; augment is of training.")
     task_titles([(task.name, task.dataset) for task in tasks])
+
+
+def count_whole(images: Images, data: ImageDataset, model: CLIPForZeroShotClassification) -> int | None:
+    """How many images there would be, if settings didn't take a part of them by number; None of a stream."""
+    if images.streaming:
+        return None
+    if images.max_images is None and images.shots is None:
+        return len(data)
+    return len(load_data(replace(images, max_images=None, shots=None, shots_seed=0), model))
+
+
+def on_cpu(asked: bool) -> bool:
+    """Whether a run is on the CPU: where it is asked for, or there is nothing else."""
+    import torch
+
+    return asked or not torch.cuda.is_available()
 
 
 def quiet_loading() -> None:
