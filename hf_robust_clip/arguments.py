@@ -319,6 +319,9 @@ class EvaluationRunArguments:
         defence: a test-time defence, a class with its settings as --defence.NAME. Where the model's folder holds one
             of the same class, its statistics and settings are taken, save those given here. --fit_on.NAME says on
             which other images it is fitted first.
+        published: a published method, such as pmg_aft or tga_zsr/pmg_aft, whose figures are shown beside the measured
+            ones. An evaluation with another radius, norm, attack or model is refused.
+        published_anyway: show them all the same, with what differs.
         use_cpu: evaluate on the CPU, whatever else is there.
         overwrite: begin anew in a folder that holds a run.
         resume: go on with a run that was stopped.
@@ -330,6 +333,8 @@ class EvaluationRunArguments:
     compare: Sequence[str] = ()
     reference: str | None = None
     defence: Defence | None = None
+    published: str | None = None
+    published_anyway: bool = False
     use_cpu: bool = False
     overwrite: bool = False
     resume: bool = False
@@ -340,6 +345,8 @@ class EvaluationRunArguments:
                 raise ValueError(f"{name}={getattr(self, name)!r} holds an empty name; leave it out.")
         if self.overwrite and self.resume:
             raise ValueError("overwrite=true deletes what resume=true would go on from; choose one.")
+        if self.published_anyway and self.published is None:
+            raise ValueError("published_anyway=true does nothing without published; name a published method.")
         if self.defence is not None and self.reference is not None:
             raise ValueError(f"reference={self.reference!r} is undefended: evaluate it without a defence.")
 

@@ -52,6 +52,22 @@ def known_templates(name: str, revision: str | None = None) -> tuple[str, ...]:
         return ()
 
 
+def trained_method(name: str, revision: str | None = None) -> str | None:
+    """By which method a checkpoint was trained, as its report.json or recipe.yaml says; None where neither says it, or
+    nobody can be asked.
+    """
+    try:
+        report, recipe = (_content(name, file, revision) or {} for file in ("report.json", "recipe.yaml"))
+    except (OSError, ValueError):
+        return None
+    card = report.get("card")
+    paper = card.get("paper") if isinstance(card, dict) else None
+    told = paper.get("method") if isinstance(paper, dict) else None
+    objective = recipe.get("objective")
+    told = told or (objective.get("class_path") if isinstance(objective, dict) else objective)
+    return told.rpartition(".")[2] if isinstance(told, str) and told else None
+
+
 def quoted(templates: Sequence[str]) -> str:
     """Templates in a line of text: the first, and how many more there are."""
     return f'"{templates[0]}"' + (f" and {len(templates) - 1} more" if len(templates) > 1 else "")

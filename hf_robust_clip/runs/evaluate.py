@@ -34,12 +34,13 @@ from ..modeling import ZeroShotClassifier, check_classes
 from ..names import same_place, task_titles, titles
 from ..processes import join_processes, what_runs
 from ..report import RobustnessReport
+from ..report.tables import as_text
 from ..saving import Saving, left_by_evaluation
 from ..secrets import without_token_keys
 from ..storage import check_writable, write_text
 from ..threat_model import ThreatModel
 from ..zero_shot_data.fingerprint import dataset_digest
-from . import shared
+from . import published, shared
 from .shared import SUITES
 
 VIEW = ClassFlag(AttackView, ("hf_robust_clip.evaluation",))
@@ -75,6 +76,7 @@ class EvaluationRun(EvaluationRunArguments):
     preset: str | None
     fit_on: Images | None
     source: dict[str, Any] = field(default_factory=dict)
+    comparison: published.Comparison | None = None  # with published figures
 
     @property
     def names(self) -> list[str]:
@@ -97,6 +99,7 @@ class Prepared:
     saving: Saving
     called: dict[str, str]  # by checkpoint, what tables call it
     tasks: dict[str, Images]
+    comparison: published.Comparison | None
 
 
 @dataclass
@@ -106,6 +109,7 @@ class Measured:
     reports: list[RobustnessReport] = field(default_factory=list)
     under_first: list[RobustnessReport] = field(default_factory=list)  # by the first of the attacks
     remarks: list[str] = field(default_factory=list)
+    whole: dict[str, int | None] = field(default_factory=dict)  # by task, of how many images they are a part
     examples: Any = None
 
 
@@ -143,6 +147,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
         preset=given.presets.get("defence"),
         fit_on=_fit_on(given, made.fit_on, about.defence, tasks),
         source=without_token_keys(given.settings),
+        comparison=published.asked_comparison(about, tasks, evaluations),
     )
 
 
@@ -222,21 +227,17 @@ def prepare(run: EvaluationRun) -> Prepared:
     folder = Path(run.output_dir)
     for name in run.names[1:]:  # before hours of the first
         shared.check_model(name, run.revision_of(name))
+    name = run.model.model_name_or_path
+    comparison = run.comparison and published.with_model(run.comparison, name, run.revision_of(name))
     check_writable(folder)
-    processes = join_processes(_on_cpu(run.use_cpu))
+    processes = join_processes(shared.on_cpu(run.use_cpu))
     processes.print(f"evaluation: {what_runs(processes)}")
     if processes.is_local_main_process and run.overwrite:
         clear_states(folder)
     processes.wait_for_everyone()
     names = task_titles([(task.name, task.dataset) for task in run.tasks])
     tasks = dict(zip(names, run.tasks, strict=True))
-    return Prepared(run, folder, processes, Saving(folder, processes.print), titles(run.names), tasks)
-
-
-def _on_cpu(asked: bool) -> bool:
-    import torch
-
-    return asked or not torch.cuda.is_available()
+    return Prepared(run, folder, processes, Saving(folder, processes.print), titles(run.names), tasks, comparison)
 
 
 def measure(prepared: Prepared) -> Measured:
@@ -254,6 +255,8 @@ def measure(prepared: Prepared) -> Measured:
             model.set_classes(data.class_names, shared.templates_of(prepared.tasks[title], data, templates))
             remark = other_prompt(prepared.called[name], trained, model.templates)
             found.remarks += [] if remark is None else [remark]
+            if prepared.comparison is not None and name == run.model.model_name_or_path:
+                found.whole[title] = shared.count_whole(prepared.tasks[title], data, model)
             for settings in run.evaluations:
                 report = measure_one(prepared, model, data, settings, name, title, defence)
                 if facts:
@@ -370,10 +373,22 @@ def write(prepared: Prepared, measured: Measured) -> None:
         saving.save("report.json", lambda: reporting.save_reports(folder / "report.json", own, others))
         saving.save("report.csv", lambda: reporting.save_csv(folder / "report.csv", reports))
         saving.save("recipe.yaml", lambda: write_text(folder / "recipe.yaml", recipe))
+        if (comparison := prepared.comparison) is not None:
+            rows = published.compared_rows(comparison, own, run.evaluations, measured.whole, prepared.tasks)
+            saving.attempt("the published figures", lambda: show_published(comparison, rows))
+            saving.save("published.csv", lambda: published.save_published(folder / "published.csv", comparison, rows))
         draw(prepared, measured)
     prepared.processes.wait_for_everyone()
     saving.finish()
-    files = ("report.json", "report.csv", "recipe.yaml", "accuracy.png", "examples.png", "tradeoff.png")
+    files = (
+        "report.json",
+        "report.csv",
+        "published.csv",
+        "recipe.yaml",
+        "accuracy.png",
+        "examples.png",
+        "tradeoff.png",
+    )
     written = [name for name in files if (folder / name).is_file()]
     if prepared.processes.is_main_process:
         line = f"saved to {folder}: {', '.join(written)}"
@@ -396,6 +411,15 @@ def show(prepared: Prepared, measured: Measured) -> None:
     for report in reports:
         if report.model == run.reference:
             print(self_check(report))
+
+
+def show_published(comparison: published.Comparison, rows: Sequence[published.Row]) -> None:
+    """Print measured and published figures beside each other, and what differs."""
+    print()
+    reporting.print_table(
+        as_text(published.as_cells(comparison, rows), f"beside {comparison.name}", "accuracy in percent")
+    )
+    print("\n".join(["", *published.as_notes(comparison, rows), ""]))
 
 
 def draw(prepared: Prepared, measured: Measured) -> None:

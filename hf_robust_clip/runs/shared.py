@@ -247,6 +247,22 @@ def check_template(template: str, name: str) -> None:
         raise ValueError(f"{name}={template!r} has no {{}}, and is no key of templates.json; give a prompt.") from None
 
 
+def count_whole(images: Images, data: ImageDataset, model: ZeroShotClassifier) -> int | None:
+    """How many images there would be, if settings didn't take a part of them by number; None of a stream."""
+    if images.streaming:
+        return None
+    if images.max_images is None and images.shots is None:
+        return len(data)
+    return len(load_data(replace(images, max_images=None, shots=None, shots_seed=0), model))
+
+
+def on_cpu(asked: bool) -> bool:
+    """Whether a run is on the CPU: where it is asked for, or there is nothing else."""
+    import torch
+
+    return asked or not torch.cuda.is_available()
+
+
 def quiet_loading() -> None:
     """Switch off the bars of loading and saving weights; training and attacks keep theirs."""
     from transformers.utils import logging
