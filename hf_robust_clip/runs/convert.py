@@ -56,6 +56,8 @@ def convert_and_tell(settings: ConvertArguments) -> None:
     if activation:
         print(f"activation: {activation['vision']}, text {activation['text']}: {activation['why']}")
     print(f"normalisation: {normalisation['mean']}, {normalisation['std']}: {normalisation['why']}")
+    if told.get("template"):
+        print(f"prompt: {told['template']!r}, as the texts in the file say")
     if source["left_out"]:
         print(f"left out: {', '.join(source['left_out'])}")
     print(f"wrote {folder}; nothing was measured: hf-robust-clip evaluate --model_name_or_path {folder} ...")
