@@ -35,7 +35,7 @@ test: $(VENV)/.ready
 	$(MAKE) -j2 --output-sync=target lint pytest
 
 pytest: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -47,7 +47,7 @@ test-newest:
 	$(NEWEST)/bin/pip install -q --no-compile -c $(NEWEST)/torch.txt torch
 	$(NEWEST)/bin/pip install -q --no-compile --upgrade --upgrade-strategy eager -c $(NEWEST)/torch.txt -e '.[dev]'
 	$(NEWEST)/bin/pip list | grep -iE '^(torch|transformers|accelerate|peft|datasets|huggingface_hub) '
-	$(NEWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+	$(NEWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # lines of code of each folder, and the files that are too long
 lines:
