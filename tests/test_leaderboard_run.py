@@ -151,6 +151,8 @@ WRONG = [  # changes of the file, and what the line names
     ({"only": ["fair"]}, "only names 'fair'.*did you mean 'fare'"),
     ({"files": {"fare": "nowhere.pt"}}, "'nowhere.pt' of 'fare' is no file"),
     ({"tasks": [{"dataset": "digits"}, {"dataset": "digits"}]}, "two tasks"),
+    ({"tasks": [{"dataset": "digits", "template": "{}"}]}, "tasks.0..template"),
+    ({"tasks": "pmg_aft_61"}, "pmg_aft_61.*pmg_aft_16"),
     ({"excluded": [{"title": "x"}]}, "excluded: title='x'"),
     ({"references": [{**settings()["references"][0], "method": "FARE"}]}, "'clip' is undefended"),
     ({"evaluation": {"radii": ["1/255"], "attacks": ["pgd-2"]}}, "evaluation.attacks"),
@@ -165,6 +167,12 @@ def test_wrong_settings_are_one_line_and_leave_nothing(changes, line, capsys):
     assert printed.startswith("error: ") and printed.count("\n") == 1
     assert re.search(line.replace("?", r"\?"), printed), printed
     assert [path.name for path in Path.cwd().iterdir()] == ["board.yaml"]
+
+
+def test_a_suite_stands_for_its_tasks_with_the_prompt_of_the_leaderboard():
+    run = leaderboard.read(["--tasks", "coop_11"], recipes_folder() / "leaderboard.yaml")
+    assert len(run.tasks) == 11
+    assert {task.template for task in run.tasks.values()} == {None}
 
 
 def test_the_packaged_leaderboard_is_read():

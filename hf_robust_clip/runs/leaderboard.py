@@ -237,7 +237,7 @@ def left(folder: str) -> str:
 
 def read(words: Sequence[str], default_config: Path, description: str = "") -> LeaderboardRun:
     """Check every setting. Nothing is written or downloaded here."""
-    given = read_command(COMMAND, words, default_config, description)
+    given = read_command(COMMAND, words, default_config, description, _prepare_settings)
     made = given.made()
     about: LeaderboardArguments = given.group(LeaderboardArguments, made)
     (settings,) = made.evaluation.settings()
@@ -248,6 +248,9 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> L
         raise ValueError(f"rank_radius={about.rank_radius!r} is none of evaluation.radii.")
     check_layouts(about.models)
     shared.check_tasks(tuple(about.tasks))
+    for i, task in enumerate(about.tasks):
+        if task.template is not None:
+            raise ValueError(f"tasks[{i}].template={task.template!r}: a leaderboard has one template; leave it out.")
     folder = Path(str(about.output_dir))
     if folder.exists() and not folder.is_dir():
         raise OSError(f"output_dir={about.output_dir!r} is a file; name a folder.")
@@ -255,6 +258,11 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> L
     tasks = dict(zip(titles, about.tasks, strict=True))
     source = without_paths(without_token_keys(given.settings))
     return LeaderboardRun(about=about, settings=settings, radius=near, tasks=tasks, source=source)
+
+
+def _prepare_settings(file: dict[str, Any], options: dict[str, str]) -> None:
+    """The tasks of suites in the place of their names; the prompt is that of the leaderboard."""
+    shared.expand_suites(file, options, template=True)
 
 
 def check_layouts(models: Sequence[LeaderboardModel]) -> None:

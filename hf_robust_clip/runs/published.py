@@ -277,6 +277,8 @@ def _of_images(report: RobustnessReport, key: str, beside: Beside, whole: int | 
         found.append("class names of its own")
     if task.resize is not None:
         found.append(f"resized to {task.resize} px")
+    if task.crop_pct is not None:
+        found.append(f"cropped to {task.crop_pct:g} of the picture's side")
     templates = beside.column.templates
     if templates is not None and report.templates != prompt_templates(templates):
         found.append(
