@@ -5,35 +5,37 @@ BIN := $(VENV)/bin
 NEWEST ?= .venv-newest
 OUTPUT ?= out/pmgaft
 export HF_HUB_OFFLINE ?= 1
+# where it is set, each of the many processes that tests start would compile torch and transformers again
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: pmgaft test pytest test-slow test-newest lint lines benchmark clean
 
 # torch first and by its exact version: a range would let the resolver choose a CUDA build of several gigabytes
+# the rest by uv, in half the time; by pip where packages come from an index that only pip's configuration names
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --no-compile -c constraints.txt torch
-	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --no-compile -c constraints.txt torch uv
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev]' || \
+		$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 pmgaft: $(VENV)/.ready
 	$(BIN)/accelerate launch --config_file recipes/accelerate/one_process.yaml recipes/pmgaft.py \
 		--output_dir $(OUTPUT) --overwrite --compare tecoa $(ARGS)
 
-# symilar is pylint's similarity check by itself: pylint takes minutes to read torch before it
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	found=$$($(BIN)/symilar -d 8 --ignore-docstrings --ignore-comments --ignore-signatures $$(find hf_robust_clip recipes -name '*.py')); \
-		case "$$found" in *"duplicates=0 "*) ;; *) echo "$$found"; exit 1 ;; esac
+	$(BIN)/python tests/duplicates.py hf_robust_clip recipes
 
 # lint beside the tests, and these in two processes, a file at a time (each file's models and runs are made once)
 test: $(VENV)/.ready
 	$(MAKE) -j2 --output-sync=target lint pytest
 
 pytest: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -45,7 +47,7 @@ test-newest:
 	$(NEWEST)/bin/pip install -q --no-compile -c $(NEWEST)/torch.txt torch
 	$(NEWEST)/bin/pip install -q --no-compile --upgrade --upgrade-strategy eager -c $(NEWEST)/torch.txt -e '.[dev]'
 	$(NEWEST)/bin/pip list | grep -iE '^(torch|transformers|accelerate|peft|datasets|huggingface_hub) '
-	$(NEWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+	$(NEWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # lines of code of each folder, and the files that are too long
 lines:

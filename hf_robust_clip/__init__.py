@@ -13,6 +13,7 @@ from typing import Any
 _NAMES = {
     "threat_model": "ThreatModel",
     "modeling": "CLIPForZeroShotClassification SiglipForZeroShotClassification AutoModelForZeroShotClassification",
+    "modeling.vision_tower": "replace_vision_tower robust_vision_tower",
     "attacks.pgd": "pgd",
     "attacks.apgd": "apgd apgd_targeted",
     "attacks.auto_attack": "auto_attack AutoAttack",

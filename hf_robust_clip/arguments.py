@@ -5,6 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
+
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 
 from .attacks.suites import Suite
 from .defences.base import Defence
@@ -12,8 +20,15 @@ from .digits_clip import EMBEDDED_MODEL
 from .evaluation.attack_views import AttackView, DefenceBlind, Static
 from .evaluation.settings import EvaluationSettings, Precision
 from .modeling import PAPER_TEMPLATE
+from .modeling.layouts import KNOWN
 from .names import is_path, same_place
 from .objectives.base import Objective
+
+ACTIVATIONS = ("quick_gelu", "gelu")  # of OpenAI's CLIPs, of others
+NORMALISATIONS = {
+    "clip": (list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)),
+    "imagenet": (list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)),
+}
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,12 @@ class Images(PictureArguments):
         name: what tables call a task.
         config: where a dataset has several configurations.
         revision: of a Hub id.
+        template: prompt with {} for the class name, or a key of templates.json; null takes that of the run.
+        attack_resolution: side in pixels at which pictures are attacked, or model for the model's input size; null
+            takes the known dataset's own.
+        crop_pct: side of the centre crop by the shorter side of the resized picture, in place of resize: 0.875 is
+            256 and 224 px. It counts at the model's input size.
+        suite: of which this is a task, for remarks on what differs from the paper's table.
         All others are those of `PictureArguments`.
     """
 
@@ -108,9 +129,20 @@ class Images(PictureArguments):
     name: str | None = None
     config: str | None = None
     revision: str | None = None
+    template: str | None = None
+    attack_resolution: int | Literal["model"] | None = None
+    crop_pct: float | None = None
+    suite: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct={self.crop_pct!r} must be above 0 and at most 1.")
+        if self.crop_pct is not None and (self.resize is not None or self.augment):
+            other = f"resize={self.resize!r}" if self.augment is False else "augment=true"
+            raise ValueError(f"crop_pct={self.crop_pct!r} does nothing beside {other}; choose one.")
+        if isinstance(self.attack_resolution, int) and self.attack_resolution < 1:
+            raise ValueError(f"attack_resolution={self.attack_resolution!r} must be at least 1.")
         if self.dataset == "digits" and self.data_root is not None:
             raise ValueError(f"data_root={self.data_root!r} does nothing for digits, which come with scikit-learn.")
 
@@ -251,7 +283,8 @@ class TrainingRunArguments:
             (digits).
         objective: the method: a class of `hf_robust_clip.objectives`, or the dotted path of your own, with its
             settings as --objective.NAME.
-        tasks: datasets to evaluate on, before and after.
+        tasks: datasets to evaluate on, before and after; the name of a suite, such as pmg_aft_16, stands for all test
+            sets of a paper's table.
         defence: a test-time defence, a class with its settings as --defence.NAME, which is fitted on the training
             images, evaluated, and saved with the adapter.
         fit_images: the defence is fitted on so many training images; null takes all.
@@ -281,17 +314,22 @@ class EvaluationRunArguments:
 
     Args:
         output_dir: where report, table and plots are written.
-        template: prompt with {} for the class name; null takes that of the model's training, if a recipe.yaml or
-            report.json beside it says so, else the known dataset's own. With descriptions what they are put into, at
-            {description}; null then takes that of the training, if it takes descriptions, else nothing but them.
+        template: prompt with {} for the class name; null takes that of a task or of its suite, else that of the
+            model's training, if a recipe.yaml or report.json beside it says so, else the known dataset's own. With
+            descriptions what they are put into, at {description}; null then takes that of the training, if it takes
+            descriptions, else nothing but them.
         descriptions: a JSON file of {class name: [texts]} for all classes of all tasks, or a known set (digits); null
             takes those of the model's training, where its template takes some.
-        tasks: datasets to evaluate on; one of them may be given by --dataset_name in their place.
+        tasks: datasets to evaluate on; one of them may be given by --dataset_name in their place. The name of a suite,
+            such as pmg_aft_16, stands for all test sets of a paper's table.
         compare: further checkpoints, shown beside.
         reference: an undefended checkpoint, which a working attack brings to about 0.
         defence: a test-time defence, a class with its settings as --defence.NAME. Where the model's folder holds one
             of the same class, its statistics and settings are taken, save those given here. --fit_on.NAME says on
             which other images it is fitted first.
+        published: a published method, such as pmg_aft or tga_zsr/pmg_aft, whose figures are shown beside the measured
+            ones. An evaluation with another radius, norm, attack or model is refused.
+        published_anyway: show them all the same, with what differs.
         use_cpu: evaluate on the CPU, whatever else is there.
         overwrite: begin anew in a folder that holds a run.
         resume: go on with a run that was stopped.
@@ -304,6 +342,8 @@ class EvaluationRunArguments:
     compare: Sequence[str] = ()
     reference: str | None = None
     defence: Defence | None = None
+    published: str | None = None
+    published_anyway: bool = False
     use_cpu: bool = False
     overwrite: bool = False
     resume: bool = False
@@ -314,8 +354,74 @@ class EvaluationRunArguments:
                 raise ValueError(f"{name}={getattr(self, name)!r} holds an empty name; leave it out.")
         if self.overwrite and self.resume:
             raise ValueError("overwrite=true deletes what resume=true would go on from; choose one.")
+        if self.published_anyway and self.published is None:
+            raise ValueError("published_anyway=true does nothing without published; name a published method.")
         if self.defence is not None and self.reference is not None:
             raise ValueError(f"reference={self.reference!r} is undefended: evaluate it without a defence.")
+
+
+@dataclass(frozen=True)
+class ConvertArguments:
+    """Which weights become a checkpoint of transformers, and what they don't tell.
+
+    Args:
+        source: a file of weights, a folder, or a Hub id.
+        base: the CLIP that they were trained from, a Hub id or a folder: it gives what they lack (text tower,
+            tokenizer, processor), and all names and sizes are compared with its own.
+        output_dir: where the checkpoint is written.
+        source_file: the file of weights in a folder or repository of several.
+        source_revision: of a Hub id.
+        base_revision: of a Hub id.
+        layout: how the weights are written; null finds it by their names.
+        normalisation: of the images in the training: clip, imagenet, MEAN,STD, or three of each as M,M,M;S,S,S; null
+            takes that of the base's processor.
+        activation: of the training: quick_gelu or gelu; null takes that of the base's config.
+        overwrite: replace a checkpoint that the folder holds.
+    """
+
+    source: str = ""
+    base: str = ""
+    output_dir: str = ""
+    source_file: str | None = None
+    source_revision: str | None = None
+    base_revision: str | None = None
+    layout: str | None = None
+    normalisation: str | None = None
+    activation: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("source", "base", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}='' names nothing.")
+        if self.layout is not None and self.layout not in KNOWN:
+            raise ValueError(f"layout={self.layout!r} is unknown; choose one of {', '.join(KNOWN)}.")
+        if self.activation not in (None, *ACTIVATIONS):
+            raise ValueError(f"activation={self.activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}.")
+        if self.base_revision is not None and (self.base == EMBEDDED_MODEL or is_path(self.base)):
+            raise ValueError(
+                f"base_revision={self.base_revision!r} does nothing for {self.base!r}, which is no Hub id."
+            )
+        self.mean_and_std()
+
+    def mean_and_std(self) -> tuple[list[float], list[float]] | None:
+        """Three values each, in units of [0, 1]; None if none were given. Raises ValueError for others."""
+        text = self.normalisation
+        if text is None or text in NORMALISATIONS:
+            return None if text is None else NORMALISATIONS[text]
+        try:
+            halves = text.split(";") if ";" in text else text.split(",")
+            mean, std = ([float(value) for value in half.split(",")] for half in halves)
+        except ValueError:
+            mean, std = [], []
+        mean, std = (values * 3 if len(values) == 1 else values for values in (mean, std))
+        fits = all(0 <= value <= 1 for value in mean) and all(0 < value <= 1 for value in std)
+        if len(mean) != 3 or len(std) != 3 or not fits:
+            raise ValueError(
+                f"normalisation={text!r} must be {', '.join(NORMALISATIONS)}, MEAN,STD or M,M,M;S,S,S, in units of "
+                "[0, 1]."
+            )
+        return mean, std
 
 
 def check_folder(output_dir: str, model: str, goes_on: bool) -> None:

@@ -22,8 +22,8 @@ CHECKPOINT = re.compile(r"checkpoint-\d+")  # of a Trainer, inside the folder of
 
 
 def trained_templates(name: str, revision: str | None = None) -> tuple[str, ...]:
-    """The templates that a checkpoint was trained with, as its recipe.yaml, report.json or adaptation.json says, in a
-    folder or on the Hub; none if none of them says it.
+    """The templates that a checkpoint was trained with, as its recipe.yaml, report.json, provenance.json or
+    adaptation.json says, in a folder or on the Hub; none if none of them says it.
 
     Raises OSError if the Hub can't be asked, ValueError for a file that says it in a way that can't be read.
     """
@@ -35,6 +35,9 @@ def trained_templates(name: str, revision: str | None = None) -> tuple[str, ...]
         return _templates(report["card"]["template"], name, "report.json")
     if recipe is not None and "objective" in recipe:  # a recipe that leaves it out trains with this one
         return (PAPER_TEMPLATE,)
+    converted = _content(name, "provenance.json", revision)
+    if converted is not None and converted.get("template"):
+        return _templates(converted["template"], name, "provenance.json")
     defence = _content(name, "adaptation.json", revision)
     return () if defence is None else _templates(defence.get("templates") or [], name, "adaptation.json")
 
@@ -93,6 +96,22 @@ def known_templates(name: str, revision: str | None = None) -> tuple[str, ...]:
         return trained_templates(name, revision)
     except (OSError, ValueError):
         return ()
+
+
+def trained_method(name: str, revision: str | None = None) -> str | None:
+    """By which method a checkpoint was trained, as its report.json or recipe.yaml says; None where neither says it, or
+    nobody can be asked.
+    """
+    try:
+        report, recipe = (_content(name, file, revision) or {} for file in ("report.json", "recipe.yaml"))
+    except (OSError, ValueError):
+        return None
+    card = report.get("card")
+    paper = card.get("paper") if isinstance(card, dict) else None
+    told = paper.get("method") if isinstance(paper, dict) else None
+    objective = recipe.get("objective")
+    told = told or (objective.get("class_path") if isinstance(objective, dict) else objective)
+    return told.rpartition(".")[2] if isinstance(told, str) and told else None
 
 
 def known_descriptions(

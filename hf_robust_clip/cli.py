@@ -13,6 +13,8 @@ from .secrets import hide_arguments
 USAGE = """\
 usage: hf-robust-clip train [CONFIG] [--config FILE] [--NAME VALUE ...]      fine-tune; --help lists all flags
        hf-robust-clip evaluate [CONFIG] [--config FILE] [--NAME VALUE ...]   accuracy under attack
+       hf-robust-clip convert SOURCE --base ID --output_dir DIR [--NAME VALUE ...]   weights of others to transformers
+       hf-robust-clip leaderboard [FILE] [--NAME VALUE ...]   convert and evaluate many checkpoints, and rank them
        hf-robust-clip card FOLDER                     write README.md again from report.json and recipe.yaml
        hf-robust-clip --version
 CONFIG is the name of a YAML file that comes with the package, such as pmg_aft (the default of train), tecoa, or
@@ -21,7 +23,7 @@ DEFAULTS = {"train": "pmg_aft", "evaluate": "evaluate"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`hf-robust-clip {train, evaluate, card}`: see `USAGE`."""
+    """`hf-robust-clip {train, evaluate, convert, leaderboard, card}`: see `USAGE`."""
     words = arguments_of(argv)
     command, rest = (words[0], words[1:]) if words else ("", [])
     if command in DEFAULTS:
@@ -31,6 +33,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             named = rest[:1] if rest and not rest[0].startswith("-") else []
             config = packaged_config(*named or [DEFAULTS[command]])
         run(command, config, "", rest[len(named) :])
+    elif command == "convert":
+        with one_line_errors():
+            from .runs import convert
+
+            convert.main(rest)
+    elif command == "leaderboard":
+        rank(rest)
     elif command == "card" and len(rest) == 1 and not rest[0].startswith("-"):
         with one_line_errors():
             from .report.card import regenerate_card
@@ -46,6 +55,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"error: unknown command {command!r}", file=sys.stderr)
         print(USAGE)
         raise SystemExit(0 if words and asked else 2)
+
+
+def rank(words: Sequence[str]) -> None:
+    """A leaderboard, by the file that stands first, or that which comes with the package."""
+    with one_line_errors():
+        from .command_line import recipes_folder
+        from .processes import leave_processes
+        from .runs import leaderboard
+
+        named = [word for word in words[:1] if not word.startswith("-")]
+        config = Path(*named) if named else recipes_folder() / "leaderboard.yaml"
+        leaderboard.main(words[len(named) :], config)
+        leave_processes()
 
 
 def run(command: str, default_config: Path, description: str | None, argv: Sequence[str] | None = None) -> None:

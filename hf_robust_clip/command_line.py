@@ -165,13 +165,14 @@ class Given:
 def read_command(
     command: CommandLine,
     words: Sequence[str],
-    default_config: Path,
+    default_config: Path | None,
     description: str = "",
     prepare: Callable[[dict[str, Any], dict[str, str]], None] = lambda file, options: None,
 ) -> Given:
     """A command line to settings: the YAML file, then the flags, each of which has one value.
 
     Args:
+        default_config: None for a command that needs no file.
         description: what `--help` begins with.
         prepare: changes the file's settings where flags ask for others, before both are put together.
 
@@ -192,8 +193,9 @@ def read_command(
     shows = options.pop("print_config", "false")
     if shows not in ("true", "false"):
         raise ValueError(f"--print_config {shows!r} must be true or false.")
-    config = Path(options.pop("config", str(default_config)))
-    file = read_file(config)
+    given_config = options.pop("config", None if default_config is None else str(default_config))
+    config = Path(given_config or "the flags")
+    file = {} if given_config is None else read_file(config)
     for told in (file, options):
         refuse_tokens(told, "settings")
         check_text(told, "settings")
@@ -453,11 +455,11 @@ def preset_of(cls: type, preset: str, flag: str) -> Any:
     return known[preset]()
 
 
-def show_help(command: CommandLine, config: Path, description: str) -> NoReturn:
+def show_help(command: CommandLine, config: Path | None, description: str) -> NoReturn:
     """Print all flags with their meaning, and those of the classes that a config names; and end."""
     command.parser.description = description.strip()
     command.parser.print_help()
-    file = read_file(config)
+    file = {} if config is None else read_file(config)
     for flag, kind in command.classes.items():
         spec = _inner(file, flag)
         spec = None if spec is None or kind.several else resolved(spec, kind, flag)

@@ -18,6 +18,7 @@ import yaml
 from .checkpoint_notes import CHECKPOINT
 from .names import cached_revision, hub_name, paths_in, without_paths
 from .report.card import LIBRARY, name_repository
+from .report.converted import PROVENANCE, name_converted
 from .secrets import holds_token, without_token_keys, without_tokens
 from .storage import delete, read_json, written_whole
 from .typed_settings import OneMeaning, parse_yaml, read_text
@@ -35,7 +36,8 @@ MODEL_FILES = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.s
                "adapter_config.json", "adaptation.json", "processor_config.json", "preprocessor_config.json",
                "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
                "added_tokens.json", "chat_template.jinja", "descriptions.json")  # fmt: skip
-FIGURES = ("report.json", "report.csv", "recipe.yaml", "accuracy.png")  # what belongs to the weights beside them
+# what belongs to the weights beside them
+FIGURES = ("report.json", "report.csv", "recipe.yaml", "accuracy.png", PROVENANCE)
 TRAINERS = ("training_args.bin", "pytorch_model*.bin", "adapter_model.bin", "optimizer.*", "scheduler.pt", "scaler.pt",
             "rng_state*.pth")  # fmt: skip
 RESUMED = ("trainer_state.json", "training_run.json", "*.distcp", ".metadata")
@@ -133,6 +135,7 @@ def push_folder(
     with saved_in(folder, push):
         push = prepare_repository(push, kind, "repo_id")
         name_repository(folder, push.repo_id)
+        name_converted(folder, push.repo_id)
         check_card(folder, push.repo_id)
         return without_tokens(str(upload(folder, push, commit_message).repo_url))
 

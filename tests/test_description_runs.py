@@ -10,7 +10,7 @@ from command_words import last_of_each
 
 from hf_robust_clip.cli import run as run_command
 from hf_robust_clip.report import load_reports
-from hf_robust_clip.runs import train
+from hf_robust_clip.runs import evaluate, train
 from hf_robust_clip.zero_shot_data.specs import known_descriptions
 
 CONFIGS = Path(__file__).parents[1] / "recipes/configs"
@@ -90,6 +90,7 @@ def test_others_that_are_asked_for_go_before_them(capsys):
         (["--descriptions", "nowhere.json"], "descriptions='nowhere.json' is no file"),
         (["--descriptions", "others.json", "--template", PAPER], "has no '{description}'"),
         (["--template", "{description}"], "template='{description}' takes descriptions"),
+        (["--descriptions", "digits", "--tasks", "[{dataset: digits, template: 'a {}'}]"], "has no '{description}'"),
     ],
 )
 def test_what_does_not_fit_is_one_line(words, named, capsys):
@@ -98,6 +99,14 @@ def test_what_does_not_fit_is_one_line(words, named, capsys):
     assert stopped.value.code == 2
     told = capsys.readouterr().err.splitlines()
     assert named in told[-1] and told[-1].startswith("error: ")
+
+
+def test_descriptions_go_before_the_prompts_of_suites():
+    words = ["--output_dir", "x", "--evaluation.radii", "[1/255]", "--tasks", "pmg_aft_16"]
+    config = CONFIGS / "evaluate.yaml"
+    assert any(task.template for task in evaluate.read(words, config).tasks)
+    run = evaluate.read([*words, "--descriptions", "others.json"], config)
+    assert not any(task.template for task in run.tasks)
 
 
 def test_a_training_checks_its_descriptions_first():

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from PIL import Image
 
-from hf_robust_clip.cli import main
+from hf_robust_clip.cli import main, run
 from hf_robust_clip.report import load_reports
 from hf_robust_clip.runs.evaluate import read
 from hf_robust_clip.runs.shared import load_data, load_model
@@ -83,7 +84,13 @@ def test_killed_and_resumed_by_one_process_ends_with_the_same_report(by_two, tmp
     assert not (tmp_path / "out" / "report.json").exists()
     done = {file: file.read_text() for file in state.glob("*/*.jsonl")}
     assert done
-    finish(start(SCRIPT, *WORDS, "--output_dir", str(tmp_path / "out"), "--resume"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run(
+        "evaluate",
+        ROOT / "recipes/configs/evaluate.yaml",
+        "",
+        [*WORDS, "--output_dir", str(tmp_path / "out"), "--resume"],
+    )
     for file, text in done.items():
         assert file.read_text().startswith(text.rpartition("\n")[0])  # nothing finished was done again
     assert load_reports(tmp_path / "out" / "report.json") == load_reports(by_two[0] / "report.json")

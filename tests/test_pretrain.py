@@ -1,12 +1,14 @@
 """The recipe that made the embedded model makes it again, as accurate."""
 
+import runpy
 import shutil
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
@@ -20,6 +22,18 @@ from hf_robust_clip import (
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE = [str(RECIPES / "pretrain.py"), "--config", str(RECIPES / "configs/digits-clip/pretrain.yaml")]
+
+
+@pytest.fixture
+def run(fresh_accelerate, monkeypatch) -> Callable[..., None]:
+    """Runs the script in this process as its main module."""
+
+    def start(folder: Path, *flags: str) -> None:
+        monkeypatch.setattr(sys, "argv", [*RECIPE, "--output_dir", str(folder), *flags])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        runpy.run_path(RECIPE[0], run_name="__main__")
+
+    return start
 
 
 def accuracy(folder: str) -> tuple[float, float]:
@@ -41,26 +55,24 @@ def test_the_embedded_model_is_accurate_small_and_undefended():
 
 
 @pytest.mark.slow
-def test_pretraining_again_is_as_accurate(tmp_path):
-    subprocess.run([sys.executable, *RECIPE, "--output_dir", str(tmp_path / "model")], check=True)
+def test_pretraining_again_is_as_accurate(run, tmp_path):
+    run(tmp_path / "model")
     shipped, again = accuracy(digits_clip_path()), accuracy(str(tmp_path / "model"))
     assert abs(again[0] - shipped[0]) <= 0.01
     assert again[1] < 0.05
 
 
-def test_a_few_steps_leave_a_checkpoint_and_going_on_changes_nothing(tmp_path):
+def test_a_few_steps_leave_a_checkpoint_and_going_on_changes_nothing(run, tmp_path, capsys):
     """Two cycles of two updates; a second run finds both done, and a third one again the last."""
 
-    def run():
-        flags = ["--output_dir", str(tmp_path), "--steps", "[2, 2]", "--learning_rate", "[1e-3, 1e-4]"]
-        done = subprocess.run([sys.executable, *RECIPE, *flags], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "zero-shot accuracy on 500 test pictures of digits:" in done.stdout
+    def weights():
+        run(tmp_path, "--steps", "[2, 2]", "--learning_rate", "[1e-3, 1e-4]")
+        assert "zero-shot accuracy on 500 test pictures of digits:" in capsys.readouterr().out
         return load_file(tmp_path / "model.safetensors")
 
-    first = run()
+    first = weights()
     assert {folder.name for folder in tmp_path.glob("*/checkpoint-*")} == {"checkpoint-2"}
     shutil.rmtree(tmp_path / "cycle-2")
-    again = run()
+    again = weights()
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
     CLIPModel.from_pretrained(tmp_path)

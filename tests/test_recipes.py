@@ -68,7 +68,7 @@ def test_script_writes_everything_and_says_how_to_load_it(finished):
     folder, printed = finished
     assert {path.name for path in folder.iterdir()} >= FILES
     assert "PMG-AFT: 24 images, 6 classes, one process on cpu, float32\n" in printed
-    assert f'CLIPForZeroShotClassification.from_pretrained("{folder}")' in printed
+    assert f'AutoModelForZeroShotClassification.from_pretrained("{folder}")' in printed
     for row in ("\ntrained under PGD-2, ", "\nheld out under PGD-2, ", "\n  undefended ", "\n  PMG-AFT "):
         assert row in printed
     assert Image.open(folder / "accuracy.png").width > 800

@@ -1,9 +1,10 @@
 """`recipes/tapt.py` end to end on the model that ships with the package, and what its folder can be used for."""
 
+import io
 import json
-import os
-import subprocess
+import runpy
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -39,12 +40,11 @@ def run(*words):
 def finished(tmp_path_factory):
     """A defence as a user makes it: (folder, what was printed)."""
     folder = tmp_path_factory.mktemp("tapt") / "out"
-    command = [sys.executable, ROOT / "recipes/tapt.py", *SMALL, "--output_dir", folder]
-    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
-    environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done.stdout
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", ["tapt.py", *SMALL, "--output_dir", str(folder)])
+        runpy.run_path(str(ROOT / "recipes/tapt.py"), run_name="__main__")
+    return folder, printed.getvalue()
 
 
 def test_it_prints_the_defence_beside_its_controls(finished):

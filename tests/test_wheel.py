@@ -37,7 +37,8 @@ def test_an_installed_wheel_trains_by_a_packaged_config(tmp_path):
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "hf_robust_clip/recipes/configs/digits-clip/pmg_aft.yaml" in names
-    assert "hf_robust_clip/recipes/benchmark.py" in names
+    assert {"hf_robust_clip/recipes/benchmark.py", "hf_robust_clip/recipes/leaderboard.yaml"} <= set(names)
+    assert "hf_robust_clip/published.json" in names
     venv.create(tmp_path / "venv", with_pip=False)
     places = Path(next((tmp_path / "venv/lib").iterdir()), "site-packages")
     zipfile.ZipFile(wheel).extractall(places)

@@ -164,9 +164,12 @@ def weight_files(source: str, where: Mapping[str, Any]) -> list[Path]:
     return [file for file in (present(source, name, where) for name in (WHOLE, ADAPTER)) if file]
 
 
-def check_loaded(source: str, info: Mapping[str, Any], what: str = "the model") -> None:
+def check_loaded(source: str, info: Mapping[str, Any], what: str = "the model", mend: str | None = None) -> None:
     """Raise UnfitWeights for weights that are missing, unknown, or of another shape: the model would have random ones
     in their place, or lack layers.
+
+    Args:
+        mend: what to do, where it isn't to load them as another kind of model.
     """
     mismatched = [f"{key} {tuple(there)} for {tuple(here)}" for key, there, here in info.get("mismatched_keys", ())]
     unexpected = [key for key in info.get("unexpected_keys", ()) if not key.endswith("position_ids")]
@@ -177,9 +180,10 @@ def check_loaded(source: str, info: Mapping[str, Any], what: str = "the model") 
     }
     found = [f"{verb} {_first(keys)}" for verb, keys in problems.items() if keys]
     if found:
-        prefixed = [key for key in unexpected if key.startswith("module.")]
-        mend = "take the prefix 'module.' off" if prefixed else "load them as the kind of model that wrote them"
-        raise UnfitWeights(f"the weights in {source!r} don't fit {what}: they {', and '.join(found)}; {mend}.")
+        prefixed = any(key.startswith("module.") for key in unexpected)
+        usual = "take the prefix 'module.' off" if prefixed else "load them as the kind of model that wrote them"
+        told = f"they {', and '.join(found)}; {mend or usual}."
+        raise UnfitWeights(f"the weights in {source!r} don't fit {what}: {told}")
 
 
 def _first(keys: Sequence[str]) -> str:

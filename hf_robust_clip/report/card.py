@@ -258,11 +258,11 @@ class _Written(str):
     """Text that is Markdown or code already, and goes into a card as it is."""
 
 
-def _rendered(data: ModelCardData, **values: Any) -> ModelCard:
-    """The template with its values, each of them one line of plain text to whoever reads the card, save what is
+def _rendered(data: ModelCardData, template_name: str = "card.md.jinja", **values: Any) -> ModelCard:
+    """A template with its values, each of them one line of plain text to whoever reads the card, save what is
     `_Written`.
     """
-    text = (files(__package__) / "templates" / "card.md.jinja").read_text(encoding="utf-8")
+    text = (files(__package__) / "templates" / template_name).read_text(encoding="utf-8")
     template = Environment(finalize=_as_text).from_string(text)
     return ModelCard(template.render(card_data=_Written(data.to_yaml()), **values))
 

@@ -41,12 +41,13 @@ from ..modeling import ZeroShotClassifier, descriptions_digest
 from ..names import same_place, task_titles, titles
 from ..processes import join_processes, what_runs
 from ..report import RobustnessReport
+from ..report.tables import as_text
 from ..saving import Saving, left_by_evaluation
 from ..secrets import without_token_keys
 from ..storage import check_writable, write_text
 from ..threat_model import ThreatModel
 from ..zero_shot_data.fingerprint import dataset_digest
-from . import shared
+from . import published, shared
 from .shared import SUITES
 
 VIEW = ClassFlag(AttackView, ("hf_robust_clip.evaluation",))
@@ -64,7 +65,8 @@ COMMAND = CommandLine(
     },
     required=("output_dir", "evaluation.radii"),
     skip=frozenset(
-        ["use_peft", "lora_r", "lora_alpha", "dataset_train_split", "augment", "fit_on.augment", "fit_on.name"]
+        ["use_peft", "lora_r", "lora_alpha", "dataset_train_split", "augment"]
+        + [f"fit_on.{name}" for name in ("augment", "name", "suite")]
     ),
 )
 
@@ -82,6 +84,7 @@ class EvaluationRun(EvaluationRunArguments):
     texts: shared.Texts
     fit_on: Images | None
     source: dict[str, Any] = field(default_factory=dict)
+    comparison: published.Comparison | None = None  # with published figures
 
     @property
     def names(self) -> list[str]:
@@ -104,6 +107,7 @@ class Prepared:
     saving: Saving
     called: dict[str, str]  # by checkpoint, what tables call it
     tasks: dict[str, Images]
+    comparison: published.Comparison | None
 
 
 @dataclass
@@ -113,6 +117,7 @@ class Measured:
     reports: list[RobustnessReport] = field(default_factory=list)
     under_first: list[RobustnessReport] = field(default_factory=list)  # by the first of the attacks
     remarks: list[str] = field(default_factory=list)
+    whole: dict[str, int | None] = field(default_factory=dict)  # by task, of how many images they are a part
     examples: Any = None
 
 
@@ -140,7 +145,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
     if about.defence is not None:
         unused.check_defence(given, about.defence)
     tasks = _tasks(given, data, about)
-    shared.check_tasks(tasks)
+    shared.check_tasks(tasks, described=texts.descriptions is not None)
     return EvaluationRun(
         **{**vars(about), "reference": reference, "tasks": tasks},
         model=model,
@@ -150,6 +155,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
         texts=texts,
         fit_on=_fit_on(given, made.fit_on, about.defence, tasks),
         source=without_token_keys(given.settings),
+        comparison=published.asked_comparison(about, tasks, evaluations),
     )
 
 
@@ -161,13 +167,18 @@ def check_output(folder: str, model: ModelArguments, about: EvaluationRunArgumen
 
 
 def _prepare_settings(file: dict[str, Any], options: dict[str, str]) -> None:
-    """`compare` as a list; `--dataset_name` takes the place of the tasks, `--evaluation.attack` of attacks."""
+    """`compare` as a list; `--dataset_name` takes the place of the tasks, `--evaluation.attack` of attacks; and the
+    tasks of suites that of their names.
+    """
     shared.as_list("compare", file, options)
     evaluation = file.get("evaluation")
     if "evaluation.attack" in options and isinstance(evaluation, dict):
         evaluation.pop("attacks", None)
     if "dataset_name" in options and "tasks" not in options:
         file.pop("tasks", None)
+    asked = shared.asks_for_texts(file, options, "template", "descriptions")
+    if shared.expand_suites(file, options, template=asked):
+        shared.beside_suites(file, options)
 
 
 def _tasks(given: Given, data: DataArguments, about: EvaluationRunArguments) -> tuple[Images, ...]:
@@ -224,21 +235,17 @@ def prepare(run: EvaluationRun) -> Prepared:
     folder = Path(run.output_dir)
     for name in run.names[1:]:  # before hours of the first
         shared.check_model(name, run.revision_of(name))
+    name = run.model.model_name_or_path
+    comparison = run.comparison and published.with_model(run.comparison, name, run.revision_of(name))
     check_writable(folder)
-    processes = join_processes(_on_cpu(run.use_cpu))
+    processes = join_processes(shared.on_cpu(run.use_cpu))
     processes.print(f"evaluation: {what_runs(processes)}")
     if processes.is_local_main_process and run.overwrite:
         clear_states(folder)
     processes.wait_for_everyone()
     names = task_titles([(task.name, task.dataset) for task in run.tasks])
     tasks = dict(zip(names, run.tasks, strict=True))
-    return Prepared(run, folder, processes, Saving(folder, processes.print), titles(run.names), tasks)
-
-
-def _on_cpu(asked: bool) -> bool:
-    import torch
-
-    return asked or not torch.cuda.is_available()
+    return Prepared(run, folder, processes, Saving(folder, processes.print), titles(run.names), tasks, comparison)
 
 
 def measure(prepared: Prepared) -> Measured:
@@ -250,16 +257,18 @@ def measure(prepared: Prepared) -> Measured:
         model = shared.load_model(name, revision).to(prepared.processes.device)
         if name == run.model.model_name_or_path and not texts.templates:
             texts = texts_of(texts, name, revision)
-        tasks = {title: shared.load_data(task, model) for title, task in prepared.tasks.items()}
-        for data in tasks.values():
-            texts.of(data.class_names)  # one without descriptions is told before hours of another
+        tasks = shared.load_tasks(prepared.tasks, model)
+        for title, data in tasks.items():  # one without descriptions is told before hours of another
+            texts.of(data.class_names, shared.templates_of(prepared.tasks[title], data, texts.templates))
         defence, facts = defence_for(prepared, model, name, texts)
         trained = known_templates(name, revision)
         for title, data in tasks.items():
-            texts.set(model, data)
+            texts.set(model, data, shared.templates_of(prepared.tasks[title], data, texts.templates))
             digests = (known_descriptions(name, trained, data.class_names, revision), digest_of(model))
             remark = other_prompt(prepared.called[name], trained, model.templates, digests)
             found.remarks += [] if remark is None else [remark]
+            if prepared.comparison is not None and name == run.model.model_name_or_path:
+                found.whole[title] = shared.count_whole(prepared.tasks[title], data, model)
             for settings in run.evaluations:
                 report = measure_one(prepared, model, data, settings, name, title, defence)
                 if facts:
@@ -340,7 +349,8 @@ def defence_for(
     about = f"{len(data)} images of {data.dataset_id}, split {data.split}"
     prepared.processes.print(f"{called}: {run.defence.name} is fitted on {about}")
     how = run.evaluations[0]
-    with model.prepared_for(data, texts.templates or data.templates, descriptions=texts.of(data.class_names)):
+    templates = shared.templates_of(run.fit_on, data, texts.templates)
+    with model.prepared_for(data, templates, descriptions=texts.of(data.class_names, templates)):
         defence = run.defence.fit(
             model,
             data,
@@ -389,10 +399,22 @@ def write(prepared: Prepared, measured: Measured) -> None:
         saving.save("report.json", lambda: reporting.save_reports(folder / "report.json", own, others))
         saving.save("report.csv", lambda: reporting.save_csv(folder / "report.csv", reports))
         saving.save("recipe.yaml", lambda: write_text(folder / "recipe.yaml", recipe))
+        if (comparison := prepared.comparison) is not None:
+            rows = published.compared_rows(comparison, own, run.evaluations, measured.whole, prepared.tasks)
+            saving.attempt("the published figures", lambda: show_published(comparison, rows))
+            saving.save("published.csv", lambda: published.save_published(folder / "published.csv", comparison, rows))
         draw(prepared, measured)
     prepared.processes.wait_for_everyone()
     saving.finish()
-    files = ("report.json", "report.csv", "recipe.yaml", "accuracy.png", "examples.png", "tradeoff.png")
+    files = (
+        "report.json",
+        "report.csv",
+        "published.csv",
+        "recipe.yaml",
+        "accuracy.png",
+        "examples.png",
+        "tradeoff.png",
+    )
     written = [name for name in files if (folder / name).is_file()]
     if prepared.processes.is_main_process:
         line = f"saved to {folder}: {', '.join(written)}"
@@ -405,7 +427,7 @@ def show(prepared: Prepared, measured: Measured) -> None:
     reporting.print_table(reporting.table(reports, prepared.called[run.model.model_name_or_path]))
     share = reporting.percent(max(report.zero_gradient_share for report in reports))
     print(f"exactly-zero input gradients in the attacks: at most {share}")
-    remarks: list[str | None] = [*measured.remarks]
+    remarks: list[str | None] = [*measured.remarks, *shared.suite_remarks(prepared.tasks, reports)]
     if run.defence is not None and not any(report.view.goes_through for report in reports):
         remarks.append(
             "no attack went through the defence: the figures say nothing of its strength; add AdaptiveWorst."
@@ -415,6 +437,15 @@ def show(prepared: Prepared, measured: Measured) -> None:
     for report in reports:
         if report.model == run.reference:
             print(self_check(report))
+
+
+def show_published(comparison: published.Comparison, rows: Sequence[published.Row]) -> None:
+    """Print measured and published figures beside each other, and what differs."""
+    print()
+    reporting.print_table(
+        as_text(published.as_cells(comparison, rows), f"beside {comparison.name}", "accuracy in percent")
+    )
+    print("\n".join(["", *published.as_notes(comparison, rows), ""]))
 
 
 def draw(prepared: Prepared, measured: Measured) -> None:

@@ -28,7 +28,7 @@ from ..hub import (
     push_folder,
 )
 from ..modeling import ZeroShotClassifier
-from ..names import hub_name, is_path, shown_folder, shown_name, task_titles, without_paths
+from ..names import hub_name, is_path, shown_folder, shown_name, without_paths
 from ..processes import join_processes, what_runs
 from ..prompts import ClipPromptConfig, check_prompts
 from ..report import CardInfo, RobustnessReport, make_card
@@ -127,13 +127,18 @@ def prepare(run: TrainingRun) -> Prepared:
         raise ValueError(
             f"model_name_or_path={run.model.model_name_or_path!r} is an adapter; name the model that it stands on."
         )
-    data, *tasks = (
-        replace(pictures, dataset_id=shown_name(pictures.dataset_id))
-        for pictures in (shared.load_data(images, model) for images in (run.data, *run.tasks))
-    )
-    names = task_titles([(task.name, task.dataset) for task in run.tasks])
-    for pictures in tasks:
-        run.texts.of(pictures.class_names)
+    data = shared.load_data(run.data, model)
+    data = replace(data, dataset_id=shown_name(data.dataset_id))
+    tasks = {
+        title: replace(
+            pictures,
+            dataset_id=shown_name(pictures.dataset_id),
+            templates=tuple(shared.templates_of(run.titled[title], pictures, run.texts.templates)),
+        )
+        for title, pictures in shared.load_tasks(run.titled, model).items()
+    }
+    for pictures in tasks.values():
+        run.texts.of(pictures.class_names, pictures.templates)
     run.texts.set(model, data)  # a bad class name fails here, before any work
     for method in (run.method, *run.rivals):
         if isinstance(method.adapter, ClipPromptConfig):
@@ -151,7 +156,7 @@ def prepare(run: TrainingRun) -> Prepared:
         clear_states(folder)
     processes.wait_for_everyone()
     saving = Saving(folder, processes.print)
-    return Prepared(run, model, data, dict(zip(names, tasks, strict=True)), processes, saving, push)
+    return Prepared(run, model, data, tasks, processes, saving, push)
 
 
 def measure(
@@ -167,7 +172,7 @@ def measure(
     model.to(prepared.processes.device)
     found = []
     for task, data in prepared.tasks.items():
-        run.texts.set(model, data)
+        run.texts.set(model, data, data.templates)
         found.append(
             evaluation.evaluate_robustness(
                 model,
@@ -335,8 +340,9 @@ def show(prepared: Prepared, fitted: Fitted, rows: Sequence[RobustnessReport]) -
     reporting.print_table(reporting.table(rows, about))
     zeros = reporting.percent(max(report.zero_gradient_share for report in rows))
     print(f"exactly-zero input gradients in the attacks: at most {zeros}")
-    if warning := reporting.blind_warning(rows):
-        print(f"\n{warning}\n")
+    remarks = [*shared.suite_remarks(prepared.run.titled, rows), reporting.blind_warning(rows)]
+    for line in filter(None, remarks):
+        print(f"\n{line}\n")
 
 
 def plot(folder: Path, rows: Sequence[RobustnessReport]) -> str:

@@ -27,7 +27,7 @@ from ..evaluation.attack_views import Adaptive, AdaptiveWorst, Static
 from ..evaluation.settings import EvaluationSettings
 from ..hub import Push, check_base, check_push
 from ..modeling import DESCRIPTION
-from ..names import shown_name
+from ..names import shown_name, task_titles
 from ..objectives.base import Objective
 from ..prompts import ClipPromptConfig
 from ..report.card import card_state
@@ -93,6 +93,12 @@ class TrainingRun(TrainingRunArguments):
     source: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def titled(self) -> dict[str, Images]:
+        """The tasks by what tables call them."""
+        names = task_titles([(task.name, task.dataset) for task in self.tasks])
+        return dict(zip(names, self.tasks, strict=True))
+
+    @property
     def title(self) -> str:
         """What tables call the trained model without a defence."""
         return self.method.title
@@ -130,7 +136,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> T
         about = replace(about, template=DESCRIPTION)
     texts = shared.texts_asked(about.template, about.descriptions)
     tasks = tuple(about.tasks or ()) if given.asked("tasks") is not None else (_own_test(data),)
-    shared.check_tasks(tasks)
+    shared.check_tasks(tasks, described=texts.descriptions is not None)
     run = TrainingRun(
         **{**vars(about), "tasks": tasks},
         model=model,
@@ -195,8 +201,11 @@ def _own_test(data: DataArguments) -> Images:
 
 
 def _prepare_settings(file: dict[str, Any], options: dict[str, str]) -> None:
-    """`compare` as a list; and where the flags ask for another design of prompts than the file, nothing of its own."""
+    """`compare` as a list; the tasks of suites in the place of their names; and where the flags ask for another design
+    of prompts than the file, nothing of its own.
+    """
     shared.as_list("compare", file, options)
+    shared.expand_suites(file, options, template=shared.asks_for_texts(file, options, "descriptions"))
     prompts = file.get("prompts")
     if isinstance(prompts, dict) and options.get("prompts.design") not in (None, prompts.get("design")):
         for key in unused.unused_by_design(options["prompts.design"], prompts):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import datasets
 from transformers import CLIPProcessor
@@ -54,6 +55,7 @@ def load_image_dataset(
     resize: int | None = None,
     background: str | Sequence[int] = "white",
     templates: str | None = None,
+    attack_resolution: int | Literal["model"] | None = None,
     streaming: bool = False,
     max_images: int | None = None,
     seed: int = 0,
@@ -82,6 +84,8 @@ def load_image_dataset(
         resize: shorter side before the centre crop.
         background: what shows where a picture is transparent: name of a colour, or (red, green, blue).
         templates: key in `templates.json`; None takes the known dataset's, or PMG-AFT's.
+        attack_resolution: side in pixels at which the pictures are attacked, before the model scales them up;
+            `"model"` is the model's input size. None takes the known dataset's, or the model's.
         streaming: read only `max_images` rows of a shuffled stream, and keep those, without downloading the rest.
         max_images: at most so many images, drawn once by `seed`; None for all.
         seed: of that draw.
@@ -96,9 +100,11 @@ def load_image_dataset(
         raise ValueError("streaming=True needs max_images: the number of rows to read from the stream.")
     spec = find_spec(name)
     dataset_id = spec.hub_id if spec else name
-    attack_resolution = spec.attack_resolution if spec else None
+    if attack_resolution is None:
+        attack_resolution = spec.attack_resolution if spec else None
+    side = None if attack_resolution == "model" else attack_resolution
     templates = templates or (spec.templates if spec else None)
-    _check_settings(processor, resize, attack_resolution, background, templates)
+    _check_settings(processor, resize, side, background, templates)
     asked, split = split, spec.splits.get(split, split) if spec else split
     rows, found, places = find_rows(name, spec, split, data_root, config, revision, streaming)
     if spec and spec.test_every and asked in ("train", "test"):
@@ -137,7 +143,7 @@ def load_image_dataset(
         resize=resize,
         background=background,
         templates=templates,
-        attack_resolution=attack_resolution,
+        attack_resolution=side,
         name=dataset_id,
         revision=found,
         split=split if config is None else f"{split} of configuration {config}",

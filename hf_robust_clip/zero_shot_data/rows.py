@@ -25,6 +25,10 @@ DATA_ROOT_VARIABLE = "HF_ROBUST_CLIP_DATA_ROOT"
 STREAM_BUFFER = 1000  # rows among which a streamed set is shuffled; its shards are shuffled too
 PICTURE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "images", "pictures", "photos")
 LABEL_COLUMNS = ("label", "labels", "cls")
+UNSEEN = {
+    "": "this row of datasets.json was not checked against the Hub",
+    "card": "this row of datasets.json was checked against its card alone",
+}
 TEXTS, BYTES = ("string", "large_string"), ("binary", "large_binary")
 LABEL_WORDS = {*LABEL_COLUMNS, "class", "classes", "category", "categories", "target", "targets"}
 
@@ -60,7 +64,7 @@ def find_rows(
     if folder is not None and (sign := re.search(r"[*?\[]|::", str(folder.resolve()))):
         raise OSError(f"the path of dataset {str(folder)!r} has {sign[0]!r}, a sign of patterns; rename its folder.")
     revision = revision or (spec.revision if spec else None)
-    unseen = " (this row of datasets.json was not checked against the Hub)" if spec and not spec.checked else ""
+    unseen = f" ({UNSEEN[spec.checked]})" if spec and spec.checked in UNSEEN else ""
     try:
         if folder is not None:
             return folder_rows(folder, key, split, config, streaming), "local", [f"{folder.resolve()}/"]

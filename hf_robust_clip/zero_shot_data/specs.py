@@ -1,7 +1,7 @@
 """Known datasets, a row of `datasets.json` each: where they are, what their columns and their classes are called.
 
-PMG-AFT's 16 test sets, TAPT's 11 (CoOp's), and three small ones. A new dataset is a row there, and its class names in
-`class_names.json` unless its own labels read well.
+PMG-AFT's 16 test sets, TAPT's 11 (CoOp's), RobustVLM's 14, and three small ones. A new dataset is a row there, and its
+class names in `class_names.json` unless its own labels read well.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class DatasetSpec:
         num_classes: how many classes it has.
         splits: `"train"`, `"test"` and, where a paper tests on more than the test split, `"all"`, to the dataset's own
             split names, where they differ; `"train+test"` joins two.
-        image_column, label_column: names of the columns.
+        image_column, label_column: names of the columns; None for a column of pictures that its name or type tells.
         class_names: key in `class_names.json`: a list in label order, or a mapping from the dataset's own labels
             (WordNet ids, say); None takes the names of the label feature.
         templates: key in `templates.json`.
@@ -36,7 +36,8 @@ class DatasetSpec:
         frames_of: for videos stored as frames: the column that names the video. Of each video only the middle frame
             by the column `frame` is kept.
         revision: commit or branch on the Hub; None takes the newest, so that a report has to name what it found.
-        checked: whether the layout was seen, rather than taken from the dataset's card and programs that load it.
+        checked: `"data"` if its files were seen, `"card"` if its columns, splits, counts and labels stand so on its
+            card or its page on the Hub, `""` if they are taken from public programs that load it.
         source: who published it.
         note: how the Hub's splits differ from those of the papers.
     """
@@ -45,7 +46,7 @@ class DatasetSpec:
     hub_id: str
     num_classes: int
     splits: Mapping[str, str] = field(default_factory=dict)
-    image_column: str = "image"
+    image_column: str | None = "image"
     label_column: str = "label"
     class_names: str | None = None
     templates: str = "pmg_aft"
@@ -53,7 +54,7 @@ class DatasetSpec:
     test_every: int | None = None
     frames_of: str | None = None
     revision: str | None = None
-    checked: bool = False
+    checked: Literal["data", "card", ""] = ""
     source: str = ""
     note: str = ""
 
@@ -99,8 +100,7 @@ def _facts(file: str) -> Any:
     return json.loads((files(__package__) / file).read_text(encoding="utf-8"))
 
 
-# Layouts could be seen only for the rows with checked=true; every other row is taken from the dataset's card and from
-# public programs that load it, and says so until someone loads it from the Hub.
+# Files could be seen only for the rows with checked="data"; errors of every other row say so until someone loads it.
 SPECS = tuple(DatasetSpec(**row) for row in _facts("datasets.json"))
 
 

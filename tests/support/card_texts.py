@@ -1,6 +1,7 @@
 """Cards with a text wherever one comes in from outside, and what a reader's program makes of them."""
 
 import ast
+import functools
 from dataclasses import replace
 
 import yaml
@@ -34,6 +35,7 @@ BEGINNINGS = (
 BENIGN = "plain words"
 
 
+@functools.cache
 def cards(text: str) -> dict[str, str]:
     """Every kind of card, with a text wherever one comes in from outside."""
     settings = {
@@ -62,6 +64,7 @@ def cards(text: str) -> dict[str, str]:
     }
 
 
+@functools.cache
 def outline(card: str) -> dict[str, object]:
     """What a reader's program makes of a card, without the words of its paragraphs."""
     metadata, _, body = card.removeprefix("---\n").partition("\n---\n")

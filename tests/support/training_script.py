@@ -1,6 +1,5 @@
 """Tiny training runs: built here once for the tests, and run as a script where a test needs processes of its own.
 
-python training_script.py kill FOLDER          12 steps, ended by SIGKILL after the tenth
 python training_script.py machines FOLDER      two machines, whose folders are their own; see `machines`
 accelerate launch ... training_script.py ranks FOLDER   every case of CASES; each rank writes what it holds
 """
@@ -228,6 +227,8 @@ def long_run(folder, callbacks=()):
 
 
 class Kill(TrainerCallback):
+    """Ends the process by SIGKILL after the tenth step."""
+
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 10:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -307,9 +308,7 @@ def machines(folder):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "kill":
-        long_run(sys.argv[2], [Kill()]).train()
-    elif sys.argv[1] == "machines":
+    if sys.argv[1] == "machines":
         machines(Path(sys.argv[2]))
     else:
         ranks(Path(sys.argv[2]))

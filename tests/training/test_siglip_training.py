@@ -86,6 +86,7 @@ def test_an_update_may_be_divided(tmp_path):
         torch.testing.assert_close(state(parts.model)[name], value, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow  # resuming knows nothing of families
 def test_a_training_goes_on_where_it_stopped(tmp_path):
     settings = dict(save_strategy="steps", save_steps=1, max_steps=2)
     whole, _ = trained(tmp_path / "whole", PMGAFT(), **settings)

@@ -105,9 +105,14 @@ LAYOUTS = {
     "pcam": Layout("dpdl-benchmark/patch_camelyon", 2, names={"1": "lymph node containing metastatic tumor tissue"},
                    splits=THREE_WAYS),
     "ucf101": Layout("flwrlabs/ucf101", 101, camel_case, names={"ApplyEyeMakeup": "Apply Eye Makeup"}),
+    "imagenet_r": Layout("axiong/imagenet-r", 200, label="wnid", splits=("test",), names={"n01443537": "goldfish"}),
+    "imagenet_sketch": Layout("clip-benchmark/wds_imagenet_sketch", 1000, image="webp", label="cls", splits=("test",),
+                              names={"0": "tench", "999": "toilet paper"}),
 }  # fmt: skip
 EVERY_FIFTH = ("pacs", "caltech101")
 PLAIN_NUMBERS = ("caltech256",)  # from 1, no names
+FROM_ZERO = ("imagenet_sketch",)  # numbers without names
+WORDNET_IDS = tuple(specs.class_names("imagenet_r"))
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +143,8 @@ def own_cache(tmp_path, monkeypatch):
 def label_names(key):
     """What the Hub calls the labels, in the order of their numbers; for labels in any order, ours backwards."""
     layout = LAYOUTS[key]
+    if key == "imagenet_r":
+        return list(WORDNET_IDS)
     if layout.own:
         return [layout.own(name) for name in reversed(specs.class_names(find_spec(key).class_names))]
     return [layout.labels.get(i, str(i)) for i in range(layout.classes)]
@@ -150,7 +157,8 @@ def colour(split, row):
 def write(root, key):
     """Each split as parquet: six pictures, known by their colours; labels 0, 1, .. and the last at the end."""
     layout = LAYOUTS[key]
-    feature = Value("int64") if key in PLAIN_NUMBERS else ClassLabel(names=label_names(key))
+    feature = Value("int64") if key in (*PLAIN_NUMBERS, *FROM_ZERO) else ClassLabel(names=label_names(key))
+    feature = Value("string") if key == "imagenet_r" else feature
     for i, split in enumerate(layout.splits):
         columns = {layout.image: [Image.new("RGB", (10, 12), colour(i, row)) for row in range(COUNT)]}
         columns[layout.label] = own_numbers(key)
@@ -168,6 +176,8 @@ def write(root, key):
 
 def own_numbers(key):
     last = LAYOUTS[key].classes - 1
+    if key == "imagenet_r":
+        return [*WORDNET_IDS[: COUNT - 1], WORDNET_IDS[last]]
     numbers = [*(min(row, last) for row in range(COUNT - 1)), last]
     return [number + 1 for number in numbers] if key in PLAIN_NUMBERS else numbers
 
@@ -181,7 +191,8 @@ def seen(data):
 
 def test_every_row_is_here():
     assert {spec.key for spec in SPECS} == {"digits", *LAYOUTS}
-    assert [spec.key for spec in SPECS if spec.checked] == ["digits", "fashion_mnist", "pacs", "cifar10"]
+    assert [spec.key for spec in SPECS if spec.checked == "data"] == ["digits", "fashion_mnist", "pacs", "cifar10"]
+    assert {spec.checked for spec in SPECS} == {"data", "card", ""}
     assert all(spec.source for spec in SPECS)
 
 
@@ -199,7 +210,9 @@ def test_row(key, tmp_path, processor, model):
         assert [layout.own(name) for name in data.class_names] == own
 
     split = layout.splits.index(layout.test)
-    numbers = [number - (key in PLAIN_NUMBERS) for number in own_numbers(key)]
+    labels = label_names(key)
+    numbers = [labels.index(number) if key == "imagenet_r" else number - (key in PLAIN_NUMBERS)
+               for number in own_numbers(key)]  # fmt: skip
     rows = [1, 5] if key == "ucf101" else [0, 5] if key in EVERY_FIFTH else range(COUNT)
     assert seen(data) == [(colour(split, row), data.class_names[numbers[row]]) for row in rows]
     assert (data.dataset_id, data.revision) == (layout.hub_id, "local")
