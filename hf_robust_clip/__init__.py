@@ -34,6 +34,8 @@ _NAMES = {
     "objectives.simple_at": "SimpleAT",
     "objectives.tga_zsr": "TGAZSR",
     "objectives.ascl": "ASCL",
+    "objectives.acl": "ACL",
+    "objectives.adv_cl": "AdvCL",
     "defences.base": "Defence Fitted Traits",
     "prediction": "Prediction",
     "paper": "Paper",
@@ -51,13 +53,15 @@ _NAMES = {
     "training.config": "RobustClipConfig",
     "training.trainer": "RobustClipTrainer",
     "training.named": "CleanTrainer TeCoATrainer FARETrainer TRADESTrainer PMGAFTTrainer APTTrainer TAPTTrainer "
-    "FAPTrainer CoOpTrainer AGFTTrainer CAWTrainer SimCLIPTrainer SimpleATTrainer TGAZSRTrainer ASCLTrainer",
+    "FAPTrainer CoOpTrainer AGFTTrainer CAWTrainer SimCLIPTrainer SimpleATTrainer TGAZSRTrainer ASCLTrainer "
+    "ACLTrainer AdvCLTrainer",
     "evaluation.attack_views": "AttackView AdaptiveWorst Static DefenceBlind TransferFromAdapted BPDA Adaptive "
     "Queries",
     "evaluation.settings": "EvaluationSettings",
     "evaluation.loop": "evaluate_robustness",
     "report.report": "Measurement RobustnessReport",
     "crops": "RandomResizedCrop",
+    "distortions": "Augmentation ColourDistortion RandomErasing",
     "zero_shot_data.loading": "image_dataset load_image_dataset",
     "digits_clip": "digits_clip_path",
     "report.card": "make_card",
