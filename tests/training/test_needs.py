@@ -131,28 +131,24 @@ def test_several_views_need_whole_pictures(tmp_path):
     "objective", [ACL(anchor="none"), AdvCL(), Contrastive(), ASCL()], ids=lambda o: type(o).__name__
 )
 def test_a_contrast_needs_images_together(objective, tmp_path):
-    """Neither a batch of one, nor a last batch of one, nor with a dataset that doesn't know its size."""
+    """Neither a batch of one, nor a last batch of one, whether or not that is known before."""
     data = tiny_pictures(9) if objective.num_views > 1 else tiny_data(9, torch.float32, captions=True)
+    with pytest.raises(ValueError, match="per_device_train_batch_size=1"):
+        one_step(objective, tmp_path, data, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    with pytest.raises(ValueError, match="dataloader_drop_last"):
+        one_step(objective, tmp_path, data, per_device_train_batch_size=4)
 
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
-            return iter(data)
+            return iter(data[:1])
 
-    for wrong, images, named in (
-        ({"per_device_train_batch_size": 1}, data, "per_device_train_batch_size=1"),
-        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}, data, "per_device_train_batch_size=1"),
-        ({"per_device_train_batch_size": 4}, data, "dataloader_drop_last"),
-        ({"per_device_train_batch_size": 8, "max_steps": 2}, Stream(), "per_device_train_batch_size"),
-    ):
-        with pytest.raises(ValueError, match=named):
-            one_step(objective, tmp_path, images, **wrong)
-    assert one_step(objective, tmp_path, data, dataloader_drop_last=True).state.global_step == 1
+    with pytest.raises(ValueError, match="per_device_train_batch_size"):
+        one_step(objective, tmp_path, Stream())
 
 
-def test_one_image_is_enough_where_texts_or_nothing_is_contrasted(tmp_path):
-    for objective in (ASCL(text_anchors=True), TeCoA()):
-        trainer = one_step(objective, tmp_path, tiny_data(9, torch.float32), per_device_train_batch_size=1)
-        assert trainer.state.global_step == 1
+def test_one_image_is_enough_beside_texts(tmp_path):
+    trainer = one_step(ASCL(text_anchors=True), tmp_path, tiny_data(9, torch.float32), per_device_train_batch_size=1)
+    assert trainer.state.global_step == 1
 
 
 def test_that_forward_batches_matter_is_told(tmp_path, caplog):
