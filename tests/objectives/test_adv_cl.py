@@ -26,8 +26,8 @@ def test_the_contrast_of_four_views_is_the_worked_one():
 def test_terms_and_attack_are_the_worked_ones(monkeypatch):
     """Logits [[2, 0], [.5, 1]] for the attacked images, class 0 by the frozen model for both clean ones."""
     monkeypatch.setattr(adv_cl, "high_pass", lambda images, radius: tensor(HIGH)[:, :, None, None])
-    views = [[[0, 1, 0], [0.3, 1, 0]], FIRST, SECOND]  # the frozen model's logits are the student's, turned round
-    batch, adv = views_as_embeddings(views, [ATTACKED, FIRST, SECOND], logits=[[2, 0], [0.5, 1]])
+    views = [[[0, 1, 0], [0.3, 1, 0]], SECOND, FIRST]  # the frozen model's logits are the student's, turned round
+    batch, adv = views_as_embeddings(views, [ATTACKED, SECOND, FIRST], logits=[[2, 0], [0.5, 1]])
     terms = AdvCL()(batch, adv)
     assert terms["contrast"].item() == pytest.approx(11.9439565784, abs=1e-9)
     assert terms["pseudo_ce"].item() == pytest.approx(0.2 * 0.5505024976, abs=1e-10)

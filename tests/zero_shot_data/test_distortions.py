@@ -106,7 +106,8 @@ def test_changes_are_made_in_the_order_drawn_by_the_factors_drawn():
 def test_a_strength_above_one_begins_at_zero():
     low = draws()
     low[:, 0], low[:, 1:5] = 0, 0
-    assert not ColourDistortion(1.0, brightness=3, contrast=0, saturation=0, hue=0)(image(), low).any()
+    found = ColourDistortion(1.0, brightness=0, contrast=0, saturation=3, hue=0)(image(), low)
+    torch.testing.assert_close(found, grey(image()).expand_as(found), rtol=0, atol=1e-12)
 
 
 def test_the_erased_box_is_one_of_the_crops_boxes():
@@ -143,6 +144,8 @@ def test_draws_follow_the_picture_and_the_seed_alone():
     torch.testing.assert_close(floats, views, rtol=0, atol=1e-5)
     other = augmentation(some, 16, 6)
     assert (other != views).flatten(1).any(dim=1).all()
+    boxes = Augmentation(erasing=RandomErasing(1.0))(some, 16, 5).eq(0).all(dim=1)
+    assert len(boxes.unique(dim=0)) == len(some)
 
 
 def test_crops_stay_those_of_a_training_without_distortions():
