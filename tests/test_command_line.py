@@ -18,7 +18,8 @@ from hf_robust_clip.runs.train_settings import COMMAND, OBJECTIVE
 RECIPES = Path(__file__).parent.parent / "recipes"
 DEFAULT = RECIPES / "configs/digits-clip/pmg_aft.yaml"
 TAPT = RECIPES / "configs/digits-clip/tapt.yaml"
-METHODS = ("pmg_aft", "tecoa", "fare", "trades", "clean", "apt", "tapt", "fap", "coop")
+METHODS = ("pmg_aft", "tecoa", "fare", "trades", "clean", "apt", "tapt", "fap", "coop", "agft", "sim_clip", "tga_zsr",
+           "acl", "adv_cl")  # fmt: skip
 METHOD_CONFIGS = sorted(path for path in (RECIPES / "configs").rglob("*.yaml") if path.stem.startswith(METHODS))
 CONFIGS = [path for path in METHOD_CONFIGS if path.parent.name != "mini-clip"]
 EVALUATIONS = (
@@ -460,8 +461,8 @@ def top_comment(config: Path) -> str:
     return re.sub(r"\\?\s+", " ", " ".join(line.removeprefix("#") for line in lines[:count]))
 
 
-def test_there_are_configs_for_seven_methods_and_four_models():
-    assert {method_of(config) for config in CONFIGS} == {"pmg_aft", "tecoa", "fare", "apt", "tapt", "fap", "coop"}
+def test_there_are_configs_for_twelve_methods_and_four_models():
+    assert {method_of(config) for config in CONFIGS} == set(METHODS) - {"trades", "clean"}
     assert len({config.parent for config in CONFIGS}) == 4
 
 
@@ -473,7 +474,9 @@ def test_every_config_is_read(config):
     assert bool(found.defences) == (method == "tapt")
     if "imagenet" in config.name or (method == "tapt" and "base" in config.parent.name):
         update = found.training.per_device_train_batch_size * found.training.gradient_accumulation_steps
-        assert update == {"fare": 128, "apt": 32, "tapt": 32, "fap": 4}.get(method, 256)
+        assert update == {
+            "fare": 128, "apt": 32, "tapt": 32, "fap": 4, "sim_clip": 64, "tga_zsr": 128,
+        }.get(method, 256)  # fmt: skip
         assert ("tiny" in config.name) == (found.data.dataset == "zh-plus/tiny-imagenet")
 
 
