@@ -37,6 +37,8 @@ _NAMES = {
     "objectives.comp_tga": "CompTGA",
     "objectives.saft": "SAFT",
     "objectives.ascl": "ASCL",
+    "objectives.acl": "ACL",
+    "objectives.adv_cl": "AdvCL",
     "defences.base": "Defence Fitted Traits",
     "prediction": "Prediction",
     "paper": "Paper",
@@ -55,13 +57,14 @@ _NAMES = {
     "training.trainer": "RobustClipTrainer",
     "training.named": "CleanTrainer TeCoATrainer FARETrainer TRADESTrainer PMGAFTTrainer APTTrainer TAPTTrainer "
     "FAPTrainer CoOpTrainer AGFTTrainer CAWTrainer SimCLIPTrainer SimpleATTrainer TGAZSRTrainer ASCLTrainer "
-    "CompTGATrainer SAFTTrainer",
+    "CompTGATrainer SAFTTrainer ACLTrainer AdvCLTrainer",
     "evaluation.attack_views": "AttackView AdaptiveWorst Static DefenceBlind TransferFromAdapted BPDA Adaptive "
     "Queries",
     "evaluation.settings": "EvaluationSettings",
     "evaluation.loop": "evaluate_robustness",
     "report.report": "Measurement RobustnessReport",
     "crops": "RandomResizedCrop",
+    "distortions": "Augmentation ColourDistortion RandomErasing",
     "zero_shot_data.loading": "image_dataset load_image_dataset",
     "digits_clip": "digits_clip_path",
     "report.card": "make_card",

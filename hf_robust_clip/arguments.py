@@ -78,7 +78,8 @@ class PictureArguments:
         max_images: so many images at most.
         shots: so many images of each class, drawn once.
         shots_seed: of that draw.
-        augment: random crops and mirroring of whole pictures (crop_scale, flip), in training.
+        augment: random crops and mirroring of whole pictures (crop_scale, flip), in training, and, where asked for,
+            other colours and erased parts (jitter, greyscale, erasing).
     """
 
     data_root: str | None = None

@@ -114,12 +114,14 @@ def _check_picture(picture: Tensor, name: str) -> None:
         checked_images(picture[None], name)
 
 
-def picture_key(picture_CHW: Tensor, seed: int) -> int:
-    """A 32-bit random seed from a picture's grey levels (uint8, or floats in [0, 1]) and 64 bits of `seed`."""
+def picture_key(picture_CHW: Tensor, seed: int, use: bytes = b"") -> int:
+    """A 32-bit random seed from a picture's grey levels (uint8, or floats in [0, 1]) and 64 bits of `seed`; each use
+    (16 bytes at most) has another one.
+    """
     if picture_CHW.is_floating_point():
         picture_CHW = grey_levels(picture_CHW)
     pixels, key = picture_CHW.cpu().numpy().tobytes(), (seed & 0xFFFFFFFFFFFFFFFF).to_bytes(8, "little")
-    return int.from_bytes(blake2b(pixels, digest_size=4, key=key).digest(), "little")
+    return int.from_bytes(blake2b(pixels, digest_size=4, key=key, person=use).digest(), "little")
 
 
 def grey_levels(pixels: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..checks import check_above
+from ..modeling import ZeroShotOutput
 from .base import Batch, Objective, Paper
 
 
@@ -40,12 +41,12 @@ class AGFT(Objective):
         check_above(0, temperature=self.temperature, sharpness=self.sharpness)
 
     def attack_loss(self, batch: Batch) -> Callable[[Tensor], Tensor]:
-        def soft_cross_entropy(adv_BCHW: Tensor) -> Tensor:
-            targets_BC = (self.sharpness * self.temperature * batch.teacher_on_clean.cosine).softmax(dim=1)
-            logits_BC = self.temperature * batch.student(adv_BCHW).cosine
-            return F.cross_entropy(logits_BC, targets_BC, reduction="none")
+        return lambda adv_BCHW: self.soft_cross_entropy(batch.student(adv_BCHW), batch.teacher_on_clean)
 
-        return soft_cross_entropy
+    def soft_cross_entropy(self, adv: ZeroShotOutput, frozen: ZeroShotOutput) -> Tensor:
+        """The loss of each image (B,), from the outputs of student and frozen model."""
+        targets_BC = (self.sharpness * self.temperature * frozen.cosine).softmax(dim=1)
+        return F.cross_entropy(self.temperature * adv.cosine, targets_BC, reduction="none")
 
     def __call__(self, batch: Batch, adv_BCHW: Tensor) -> dict[str, Tensor]:
         return {"soft_ce": self.attack_loss(batch)(adv_BCHW).mean()}

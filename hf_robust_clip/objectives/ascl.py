@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..attacks.losses import cross_entropy, kl_divergence
 from ..checks import check_above, check_choice, check_least
 from .base import Batch, Objective, Paper
+from .contrast import check_negatives
 
 Mode = Literal["all", "hard", "soft", "leaked", "merge"]
 Distance = Literal["cosine", "linf"]
@@ -67,6 +68,10 @@ class ASCL(Objective):
         check_above(0, tau=self.tau)
         check_least(0, weight=self.weight, kl=self.kl)
 
+    @property
+    def least_images(self) -> int:  # type: ignore[override]  # a constant elsewhere, a choice here
+        return 1 if self.text_anchors else 2
+
     @classmethod
     def released_preset(cls, num_classes: int) -> ASCL:
         """As the authors' code weighs and measures, for so many classes."""
@@ -82,6 +87,8 @@ class ASCL(Objective):
                 (clean.logits.argmax(dim=1), adv.logits.argmax(dim=1)),
             )
         )
+        if not self.text_anchors:
+            check_negatives(len(features_MD) // 2)
         texts_CD = adv.class_embeds if self.text_anchors else None
         return {
             "ce": cross_entropy(adv.logits, batch.labels).mean(),

@@ -86,6 +86,14 @@ class Batch:
             return whole.teacher_on_clean.rows(rows)
         return self.ask_teacher(self.stacked)
 
+    @cached_property
+    def teacher_on_first(self) -> ZeroShotOutput:
+        """The frozen model's output for the first view alone, (B, ...), computed once in a step, without a graph."""
+        whole = self.whole
+        if whole is not self:
+            return whole.teacher_on_first
+        return self.teacher_on_clean if len(self.views) == 1 else self.ask_teacher(self.images)
+
     @torch.no_grad()
     def ask_teacher(self, images_BCHW: Tensor) -> ZeroShotOutput:
         """The frozen model's output, without a graph. Raises ValueError if there is no teacher."""
@@ -118,6 +126,7 @@ class Objective(ABC):
     `couples_images`: whether the loss, or the choice of attacked images, depends on which images share a forward
     batch; then it matters how an update is divided over accumulated batches, and over processes unless
     `batch.gathered` is asked for the images of all.
+    `least_images`: what a forward batch over all processes must hold: 2 where an image is contrasted with others.
     `peft_config`: the adapter that is trained where none is given; None trains the image encoder itself.
     `attacked`: whether there is an attack at all.
     `needs_random_start`: whether the attack's loss has no gradient at the image itself, so that without a random start
@@ -134,6 +143,7 @@ class Objective(ABC):
     templates: ClassVar[tuple[str, ...]] = ()
     num_views: ClassVar[int] = 1
     couples_images: ClassVar[bool] = False
+    least_images: ClassVar[int] = 1
     peft_config: ClassVar[PeftConfig | None] = None
     attacked: ClassVar[bool] = True
     needs_random_start: ClassVar[bool] = False

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import Batch, Objective, Paper
+from .contrast import check_negatives
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Contrastive(Objective):
 
     needs: ClassVar[frozenset[str]] = frozenset({"captions"})
     couples_images: ClassVar[bool] = True
+    least_images: ClassVar[int] = 2
     attacked: ClassVar[bool] = False
     paper = Paper.cited("Contrastive", "radford2021clip", arxiv="2103.00020")
 
@@ -36,6 +38,7 @@ class Contrastive(Objective):
             raise ValueError("this objective contrasts images with captions, but the batch has none.")
         output = batch.student(batch.images, captions=batch.captions)
         images_ND, texts_ND = batch.gathered(output.image_embeds), batch.gathered(output.class_embeds)
+        check_negatives(len(images_ND))
         ids_NL = batch.gathered(batch.captions)
         same_NN = (ids_NL[:, None] == ids_NL[None]).all(dim=2).fill_diagonal_(False)
         with torch.autocast(images_ND.device.type, enabled=False):  # bfloat16 would leave two digits of 100 * cos

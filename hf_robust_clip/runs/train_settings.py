@@ -32,7 +32,13 @@ from ..objectives.base import Objective
 from ..prompts import ClipPromptConfig
 from ..report.card import card_state
 from ..secrets import without_token_keys
-from ..training.config import RobustClipConfig, check_augmentation, check_start_of_attack, check_trained_part
+from ..training.config import (
+    RobustClipConfig,
+    check_augmentation,
+    check_start_of_attack,
+    check_trained_part,
+    check_views,
+)
 from . import shared
 from .shared import SUITES
 
@@ -124,6 +130,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> T
     check_augmentation(training, data.augment)
     for own in (method, *rivals):
         check_start_of_attack(training, own.objective)
+        check_views(own.objective, data.augment)
         check_trained_part(training, own.adapter is not None)
     (blind,) = made.evaluation.settings()
     if blind.seen.of_defence:

@@ -20,6 +20,7 @@ from transformers.training_args import trainer_log_levels
 
 from ..attacks.pgd import PGDSettings
 from ..crops import RandomResizedCrop
+from ..distortions import Augmentation, ColourDistortion, RandomErasing
 from ..processes import join_processes
 from ..threat_model import ThreatModel
 
@@ -82,6 +83,8 @@ _CHOOSES_BY_EVALUATION = _names("""
 _BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # schedules
 _NO_WARMUP = ("constant", *_BY_EVALUATION)
 _NO_SCHEDULE_SETTINGS = ("constant", "constant_with_warmup")
+_OF_CROPS = ("crop_scale", "flip", "jitter", "greyscale", "erasing")
+_OF_JITTER = ("brightness", "contrast", "saturation", "hue")
 _OF_OPTIMIZERS = ("momentum", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules")
 
 
@@ -111,6 +114,13 @@ class RobustClipConfig(TrainingArguments):
         default=0.08, metadata={"help": "Least share of a whole picture (dataset with augment=True) in a random crop."}
     )
     flip: float = field(default=0.5, metadata={"help": "Probability to mirror such a crop."})
+    jitter: float = field(default=0.0, metadata={"help": "Probability to change the colours of such a crop."})
+    brightness: float = field(default=0.4, metadata={"help": "By how much its brightness changes, with jitter."})
+    contrast: float = field(default=0.4, metadata={"help": "By how much its contrast changes, with jitter."})
+    saturation: float = field(default=0.4, metadata={"help": "By how much its saturation changes, with jitter."})
+    hue: float = field(default=0.1, metadata={"help": "By how much its hue changes, with jitter; at most 0.5."})
+    greyscale: float = field(default=0.0, metadata={"help": "Probability to take away the colours of such a crop."})
+    erasing: float = field(default=0.0, metadata={"help": "Probability to blacken a random box of such a crop."})
 
     optim: str = field(default="sgd", metadata={"help": "Optimizer."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
@@ -143,9 +153,13 @@ class RobustClipConfig(TrainingArguments):
         """The attack of training."""
         return PGDSettings(self.attack_steps, self.attack_step_size, self.attack_random_start)  # type: ignore[arg-type]
 
-    def augmentation(self) -> RandomResizedCrop:
+    def augmentation(self) -> Augmentation:
         """What is done to whole pictures."""
-        return RandomResizedCrop(scale=(self.crop_scale, 1.0), flip=self.flip)
+        return Augmentation(
+            RandomResizedCrop(scale=(self.crop_scale, 1.0), flip=self.flip),
+            ColourDistortion(self.jitter, self.brightness, self.contrast, self.saturation, self.hue, self.greyscale),
+            RandomErasing(self.erasing),
+        )
 
 
 def check_arguments(args: RobustClipConfig) -> None:
@@ -156,6 +170,9 @@ def check_arguments(args: RobustClipConfig) -> None:
     args.threat_model()
     args.attack()
     args.augmentation()
+    for name in _OF_JITTER:
+        if not args.jitter and getattr(args, name) != default_of(name):
+            raise ValueError(f"{name}={getattr(args, name)!r} does nothing without jitter.")
     _check_refused(args, [name for name in REFUSED if name != "accelerator_config"])
     _check_accelerator(args)
     _check_trackers(args)
@@ -171,7 +188,7 @@ def check_arguments(args: RobustClipConfig) -> None:
 
 def check_augmentation(args: RobustClipConfig, whole_pictures: bool) -> None:
     """Raise ValueError for a choice of crops where none are made, since the dataset gives finished pictures."""
-    for name in ("crop_scale", "flip"):
+    for name in (*_OF_CROPS, *_OF_JITTER):
         if not whole_pictures and getattr(args, name) != default_of(name):
             raise ValueError(f"{name}={getattr(args, name)!r} does nothing without whole pictures (augment=True).")
 
@@ -180,6 +197,22 @@ def check_views(objective: Objective, whole_pictures: bool) -> None:
     """Raise ValueError for an objective of several views where no random crops are made."""
     if objective.num_views > 1 and not whole_pictures:
         raise ValueError(f"{type(objective).__name__} takes {objective.num_views} views; give pictures, augment=True.")
+
+
+def check_images_together(args: RobustClipConfig, objective: Objective, images: int | None) -> None:
+    """Raise ValueError where forward batches, over all processes, would hold less images than the objective's least.
+
+    Args:
+        images: those of the dataset; None where they can't be counted.
+    """
+    name, least, together = type(objective).__name__, objective.least_images, args.train_batch_size * args.world_size
+    if together < least:
+        raise ValueError(f"per_device_train_batch_size={args.per_device_train_batch_size!r}: {name} contrasts images; "
+                         f"give it at least {least} together.")  # fmt: skip
+    left = 0 if images is None or args.dataloader_drop_last else images % together
+    if 0 < left < least:
+        raise ValueError(f"dataloader_drop_last=False leaves {left} image to a last batch, and {name} contrasts "
+                         f"images; set it, or train on other than {images} images.")  # fmt: skip
 
 
 def check_trained_part(args: RobustClipConfig, adapter: bool) -> None:

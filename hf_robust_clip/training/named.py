@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..defences.tapt import TAPT
+from ..objectives.acl import ACL
+from ..objectives.adv_cl import AdvCL
 from ..objectives.agft import AGFT
 from ..objectives.apt import APT
 from ..objectives.ascl import ASCL
@@ -108,6 +110,18 @@ class ASCLTrainer(RobustClipTrainer):
     """ASCL (arXiv 2021). See `objectives.ascl.ASCL`."""
 
     objective_cls = ASCL
+
+
+class ACLTrainer(RobustClipTrainer):
+    """ACL (NeurIPS 2020). See `objectives.acl.ACL`."""
+
+    objective_cls = ACL
+
+
+class AdvCLTrainer(RobustClipTrainer):
+    """AdvCL (NeurIPS 2021). See `objectives.adv_cl.AdvCL`."""
+
+    objective_cls = AdvCL
 
 
 class APTTrainer(RobustClipTrainer):

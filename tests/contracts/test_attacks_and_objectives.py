@@ -20,6 +20,8 @@ from hf_robust_clip.attacks.auto_attack import LEAST_CLASSES, AutoAttack
 from hf_robust_clip.attacks.losses import cross_entropy, cw_margin, dlr, dlr_targeted, kl_divergence
 from hf_robust_clip.attacks.pgd import pgd, pgd_until_misclassified
 from hf_robust_clip.attacks.suites import plain_victim, run_member
+from hf_robust_clip.objectives.acl import ACL
+from hf_robust_clip.objectives.adv_cl import AdvCL
 from hf_robust_clip.objectives.agft import AGFT
 from hf_robust_clip.objectives.apt import APT
 from hf_robust_clip.objectives.ascl import ASCL
@@ -64,7 +66,12 @@ OBJECTIVES = {
     "CompTGA": CompTGA(),
     "SAFT": SAFT(),
     "ASCL": ASCL(text_anchors=True),
+    "ACL-DS": ACL(),
+    "ACL-A2S": ACL("A2S", "agft"),
+    "AdvCL": AdvCL(),
 }
+CONTRASTS = ("Contrastive", "ASCL", "ACL-DS", "ACL-A2S", "AdvCL")  # images are one another's negatives,
+ATTACKED_TOGETHER = ("ACL-DS", "ACL-A2S", "AdvCL")  # under attack too
 LOSSES = {
     "cross_entropy": lambda batch: lambda x: cross_entropy(batch.student(x).logits, batch.labels),
     "cw_margin": lambda batch: lambda x: cw_margin(batch.student(x).logits, batch.labels),
@@ -98,7 +105,9 @@ def asked(forward, texts, pixel_values):
 
 
 def world_of(family, tiny_batch):
-    """A student apart from its teacher; `of(row, rows, size)` gives the row's batch."""
+    """A student apart from its teacher; `of(row, rows, size)` gives the row's batch, of several views those rows that
+    are attacked.
+    """
     student, teacher = family(), family().requires_grad_(False)
     with torch.no_grad():
         for i, parameter in enumerate(student.vision_parameters()):
@@ -117,7 +126,12 @@ def world_of(family, tiny_batch):
                 further = objective.templates or "texts" in objective.needs
                 texts = model.text_embeds(objective.templates or None) if further else None
                 model.forward = partial(asked, partial(type(model).forward, model), texts)
-        return Batch((images[rows],), labels[rows], captions(student, labels[rows]), student, teacher)
+        if objective is None or objective.num_views == 1:
+            return Batch((images[rows],), labels[rows], captions(student, labels[rows]), student, teacher)
+        student.train()  # a high-pass view has values outside [0, 1], at which it doesn't look then
+        views = (images[rows], images[rows].flip(3), images[rows].flip(2))[: objective.num_views]
+        whole = Batch(views, labels[rows], captions(student, labels[rows]), student, teacher)
+        return whole.rows(objective.attacked_rows(len(whole.stacked)))
 
     return of
 
@@ -135,6 +149,15 @@ def attack(row, norm, batch, images=None, **settings):
         THREAT_MODELS[norm],
         **{"num_steps": 3, "step_size": STEP_SIZES[norm], "seed": 11, **settings},
     )
+
+
+def terms(name, batch, adv, **changes):
+    """An objective's terms; of several views with those rows attacked that are."""
+    objective, whole = OBJECTIVES[name], replace(batch.whole, **changes)
+    if batch.whole is batch:
+        return objective(whole, adv)
+    count = len(whole.stacked)
+    return objective(whole, whole.stacked.index_copy(0, torch.arange(count)[objective.attacked_rows(count)], adv))
 
 
 def test_every_objective_and_loss_has_a_row():
@@ -199,6 +222,8 @@ def test_everything_is_left_as_found(world, row):
 @each_row
 def test_an_image_does_not_depend_on_its_batch(world, row, norm):
     """Alone, third of seven and third of 64: the same adversarial image."""
+    if row.removeprefix("objective-") in ATTACKED_TOGETHER:
+        pytest.skip("images of a batch are attacked by what tells them apart")
     alone, few, many = world(row, slice(2, 3), 64), world(row, slice(7), 64), world(row, slice(None), 64)
     threat_model = THREAT_MODELS[norm]
     starts = [threat_model.random_start(batch.images, 11)[i] for batch, i in ((alone, 0), (few, 2), (many, 2))]
@@ -265,12 +290,12 @@ def test_works_without_gradients_around_it(world, row, norm):
 def test_terms_are_finite_scalars_and_train_the_whole_image_encoder(tiny_clip, tiny_batch, family, name):
     """Every vision parameter gets a gradient; the frozen text tower, the logit scale and the teacher get none."""
     world = world_of({"clip": tiny_clip, "siglip": tiny_siglip}[family], tiny_batch)
-    batch, objective = world(f"objective-{name}"), OBJECTIVES[name]
+    batch = world(f"objective-{name}")
     adv = attack(f"objective-{name}", "linf", batch)
     assert not torch.equal(adv, batch.images)
-    terms = objective(batch, adv)
-    assert all(value.shape == () and value.isfinite() for value in terms.values())
-    sum(terms.values()).backward()
+    found = terms(name, batch, adv)
+    assert all(value.shape == () and value.isfinite() for value in found.values())
+    sum(found.values()).backward()
     student = batch.student
     assert all(parameter.grad is not None for parameter in student.vision_parameters())
     others = [*student.text_parameters(), student.logit_scale, *batch.teacher.parameters()]
@@ -279,19 +304,17 @@ def test_terms_are_finite_scalars_and_train_the_whole_image_encoder(tiny_clip, t
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_one_update_against_the_gradient_lowers_the_loss(world, name):
-    batch, objective = world(f"objective-{name}"), OBJECTIVES[name]
+    batch = world(f"objective-{name}")
     adv = attack(f"objective-{name}", "linf", batch)
-    loss = sum(objective(batch, adv).values())
+    loss = sum(terms(name, batch, adv).values())
     grads = torch.autograd.grad(loss, batch.student.vision_parameters())
     size = sum(grad.square().sum() for grad in grads).sqrt()
     moved = copy.deepcopy(batch.student)
     with torch.no_grad():
         for parameter, grad in zip(moved.vision_parameters(), grads, strict=True):
             parameter.sub_(1e-4 * grad / size)
-        after = sum(objective(replace(batch, student=moved), adv).values())
-    if (
-        name.startswith("SimCLIP") or name == "FARE-trades"
-    ):  # its gradient is stopped in places, and isn't that of its value
+        after = sum(terms(name, batch, adv, student=moved).values())
+    if name.startswith("SimCLIP") or name == "FARE-trades":  # gradients stopped in places aren't those of the value
         assert after < loss
     else:
         assert after.item() == pytest.approx(loss.item() - 1e-4 * size.item(), rel=0, abs=1e-5 * size.item())
@@ -301,7 +324,7 @@ def test_one_update_against_the_gradient_lowers_the_loss(world, name):
 def test_loss_of_a_batch_is_the_average_over_its_halves(world, name):
     """What gradient accumulation and several processes rely on."""
     objective = OBJECTIVES[name]
-    if name in ("Contrastive", "ASCL"):
+    if name in CONTRASTS:
         pytest.skip("images of a batch are one another's negatives")
     whole = world(f"objective-{name}", slice(None), 8)
     adv = attack(f"objective-{name}", "linf", whole)
@@ -311,6 +334,21 @@ def test_loss_of_a_batch_is_the_average_over_its_halves(world, name):
         return sum(objective(part, adv[rows]).values()).item()
 
     assert (loss(slice(4)) + loss(slice(4, 8))) / 2 == pytest.approx(loss(slice(8)), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", CONTRASTS)
+def test_a_batch_in_another_order_has_the_same_attack_and_loss(world, name):
+    row, order = f"objective-{name}", torch.tensor([3, 0, 6, 2, 5, 1, 4])
+    batch = world(row)
+    moved = {key: getattr(batch.whole, key)[order] for key in ("labels", "captions")}
+    other = replace(batch.whole, views=tuple(view[order] for view in batch.whole.views), **moved)
+    if batch.whole is not batch:
+        other = other.rows(OBJECTIVES[name].attacked_rows(len(other.stacked)))
+    adv, adv_of_other = attack(row, "linf", batch), attack(row, "linf", other)
+    places = torch.cat([order + start for start in range(0, len(adv), 7)])
+    torch.testing.assert_close(adv_of_other, adv[places], rtol=0, atol=1e-9)
+    loss, loss_of_other = (sum(terms(name, *pair).values()).item() for pair in ((batch, adv), (other, adv_of_other)))
+    assert loss_of_other == pytest.approx(loss, rel=1e-9)
 
 
 # ---- attacks on a classifier: images and labels to images that it gets wrong

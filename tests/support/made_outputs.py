@@ -36,3 +36,26 @@ def made_batch(adv, clean=None, on_adv=None, on_clean=None, labels=None, side=1)
 
     labels = None if labels is None else torch.tensor(labels)
     return Batch((images,), labels, None, model(adv, clean), model(on_adv, on_clean)), images + 1
+
+
+def views_as_embeddings(views, attacked, labels=None, logits=None):
+    """A batch of several views and its attacked images, a pixel each, which are their own embeddings: V x B x 3.
+
+    The student's logits are ten times the first two numbers, or those given for the first rows; its cosines a tenth of
+    these numbers. The frozen model has the two the other way round.
+    """
+
+    def model(turned):
+        def outputs(pixels):
+            embeds = pixels.flatten(1)
+            pair = embeds[:, :2].flip(1) if turned else embeds[:, :2]
+            scores = 10 * pair
+            if logits is not None and not turned:
+                scores = torch.cat([tensor(logits), scores[len(logits) :]])
+            return ZeroShotOutput(image_embeds=embeds, logits=scores, cosine=pair / 10)
+
+        return outputs
+
+    views, attacked = (tensor(part)[..., None, None] for part in (views, attacked))
+    labels = None if labels is None else torch.tensor(labels)
+    return Batch(tuple(views), labels, None, model(False), model(True)), attacked.flatten(0, 1)

@@ -21,6 +21,7 @@ from tiny_siglip import tiny_siglip
 from transformers import TrainerCallback
 
 from hf_robust_clip import (
+    ACL,
     APT,
     ASCL,
     FAP,
@@ -56,6 +57,7 @@ CASES = {
     "captions": dict(objective=Contrastive(), images=21, captions=True),
     "contrast": dict(objective=ASCL(text_anchors=True), images=21),
     "SigLIP": dict(objective=PMGAFT.released_preset(), model=tiny_siglip),
+    "views": dict(objective=ACL(), images=21, pictures=True),
     "resumed before it": dict(objective=PMGAFT(), accumulation=2, images=19, resumed=True),  # 2 with 1, twice
 }
 GLOBAL_BATCH = 8
@@ -82,6 +84,16 @@ def tiny_data(size=24, dtype=torch.float64, captions=False):
     if captions:
         data = [{**row, "captions": f"a {CLASS_NAMES[row['labels']]} {'x' * (i % 3)}"} for i, row in enumerate(data)]
     return data
+
+
+def tiny_pictures(size=8):
+    """Whole pictures, of which crops are made."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(3, 12 + i % 3, 20) for i in range(size)]
+    return [
+        {"picture": torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8), "labels": i % 7}
+        for i, shape in enumerate(shapes)
+    ]
 
 
 def arguments(folder, **changes):
@@ -132,8 +144,9 @@ def case_trainer(name, folder, processes):
     if "prompts" in case:
         adapter = tiny_prompts(**case["prompts"])
     torch.manual_seed(0)
+    images = case.get("images", 24)
     data = dict(
-        train_dataset=tiny_data(case.get("images", 24), captions=case.get("captions", False)),
+        train_dataset=tiny_pictures(images) if "pictures" in case else tiny_data(images, captions="captions" in case),
         eval_dataset=tiny_data(7),
     )
     make = case.get("model", tiny_model)

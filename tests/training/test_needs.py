@@ -6,23 +6,26 @@ from typing import ClassVar
 
 import pytest
 import torch
-from training_script import arguments, state, tiny_data, tiny_model
+from training_script import arguments, state, tiny_data, tiny_model, tiny_pictures
 from transformers import CLIPModel
 
-from hf_robust_clip import APT, FARE, PMGAFT, Contrastive, Objective, RandomResizedCrop, RobustClipTrainer, TeCoA
+from hf_robust_clip import (
+    ACL,
+    APT,
+    ASCL,
+    FARE,
+    PMGAFT,
+    AdvCL,
+    Contrastive,
+    Objective,
+    RandomResizedCrop,
+    RobustClipTrainer,
+    TeCoA,
+)
 from hf_robust_clip.attacks.losses import cross_entropy
 from hf_robust_clip.paper import Paper
 
 PAPER = Paper("Mine", "t", "v", "0", "b")
-
-
-def pictures(size=8):
-    generator = torch.Generator().manual_seed(2)
-    shapes = [(3, 12 + i % 3, 20) for i in range(size)]
-    return [
-        {"picture": torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8), "labels": i % 7}
-        for i, shape in enumerate(shapes)
-    ]
 
 
 def one_step(objective, folder, data, model=None, **changes):
@@ -106,7 +109,7 @@ class Pair(Objective):
 
 
 def test_views_are_crops_of_their_own_and_those_chosen_are_attacked(tmp_path):
-    objective, data = Pair(), pictures()
+    objective, data = Pair(), tiny_pictures()
     trainer = one_step(objective, tmp_path, data, eps="8/255")
     ((views, adv),) = objective.seen
     crop, seed = RandomResizedCrop(), trainer.args.seed << 32
@@ -122,6 +125,43 @@ def test_views_are_crops_of_their_own_and_those_chosen_are_attacked(tmp_path):
 def test_several_views_need_whole_pictures(tmp_path):
     with pytest.raises(ValueError, match="views"):
         one_step(Pair(), tmp_path, tiny_data(8, torch.float32))
+
+
+@pytest.mark.parametrize(
+    "objective", [ACL(anchor="none"), AdvCL(), Contrastive(), ASCL()], ids=lambda o: type(o).__name__
+)
+def test_a_contrast_needs_images_together(objective, tmp_path):
+    """Neither a batch of one, nor a last batch of one, whether or not that is known before."""
+    data = tiny_pictures(9) if objective.num_views > 1 else tiny_data(9, torch.float32, captions=True)
+    with pytest.raises(ValueError, match="per_device_train_batch_size=1"):
+        one_step(objective, tmp_path, data, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    with pytest.raises(ValueError, match="dataloader_drop_last"):
+        one_step(objective, tmp_path, data, per_device_train_batch_size=4)
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(data[:1])
+
+    with pytest.raises(ValueError, match="per_device_train_batch_size"):
+        one_step(objective, tmp_path, Stream())
+
+
+def test_one_image_is_enough_beside_texts(tmp_path):
+    trainer = one_step(ASCL(text_anchors=True), tmp_path, tiny_data(9, torch.float32), per_device_train_batch_size=1)
+    assert trainer.state.global_step == 1
+
+
+def test_that_forward_batches_matter_is_told(tmp_path, caplog):
+    """In log and card, where an update has several batches: its loss is another one."""
+    caplog.set_level("INFO", "hf_robust_clip")
+    split = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    trainer = one_step(ACL(), tmp_path, tiny_pictures(), **split)
+    assert any("ACL looks at forward batches, of 4" in text for text in caplog.messages)
+    assert trainer.settings()["couples_images"] == "within forward batches of 4"
+    whole = one_step(ACL(), tmp_path, tiny_pictures())
+    split_loss, loss = (part.state.log_history[0]["loss"] for part in (trainer, whole))
+    assert split_loss < loss - 0.3  # three others in place of seven
+    assert AdvCL().couples_images
 
 
 # ---- captions

@@ -19,6 +19,7 @@ COMPARED = _names("""
     bf16 fp16 tf32 torch_compile torch_compile_backend torch_compile_mode
     seed data_seed full_determinism dataloader_drop_last train_sampling_strategy
     eps norm attack_steps attack_step_size attack_random_start trainable_layers crop_scale flip
+    jitter brightness contrast saturation hue greyscale erasing
     load_best_model_at_end metric_for_best_model greater_is_better
     eval_strategy eval_steps eval_delay eval_attack_steps save_strategy save_steps
 """)
@@ -120,6 +121,8 @@ def test_settings_that_do_nothing_or_harm_are_refused(name, tmp_path):
         ({"optim": "galore_adamw_layerwise"}, "optim='galore_adamw_layerwise'"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "warmup_steps=3 .*constant_with_warmup"),
         ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"num_cycles": 1}}, "lr_scheduler_kwargs"),
+        ({"brightness": 0.2}, "brightness=0.2 .*jitter"),
+        ({"saturation": 0.0, "greyscale": 0.2}, "saturation=0.0 .*jitter"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end=True .*eval_strategy"),
     ],
 )
@@ -166,6 +169,9 @@ def test_settings_that_act_are_taken(settings, tmp_path):
         ("trainable_layers", 1.5),
         ("crop_scale", float("nan")),
         ("flip", -0.1),
+        *((name, value) for name in ("jitter", "greyscale", "erasing") for value in (-0.1, 1.1)),
+        ("hue", 0.6),
+        ("contrast", -1.0),
     ],
 )  # fmt: skip
 def test_numbers_out_of_range_are_refused(name, value, tmp_path):
@@ -191,10 +197,13 @@ def test_settings_are_asked_again_where_training_starts(tmp_path):
 # ---- what goes with a dataset, an adapter, an objective
 
 
-@pytest.mark.parametrize("change", [{"crop_scale": 0.5}, {"flip": 0.0}])
+@pytest.mark.parametrize(
+    "change",
+    [{"crop_scale": 0.5}, {"flip": 0.0}, {"jitter": 0.8, "hue": 0.2}, {"erasing": 1.0}],
+)
 def test_crops_that_nobody_makes_are_refused(change, tmp_path):
     """At once where the dataset says that it gives no whole pictures, else with its first batch."""
-    (name,) = change
+    name = "jitter" if "jitter" in change else next(iter(change))
 
     class Pictures(torch.utils.data.Dataset):
         augment = False
@@ -226,9 +235,15 @@ def test_crops_of_whole_pictures_follow_the_settings(tmp_path):
             seen.append(inputs["pixel_values"])
             return super().compute_loss(model, inputs, *rest, **more)
 
-    for crop_scale in (0.08, 0.9):
-        Watched(tiny_model(torch.float32), arguments(tmp_path, crop_scale=crop_scale, max_steps=1), None, data).train()
-    assert not torch.equal(*seen)
+    for change in ({}, {"crop_scale": 0.9}, {"jitter": 1.0, "greyscale": 1.0, "erasing": 1.0}):
+        Watched(tiny_model(torch.float32), arguments(tmp_path, **change, max_steps=1), None, data).train()
+    plain, larger, distorted = seen
+    assert not torch.equal(plain, larger)
+    weights, black = torch.tensor([0.2989, 0.587, 0.114]).view(3, 1, 1), distorted[:, :1] == 0
+    greys = (plain * weights).sum(dim=1, keepdim=True)
+    torch.testing.assert_close(distorted[:, :2], distorted[:, 1:])
+    assert black.flatten(1).any(dim=1).all() and not black.all()
+    assert ((distorted[:, :1] - greys).abs().masked_fill(black, 0).flatten(1).amax(dim=1) > 0.02).all()
 
 
 def test_layers_and_an_adapter_are_refused_together(tmp_path):

@@ -1,0 +1,45 @@
+"""Contrast of several views of each image with those of all others, which contrastive objectives share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import Batch
+
+
+def gathered_views(batch: Batch, features_VBD: Tensor) -> Tensor:
+    """Features of V views of this process' images as those of all processes, (V, N, D), with gradients to each."""
+    return batch.gathered(features_VBD.transpose(0, 1)).transpose(0, 1)
+
+
+def contrast_of_views(features_VND: Tensor, temperature: float) -> Tensor:
+    """A loss for each of V * N anchors, (V, N), at least float32, with unit features u_i:
+
+        L_i = -1 / (V - 1) * sum_{p in P_i} log( e^{u_i . u_p / t} / sum_{a != i} e^{u_i . u_a / t} )
+
+    P_i are the other views of the same image, a are all others of the V * N features. Of two views it is NT-Xent.
+
+    Args:
+        features_VND: V views of N images, at least two of each; they need not be of unit length.
+        temperature: t, above 0.
+
+    Raises ValueError for a single image.
+    """
+    views, count = features_VND.shape[:2]
+    check_negatives(count)
+    with torch.autocast(features_VND.device.type, enabled=False):
+        features_MD = features_VND.flatten(0, 1)
+        units_MD = F.normalize(features_MD.float() if features_MD.dtype.itemsize < 4 else features_MD, dim=1)
+        similar_MM = (units_MD @ units_MD.T / temperature).fill_diagonal_(-torch.inf)
+        log_shares_VNVN = similar_MM.log_softmax(dim=1).view(views, count, views, count)
+        pairs_VVN = log_shares_VNVN.diagonal(dim1=1, dim2=3)
+        itself_VV1 = torch.eye(views, dtype=torch.bool, device=pairs_VVN.device)[:, :, None]
+        return -pairs_VVN.masked_fill(itself_VV1, 0).sum(dim=1) / (views - 1)
+
+
+def check_negatives(count: int) -> None:
+    """Raise ValueError for a batch, over all processes, of one image: there is none that it could be told from."""
+    if count < 2:
+        raise ValueError("a batch of 1 image has nothing to contrast it with; raise per_device_train_batch_size.")
