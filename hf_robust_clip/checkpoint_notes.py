@@ -38,6 +38,11 @@ def trained_templates(name: str, revision: str | None = None) -> tuple[str, ...]
     converted = _content(name, "provenance.json", revision)
     if converted is not None and converted.get("template"):
         return _templates(converted["template"], name, "provenance.json")
+    if converted is not None and converted.get("gives") == "adapter":
+        raise ValueError(
+            f"{name!r} was converted from a file that doesn't tell the texts its prompts were learned with; give "
+            f"template, such as 'a photo of a {{}}.'."
+        )
     defence = _content(name, "adaptation.json", revision)
     return () if defence is None else _templates(defence.get("templates") or [], name, "adaptation.json")
 
@@ -112,6 +117,16 @@ def trained_method(name: str, revision: str | None = None) -> str | None:
     objective = recipe.get("objective")
     told = told or (objective.get("class_path") if isinstance(objective, dict) else objective)
     return told.rpartition(".")[2] if isinstance(told, str) and told else None
+
+
+def trained_setting(name: str, revision: str | None = None) -> tuple[str | None, str | float | None]:
+    """On which dataset, and at which eps, a checkpoint was trained, as its recipe.yaml says; None where it doesn't."""
+    try:
+        recipe = _content(name, "recipe.yaml", revision) or {}
+    except (OSError, ValueError):
+        return None, None
+    dataset, eps = recipe.get("dataset_name"), recipe.get("eps")
+    return dataset if isinstance(dataset, str) else None, eps if isinstance(eps, str | int | float) else None
 
 
 def known_descriptions(

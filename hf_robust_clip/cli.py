@@ -86,3 +86,7 @@ def arguments_of(argv: Sequence[str] | None) -> list[str]:
     words = list(sys.argv[1:] if argv is None else argv)
     hide_arguments()
     return words
+
+
+if __name__ == "__main__":
+    main()

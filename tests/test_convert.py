@@ -212,6 +212,10 @@ def test_prompts_of_a_trainer_become_an_adapter_of_the_base(base, base_model):
     assert trained_templates("out") == ("a photo of a {}.",)
     with pytest.raises(ValueError, match="activation"):
         convert(file, base, activation="gelu", overwrite=True)
+    convert({"state_dict": {"prompt_learner.ctx": context}}, base, overwrite=True)  # without the texts
+    with pytest.raises(ValueError, match="give template"):
+        trained_templates("out")
+    assert "doesn't tell the texts" in Path("out/README.md").read_text()
 
 
 # ---- what no file tells

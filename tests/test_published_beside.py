@@ -86,7 +86,8 @@ def test_measured_published_and_difference_stand_beside_each_other(compared):
 def test_what_differs_is_named_below_the_table(compared):
     folder, printed = compared
     for part in ("n=9 of 10", "attacked at 8 px, not 32", "not in the published table: digits", "TGA-ZSR paper",
-                 "method not noted", "withstood 0.0009804 too", "published, not measured: aircraft"):  # fmt: skip
+                 "method not noted", "withstood 0.0009804 too", "published, not measured: aircraft",
+                 "a set of 10 images, in papers 10000"):  # fmt: skip
         assert part in printed, part
     text = (folder / "published.csv").read_text()
     assert "n=9 of 10" in text and "withstood 0.0009804 too" in text
@@ -153,6 +154,15 @@ def test_another_activation_or_method_is_another_model(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     shutil.copytree(digits_clip_path(), folder, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
     (folder / "recipe.yaml").write_text("objective: {class_path: hf_robust_clip.objectives.pmg_aft.PMGAFT}\n")
+    assert with_model(comparison, str(folder), None).of_model == ()
+    for setting, line in (("dataset_name: imagenet", "trained on imagenet, published tiny_imagenet"),
+                          ("eps: 4/255", "trained at eps 4/255, published 1/255")):  # fmt: skip
+        (folder / "recipe.yaml").write_text(f"objective: PMGAFT\n{setting}\n")
+        with pytest.raises(ValueError, match=line):
+            with_model(comparison, str(folder), None)
+    (folder / "recipe.yaml").write_text(
+        "objective: PMGAFT\ndataset_name: zh-plus/tiny-imagenet\neps: 0.00392156862745098\n"
+    )
     assert with_model(comparison, str(folder), None).of_model == ()
     (folder / "recipe.yaml").write_text("objective: TeCoA\n")
     with pytest.raises(ValueError, match="method TeCoA, published PMG-AFT"):

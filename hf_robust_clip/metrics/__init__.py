@@ -25,7 +25,8 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
     centre = share + z * z / (2 * trials)
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    low, high = (centre - half) / scale, (centre + half) / scale
+    return min(max(0.0, low), share), max(min(1.0, high), share)  # rounding would leave 0 and 1 outside
 
 
 def as_array(values: Any) -> np.ndarray:

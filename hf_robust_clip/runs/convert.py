@@ -58,6 +58,8 @@ def convert_and_tell(settings: ConvertArguments) -> None:
     print(f"normalisation: {normalisation['mean']}, {normalisation['std']}: {normalisation['why']}")
     if told.get("template"):
         print(f"prompt: {told['template']!r}, as the texts in the file say")
+    elif told["gives"] == "adapter":
+        print("prompt: the file doesn't tell with which texts the prompts were learned; evaluate with --template")
     if source["left_out"]:
         print(f"left out: {', '.join(source['left_out'])}")
     print(f"wrote {folder}; nothing was measured: hf-robust-clip evaluate --model_name_or_path {folder} ...")

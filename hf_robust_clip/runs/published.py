@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from ..arguments import EvaluationRunArguments, Images
 from ..attacks.named import suite_named
-from ..checkpoint_notes import trained_method
+from ..checkpoint_notes import trained_method, trained_setting
 from ..digits_clip import EMBEDDED_MODEL, digits_clip_path
 from ..evaluation.settings import EvaluationSettings
 from ..modeling import adapter_config, base_of
@@ -25,6 +25,7 @@ from ..report.tables import Cells
 from ..storage import whole_file
 from ..threat_model import ThreatModel, parse_radius
 from ..zero_shot_data.specs import find_spec, prompt_templates
+from ..zero_shot_data.suites import numbers_of_images
 
 ARCHITECTURES = {  # patch and picture in pixels, width and layers of the image encoder; OpenAI's have quick_gelu
     "ViT-B/32": (32, 224, 768, 12),
@@ -206,6 +207,8 @@ def with_model(comparison: Comparison, name: str, revision: str | None) -> Compa
     told = [_other("model", own, f"{column.architecture} with quick_gelu")]
     if method is not None and not column.defence and not same_method(method, column.family):
         told.append(_other("method", method, column.method))
+    if column.family != "none":
+        told += _of_training(column, *trained_setting(name, revision))
     if column.design is not None:
         told.append(_other("prompts of design", "none" if adapter is None else adapter.get("design"), column.design))
     differences = tuple(filter(None, told))
@@ -214,6 +217,18 @@ def with_model(comparison: Comparison, name: str, revision: str | None) -> Compa
     unknown = method is None and not column.defence and column.family != "none"
     remarks = (f"method not noted in the checkpoint, published {column.method}",) if unknown else ()
     return replace(comparison, of_model=(*differences, *remarks))
+
+
+def _of_training(column: PublishedColumn, dataset: str | None, eps: str | float | None) -> list[str | None]:
+    """What differs in the training, where both sides say it."""
+    told: list[str | None] = []
+    if dataset is not None and column.trained_on is not None:
+        spec = find_spec(dataset)
+        told.append(_other("trained on", dataset if spec is None else spec.key, column.trained_on))
+    if eps is not None and column.training_eps is not None:
+        same = math.isclose(parse_radius(eps), parse_radius(column.training_eps))
+        told.append(None if same else _other("trained at eps", eps, column.training_eps))
+    return told
 
 
 def architecture_of(name: str, revision: str = "main") -> str:
@@ -267,6 +282,8 @@ def _of_images(report: RobustnessReport, key: str, beside: Beside, whole: int | 
     found = []
     if whole is None or report.num_images < whole:
         found.append(f"n={report.num_images} of {'a stream' if whole is None else whole}")
+    if whole is not None and whole not in (counts := numbers_of_images(key)) and counts:
+        found.append(f"a set of {whole} images, in papers {' or '.join(map(str, counts))}")
     if task.split not in ("test", "all"):
         found.append(f"split {task.split}")
     if report.dataset != spec.hub_id:

@@ -141,6 +141,11 @@ def find_suite(name: str) -> Suite:
     return found
 
 
+def numbers_of_images(key: str) -> list[int]:
+    """Of how many images the test set of a known dataset is, in the suites that have it."""
+    return sorted({task.num_images for suite in SUITES for task in suite.tasks if task.dataset == key})
+
+
 def other_pictures(name: str, found: Mapping[str, int]) -> str | None:
     """A remark on the sets of a suite of which there were other pictures than in the paper; None if there were none.
 
