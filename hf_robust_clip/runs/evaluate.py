@@ -238,6 +238,8 @@ def prepare(run: EvaluationRun) -> Prepared:
     name = run.model.model_name_or_path
     comparison = run.comparison and published.with_model(run.comparison, name, run.revision_of(name))
     check_writable(folder)
+    if not run.overwrite:
+        check_figures_kept(run, folder)
     processes = join_processes(shared.on_cpu(run.use_cpu))
     processes.print(f"evaluation: {what_runs(processes)}")
     if processes.is_local_main_process and run.overwrite:
@@ -246,6 +248,22 @@ def prepare(run: EvaluationRun) -> Prepared:
     names = task_titles([(task.name, task.dataset) for task in run.tasks])
     tasks = dict(zip(names, run.tasks, strict=True))
     return Prepared(run, folder, processes, Saving(folder, processes.print), titles(run.names), tasks, comparison)
+
+
+def check_figures_kept(run: EvaluationRun, folder: Path) -> None:
+    """Raise ValueError where a finished report has figures of an attack or a task that would not be in the new one."""
+    try:
+        reports, _ = reporting.load_reports(folder / "report.json")
+    except (OSError, ValueError):
+        return  # none, or none that can be read
+    titles_of_tasks = task_titles([(task.name, task.dataset) for task in run.tasks])
+    for report in reports:
+        attacks = [settings.attack.name(report.num_classes) for settings in run.evaluations]
+        if report.attack not in attacks or report.task not in titles_of_tasks:
+            raise ValueError(
+                f"output_dir={run.output_dir!r} holds figures of {report.attack} on {report.task}, which aren't asked "
+                "for and would be lost; ask for them too, or name another folder."
+            )
 
 
 def measure(prepared: Prepared) -> Measured:

@@ -192,6 +192,10 @@ def test_a_suite_is_evaluated_and_gone_on_with(pictures, capsys):
     assert "suite tga_zsr_16" in printed and "cifar10 5 of 10000, dtd 5 of 1880" in printed
     main(["evaluate", "--config", "out/recipe.yaml", "--resume"])  # its own recipe is the same run
     assert load_reports("out/report.json")[0] == own
+    for other in (["--evaluation.attacks", "pgd-2"], ["--tasks", "[{dataset: digits}]"]):  # would lose these figures
+        with pytest.raises(SystemExit):
+            main(["evaluate", "--config", "out/recipe.yaml", "--resume", *other])
+        assert "PGD-1 on cifar10" in capsys.readouterr().err and load_reports("out/report.json")[0] == own
     state = next(path for path in Path("out/state").iterdir() if "dtd" in path.name)
     kept = {path.name: path.read_bytes() for path in state.iterdir()}
     with pytest.raises(SystemExit):
