@@ -270,6 +270,7 @@ def test_provenance_and_card_say_where_it_is_from(base):
     left_out = {"epoch", "optimizer", "state_dict", "add_prompter", "best_acc1", "best_robust"}
     assert set(told["source"]["left_out"]) == left_out
     card = (folder / "README.md").read_text()
+    assert re.fullmatch(r"[0-9a-f]{16}", told["base"]["weights"]) and told["base"]["weights"] in card
     assert file["sha256"] in card and "license" not in card.split("\n---")[0] and "model-index" not in card
     assert card_state(folder / "README.md") == "unmeasured"
     assert named_base(folder) is None  # a folder on this disk, which others don't have

@@ -42,6 +42,7 @@ def make_converted_card(provenance: Mapping[str, Any], repo_id: str) -> ModelCar
         template=_code(provenance["template"]) if provenance.get("template") else None,
         source=_span(source["name"]) + (f" at {_span(source['commit'])}" if source["commit"] else ""),
         base=_span(base["name"]) + (f" at {_span(base['commit'])}" if base["commit"] else ""),
+        base_weights=base["weights"],
         files=[(_span(own["file"]), own["sha256"], f"{own['bytes']:,}") for own in source["files"]],
         layout=f"{provenance['about']} ({_span(provenance['layout'])})",
         visual=provenance["gives"] == "visual",

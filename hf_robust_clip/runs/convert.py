@@ -18,6 +18,7 @@ from ..digits_clip import EMBEDDED_MODEL
 from ..environment import library_versions
 from ..hub import clear_model
 from ..modeling import CLIPForZeroShotClassification, adapter_config
+from ..modeling.freshness import weights_digest
 from ..modeling.layouts import clip_weights, find_weights, likeness
 from ..names import cached_revision, hub_name, same_place, shown_folder, shown_name
 from ..report.card import LIBRARY, card_state
@@ -184,6 +185,7 @@ def provenance(case: Case) -> dict[str, Any]:
             "name": shown_name(settings.base),
             "published": hub_name(settings.base) is not None,
             "commit": case.model.config._commit_hash or cached_revision(settings.base),
+            "weights": weights_digest(case.model),
         },
         "activation": None,
         "versions": {name: versions[name] for name in (LIBRARY, "torch", "transformers")},
