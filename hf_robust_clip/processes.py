@@ -65,14 +65,13 @@ def join_processes(cpu: bool, timeout: int = TIMEOUT, backend: str | None = None
 
 
 def leave_processes() -> None:
-    """Ends what joined these processes, once all of them are through.
+    """Ends what joined these processes, without waiting for any of them.
 
     A process that ends without it may abort: gloo's threads can hold Python objects when the interpreter is gone.
     """
     import torch
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -21,6 +21,7 @@ from ..normalisation import has_adapter
 from ..prompts import ClipPromptConfig
 from ..prompts.access import prompt_layers
 from .clip import CLIPForZeroShotClassification
+from .layouts import BLOCK, TEXT, TRANSPOSED, VISION
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +45,6 @@ PREFIX, SUFFIX = "prompt_learner.token_prefix", "prompt_learner.token_suffix"  #
 MEAN, STD = "normalize.mean", "normalize.std"
 TOWERS = ("image_encoder.", "text_encoder.")
 CONTEXT = "a photo of a"  # of which the prompts take the first tokens, in every trainer that starts from words
-BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
 
 
 @dataclass(frozen=True)
@@ -63,12 +57,6 @@ class _Learner:
     texts: dict[str, Tensor] = field(default_factory=dict)
     rest: dict[str, Tensor] = field(default_factory=dict)
     names: dict[tuple[str, int], str] = field(default_factory=dict)
-
-
-def is_prompt_learner(weights: Mapping[str, Any]) -> bool:
-    """Whether a state dict is that of a prompt learner: it holds a context, or prompts of a tower's layers."""
-    endings = ("ctx", "VPT", "VPT_shallow")
-    return any(isinstance(key, str) and key.rpartition(".")[2] in endings for key in weights)
 
 
 def prompt_learner_adapter(weights: Mapping[str, Tensor], base: CLIPForZeroShotClassification) -> PeftModel:
@@ -325,33 +313,17 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def openai_weights(base: CLIPForZeroShotClassification) -> dict[str, Tensor]:
     """A CLIP's weights by the names that they have in the OpenAI code, as prompt learners save them."""
     own = base.state_dict()
-    found = {
-        "logit_scale": own["logit_scale"],
-        "image_encoder.conv1.weight": own["vision_model.embeddings.patch_embedding.weight"],
-        "image_encoder.class_embedding": own["vision_model.embeddings.class_embedding"],
-        "image_encoder.positional_embedding": own["vision_model.embeddings.position_embedding.weight"],
-        "image_encoder.proj": own["visual_projection.weight"].T,
-        "text_encoder.token_embedding.weight": own["text_model.embeddings.token_embedding.weight"],
-        "text_encoder.positional_embedding": own["text_model.embeddings.position_embedding.weight"],
-        "text_encoder.text_projection": own["text_projection.weight"].T,
-    }
-    norms = {
-        "image_encoder.ln_pre": "vision_model.pre_layrnorm",
-        "image_encoder.ln_post": "vision_model.post_layernorm",
-        "text_encoder.ln_final": "text_model.final_layer_norm",
-    }
-    pairs = list(norms.items())
-    towers = (("image_encoder", "vision_model", base.config.vision_config.num_hidden_layers),
-              ("text_encoder", "text_model", base.config.text_config.num_hidden_layers))  # fmt: skip
-    for theirs, ours, depth in towers:
+    found = {"logit_scale": own["logit_scale"]}
+    towers = (("image_encoder", VISION, "vision_model", base.config.vision_config.num_hidden_layers),
+              ("text_encoder", TEXT, "text_model", base.config.text_config.num_hidden_layers))  # fmt: skip
+    for theirs, table, ours, depth in towers:
+        found |= {f"{theirs}.{a}": own[b].T if a in TRANSPOSED else own[b] for a, b in table.items()}
         for i in range(depth):
             block, layer = f"{theirs}.transformer.resblocks.{i}", f"{ours}.encoder.layers.{i}"
-            pairs += [(f"{block}.{a}", f"{layer}.{b}") for a, b in BLOCK.items()]
             for leaf in ("weight", "bias"):
+                found |= {f"{block}.{a}.{leaf}": own[f"{layer}.{b}.{leaf}"] for a, b in BLOCK.items()}
                 qkv = [own[f"{layer}.self_attn.{name}_proj.{leaf}"] for name in "qkv"]
                 found[f"{block}.attn.in_proj_{leaf}"] = torch.cat(qkv)
-    for leaf in ("weight", "bias"):
-        found |= {f"{theirs}.{leaf}": own[f"{ours}.{leaf}"] for theirs, ours in pairs}
     return found
 
 
