@@ -20,6 +20,12 @@ from hf_robust_clip.runs import evaluate, published
 from hf_robust_clip.runs.published import architecture_of, with_model
 from hf_robust_clip.zero_shot_data.rows import DATA_ROOT_VARIABLE
 
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 DIGITS = (2, 8, 64, 3)  # the embedded model's architecture
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

@@ -16,6 +16,12 @@ from hf_robust_clip.runs.shared import load_data, load_model, load_tasks, templa
 from hf_robust_clip.zero_shot_data.specs import class_names, find_spec, prompt_templates
 from hf_robust_clip.zero_shot_data.suites import SUITES, find_suite, other_pictures
 
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 RECIPES = Path(__file__).parents[2] / "recipes/configs"
 COUNTS = {"pmg_aft_16": 16, "pmg_aft_16_released": 16, "tga_zsr_16": 16, "agft_15": 15, "tecoa_16": 16, "tapt_11": 11,
           "coop_11": 11, "robustvlm_14": 14}  # fmt: skip
