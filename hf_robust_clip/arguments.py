@@ -281,7 +281,7 @@ class TrainingRunArguments:
         template: prompt with {} for the class name; with descriptions what they are put into, at {description}, by
             default nothing else.
         descriptions: a JSON file of {class name: [texts]} for all classes of training and tasks, or a known set
-            (digits).
+            (digits, cifar10).
         objective: the method: a class of `hf_robust_clip.objectives`, or the dotted path of your own, with its
             settings as --objective.NAME.
         tasks: datasets to evaluate on, before and after; the name of a suite, such as pmg_aft_16, stands for all test
@@ -319,8 +319,8 @@ class EvaluationRunArguments:
             model's training, if a recipe.yaml or report.json beside it says so, else the known dataset's own. With
             descriptions what they are put into, at {description}; null then takes that of the training, if it takes
             descriptions, else nothing but them.
-        descriptions: a JSON file of {class name: [texts]} for all classes of all tasks, or a known set (digits); null
-            takes those of the model's training, where its template takes some.
+        descriptions: a JSON file of {class name: [texts]} for all classes of all tasks, or a known set (digits,
+            cifar10); null takes those of the model's training, where its template takes some.
         tasks: datasets to evaluate on; one of them may be given by --dataset_name in their place. The name of a suite,
             such as pmg_aft_16, stands for all test sets of a paper's table.
         compare: further checkpoints, shown beside.

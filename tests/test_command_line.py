@@ -474,9 +474,20 @@ def test_there_are_configs_for_every_method_and_seven_models():
 
 @pytest.mark.parametrize("model", ["clip-vit-base-patch32", "clip-vit-base-patch16"])
 def test_every_method_has_a_config_for_both_base_models(model):
-    """Of prompts FAP's was published for ViT-B/32 alone, and CoOp, which isn't attacked, is a control of the digits."""
+    """FAP was published for ViT-B/32 alone, and CoOp, which isn't attacked, is a control."""
     own = {method_of(config) for config in CONFIGS if config.parent.name == model}
     assert {*METHODS} - {"trades", "clean", "fap", "coop", *WITHOUT_CONFIGS} <= own
+
+
+DEFAULTS = [path for path in CONFIGS if "imagenet" in path.name and method_of(path) not in ("pmg_aft", "apt", "tapt")]
+
+
+@pytest.mark.parametrize("config", **named(DEFAULTS))
+def test_losses_have_their_published_settings(config):
+    """Those that are defaults, too; ASCL's depend on the number of classes and on how few images share one."""
+    found = recipe(*what_it_lacks(config), config=config).method.objective
+    changed = {"ascl": {"kl": 2 / 200, "text_anchors": True}}.get(method_of(config), {})
+    assert found == type(found)(**changed)
 
 
 def test_configs_of_both_base_models_differ_in_nothing_but_the_model():
