@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -89,6 +90,30 @@ def test_a_small_benchmark_is_made_once(monkeypatch):
     assert (place / "hf-robust-clip/digits-te-coa/README.md").is_file()
     script.main(["--config", "own.yaml"])
     assert len(seen) == 3, "what is finished is not repeated"
+
+
+def test_a_model_is_trained_once_with_each_seed(monkeypatch):
+    small = json.loads(json.dumps(SMALL))
+    trained = small["models"][1]
+    trained["flags"].pop("max_steps")
+    trained["learning_rates"] = []
+    small |= {"seeds": [3, 4], "flags": {"save_strategy": "no", "learning_rate": "1e-2"}}
+    Path("own.yaml").write_text(json.dumps(small).replace('"tecoa"', '"digits-clip/tecoa"'))
+    seen = []
+    real = train.train
+    monkeypatch.setattr(train, "train", lambda run: seen.append(run) or real(run))
+    monkeypatch.setattr(train, "read", short(train.read))
+    script.main(["--config", "own.yaml"])
+    assert [(run.training.seed, run.training.learning_rate) for run in seen] == [(3, 0.01), (4, 0.01)]
+    runs, _ = load_reports("out/cards/small/report.json")
+    assert [report.name for report in runs] == ["before", "TeCoA, seed 3", "TeCoA, seed 4"]
+    mean = sum(report.clean_accuracy for report in runs[1:]) / 2
+    text = Path("out/cards/small/table.md").read_text()
+    assert f"| TeCoA | {100 * mean:.1f} ± " in text and "over the seeds 3, 4" in text
+    assert not Path("out/cards/hf-robust-clip").exists()
+    own = read("own.yaml")
+    with pytest.raises(ValueError, match="seeds="):
+        script.train_model(replace(own, seeds=(1, 1)), own.models[1])
 
 
 def short(real):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..storage import whole_file
 from ..threat_model import ThreatModel, parse_radius
 from .report import CLEAN, CONTROLS, ROBUST, RobustnessReport
-from .tables import by_model, defence_figures, headlines, one_norm, titled
+from .tables import by_model, defence_figures, headlines, one_norm, over_runs, titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +54,7 @@ def plot_accuracy(path: str | Path, reports: Sequence[RobustnessReport]) -> None
     twice in a panel.
     """
     reports = [replace(report, name=titled(report)) for report in reports]
-    rows, norm = _panel_rows(reports, ["task", "full_attack"])
+    rows, norm = _panel_rows(reports)
     styles = _styles(report.name for report in reports)
     attacks = list(dict.fromkeys(rows["full_attack"]))
     panels = [(key, own) for key, own in rows.groupby(["task", "full_attack"], sort=False)]
@@ -78,26 +78,34 @@ def plot_accuracy(path: str | Path, reports: Sequence[RobustnessReport]) -> None
 
 
 @_plain_text()
-def plot_tradeoff(path: str | Path, reports: Sequence[RobustnessReport], radius: float | str) -> None:
+def plot_tradeoff(
+    path: str | Path,
+    reports: Sequence[RobustnessReport],
+    radius: float | str,
+    further: Sequence[Sequence[RobustnessReport]] = (),
+) -> None:
     """Write a PNG of robust against clean accuracy: a panel for each task, a point for each model, 95 % intervals.
 
     Args:
         path: of the PNG.
         reports: of several models, one for each model and task, under one norm.
         radius: in units of [0, 1], such as `"4/255"`; every report must have it.
+        further: the same of models that were trained again; see `over_runs`. A point is then the mean over the runs of
+            a model, and the bars are their standard deviation.
 
-    Raises ValueError for no reports, several norms, a model twice on a task, and a report without the radius.
+    Raises ValueError for no reports, several norms, a report without the radius, and as `over_runs` does.
     """
     from matplotlib.ticker import MaxNLocator
 
     eps = parse_radius(radius, "radius")
-    rows, norm = _panel_rows(reports, ["task"])
-    for report in reports:
+    every = [report for run in (reports, *further) for report in run]
+    norm, rows = one_norm(every), over_runs(reports, further)
+    for report in every:
         if not any(math.isclose(own, eps) for own in report.robust_accuracy):
             raise ValueError(f"the report of {report.name}, {report.task} has no radius {radius}.")
-    styles = _styles(report.name for report in reports)
+    styles = _styles(rows["name"])
     attacks = " or ".join(sorted(set(rows["full_attack"])))
-    panels = list(rows.groupby("task", sort=False))
+    panels = list(rows[rows["metric"].isin([CLEAN, ROBUST])].groupby("task", sort=False))
     threat = ThreatModel(eps, norm)  # type: ignore[arg-type]
     figure, axes = _panels([task for task, _ in panels], f"accuracy under {attacks}\n{threat}")
     for axis, (_, panel) in zip(axes, panels, strict=True):
@@ -115,12 +123,12 @@ def plot_tradeoff(path: str | Path, reports: Sequence[RobustnessReport], radius:
     _save(figure, axes, path)
 
 
-def _panel_rows(reports: Sequence[RobustnessReport], panel: list[str]) -> tuple[DataFrame, str]:
-    """Accuracies of the models themselves, and their norm. Raises ValueError for a model twice in a panel."""
+def _panel_rows(reports: Sequence[RobustnessReport]) -> tuple[DataFrame, str]:
+    """Accuracies of the models themselves, and their norm. Raises ValueError for a model twice under an attack."""
     norm = one_norm(reports)
     rows = headlines(reports)
     rows = rows[(rows["judge"] == "") & rows["metric"].isin([CLEAN, ROBUST])]
-    twice = rows[rows.duplicated([*panel, "name", "eps"])]
+    twice = rows[rows.duplicated(["task", "full_attack", "name", "eps"])]
     if len(twice):
         first = twice.iloc[0]
         raise ValueError(f"two reports of {first['name']}, {first['task']}; plot one attack at a time.")
