@@ -4,12 +4,14 @@
     python recipes/benchmark.py --config recipes/configs/digits-clip/prompt_benchmark.yaml
 
 Each model is a training by one of the packaged configs and some flags, each evaluation such a config too. What is
-finished is not repeated: a run that was killed goes on. `--only a b` trains and evaluates these alone, so that several
-runs may divide the work; `--cards_dir hub_cards` puts the cards where they are kept.
+finished is not repeated, unless its settings changed: a run that was killed goes on. `--only "[a, b]"` trains and
+evaluates these alone, so that several runs may divide the work; `--cards_dir hub_cards` puts the cards where they are
+kept.
 """
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +21,7 @@ from typing import Any
 import datasets
 
 from hf_robust_clip.command_line import CommandLine, packaged_config, read_command
+from hf_robust_clip.hub import dump_recipe
 from hf_robust_clip.report import (
     RobustnessReport,
     as_markdown,
@@ -186,11 +189,22 @@ def tuned(benchmark: Benchmark, model: Model, rate: str) -> Path:
 
 
 def run_training(benchmark: Benchmark, model: Model, folder: Path, flags: Mapping[str, Any]) -> None:
-    """One training, unless its report is there."""
-    if not (folder / "report.json").is_file():
-        own = {"model_name_or_path": benchmark.start, "output_dir": str(folder), "overwrite": True}
-        asked = {**own, **benchmark.flags, **model.flags, **flags}
-        train.train(train.read(words(asked), packaged_config(str(model.config))))
+    """One training, unless its report is there, by the same settings; what was measured of another is deleted."""
+    own = {"model_name_or_path": benchmark.start, "output_dir": str(folder), "overwrite": True}
+    asked = {**own, **benchmark.flags, **model.flags, **flags}
+    run = train.read(words(asked), packaged_config(str(model.config)))
+    if not finished(folder, run.source):
+        for evaluation in benchmark.evaluations:
+            shutil.rmtree(benchmark.out / evaluation.name / folder.name, ignore_errors=True)
+        (folder / "report.json").unlink(missing_ok=True)
+        train.train(run)
+
+
+def finished(folder: Path, source: Mapping[str, Any]) -> bool:
+    """Whether a run by these settings has left its report in a folder."""
+    recipe = folder / "recipe.yaml"
+    whole = (folder / "report.json").is_file() and recipe.is_file()
+    return whole and recipe.read_text(encoding="utf-8") == dump_recipe(source)
 
 
 def held_out(folder: Path) -> tuple[float, float]:
@@ -204,9 +218,12 @@ def evaluate_models(benchmark: Benchmark, evaluation: Evaluation, models: Sequen
     found = []
     for model in models:
         folder = benchmark.out / evaluation.name / model.name
-        if not (folder / "report.json").is_file():
-            own = {"model_name_or_path": benchmark.folder_of(model), "output_dir": str(folder), "resume": True}
-            evaluate.evaluate(evaluate.read(words({**own, **evaluation.flags}), packaged_config(evaluation.config)))
+        own = {"model_name_or_path": benchmark.folder_of(model), "output_dir": str(folder), "resume": True}
+        run = evaluate.read(words({**own, **evaluation.flags}), packaged_config(evaluation.config))
+        if not finished(folder, run.source):
+            if (folder / "report.json").is_file():
+                shutil.rmtree(folder)  # of other settings
+            evaluate.evaluate(run)
         title = f"{evaluation.title} on {model.title}" if evaluation.title else model.title
         reports, _ = load_reports(folder / "report.json")
         found += [replace(report, name=title, model=benchmark.id_of(model)) for report in reports]

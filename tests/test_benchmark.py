@@ -90,6 +90,23 @@ def test_a_small_benchmark_is_made_once(monkeypatch):
     assert (place / "hf-robust-clip/digits-te-coa/README.md").is_file()
     script.main(["--config", "own.yaml"])
     assert len(seen) == 3, "what is finished is not repeated"
+    small["models"][1]["flags"]["attack_steps"] = 1
+    small["evaluations"][0]["flags"]["max_images"] = 5
+    Path("own.yaml").write_text(json.dumps(small).replace('"tecoa"', '"digits-clip/tecoa"'))
+    script.main(["--config", "own.yaml"])
+    assert len(seen) == 6 and seen[-1].training.attack_steps == 1, "other settings, another training"
+    again, _ = load_reports(place / "hf-robust-clip/digits-te-coa/report.json")
+    assert [report.num_images for report in again] == [5]
+
+
+def test_what_was_measured_of_an_earlier_training_is_deleted(monkeypatch):
+    Path("own.yaml").write_text(json.dumps(SMALL).replace('"tecoa"', '"digits-clip/tecoa"'))
+    own, old = read("own.yaml"), Path("out/pgd/te_coa/report.json")
+    old.parent.mkdir(parents=True)
+    old.write_text("{}")
+    monkeypatch.setattr(train, "train", lambda run: None)
+    script.run_training(own, own.models[1], own.out / "te_coa", {})
+    assert not old.parent.exists()
 
 
 def test_a_model_is_trained_once_with_each_seed(monkeypatch):
