@@ -92,9 +92,9 @@ def check_met(args: RobustClipConfig, objective: Objective, core: ZeroShotClassi
     """Raise ValueError where the images of a dataset or the texts of its classes, which are set, don't suffice for an
     objective: too few together in a batch, no captions, different numbers of texts.
     """
-    check_images_together(args, objective, len(dataset) if isinstance(dataset, Sized) else None)
     if "captions" in objective.needs and "captions" not in dataset[0]:
         raise ValueError(f"{type(objective).__name__} needs captions; the dataset gives none.")
+    check_images_together(args, objective, len(dataset) if isinstance(dataset, Sized) else None)
     if "texts" in objective.needs:
         core.texts_of_each()
 
