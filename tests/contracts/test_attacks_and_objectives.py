@@ -348,6 +348,9 @@ def test_gradients_of_losses_are_those_of_finite_differences(world, name):
     batch, generator = world(f"objective-{name}", size=4), torch.Generator().manual_seed(4)
     adv = THREAT_MODELS["linf"].random_start(batch.images, 11)
     parameters = batch.student.vision_parameters()
+    with torch.no_grad():
+        for parameter in parameters:  # far from the teacher, so that what compares them weighs
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     gradients = torch.autograd.grad(sum(terms(name, batch, adv).values()), parameters)
     at = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
