@@ -40,7 +40,7 @@ MODEL_FILES = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.s
 FIGURES = ("report.json", "report.csv", "recipe.yaml", "accuracy.png", PROVENANCE)
 TRAINERS = ("training_args.bin", "pytorch_model*.bin", "adapter_model.bin", "optimizer.*", "scheduler.pt", "scaler.pt",
             "rng_state*.pth")  # fmt: skip
-RESUMED = ("trainer_state.json", "training_run.json", "*.distcp", ".metadata")
+RESUMED = ("trainer_state.json", "training_run.json", "weight_average.safetensors", "*.distcp", ".metadata")
 FITTED = re.compile(r"[\w-]+\.safetensors")  # what a defence learned, beside its settings
 STATE = re.compile(
     r"[^/]+-[0-9a-f]{8}/state-\d+\.jsonl|(statistics|fit/[^/]+-[0-9a-f]{8})/[^/]+/state-\d+\.safetensors"

@@ -189,14 +189,19 @@ class ClassTexts(Model):
                 self._others[templates] = key, self._encode_own() if templates is None else self._encode_in(templates)
         return self._others[templates][1]
 
-    def _encode_own(self) -> Tensor:
+    def texts_of_each(self) -> int:
+        """How many texts every class has. Raises ValueError where classes have different numbers of them."""
         if self.text_counts:
             raise ValueError(
                 f"classes have {min(self.text_counts)} to {max(self.text_counts)} texts, which can't be taken one by "
                 "one; give every class equally many descriptions."
             )
+        return self._longest()
+
+    def _encode_own(self) -> Tensor:
+        count = self.texts_of_each()
         parts = self._class_slices(slice(None), 0)
-        each_CTD = torch.cat([self._each(part, True, 0)[0].unflatten(0, (-1, self._longest())) for part in parts])
+        each_CTD = torch.cat([self._each(part, True, 0)[0].unflatten(0, (-1, count)) for part in parts])
         return each_CTD.transpose(0, 1).contiguous()
 
     def _encode_in(self, templates: tuple[str, ...]) -> Tensor:

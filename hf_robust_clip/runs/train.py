@@ -36,7 +36,7 @@ from ..saving import Saving, left_by_training
 from ..storage import check_writable, write_text, written_whole
 from ..training.checkpoints import NothingToResume, save_adapter
 from ..training.config import on_its_own
-from ..training.preparation import classifier_in
+from ..training.preparation import check_met, classifier_in
 from ..training.trainer import RobustClipTrainer
 from ..zero_shot_data.loading import ImageDataset
 from . import shared
@@ -141,6 +141,7 @@ def prepare(run: TrainingRun) -> Prepared:
         run.texts.of(pictures.class_names, pictures.templates)
     run.texts.set(model, data)  # a bad class name fails here, before any work
     for method in (run.method, *run.rivals):
+        check_met(run.training, method.objective, model, data)
         if isinstance(method.adapter, ClipPromptConfig):
             check_prompts(model, method.adapter)
     processes = join_processes(run.training.use_cpu)

@@ -110,6 +110,9 @@ class RobustClipConfig(TrainingArguments):
         default=None, metadata={"help": "Train the last n layers of the vision encoder; None trains all of it."}
     )
     momentum: float = field(default=0.9, metadata={"help": "Momentum, for optim='sgd'."})
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "Decay of a moving average of the weights, which is kept at the end; 0 is off."}
+    )
     crop_scale: float = field(
         default=0.08, metadata={"help": "Least share of a whole picture (dataset with augment=True) in a random crop."}
     )
@@ -182,6 +185,8 @@ def check_arguments(args: RobustClipConfig) -> None:
         raise ValueError("include_for_metrics=['inputs'] can't be used: images are not kept; take ['loss'].")
     if args.load_best_model_at_end and str(_plain(args.eval_strategy)) == "no":
         raise ValueError("load_best_model_at_end=True does nothing without evaluations; set eval_strategy.")
+    if args.load_best_model_at_end and args.ema_decay:
+        raise ValueError(f"ema_decay={args.ema_decay!r} averages until the end; drop load_best_model_at_end=True.")
     _check_schedule(args)
     _check_optimizer(args)
 
@@ -294,6 +299,7 @@ def _check_numbers(args: RobustClipConfig) -> None:
     for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"):
         _check_number(name, getattr(args, name), below=3e38)  # where float32 ends
     _check_number("momentum", args.momentum, below=1)
+    _check_number("ema_decay", args.ema_decay, below=1)
     if args.warmup_steps >= 1:
         _check_number("warmup_steps", args.warmup_steps, whole=True)
     for name in (

@@ -6,6 +6,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.trainer_utils import HPSearchBackend, TrainOutput
 from ..digests import plain
 from ..processes import together
 from ..storage import check_writable
+from .averaging import WeightAveraging
 from .checkpoints import (
     best_beside,
     check_files,
@@ -47,6 +49,7 @@ class ResumingTrainer(PushingTrainer):
     _resumed_from: Path | None = None
     _checkpoints_seen = False  # whether it is known which processes see them
     _args_before_trials: dict[str, Any] | None = None
+    _averaging: WeightAveraging | None = None  # of the weights, while they are trained with `ema_decay`
 
     @abstractmethod
     def start_identity(self) -> dict[str, Any]:
@@ -71,6 +74,8 @@ class ResumingTrainer(PushingTrainer):
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.accelerator)
+        self._averaging = WeightAveraging(self._resumed_from)
+        self.callback_handler.callbacks.insert(0, self._averaging)  # whoever saves at the end saves the average
         try:
             if trial is not None:
                 self._begin_trial(trial)
@@ -79,6 +84,8 @@ class ResumingTrainer(PushingTrainer):
             result = super().train(resumed_from, trial, ignore_keys_for_eval)
         finally:
             self.is_in_train = False
+            self.callback_handler.callbacks.remove(self._averaging)
+            self._averaging = None
         self._check_trained()
         if self._nothing_was_left():
             return TrainOutput(result.global_step, math.nan, without_loss(result.metrics))
@@ -216,6 +223,15 @@ class ResumingTrainer(PushingTrainer):
         if not self._checkpoints_seen:
             check_seen(checkpoint, needed=self.args.load_best_model_at_end, processes=self.accelerator)
             self._checkpoints_seen = True
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self._averaging is not None:
+            self._averaging.save(output_dir)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, while a training goes on with `ema_decay`, the model has the average of its weights."""
+        return nullcontext() if self._averaging is None else self._averaging.in_place()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -414,7 +414,7 @@ class RobustClipTrainer(ResumingTrainer):
             self.defence.check(self.classifier())
             if not self.defence.traits.episodic and self.accelerator.num_processes > 1:
                 raise ValueError(f"{self.defence.name} takes images in their order; evaluate it in one process.")
-        with self.classifier().prepared_for(dataloader.dataset, training=None):
+        with self.averaged(), self.classifier().prepared_for(dataloader.dataset, training=None):
             found = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )

@@ -57,7 +57,12 @@ def test_vision_prompts_stand_after_the_patches_and_are_pooled_with_them(images)
     hidden = tower.encoder.layers[1](torch.cat([hidden[:, :4], second.expand(4, -1, -1)], dim=1), None)
     expected = tower.head(tower.post_layernorm(hidden))
     torch.testing.assert_close(core.encode_images(images), expected, rtol=0, atol=1e-12)
-    assert core.encode_patches(images)[1].shape == (4, 4, 16)
+    tokens = tower.post_layernorm(hidden)
+    found = core(images, output_patches=True).patch_embeds
+    assert found.shape == (4, 4, 16)
+    for patch in range(4):
+        alone = tower.head(tokens[:, patch : patch + 1])
+        torch.testing.assert_close(found[:, patch], alone, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("design", DESIGNS)
