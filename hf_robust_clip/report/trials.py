@@ -102,10 +102,11 @@ def _places(axis: Axes, trials: Sequence[Trial], name: str | None, log: Sequence
     """Where trials stand on an axis, which is made for it: by number, by a setting's value, or by its choice."""
     if name is None:
         return [trial.number for trial in trials]
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     values = [trial.values[name] for trial in trials]
-    axis.set_xlabel(name)
     if all(isinstance(value, str) and value.endswith("/255") for value in values):
-        axis.set_xlabel(f"{name} (grey levels of 255)")
+        axis.set_xlabel("grey levels of 255")
         values = [float(value.removesuffix("/255")) for value in values]
     if any(isinstance(value, str | bool) for value in values):
         choices = sorted({str(value) for value in values})
@@ -113,6 +114,9 @@ def _places(axis: Axes, trials: Sequence[Trial], name: str | None, log: Sequence
         return [choices.index(str(value)) for value in values]
     if name in log:
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # matplotlib's own is a formula
+        axis.xaxis.set_minor_formatter(NullFormatter())
     return values
 
 

@@ -27,6 +27,7 @@ LOG_RATIO = 10  # from which a range is on a log scale where nothing says so
 FINENESS = 1000  # steps of a range, to which what is drawn is rounded
 OF_SCORES = ("eps", "norm", "eval_attack_steps")
 OF_CHANCE = ("seed", "data_seed", "full_determinism")
+OF_EVALUATION = ("eval_attack_steps", "per_device_eval_batch_size")
 OF_LENGTH = ("max_steps", "num_train_epochs")
 OF_HARDWARE = ("bf16", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode")
 WHOLE_FROM_ONE = ("warmup_steps",)  # a share below, updates from there on
@@ -129,8 +130,9 @@ def with_settings(
 
 
 def into_recipe(source: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run with those found in a search, without the search."""
-    found = copy.deepcopy({name: value for name, value in source.items() if name != "tune"})
+    """The settings of a run with those found in a search, without the search and what acted in it alone."""
+    searched = ("tune",) if source.get("held_out_images") is not None else ("tune", *OF_EVALUATION)
+    found = copy.deepcopy({name: value for name, value in source.items() if name not in searched})
     for name, value in values.items():
         if name.startswith(OBJECTIVE):
             found["objective"].setdefault("init_args", {})[name.removeprefix(OBJECTIVE)] = value

@@ -271,10 +271,13 @@ def how_chosen(prepared: Prepared) -> dict[str, str]:
     if prepared.held_out is not None:
         args = run.training
         metric = str(args.metric_for_best_model).removeprefix("eval_").replace("_", " ")
-        stop = "" if args.early_stopping_patience is None else f", early stopping after {args.early_stopping_patience}"
-        found["weights_chosen"] = (
-            f"by {metric} (PGD-{args.eval_attack_steps}) on {len(prepared.held_out)} held-out training images{stop}"
-        )
+        patience = args.early_stopping_patience
+        stop = "" if patience is None else f", early stopping after {patience} evaluations without a new best"
+        on = f"(PGD-{args.eval_attack_steps}) on {len(prepared.held_out)} held-out training images"
+        if args.load_best_model_at_end:
+            found["weights_chosen"] = f"by {metric} {on}{stop}"
+        else:
+            found["evaluated_while_training"] = on
     if prepared.searched is not None:
         names = ", ".join(own.name for own in prepared.searched.space)
         found["settings_chosen"] = f"{names}: by {prepared.searched.about}"

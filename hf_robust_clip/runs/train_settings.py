@@ -39,6 +39,7 @@ from ..training.config import (
     check_start_of_attack,
     check_trained_part,
     check_views,
+    default_of,
 )
 from ..typed_settings import typed_text
 from . import shared, tune
@@ -216,8 +217,8 @@ def evaluations_as_saved(values: dict[str, Any]) -> dict[str, Any]:
     found = {"load_best_model_at_end": True, "metric_for_best_model": "robust_accuracy"}
     if when in ("steps", "epoch"):
         found["eval_strategy"] = when
-    if "eval_steps" not in values and "save_steps" in values:
-        found["eval_steps"] = values["save_steps"]
+    if when == "steps":
+        found["eval_steps"] = values.get("save_steps", default_of("save_steps"))
     return found
 
 
