@@ -9,6 +9,7 @@ from training_script import arguments, state, tiny_data, tiny_model
 from transformers import TrainerCallback
 
 from hf_robust_clip import TeCoATrainer
+from hf_robust_clip.training.resuming import Patience
 
 ROBUST = {1: 0.2, 2: 0.4, 3: 0.4, 4: 0.3, 5: 0.4, 6: 0.9}  # by step: stopped at 4, with patience 2 after the best, 2
 
@@ -42,6 +43,7 @@ def test_the_best_weights_are_kept_and_the_training_ends_when_patience_does(tmp_
     assert again.state.global_step == 4 and same(again, stopped), "a training that was stopped stays so"
     stopped.train()
     assert stopped.state.global_step == 4, "patience begins anew with each training"
+    assert sum(isinstance(own, Patience) for own in stopped.callback_handler.callbacks) == 1
 
 
 def test_a_training_that_goes_on_has_the_patience_that_was_left(tmp_path):
