@@ -135,14 +135,14 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> T
     training = training_arguments(given, made)
     rivals = _rivals(about, method, given)
 
-    def check(args: RobustClipConfig, objective: Objective) -> None:
+    def check(args: RobustClipConfig, objective: Objective, adapter: PeftConfig | None = method.adapter) -> None:
         check_augmentation(args, data.augment)
         check_start_of_attack(args, objective)
         check_views(objective, data.augment)
-        check_trained_part(args, method.adapter is not None)
+        check_trained_part(args, adapter is not None)
 
     for own in (method, *rivals):
-        check(training, own.objective)
+        check(training, own.objective, own.adapter)
     (blind,) = made.evaluation.settings()
     if blind.seen.of_defence:
         raise ValueError(
