@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
@@ -290,6 +290,9 @@ class TrainingRunArguments:
             images, evaluated, and saved with the adapter.
         fit_images: the defence is fitted on so many training images; null takes all.
         compare: further objectives, which are trained by the same settings and shown beside.
+        held_out_images: share of the training images of each class, at least one, that is held out of the training
+            and on which it is evaluated while it runs (eval_steps, by default save_steps); the weights with the best
+            robust accuracy there are kept. Never the test split.
         overwrite: begin anew in a folder that holds a run.
     """
 
@@ -300,13 +303,55 @@ class TrainingRunArguments:
     defence: Defence | None = None
     fit_images: int | None = None
     compare: Sequence[str] = ()
+    held_out_images: float | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        if self.held_out_images is not None:
+            check_share("held_out_images", self.held_out_images)
         if self.fit_images is not None and self.fit_images < 1:
             raise ValueError(f"fit_images={self.fit_images!r} must be at least 1.")
         if self.defence is None and self.fit_images is not None:
             raise ValueError(f"fit_images={self.fit_images!r} does nothing without a defence, which is fitted.")
+
+
+@dataclass(frozen=True)
+class TuneArguments:
+    """Settings that are found on held-out training images, before the training.
+
+    Args:
+        trials: so many short trainings, each with settings drawn from the space; then the run trains with the best,
+            on all training images. Needs Optuna.
+        space: {SETTING: RANGE, ...}: settings of the training, and as objective.NAME of the objective. A range is
+            [LOW, HIGH], on a log scale where HIGH is at least 10 times LOW; {low: LOW, high: HIGH, log: true or false}
+            says so itself; three or more values, or {choices: [...]}, are the only ones to choose from.
+        max_steps: updates of a trial; null takes a quarter of the run's. A warm-up is shortened alike.
+        held_out_images: share of the training images of each class, at least one, that no trial is trained on and by
+            which all are scored.
+        held_out_classes: share of the classes, at least two, or 0 for none, that no trial is trained on, and by whose
+            training images all are scored too, told apart from one another; both parts then count one half.
+        clean_weight: a score is clean_weight * clean + (1 - clean_weight) * robust accuracy, under the attack of
+            eval_attack_steps.
+    """
+
+    trials: int | None = None
+    space: dict[str, Any] | None = None
+    max_steps: int | None = None
+    held_out_images: float = 0.2
+    held_out_classes: float = 0.0
+    clean_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "max_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"tune.{name}={getattr(self, name)!r} must be at least 1.")
+        if self.trials is not None and not self.space:
+            raise ValueError("tune.space is missing: name settings and their ranges, {learning_rate: [1e-5, 1e-3]}.")
+        check_share("tune.held_out_images", self.held_out_images)
+        if self.held_out_classes != 0:
+            check_share("tune.held_out_classes", self.held_out_classes)
+        if not 0 <= self.clean_weight <= 1:
+            raise ValueError(f"tune.clean_weight={self.clean_weight!r} must be in 0 .. 1.")
 
 
 @dataclass(frozen=True)
@@ -423,6 +468,12 @@ class ConvertArguments:
                 "[0, 1]."
             )
         return mean, std
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise ValueError unless a share leaves something on either side."""
+    if not 0 < value < 1:
+        raise ValueError(f"{name}={value!r} must be above 0 and below 1.")
 
 
 def check_folder(output_dir: str, model: str, goes_on: bool) -> None:

@@ -37,7 +37,7 @@ def plot(path: str | Path, reports: Sequence[RobustnessReport]) -> None:
 
 
 @contextmanager
-def _plain_text() -> Iterator[None]:
+def plain_text() -> Iterator[None]:
     """Names are drawn as they are; matplotlib would read what stands between two $ as a formula."""
     from matplotlib import rc_context
 
@@ -45,7 +45,7 @@ def _plain_text() -> Iterator[None]:
         yield
 
 
-@_plain_text()
+@plain_text()
 def plot_accuracy(path: str | Path, reports: Sequence[RobustnessReport]) -> None:
     """Write a PNG of accuracy against eps: a panel for each task (and attack, if they differ), a line for each model,
     95 % bands.
@@ -59,7 +59,7 @@ def plot_accuracy(path: str | Path, reports: Sequence[RobustnessReport]) -> None
     attacks = list(dict.fromkeys(rows["full_attack"]))
     panels = [(key, own) for key, own in rows.groupby(["task", "full_attack"], sort=False)]
     titles = [task if len(attacks) == 1 else f"{task}, {attack}" for (task, attack), _ in panels]
-    figure, axes = _panels(titles, "accuracy under " + (attacks[0] if len(attacks) == 1 else "attack"))
+    figure, axes = make_panels(titles, "accuracy under " + (attacks[0] if len(attacks) == 1 else "attack"))
     for axis, (_, panel) in zip(axes, panels, strict=True):
         for name, line in panel.groupby("name", sort=False):
             points = line.sort_values("eps")
@@ -74,10 +74,10 @@ def plot_accuracy(path: str | Path, reports: Sequence[RobustnessReport]) -> None
         chance = 1 / panel["num_classes"].iloc[0]
         axis.axhline(chance, color="grey", linestyle=(0, (1, 3)), linewidth=1, label="chance")
         axis.set_ylim(-0.02, 1.02)
-    _save(figure, axes, path)
+    save_figure(figure, axes, path)
 
 
-@_plain_text()
+@plain_text()
 def plot_tradeoff(
     path: str | Path,
     reports: Sequence[RobustnessReport],
@@ -107,7 +107,7 @@ def plot_tradeoff(
     attacks = " or ".join(sorted(set(rows["full_attack"])))
     panels = list(rows[rows["metric"].isin([CLEAN, ROBUST])].groupby("task", sort=False))
     threat = ThreatModel(eps, norm)  # type: ignore[arg-type]
-    figure, axes = _panels([task for task, _ in panels], f"accuracy under {attacks}\n{threat}")
+    figure, axes = make_panels([task for task, _ in panels], f"accuracy under {attacks}\n{threat}")
     for axis, (_, panel) in zip(axes, panels, strict=True):
         for name, own in panel.groupby("name", sort=False):
             near = own["eps"].map(lambda radius: math.isclose(radius, eps))
@@ -120,7 +120,7 @@ def plot_tradeoff(
         axis.xaxis.set_major_formatter(_percent_label)
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), prune="both"))
-    _save(figure, axes, path)
+    save_figure(figure, axes, path)
 
 
 def _panel_rows(reports: Sequence[RobustnessReport]) -> tuple[DataFrame, str]:
@@ -151,7 +151,7 @@ def choose_examples(right: Sequence[bool], stands: Sequence[bool], count: int = 
     return [*fell[: count - few], *withstood[:few], *fell[count - few :], *withstood[few:], *wrong][:count]
 
 
-@_plain_text()
+@plain_text()
 def plot_examples(
     path: str | Path,
     images: ArrayLike,
@@ -210,7 +210,7 @@ def plot_examples(
     _write(figure, path)
 
 
-@_plain_text()
+@plain_text()
 def plot_defences(path: str | Path, rows: Mapping[str, Sequence[RobustnessReport]]) -> None:
     """Write a PNG of what `defence_figures` tells: for each label its clean accuracy, that under the first attack made
     on the classifier alone, the controls on the same images, and the worst of all attacks.
@@ -260,7 +260,7 @@ def _styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _panels(titles: Sequence[str], ylabel: str) -> tuple[Figure, list[Axes]]:
+def make_panels(titles: Sequence[str], ylabel: str) -> tuple[Figure, list[Axes]]:
     """A figure with a panel for each title, at most three in a row."""
     from matplotlib.figure import Figure
 
@@ -285,7 +285,7 @@ def _percent_label(value: float, _: float) -> str:
     return f"{100 * value:.4g} %"
 
 
-def _save(figure: Figure, axes: Sequence[Axes], path: str | Path) -> None:
+def save_figure(figure: Figure, axes: Sequence[Axes], path: str | Path) -> None:
     """Write the figure with one legend for all panels, below them."""
     handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if "chance" in handles:
