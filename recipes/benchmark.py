@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import yaml
 
 from hf_robust_clip.command_line import CommandLine, packaged_config, read_command
 from hf_robust_clip.hub import dump_recipe
@@ -204,7 +205,7 @@ def finished(folder: Path, source: Mapping[str, Any]) -> bool:
     """Whether a run by these settings has left its report in a folder."""
     recipe = folder / "recipe.yaml"
     whole = (folder / "report.json").is_file() and recipe.is_file()
-    return whole and recipe.read_text(encoding="utf-8") == dump_recipe(source)
+    return whole and yaml.safe_load(recipe.read_text(encoding="utf-8")) == yaml.safe_load(dump_recipe(source))
 
 
 def held_out(folder: Path) -> tuple[float, float]:
