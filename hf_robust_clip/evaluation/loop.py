@@ -83,6 +83,10 @@ def evaluate_robustness(
     `defence.start`, of all images in their order, those that fell too; each is attacked with the state before it, and
     the state goes on by the verdict's prediction, never by what attacks asked. A stage that was cut short begins anew.
 
+    A defence whose images are coupled meets the same batches at every stage, on one process: those that fell stay in
+    theirs, and each batch is attacked as a whole to the end, by attacks that let go of no image (PGD). Its figures
+    depend on the batch size, which the report says.
+
     Args:
         model: with its classes set, in label order of `dataset`.
         dataset: pictures with labels. Pictures smaller than the model's input are enlarged inside the model, after the
@@ -102,8 +106,9 @@ def evaluate_robustness(
     Raises ValueError for an empty or an augmented dataset, one whose classes aren't the model's in their order, a
     single class, labels beyond the classes, images outside [0, 1] or of wrong size, a state of another model, dataset,
     defence or setting, a view of a defence without one, a defence without such a view, with a model that lacks what it
-    needs, with a stream state on several processes, or of other traits than it says, and `precision="fast"` for a
-    model in half precision; FloatingPointError for logits that are not finite, naming the stage.
+    needs, with a stream state or coupled images on several processes, with coupled images under an attack that lets go
+    of some, or of other traits than it says, and `precision="fast"` for a model in half precision; FloatingPointError
+    for logits that are not finite, naming the stage.
     """
     defence = Undefended() if defence is None else defence
     if not isinstance(defence, Defence):
@@ -184,12 +189,19 @@ class _Evaluation:
         self.processes = processes
         self.rank: int = processes.process_index if processes else 0
         self.world: int = processes.num_processes if processes else 1
-        if self.world > 1 and not defence.traits.episodic:
-            raise ValueError(f"{defence.name} meets images as one stream: use 1, not {self.world} processes.")
+        self.in_order = not defence.traits.episodic or defence.traits.couples_images
+        if self.world > 1 and self.in_order:
+            raise ValueError(f"{defence.name} meets images in one order: use 1, not {self.world} processes.")
         plan = settings.plan(len(model.class_names))
+        if defence.traits.couples_images and (lets_go := [m.name for _, m in plan if not m.keeps_rows]):
+            raise ValueError(
+                f"attack={settings.attack!r} lets go of images ({lets_go[0]}), and {defence.name} sees those of a "
+                "batch together; take PGD."
+            )
         self.stages = [Stage(threat, member, view) for threat in settings.threat_models() for view, member in plan]
         self.show = progress and self.rank == 0
         self.flags: dict[str, bool] = {}
+        self.remarks: tuple[str, ...] = ()
         self.tuned = 0
         fingerprint = {} if state_dir is None else fingerprint_of(model, dataset, settings, defence)
         self.state = State(state_dir, fingerprint, self.rank, processes)
@@ -212,7 +224,7 @@ class _Evaluation:
                 self.check_model(own)
                 self.run_stage(0, None, list(own))
                 for number, stage in enumerate(self.stages, start=1):
-                    every = self.settings.view.attacks_the_fallen or not self.defence.traits.episodic
+                    every = self.settings.view.attacks_the_fallen or self.in_order
                     left = [i for i in own if every or self.state.found.levels[i][1] >= number]
                     self.run_stage(number, stage, left)
         finally:
@@ -243,6 +255,10 @@ class _Evaluation:
             self.check_traits(images_BCHW)
             prompts = self.defence.predict(self.model, images_BCHW, seed=self.settings.seed).prompts
             self.tuned = sum(value[0].numel() for value in prompts.values())
+            self.remarks = self.defence.remarks(self.model, images_BCHW)
+            if self.defence.traits.couples_images:
+                size = self.settings.batch_size
+                self.remarks += (f"its figures are those of batches of {size}, whose images change one another",)
 
     def check_traits(self, images_BCHW: Tensor) -> None:
         """Raise ValueError for a defence that draws or tunes without saying so: attacks would be chosen wrongly."""
@@ -350,7 +366,9 @@ class _Evaluation:
             class_names=tuple(model.class_names),
             prompt_hash=prompt_hash(model.class_names, model.templates, descriptions),
             attack=settings.attack.name(len(model.class_names)),
-            attack_parameters=settings.attack_parameters(len(model.class_names)),
+            attack_parameters=settings.attack_parameters(
+                len(model.class_names), to_the_end=self.defence.traits.couples_images
+            ),
             view=settings.seen,
             attack_resolution=model.input_size,
             norm=settings.norm,
@@ -388,7 +406,9 @@ class _Evaluation:
 
     def about_defence(self, found: Found) -> dict[str, Any]:
         """What the report says of the defence."""
+        remarks = everyone(self.remarks, self.processes)[0]
         return {
+            **({"remarks": list(remarks)} if remarks else {}),
             "name": self.defence.name,
             "parameters": self.defence.parameters(),
             "traits": asdict(self.defence.traits),

@@ -100,14 +100,16 @@ class EvaluationSettings:
             found.append((view, replace(member, view=view)))
         return found
 
-    def attack_parameters(self, num_classes: int) -> dict[str, Any]:
-        """The suite's, with what the view makes of them, in JSON types."""
+    def attack_parameters(self, num_classes: int, *, to_the_end: bool = False) -> dict[str, Any]:
+        """The suite's, with what the view makes of them, in JSON types.
+
+        Args:
+            to_the_end: whether the defence lets no attack stop before its end, whatever the view.
+        """
         own = self.attack.parameters(self.threat_models(), num_classes)
-        if self.seen.goes_through:
-            return {**own, "eot": self.eot}
-        if self.view.to_the_end and "counts" in own:
-            return {**own, "counts": "the iterate of highest loss"}
-        return own
+        if (self.view.to_the_end or to_the_end) and "counts" in own:
+            own = {**own, "counts": "the iterate of highest loss"}
+        return {**own, "eot": self.eot} if self.seen.goes_through else own
 
     def check_against(self, defence: Defence) -> None:
         """Raise ValueError unless what is attacked goes with what is judged."""
