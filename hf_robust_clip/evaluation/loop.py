@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..attacks.suites import Member, find_adversarial, is_optimising, is_randomised, plain_victim, run_member
 from ..checks import Blindness, check_logits, checked_labels
-from ..defences.base import Defence
+from ..defences.base import Defence, Traits
 from ..defences.undefended import Undefended
 from ..environment import hardware, library_versions
 from ..modeling import ZeroShotClassifier, descriptions_digest, without_gradients
@@ -193,11 +193,6 @@ class _Evaluation:
         if self.world > 1 and self.in_order:
             raise ValueError(f"{defence.name} meets images in one order: use 1, not {self.world} processes.")
         plan = settings.plan(len(model.class_names))
-        if defence.traits.couples_images and (lets_go := [m.name for _, m in plan if not m.keeps_rows]):
-            raise ValueError(
-                f"attack={settings.attack!r} lets go of images ({lets_go[0]}), and {defence.name} sees those of a "
-                "batch together; take PGD."
-            )
         self.stages = [Stage(threat, member, view) for threat in settings.threat_models() for view, member in plan]
         self.show = progress and self.rank == 0
         self.flags: dict[str, bool] = {}
@@ -261,7 +256,9 @@ class _Evaluation:
                 self.remarks += (f"its figures are those of batches of {size}, whose images change one another",)
 
     def check_traits(self, images_BCHW: Tensor) -> None:
-        """Raise ValueError for a defence that draws or tunes without saying so: attacks would be chosen wrongly."""
+        """Raise ValueError for a defence that draws or tunes without saying so: attacks would be chosen wrongly; and
+        for one that does neither and whose images change one another: figures would depend on how they are batched.
+        """
         seeds = itertools.count(self.settings.seed)
 
         def logits(pixels_BCHW: Tensor) -> Tensor:
@@ -271,6 +268,10 @@ class _Evaluation:
         for name, is_so in looks.items():
             if not getattr(traits, name) and is_so(logits, images_BCHW):
                 raise ValueError(f"{self.defence.name} is {name}, and its traits don't say so: Traits({name}=True).")
+        if traits == Traits() and self.model.dtype in (torch.float32, torch.float64):
+            whole, alone = (self.scene.verdict(pixels).logits[0] for pixels in (images_BCHW, images_BCHW[:1]))
+            if (whole - alone).norm() > 1e-3 * alone.norm():
+                raise ValueError(f"{self.defence.name} couples the images of a batch: Traits(couples_images=True).")
 
     def run_stage(self, number: int, stage: Stage | None, rows: list[int]) -> None:
         """Judge the rows that have not been through this stage; a stream begins anew."""

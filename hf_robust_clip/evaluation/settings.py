@@ -15,6 +15,7 @@ from ..threat_model import ThreatModel
 from .attack_views import VIEWS, AttackView, Static
 
 Precision = Literal["fp32", "fast"]
+MANY_CLASSES = 1000  # for so many no suite leaves an attack out
 
 
 @dataclass(frozen=True)
@@ -120,5 +121,10 @@ class EvaluationSettings:
             raise ValueError(f"view {name!r} attacks a test-time defence, and there is none; give defence=...")
         if defence.defends and not self.seen.of_defence:
             raise ValueError(f"view {name!r} says nothing of {defence.name}; choose Adaptive() or AdaptiveWorst().")
+        if defence.traits.couples_images:
+            lets_go = [member.name for _, member in self.plan(MANY_CLASSES) if not member.keeps_rows]
+            if lets_go:
+                told = f"attack={self.attack!r} lets go of images ({lets_go[0]})"
+                raise ValueError(f"{told}, and {defence.name} sees those of a batch together; take PGD.")
         if defence.defends and self.attack.eot > 1:
             raise ValueError(f"attack={self.attack!r} would average equal gradients; set eot of EvaluationSettings.")
