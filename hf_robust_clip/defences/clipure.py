@@ -81,12 +81,12 @@ class CLIPure(Defence):
         it stays.
         """
         unit_BD = F.normalize(embeds_BD, dim=-1)
-        tiny = torch.finfo(unit_BD.dtype).tiny
+        rounding = 8 * torch.finfo(unit_BD.dtype).eps
         for _ in range(self.num_steps):
             pull_BD = text_D - (unit_BD @ text_D)[:, None] * unit_BD
             whole = self.normalised_over == "batch"
             length = pull_BD.norm() if whole else pull_BD.norm(dim=1, keepdim=True)
-            step_BD = self.step_size * pull_BD / length.clamp_min(tiny)
+            step_BD = self.step_size * (length > rounding) * pull_BD / length.clamp_min(rounding)
             unit_BD = F.normalize(unit_BD + (step_BD.detach() if path == "identity" else step_BD), dim=-1)
         return unit_BD
 
