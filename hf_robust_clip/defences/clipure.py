@@ -34,11 +34,13 @@ class CLIPure(Defence):
     defence is the classifier itself, whatever attacks say. How many of a few images do is part of a report.
 
     The default normalises the gradient of each image by itself. `released_preset` does as the authors' code: ||g|| is
-    the norm over the whole batch, so that steps depend on the other images and shrink with their number.
+    the norm over the whole batch, so that steps depend on the other images and shrink with their number (two alike
+    images still come back, nearly).
 
-    Gradients: `"through"` is exact. `"identity"` takes every step's direction for a constant, which is what attacks on
-    the authors' code see: there each step divides gradients by about step_size, 30^10 in all, beneath what the half
-    precision of that code's encoder can hold.
+    Gradients: `"through"` is exact. `"identity"` takes every step's direction for a constant, as attacks on the
+    authors' code do, and each step divides the gradient by about step_size, by 30^10 in all. Here its signs are still
+    nearly those of the exact one. There a part along u, which cancels, drowns it in float32's rounding, and what comes
+    to the encoder, in half precision, is 0: attacks on that code see no gradient.
 
     Args:
         num_steps: N, at least 1.
@@ -86,7 +88,7 @@ class CLIPure(Defence):
             pull_BD = text_D - (unit_BD @ text_D)[:, None] * unit_BD
             whole = self.normalised_over == "batch"
             length = pull_BD.norm() if whole else pull_BD.norm(dim=1, keepdim=True)
-            step_BD = self.step_size * (length > rounding) * pull_BD / length.clamp_min(rounding)
+            step_BD = self.step_size * pull_BD * (length > rounding) / length.clamp_min(rounding)
             unit_BD = F.normalize(unit_BD + (step_BD.detach() if path == "identity" else step_BD), dim=-1)
         return unit_BD
 
