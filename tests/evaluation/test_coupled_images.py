@@ -15,7 +15,7 @@ from hf_robust_clip.attacks.pgd import pgd
 from hf_robust_clip.attacks.suites import PGD
 from hf_robust_clip.defences.base import Defence, Prediction
 from hf_robust_clip.defences.clipure import CLIPure
-from hf_robust_clip.evaluation.attack_views import ATTACKERS_SEED, Adaptive, AdaptiveWorst, DefenceBlind
+from hf_robust_clip.evaluation.attack_views import ATTACKERS_SEED, Adaptive, AdaptiveWorst, DefenceBlind, Scene
 from hf_robust_clip.evaluation.loop import _Evaluation, evaluate_robustness
 from hf_robust_clip.evaluation.settings import EvaluationSettings
 from hf_robust_clip.threat_model import ThreatModel
@@ -33,11 +33,12 @@ def evaluate(defence, view=None, attack=None, count=6, model=None, data=None, **
 TOGETHER = CLIPure(num_steps=3, step_size=2.0, normalised_over="batch")
 
 
-def test_every_batch_is_judged_and_attacked_whole():
+def test_every_batch_is_judged_and_attacked_whole(monkeypatch):
     """By hand: batches of three, each attacked to the end, whatever falls on the way."""
     model = make_base().requires_grad_(False)
     data = Images(model, 6)
     data.labels = torch.cat([TOGETHER.predict(model, part).logits.argmax(1) for part in data.images.split(3)])
+    data.labels[1] = (data.labels[1] + 1) % 6  # wrong from the start, and it stays in its batch
     stands = []
     for rows in (slice(0, 3), slice(3, 6)):
         labels = data.labels[rows]
@@ -48,8 +49,12 @@ def test_every_batch_is_judged_and_attacked_whole():
         adv = pgd(loss, data.images[rows], ThreatModel("8/255", "linf"), num_steps=3, step_size=2.5 * 8 / 255 / 3,
                   random_start=True, seed=0, keep_best=True)  # fmt: skip
         stands += (TOGETHER.predict(model, adv).logits.argmax(1) == labels).tolist()
+    verdict, seen = Scene.verdict, []
+    monkeypatch.setattr(Scene, "verdict", lambda self, images: seen.append(len(images)) or verdict(self, images))
     report = evaluate(TOGETHER, Adaptive(), model=model, data=data)
-    assert report.clean_accuracy == 1.0
+    assert seen == [3, 3, 3, 3]
+    assert report.clean_accuracy == 5 / 6
+    stands[1] = False
     assert report.robust_accuracy[8 / 255] == sum(stands) / 6
     assert report.attack_parameters["counts"] == "the iterate of highest loss"
     assert report.defence["traits"]["couples_images"] and "batches of 3" in " ".join(report.defence["remarks"])
