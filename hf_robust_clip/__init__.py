@@ -50,6 +50,8 @@ _NAMES = {
     "defences.prompt_align": "PromptAlign",
     "defences.r_tpt": "RTPT",
     "defences.ttc": "TTC",
+    "defences.rfi": "RFI SecondMoment",
+    "defences.clipure": "CLIPure",
     "defences.ensemble": "Ensemble",
     "defences.undefended": "Undefended",
     "pipeline": "RobustZeroShotImageClassificationPipeline",

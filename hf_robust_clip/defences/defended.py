@@ -261,9 +261,10 @@ class DefendedClassifier(nn.Module):
     def card(self, repo_id: str) -> ModelCard:
         """A card that says what the repository holds and how to load it, and that nothing was measured."""
         settings, told = self.adapter.parameters(), self.classifier.templates or (PAPER_TEMPLATE,)
-        record = settings.get("statistics")
-        if record:
-            settings["statistics"] = f"{record['num_images']} images of {shown_name(record['dataset'])}"
+        for kind in self.adapter.learns().values():
+            record = settings.get(name := Path(kind.file).stem)
+            if record and {"num_images", "dataset"} <= set(record):
+                settings[name] = f"{record['num_images']} images of {shown_name(record['dataset'])}"
         info = CardInfo(
             repo_id=repo_id,
             base_model=hub_name(self._base()[0]) or "",

@@ -82,9 +82,12 @@ class Scene:
         return replace(victim, deterministic=not self.randomised, seed=self.seed, on_gradient=self.on_gradient)
 
     def defended(self, surrogate: LogitsFn | None = None) -> Victim:
-        """The defence, whose verdict decides; gradients by the surrogate."""
+        """The defence, whose verdict decides; gradients by the surrogate. Where images are coupled none of them is
+        let go.
+        """
         surrogate = None if surrogate is None else self.cheaper(surrogate)
-        return Victim(self.verdict, surrogate, seed=self.seed, on_gradient=self.on_gradient)
+        whole = self.defence.traits.couples_images
+        return Victim(self.verdict, surrogate, seed=self.seed, on_gradient=self.on_gradient, to_the_end=whole)
 
 
 @dataclass(frozen=True)

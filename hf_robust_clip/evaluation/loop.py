@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..attacks.suites import Member, find_adversarial, is_optimising, is_randomised, plain_victim, run_member
 from ..checks import Blindness, check_logits, checked_labels
-from ..defences.base import Defence
+from ..defences.base import Defence, Traits
 from ..defences.undefended import Undefended
 from ..environment import hardware, library_versions
 from ..modeling import ZeroShotClassifier, descriptions_digest, without_gradients
@@ -83,6 +83,10 @@ def evaluate_robustness(
     `defence.start`, of all images in their order, those that fell too; each is attacked with the state before it, and
     the state goes on by the verdict's prediction, never by what attacks asked. A stage that was cut short begins anew.
 
+    A defence whose images are coupled meets the same batches at every stage, on one process: those that fell stay in
+    theirs, and each batch is attacked as a whole to the end, by attacks that let go of no image (PGD). Its figures
+    depend on the batch size, which the report says.
+
     Args:
         model: with its classes set, in label order of `dataset`.
         dataset: pictures with labels. Pictures smaller than the model's input are enlarged inside the model, after the
@@ -102,8 +106,9 @@ def evaluate_robustness(
     Raises ValueError for an empty or an augmented dataset, one whose classes aren't the model's in their order, a
     single class, labels beyond the classes, images outside [0, 1] or of wrong size, a state of another model, dataset,
     defence or setting, a view of a defence without one, a defence without such a view, with a model that lacks what it
-    needs, with a stream state on several processes, or of other traits than it says, and `precision="fast"` for a
-    model in half precision; FloatingPointError for logits that are not finite, naming the stage.
+    needs, with a stream state or coupled images on several processes, with coupled images under an attack that lets go
+    of some, or of other traits than it says, and `precision="fast"` for a model in half precision; FloatingPointError
+    for logits that are not finite, naming the stage.
     """
     defence = Undefended() if defence is None else defence
     if not isinstance(defence, Defence):
@@ -184,12 +189,14 @@ class _Evaluation:
         self.processes = processes
         self.rank: int = processes.process_index if processes else 0
         self.world: int = processes.num_processes if processes else 1
-        if self.world > 1 and not defence.traits.episodic:
-            raise ValueError(f"{defence.name} meets images as one stream: use 1, not {self.world} processes.")
+        self.in_order = not defence.traits.episodic or defence.traits.couples_images
+        if self.world > 1 and self.in_order:
+            raise ValueError(f"{defence.name} meets images in one order: use 1, not {self.world} processes.")
         plan = settings.plan(len(model.class_names))
         self.stages = [Stage(threat, member, view) for threat in settings.threat_models() for view, member in plan]
         self.show = progress and self.rank == 0
         self.flags: dict[str, bool] = {}
+        self.remarks: tuple[str, ...] = ()
         self.tuned = 0
         fingerprint = {} if state_dir is None else fingerprint_of(model, dataset, settings, defence)
         self.state = State(state_dir, fingerprint, self.rank, processes)
@@ -212,7 +219,7 @@ class _Evaluation:
                 self.check_model(own)
                 self.run_stage(0, None, list(own))
                 for number, stage in enumerate(self.stages, start=1):
-                    every = self.settings.view.attacks_the_fallen or not self.defence.traits.episodic
+                    every = self.settings.view.attacks_the_fallen or self.in_order
                     left = [i for i in own if every or self.state.found.levels[i][1] >= number]
                     self.run_stage(number, stage, left)
         finally:
@@ -243,9 +250,15 @@ class _Evaluation:
             self.check_traits(images_BCHW)
             prompts = self.defence.predict(self.model, images_BCHW, seed=self.settings.seed).prompts
             self.tuned = sum(value[0].numel() for value in prompts.values())
+            self.remarks = self.defence.remarks(self.model, images_BCHW)
+            if self.defence.traits.couples_images:
+                size = self.settings.batch_size
+                self.remarks += (f"its figures are those of batches of {size}, whose images change one another",)
 
     def check_traits(self, images_BCHW: Tensor) -> None:
-        """Raise ValueError for a defence that draws or tunes without saying so: attacks would be chosen wrongly."""
+        """Raise ValueError for a defence that draws or tunes without saying so: attacks would be chosen wrongly; and
+        for one that does neither and whose images change one another: figures would depend on how they are batched.
+        """
         seeds = itertools.count(self.settings.seed)
 
         def logits(pixels_BCHW: Tensor) -> Tensor:
@@ -255,6 +268,10 @@ class _Evaluation:
         for name, is_so in looks.items():
             if not getattr(traits, name) and is_so(logits, images_BCHW):
                 raise ValueError(f"{self.defence.name} is {name}, and its traits don't say so: Traits({name}=True).")
+        if traits == Traits() and self.model.dtype in (torch.float32, torch.float64):
+            whole, alone = (self.scene.verdict(pixels).logits[0] for pixels in (images_BCHW, images_BCHW[:1]))
+            if (whole - alone).norm() > 1e-3 * alone.norm():
+                raise ValueError(f"{self.defence.name} couples the images of a batch: Traits(couples_images=True).")
 
     def run_stage(self, number: int, stage: Stage | None, rows: list[int]) -> None:
         """Judge the rows that have not been through this stage; a stream begins anew."""
@@ -350,7 +367,9 @@ class _Evaluation:
             class_names=tuple(model.class_names),
             prompt_hash=prompt_hash(model.class_names, model.templates, descriptions),
             attack=settings.attack.name(len(model.class_names)),
-            attack_parameters=settings.attack_parameters(len(model.class_names)),
+            attack_parameters=settings.attack_parameters(
+                len(model.class_names), to_the_end=self.defence.traits.couples_images
+            ),
             view=settings.seen,
             attack_resolution=model.input_size,
             norm=settings.norm,
@@ -388,7 +407,9 @@ class _Evaluation:
 
     def about_defence(self, found: Found) -> dict[str, Any]:
         """What the report says of the defence."""
+        remarks = everyone(self.remarks, self.processes)[0]
         return {
+            **({"remarks": list(remarks)} if remarks else {}),
             "name": self.defence.name,
             "parameters": self.defence.parameters(),
             "traits": asdict(self.defence.traits),

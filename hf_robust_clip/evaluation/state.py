@@ -148,7 +148,8 @@ def fingerprint_of(
     own = library_versions()["hf_robust_clip"]  # another version may attack otherwise
     attack = own, settings.attack.name(num_classes), settings.attack.parameters(threats, num_classes)
     views = [view for view, _ in settings.plan(num_classes)]
-    batches = "" if defence.traits.episodic else f" batches of {settings.batch_size}"
+    whole = defence.traits.episodic and not defence.traits.couples_images
+    batches = "" if whole else f" batches of {settings.batch_size}"
     return {
         "model": f"{_digest(tensors)} {hashlib.sha256(text.encode()).hexdigest()[:16]}",
         "classes": prompt_hash(model.class_names, model.templates, descriptions_digest(model.descriptions)),

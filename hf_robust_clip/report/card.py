@@ -535,6 +535,7 @@ def _defence_table(reports: Sequence[RobustnessReport]) -> dict[str, Any]:
         "columns": columns,
         "rows": rows,
         "fallbacks": max(report.defence["fallbacks"] for report in reports),  # type: ignore[index]
+        "remarks": "".join(f" {remark[:1].upper()}{remark[1:]}." for remark in first.get("remarks", ())),
         "ms": f"{first['ms_per_image']:.3g}",
         "hardware": reports[0].hardware,
     }

@@ -41,7 +41,7 @@ from ..modeling import ZeroShotClassifier, descriptions_digest
 from ..names import same_place, task_titles, titles
 from ..processes import join_processes, what_runs
 from ..report import RobustnessReport
-from ..report.tables import as_text
+from ..report.tables import as_text, titled
 from ..saving import Saving, left_by_evaluation
 from ..secrets import without_token_keys
 from ..storage import check_writable, write_text
@@ -450,6 +450,10 @@ def show(prepared: Prepared, measured: Measured) -> None:
         remarks.append(
             "no attack went through the defence: the figures say nothing of its strength; add AdaptiveWorst."
         )
+    for report in reports:
+        remarks += [
+            f"{titled(report)} on {report.task}: {told}." for told in (report.defence or {}).get("remarks", ())
+        ]
     for line in filter(None, dict.fromkeys([*remarks, reporting.blind_warning(reports)])):
         print(f"\n{line}\n")
     for report in reports:

@@ -11,9 +11,11 @@ from prompted_clip import NAMES, make_base, make_images, make_prompted
 
 from hf_robust_clip.defences import defence_classes
 from hf_robust_clip.defences.base import Defence, Prediction, Traits
+from hf_robust_clip.defences.clipure import CLIPure
 from hf_robust_clip.defences.ensemble import Ensemble
 from hf_robust_clip.defences.prompt_align import PromptAlign
 from hf_robust_clip.defences.r_tpt import RTPT
+from hf_robust_clip.defences.rfi import RFI
 from hf_robust_clip.defences.tapt import TAPT
 from hf_robust_clip.defences.tpt import TPT
 from hf_robust_clip.defences.ttc import TTC
@@ -28,7 +30,10 @@ def prompted(row: str) -> CLIPForZeroShotClassification:
 
 
 def with_targets(adapter: Defence, classifier: CLIPForZeroShotClassification) -> Defence:
-    return replace(adapter, targets=targets_of(classifier)) if adapter.learns() else adapter
+    if "targets" in adapter.learns():
+        return replace(adapter, targets=targets_of(classifier))
+    few = [{"pixel_values": image, "labels": 0} for image in make_images(9, seed=7)]
+    return adapter.fit(classifier, few) if adapter.learns() else adapter
 
 
 ROWS = {  # row of prompts in the classifier, or none; the defence
@@ -43,6 +48,10 @@ ROWS = {  # row of prompts in the classifier, or none; the defence
     "ttc": (None, TTC()),
     "ttc-VLI": ("VLI", TTC()),
     "ensemble": (None, Ensemble(num_views=6)),
+    "rfi": (None, RFI(top_k=2)),
+    "rfi-VLI": ("VLI", RFI(top_k=2, score="first", centred=True, renormalised=True)),
+    "clipure": (None, CLIPure(num_steps=2, step_size=0.3)),
+    "clipure-VLI": ("VLI", CLIPure(num_steps=2, step_size=0.3, normalised_over="batch")),
 }
 
 
@@ -236,7 +245,7 @@ def test_gradients_reach_the_images_and_no_parameter(pair):
         assert all(parameter.grad is None for parameter in classifier.parameters())
 
 
-@pytest.mark.parametrize("name", ["tapt-VLI", "tpt", "r_tpt", "ttc", "ensemble"])
+@pytest.mark.parametrize("name", ["tapt-VLI", "tpt", "r_tpt", "ttc", "ensemble", "rfi", "clipure"])
 def test_bfloat16_gives_float32_logits_near_those_of_float64(name):
     classifier, adapter = make(name)
     images = (make_images(2) * 255).round() / 255
@@ -351,6 +360,15 @@ WRONG = [
     (TTC, dict(tau=float("nan"))),
     (TTC, dict(beta=float("nan"))),
     (Ensemble, dict(num_views=1)),
+    (RFI, dict(top_k=0)),
+    (RFI, dict(top_k=1.5)),
+    (RFI, dict(score="last")),
+    (CLIPure, dict(num_steps=0)),
+    (CLIPure, dict(step_size=0.0)),
+    (CLIPure, dict(step_size=float("nan"))),
+    (CLIPure, dict(step_size=float("inf"))),
+    (CLIPure, dict(normalised_over="pixel")),
+    (CLIPure, dict(templates="a photo of a {}.")),
     (Ensemble, dict(chunk_size=-1)),
 ]
 
