@@ -28,6 +28,7 @@ from ..processes import Processes, everyone
 from ..report import RobustnessReport, accuracies, blind_warning, choose_examples, prompt_hash
 from ..secrets import refuse_tokens
 from ..threat_model import ThreatModel
+from ..zero_shot_data.fingerprint import dataset_digest
 from ..zero_shot_data.loading import ImageDataset, collate_images
 from .attack_views import AttackView, Scene
 from .controls import controls_of
@@ -81,7 +82,8 @@ def evaluate_robustness(
 
     A defence that isn't episodic meets the images as a stream, on one process: every stage is one of its own, from
     `defence.start`, of all images in their order, those that fell too; each is attacked with the state before it, and
-    the state goes on by the verdict's prediction, never by what attacks asked. A stage that was cut short begins anew.
+    the state goes on by the verdict's prediction, never by what attacks asked. A stage that was cut short goes on
+    where its state was written down (`StreamState`), and else begins anew.
 
     Args:
         model: with its classes set, in label order of `dataset`.
@@ -261,8 +263,7 @@ class _Evaluation:
         done = self.state.found.done
         todo = [i for i in rows if done.get(i, 0) == number]
         if todo and not self.defence.traits.episodic:
-            todo = rows
-            self.scene = replace(self.scene, state=self.defence.start(self.model))
+            todo = self.begin_stream(number, rows, todo)
         title = "clean" if stage is None else str(stage)
         loader = DataLoader(
             Subset(self.dataset, todo),
@@ -283,7 +284,16 @@ class _Evaluation:
                 raise FloatingPointError(f"{title}: {error}") from error
             stands = line.pop("stands")
             noted = [(i, label, *each) for i, label, each in zip(index, labels.tolist(), stands, strict=True)]
-            self.state.note({"stage": number, "rows": noted, **line})
+            self.state.note({"stage": number, "rows": noted, **line}, self.scene.state)
+
+    def begin_stream(self, number: int, rows: list[int], todo: list[int]) -> list[int]:
+        """What of a stage is to be judged, with the state that the first of it meets: the rows that are left, where
+        the state after the others was written down, else all.
+        """
+        first, past = self.defence.start(self.model), rows[: len(rows) - len(todo)]
+        kept = self.state.stream_after(number, past[-1], first) if past and past + todo == rows else None
+        self.scene = replace(self.scene, state=first if kept is None else kept)
+        return rows if kept is None else todo
 
     def judge(self, stage: Stage | None, images_BCHW: Tensor, labels_B: Tensor) -> dict[str, Any]:
         """A batch as the stage attacks it (None: as it is): `stands`, whether the defence and each control is right,
@@ -395,6 +405,21 @@ class _Evaluation:
             "tuned": self.tuned,
             "fallbacks": found.fallbacks,
             "ms_per_image": 1000 * found.seconds / len(found.levels),
+            **({} if self.defence.traits.episodic else {"stream": self.about_stream(found)}),
+        }
+
+    def about_stream(self, found: Found) -> dict[str, Any]:
+        """In which order the images came, and how often their class changed: sorted by class they make another stream
+        than shuffled.
+        """
+        labels = [found.levels[index][0] for index in sorted(found.levels)]
+        changes = sum(one != other for one, other in itertools.pairwise(labels))
+        if 1 < len(set(labels)) == changes + 1 < len(labels):
+            logger.warning("the stream has the images class by class; of shuffled ones the figures may be others.")
+        return {
+            "order": "of the dataset",
+            "images_in_order": dataset_digest(self.dataset, every=True),
+            "class_changes": changes,
         }
 
 
