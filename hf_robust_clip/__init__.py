@@ -63,6 +63,7 @@ _NAMES = {
     "Queries",
     "evaluation.settings": "EvaluationSettings",
     "evaluation.loop": "evaluate_robustness",
+    "evaluation.streams": "stream_poisoning",
     "report.report": "Measurement RobustnessReport",
     "crops": "RandomResizedCrop",
     "distortions": "Augmentation ColourDistortion RandomErasing",

@@ -113,7 +113,7 @@ def evaluate_robustness(
     if not isinstance(model, ZeroShotClassifier):
         model = model.get_base_model()  # of a PeftModel
     settings.check_against(defence)
-    _check_data(dataset, name=name, task=task, model_id=model_id)
+    check_data(dataset, name=name, task=task, model_id=model_id)
     if len(model.class_names) == 1:
         raise ValueError(f"there is one class, {model.class_names[0]!r}: nothing can go wrong; set_classes more.")
     with model.prepared_for(dataset), without_gradients(model), model.fixed_class_embeds():
@@ -154,7 +154,7 @@ def adversarial_examples(
     return images[order].cpu(), adv[order].cpu(), truth, was_named, named
 
 
-def _check_data(dataset: ImageDataset, **told: str) -> None:
+def check_data(dataset: ImageDataset, **told: str) -> None:
     """Raise TypeError or ValueError for images that can't be evaluated, and for names that a report can't show."""
     lacking = [name for name in ("dataset_id", "revision", "split") if not hasattr(dataset, name)]
     if lacking:
