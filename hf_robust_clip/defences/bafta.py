@@ -312,9 +312,9 @@ class BaFTA(Defence):
         self, state: BaFTAState, log_p_VC: Tensor, log_q_VC: Tensor, log_C: Tensor, pi_VD: Tensor
     ) -> BaFTAState:
         """The state after an image: of its views, the first is the image itself."""
-        told = {"centroids": log_q_VC[0], "text": log_p_VC[0], "aggregate": log_C}[self.assigned_by].detach()
+        told = {"centroids": log_q_VC[0], "text": log_p_VC[0], "aggregate": log_C}[self.assigned_by]
         direction_D = pi_VD[0] if self.moved_by == "image" else F.normalize(pi_VD.mean(dim=0), dim=-1)
-        return state.moved(told.argmax(dim=-1, keepdim=True), direction_D.detach())
+        return state.moved(told.argmax(dim=-1, keepdim=True), direction_D)
 
     def _bytes_per_image(self, classifier: ZeroShotClassifier) -> float:
         at_once = self.num_views if self.chunk_size is None else min(self.num_views, self.chunk_size)

@@ -55,31 +55,40 @@ def poisoned(num_poisoned, attack=None, defence=DEFENCE, permutations=2, **where
 
 
 @pytest.fixture(scope="module")
-def whole():
-    """What an evaluation that nobody stopped attacked and said: of five images, one by one, at two radii."""
-    suite = Watched(PGD(1))
-    report = evaluated(suite)
+def whole(tmp_path_factory):
+    """What an evaluation that nobody stopped attacked, of five images, one by one, at two radii; what it said; and the
+    last state that it wrote down.
+    """
+    suite, folder = Watched(PGD(1)), tmp_path_factory.mktemp("whole")
+    report = evaluated(suite, state_dir=folder)
     assert len(suite.seen) == 10
-    return suite.seen, plain(report)
+    return suite.seen, plain(report), written(folder)
+
+
+def written(folder):
+    """The one stream state in a folder: its name is the digest of its file."""
+    (kept,) = folder.glob("stream-*.safetensors")
+    return kept.name
 
 
 def test_a_stage_that_was_cut_short_goes_on_from_the_state(tmp_path, whole):
-    seen, expected = whole
+    seen, expected, last = whole
     with pytest.raises(RuntimeError, match="the power went"):
         evaluated(Watched(PGD(1), 8, crash), state_dir=tmp_path)
-    assert len(list(tmp_path.glob("stream-*.safetensors"))) == 1
+    assert written(tmp_path) != last
     after = Watched(PGD(1))
     assert plain(evaluated(after, state_dir=tmp_path)) == expected
     assert after.seen == seen[7:]  # the batch in which the power went, and no other
+    assert written(tmp_path) == last
 
 
 def test_a_state_that_is_lost_or_of_another_place_is_not_gone_on_from(tmp_path, whole):
     """The second run begins the stage anew, and is stopped earlier than the first: its state is not that after the
     images that the first one finished."""
-    seen, expected = whole
+    seen, expected, last = whole
     with pytest.raises(RuntimeError):
         evaluated(Watched(PGD(1), 9, crash), state_dir=tmp_path)
-    (kept,) = tmp_path.glob("stream-*.safetensors")
+    kept = tmp_path / written(tmp_path)
     kept.write_bytes(kept.read_bytes()[:-8] + bytes(8))
     second, third = Watched(PGD(1), 3, crash), Watched(PGD(1))
     with pytest.raises(RuntimeError):
@@ -87,6 +96,7 @@ def test_a_state_that_is_lost_or_of_another_place_is_not_gone_on_from(tmp_path, 
     assert second.seen == seen[5:8]
     assert plain(evaluated(third, state_dir=tmp_path)) == expected
     assert third.seen == seen[5:]
+    assert written(tmp_path) == last
 
 
 def test_a_stream_of_several_processes_is_refused():
