@@ -22,6 +22,7 @@ from .defences.base import Defence
 from .digits_clip import EMBEDDED_MODEL
 from .evaluation.attack_views import AttackView, DefenceBlind, Static
 from .evaluation.settings import EvaluationSettings, Precision
+from .evaluation.streams import check_poisoning
 from .modeling import PAPER_TEMPLATE
 from .modeling.layouts import KNOWN
 from .names import is_path, same_place
@@ -397,6 +398,9 @@ class EvaluationRunArguments:
         defence: a test-time defence, a class with its settings as --defence.NAME. Where the model's folder holds one
             of the same class, its statistics and settings are taken, save those given here. --fit_on.NAME says on
             which other images it is fitted first.
+        stream_poisoning: of a defence with a stream state: so many images at the head of the stream are attacked, and
+            the clean ones after them judged, in several random orders; 0 for the orders alone.
+        permutations: how many orders.
         published: a published method, such as pmg_aft or tga_zsr/pmg_aft, whose figures are shown beside the measured
             ones. An evaluation with another radius, norm, attack or model is refused.
         published_anyway: show them all the same, with what differs.
@@ -412,6 +416,8 @@ class EvaluationRunArguments:
     compare: Sequence[str] = ()
     reference: str | None = None
     defence: Defence | None = None
+    stream_poisoning: int | None = None
+    permutations: int = 5
     published: str | None = None
     published_anyway: bool = False
     use_cpu: bool = False
@@ -428,6 +434,8 @@ class EvaluationRunArguments:
             raise ValueError("published_anyway=true does nothing without published; name a published method.")
         if self.defence is not None and self.reference is not None:
             raise ValueError(f"reference={self.reference!r} is undefended: evaluate it without a defence.")
+        if self.stream_poisoning is not None:
+            check_poisoning(self.defence, self.stream_poisoning, self.permutations)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Shapes: B images, V views of each, K of them kept, C classes, D embedding width,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -76,6 +76,20 @@ class Fitted(ABC):
     @abstractmethod
     def check(self, classifier: ZeroShotClassifier) -> None:
         """Raise ValueError unless it belongs to this classifier."""
+
+
+class StreamState(ABC):
+    """A stream state that can be written down, so that an evaluation that was stopped goes on from it: a frozen
+    dataclass that a defence gives from `start` and in its predictions. A state of another kind begins anew there.
+    """
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All that images change in it, by name."""
+
+    @abstractmethod
+    def restored(self, tensors: Mapping[str, Tensor]) -> Self:
+        """This state, as `start` gives it, with what another one's `tensors` gave."""
 
 
 @dataclass(frozen=True, kw_only=True)

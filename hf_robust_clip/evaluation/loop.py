@@ -28,6 +28,7 @@ from ..processes import Processes, everyone
 from ..report import RobustnessReport, accuracies, blind_warning, choose_examples, prompt_hash
 from ..secrets import refuse_tokens
 from ..threat_model import ThreatModel
+from ..zero_shot_data.fingerprint import dataset_digest
 from ..zero_shot_data.loading import ImageDataset, collate_images
 from .attack_views import AttackView, Scene
 from .controls import controls_of
@@ -81,7 +82,8 @@ def evaluate_robustness(
 
     A defence that isn't episodic meets the images as a stream, on one process: every stage is one of its own, from
     `defence.start`, of all images in their order, those that fell too; each is attacked with the state before it, and
-    the state goes on by the verdict's prediction, never by what attacks asked. A stage that was cut short begins anew.
+    the state goes on by the verdict's prediction, never by what attacks asked. A stage that was cut short goes on
+    where its state was written down (`StreamState`), and else begins anew.
 
     A defence whose images are coupled meets the same batches at every stage, on one process: those that fell stay in
     theirs, and each batch is attacked as a whole to the end, by attacks that let go of no image (PGD). Its figures
@@ -116,7 +118,7 @@ def evaluate_robustness(
     if not isinstance(model, ZeroShotClassifier):
         model = model.get_base_model()  # of a PeftModel
     settings.check_against(defence)
-    _check_data(dataset, name=name, task=task, model_id=model_id)
+    check_data(dataset, name=name, task=task, model_id=model_id)
     if len(model.class_names) == 1:
         raise ValueError(f"there is one class, {model.class_names[0]!r}: nothing can go wrong; set_classes more.")
     with model.prepared_for(dataset), without_gradients(model), model.fixed_class_embeds():
@@ -157,7 +159,7 @@ def adversarial_examples(
     return images[order].cpu(), adv[order].cpu(), truth, was_named, named
 
 
-def _check_data(dataset: ImageDataset, **told: str) -> None:
+def check_data(dataset: ImageDataset, **told: str) -> None:
     """Raise TypeError or ValueError for images that can't be evaluated, and for names that a report can't show."""
     lacking = [name for name in ("dataset_id", "revision", "split") if not hasattr(dataset, name)]
     if lacking:
@@ -278,8 +280,7 @@ class _Evaluation:
         done = self.state.found.done
         todo = [i for i in rows if done.get(i, 0) == number]
         if todo and not self.defence.traits.episodic:
-            todo = rows
-            self.scene = replace(self.scene, state=self.defence.start(self.model))
+            todo = self.begin_stream(number, rows, todo)
         title = "clean" if stage is None else str(stage)
         loader = DataLoader(
             Subset(self.dataset, todo),
@@ -300,7 +301,16 @@ class _Evaluation:
                 raise FloatingPointError(f"{title}: {error}") from error
             stands = line.pop("stands")
             noted = [(i, label, *each) for i, label, each in zip(index, labels.tolist(), stands, strict=True)]
-            self.state.note({"stage": number, "rows": noted, **line})
+            self.state.note({"stage": number, "rows": noted, **line}, self.scene.state)
+
+    def begin_stream(self, number: int, rows: list[int], todo: list[int]) -> list[int]:
+        """What of a stage is to be judged, with the state that the first of it meets: the rows that are left, where
+        the state after the others was written down, else all.
+        """
+        first, past = self.defence.start(self.model), rows[: len(rows) - len(todo)]
+        kept = self.state.stream_after(number, past[-1], first) if past and past + todo == rows else None
+        self.scene = replace(self.scene, state=first if kept is None else kept)
+        return rows if kept is None else todo
 
     def judge(self, stage: Stage | None, images_BCHW: Tensor, labels_B: Tensor) -> dict[str, Any]:
         """A batch as the stage attacks it (None: as it is): `stands`, whether the defence and each control is right,
@@ -416,6 +426,21 @@ class _Evaluation:
             "tuned": self.tuned,
             "fallbacks": found.fallbacks,
             "ms_per_image": 1000 * found.seconds / len(found.levels),
+            **({} if self.defence.traits.episodic else {"stream": self.about_stream(found)}),
+        }
+
+    def about_stream(self, found: Found) -> dict[str, Any]:
+        """In which order the images came, and how often their class changed: sorted by class they make another stream
+        than shuffled.
+        """
+        labels = [found.levels[index][0] for index in sorted(found.levels)]
+        changes = sum(one != other for one, other in itertools.pairwise(labels))
+        if 1 < len(set(labels)) == changes + 1 < len(labels):
+            logger.warning("the stream has the images class by class; of shuffled ones the figures may be others.")
+        return {
+            "order": "of the dataset",
+            "images_in_order": dataset_digest(self.dataset, every=True),
+            "class_changes": changes,
         }
 
 

@@ -16,8 +16,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from ..defences.base import Defence
-from ..digests import signed, unsigned
+from ..defences.base import Defence, StreamState
+from ..defences.fit import read_tensors, write_tensors
+from ..digests import file_digest, signed, unsigned
 from ..environment import library_versions
 from ..metrics import accuracy_after_each
 from ..modeling import ZeroShotClassifier, descriptions_digest
@@ -93,6 +94,7 @@ class State:
         self.old_lines: list[Line] = []
         self.new_lines: list[Line] = []
         self.file: IO[str] | None = None
+        self.folder = Path(folder or "")
         if folder is None:
             return
         _check_same_everywhere(fingerprint, processes)
@@ -104,14 +106,38 @@ class State:
         with disk_errors(folder, "state_dir"):
             self.file = _open_state(Path(folder), rank, fingerprint)
 
-    def note(self, line: Line) -> None:
-        """One finished batch of this process."""
+    def note(self, line: Line, stream: Any = None) -> None:
+        """One finished batch of this process, and the stream state after it, which is kept until the next is."""
         self.found.add(line)
-        self.new_lines.append(line)
         if self.file is not None:
+            if isinstance(stream, StreamState):
+                line = {**line, "stream": self._keep(stream)}
             with disk_errors(self.file.name, "state"):
                 self.file.write(signed(json.dumps(line)))
                 self.file.flush()
+            for path in self.folder.glob("stream-*.safetensors") if "stream" in line else ():
+                if path.name != f"stream-{line['stream']}.safetensors":
+                    path.unlink(missing_ok=True)
+        self.new_lines.append(line)
+
+    def _keep(self, stream: StreamState) -> str:
+        """Write a stream state down, under the digest of its file."""
+        with disk_errors(self.folder, "state_dir"):
+            write_tensors(draft := self.folder / "stream.safetensors", stream.tensors(), {})
+            found = file_digest(draft)
+            draft.replace(self.folder / f"stream-{found}.safetensors")
+        return found
+
+    def stream_after(self, stage: int, index: int, first: Any) -> Any:
+        """The stream state after a batch of a stage that ended with an image, made of the `first`; None where it can't
+        be had, and the stage must begin anew.
+        """
+        lines = [line for line in self.old_lines if line["stage"] == stage and line["rows"][-1][0] == index]
+        kept = lines[-1].get("stream") if lines else None
+        path = self.folder / f"stream-{kept}.safetensors"
+        if not isinstance(first, StreamState) or not path.is_file() or file_digest(path) != kept:
+            return None
+        return first.restored(read_tensors(path)[0])
 
     def close(self) -> None:
         if self.file is not None:

@@ -10,6 +10,7 @@ from naive import targets_of
 from prompted_clip import NAMES, make_base, make_images, make_prompted
 
 from hf_robust_clip.defences import defence_classes
+from hf_robust_clip.defences.bafta import BaFTA
 from hf_robust_clip.defences.base import Defence, Prediction, Traits
 from hf_robust_clip.defences.clipure import CLIPure
 from hf_robust_clip.defences.ensemble import Ensemble
@@ -52,6 +53,8 @@ ROWS = {  # row of prompts in the classifier, or none; the defence
     "rfi-VLI": ("VLI", RFI(top_k=2, score="first", centred=True, renormalised=True)),
     "clipure": (None, CLIPure(num_steps=2, step_size=0.3)),
     "clipure-VLI": ("VLI", CLIPure(num_steps=2, step_size=0.3, normalised_over="batch")),
+    "bafta": (None, BaFTA(num_views=6)),
+    "bafta-VLI": ("VLI", BaFTA(num_views=6, beta=0)),
 }
 
 
@@ -245,7 +248,7 @@ def test_gradients_reach_the_images_and_no_parameter(pair):
         assert all(parameter.grad is None for parameter in classifier.parameters())
 
 
-@pytest.mark.parametrize("name", ["tapt-VLI", "tpt", "r_tpt", "ttc", "ensemble", "rfi", "clipure"])
+@pytest.mark.parametrize("name", ["tapt-VLI", "tpt", "r_tpt", "ttc", "ensemble", "rfi", "clipure", "bafta"])
 def test_bfloat16_gives_float32_logits_near_those_of_float64(name):
     classifier, adapter = make(name)
     images = (make_images(2) * 255).round() / 255
@@ -359,6 +362,15 @@ WRONG = [
     (TTC, dict(num_steps=0)),
     (TTC, dict(tau=float("nan"))),
     (TTC, dict(beta=float("nan"))),
+    (BaFTA, dict(num_views=0)),
+    (BaFTA, dict(beta=-1.0)),
+    (BaFTA, dict(beta=float("nan"))),
+    (BaFTA, dict(alpha=1.0)),
+    (BaFTA, dict(alpha=0.0)),
+    (BaFTA, dict(weights="printed")),
+    (BaFTA, dict(assigned_by="image")),
+    (BaFTA, dict(moved_by="text")),
+    (BaFTA, dict(max_directions=1)),
     (Ensemble, dict(num_views=1)),
     (RFI, dict(top_k=0)),
     (RFI, dict(top_k=1.5)),
