@@ -143,6 +143,15 @@ class Defence(ABC):
         """Settings that do nothing beside the others, by name, with why."""
         return {}
 
+    def remarks(self, classifier: ZeroShotClassifier, images_BCHW: Tensor) -> tuple[str, ...]:
+        """What a report must say of it in front of this classifier beside its settings, a sentence without its full
+        stop each: what makes it useless, say. Asked once, with the classifier prepared.
+
+        Args:
+            images_BCHW: a few of those that it is judged on.
+        """
+        return ()
+
     @abstractmethod
     def _predict(
         self, classifier: ZeroShotClassifier, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
@@ -249,7 +258,8 @@ class Defence(ABC):
         name = f"{type(self).__name__}._predict"
         if not isinstance(found, Prediction):
             raise TypeError(f"{name} gives a {type(found).__name__}; give a Prediction.")
-        shapes = {"logits": (count, num_classes), "score": (count,), "flagged": (count,), "fell_back": (count,)}
+        shapes: dict[str, tuple[int, ...]] = {"logits": (count, num_classes), "class_scores": (count, num_classes)}
+        shapes |= dict.fromkeys(("score", "flagged", "fell_back"), (count,))
         for key, shape in shapes.items():
             value = getattr(found, key)
             if key != "logits" and value is None:

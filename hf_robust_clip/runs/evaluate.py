@@ -443,6 +443,13 @@ def show(prepared: Prepared, measured: Measured) -> None:
     """Print the table, remarks, and whether the attack breaks the reference."""
     run, reports = prepared.run, measured.reports
     reporting.print_table(reporting.table(reports, prepared.called[run.model.model_name_or_path]))
+    if (detected := reporting.detections(reports)) is not None:
+        print()
+        caption = (
+            "in percent: flagged clean images; AUROC and true alarms at 5 % false ones, of images whose class was "
+            "right when clean; flagged images of a wrong class (how many), and their AUROC"
+        )
+        reporting.print_table(as_text(detected, "detection", caption))
     share = reporting.percent(max(report.zero_gradient_share for report in reports))
     print(f"exactly-zero input gradients in the attacks: at most {share}")
     remarks: list[str | None] = [*measured.remarks, *shared.suite_remarks(prepared.tasks, reports)]
@@ -450,6 +457,9 @@ def show(prepared: Prepared, measured: Measured) -> None:
         remarks.append(
             "no attack went through the defence: the figures say nothing of its strength; add AdaptiveWorst."
         )
+    for report in reports:
+        own = (report.defence or {}).get("remarks", ())
+        remarks += [f"{report.name} on {report.task}: {remark}." for remark in own]
     for line in filter(None, dict.fromkeys([*remarks, reporting.blind_warning(reports)])):
         print(f"\n{line}\n")
     for report in reports:
