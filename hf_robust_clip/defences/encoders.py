@@ -56,7 +56,7 @@ class ClipTower(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         side = self.classifier.config.vision_config.image_size
-        pixels_BCSS = resized(images_BCHW, side).to(self.classifier.dtype)
+        pixels_BCSS = resized(images_BCHW.to(self.classifier.dtype), side)
         return self.classifier.encode_images(pixels_BCSS).float()
 
 
@@ -92,7 +92,7 @@ class SmallEncoder(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         kind = next(self.parameters()).dtype
-        return self.body(resized(images_BCHW, self.side).to(kind) - 0.5)
+        return self.body(resized(images_BCHW.to(kind), self.side) - 0.5)
 
     @classmethod
     def loaded(cls, side: int, weights: Mapping[str, Tensor]) -> SmallEncoder:

@@ -164,13 +164,13 @@ class MirrorCheck(Detector):
         held_out: share of the images given to `fit`, in (0, 1), on which the threshold is found.
         fit_seed: of the division of these images, and of the encoders' training.
 
-    Raises ValueError for numbers out of range; for a prediction without a threshold, with a class that the generator
-    wasn't fitted on, or calibrated on another model.
+    Raises ValueError for numbers out of range; for a prediction without a threshold, with one that was found with
+    other settings or on another model, and with a class that the generator wasn't fitted on.
     Source: arXiv 2406.09250 and its released code, which draws encoders and noise once for a whole evaluation, and
     chooses its threshold on the labels of the images that it then reports; here it is a quantile of clean ones.
     """
 
-    captioner: Captioner = field(default_factory=ZeroShotCaptioner)
+    captioner: Captioner = field(default_factory=lambda: ZeroShotCaptioner())  # no class: it may be given as a mapping
     generators: tuple[Generator, ...] = ()
     encoders: tuple[ImageEncoder, ...] = ()
     num_draws: int = 8
@@ -248,8 +248,37 @@ class MirrorCheck(Detector):
             raise ValueError(
                 f"mirror is missing: fit {self.name} on labelled images, or give generators and encoders."
             )
-        if self.mirror is not None:
-            self.mirror.check(classifier)
+        if self.mirror is None:
+            return
+        self.mirror.check(classifier)
+        then = self.mirror.about.get("calibrated", {})
+        now = self._calibrated()
+        other = [name for name, value in now.items() if then.get(name, value) != value]
+        if other and self.threshold is not None and self.threshold == then.get("threshold"):
+            told = f"{other[0]} is {now[other[0]]!r}, and the threshold was found with {then[other[0]]!r}"
+            raise ValueError(f"{told}; calibrate again.")
+
+    def _calibrated(self) -> dict[str, Any]:
+        """The settings that a threshold belongs to, in JSON types."""
+        names = ("fpr", "captioner", "generators", "encoders", "num_draws", "encoders_at_once", "noise", "noise_on")
+        own = self.parameters()
+        return {name: own[name] for name in names}
+
+    def calibrate(
+        self,
+        classifier: ZeroShotClassifier,
+        images_BCHW: Tensor,
+        *,
+        fpr: float | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+    ) -> Self:
+        found = super().calibrate(classifier, images_BCHW, fpr=fpr, seed=seed, batch_size=batch_size)
+        if found.mirror is None:
+            return found
+        facts = {**found._calibrated(), "threshold": found.threshold, "num_images": len(images_BCHW), "seed": seed}
+        about = json.loads(json.dumps({**found.mirror.about, "calibrated": facts}))
+        return replace(found, mirror=replace(found.mirror, about=about))
 
     # ---- scores
 
@@ -272,7 +301,8 @@ class MirrorCheck(Detector):
                 score_B = score_B.index_put((rows,), -alike_BT.gather(1, columns[:, None]).squeeze(1))
                 if scores_BC is not None:
                     scores_BC = scores_BC.index_put((rows,), -alike_BT)
-        return Prediction(logits_BC, score=score_B, class_scores=scores_BC)
+        nowhere_B = torch.zeros(len(logits_BC), dtype=torch.bool, device=logits_BC.device)
+        return Prediction(logits_BC, nowhere_B, score=score_B, class_scores=scores_BC)
 
     def _draw_of(self, image_CHW: Tensor, seed: int) -> int:
         """Which of the draws an image takes."""
@@ -292,7 +322,7 @@ class MirrorCheck(Detector):
             embed = self._embedding(encoder, draw, images_BCHW.device)
             pictures_TD = self._embedded_pictures(embed, encoder, texts, draw, images_BCHW.device)
             found.append(F.normalize(embed(images_BCHW), dim=1) @ F.normalize(pictures_TD, dim=1).T)
-        return torch.stack(found).mean(dim=0)
+        return torch.stack(found).mean(dim=0).float()
 
     def _modules(self) -> Sequence[nn.Module]:
         if self.encoders:
@@ -377,10 +407,12 @@ class MirrorCheck(Detector):
         """With the generator and the encoders that aren't given, made of one part of the images with their labels,
         and the threshold, found on the other part. All images are held in memory.
 
-        Raises ValueError for images too few to tell `fpr`, a class without images, and captions that don't tell
-        classes apart.
+        Raises ValueError for a threshold that was chosen, images too few to tell `fpr`, a class without images, and
+        captions that don't tell classes apart.
         """
         check_whole(1, batch_size=batch_size)
+        if self.threshold is not None and self.mirror is None:
+            raise ValueError(f"threshold={self.threshold!r} does nothing: fit finds it, by fpr; leave it out.")
         if getattr(dataset, "augment", False):
             raise ValueError("dataset.augment=True gives whole pictures; fit on replace(data, augment=False).")
         first = processes is None or processes.process_index == 0  # one process is enough, and then all have the same
@@ -424,8 +456,9 @@ class MirrorCheck(Detector):
             weights = tuple(
                 {name: value.detach().cpu() for name, value in encoder.state_dict().items()} for encoder in trained
             )
-        record = {**fitting_record(classifier, dataset), "num_calibration_images": len(held)}
-        made = replace(self, mirror=Mirror(side, sampler, weights, record), threshold=None)
+        made = replace(
+            self, mirror=Mirror(side, sampler, weights, fitting_record(classifier, dataset)), threshold=None
+        )
         return made.calibrate(classifier, images_BCHW[held].to(classifier.device), batch_size=batch_size)
 
 

@@ -11,7 +11,10 @@ from prompted_clip import NAMES, make_base, make_images, make_prompted
 
 from hf_robust_clip.defences import defence_classes
 from hf_robust_clip.defences.base import Defence, Prediction, Traits
+from hf_robust_clip.defences.encoders import SmallEncoder
 from hf_robust_clip.defences.ensemble import Ensemble
+from hf_robust_clip.defences.generators import ClasswiseSampler
+from hf_robust_clip.defences.mirror_check import MirrorCheck
 from hf_robust_clip.defences.prompt_align import PromptAlign
 from hf_robust_clip.defences.r_tpt import RTPT
 from hf_robust_clip.defences.tapt import TAPT
@@ -28,9 +31,24 @@ def prompted(row: str) -> CLIPForZeroShotClassification:
 
 
 def with_targets(adapter: Defence, classifier: CLIPForZeroShotClassification) -> Defence:
-    return replace(adapter, targets=targets_of(classifier)) if adapter.learns() else adapter
+    return replace(adapter, targets=targets_of(classifier)) if "targets" in adapter.learns() else adapter
 
 
+class Small:
+    """A random encoder for `MirrorCheck`."""
+
+    def __init__(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = SmallEncoder(8).requires_grad_(False).eval()
+
+    def module(self):
+        return self.net
+
+
+SAMPLER = ClasswiseSampler(
+    tuple(f"a photo of a {name}." for name in NAMES), torch.full((6, 3, 8, 8), 0.5), torch.full((6, 1, 3, 8, 8), 0.1)
+)
 ROWS = {  # row of prompts in the classifier, or none; the defence
     "tapt-V": ("V", TAPT(**FEWER)),
     "tapt-VLI": ("VLI", TAPT(reset_to="random", num_steps=2, **FEWER)),
@@ -43,6 +61,7 @@ ROWS = {  # row of prompts in the classifier, or none; the defence
     "ttc": (None, TTC()),
     "ttc-VLI": ("VLI", TTC()),
     "ensemble": (None, Ensemble(num_views=6)),
+    "mirror_check": (None, MirrorCheck(generators=(SAMPLER,), encoders=(Small(),), threshold=0.0)),
 }
 
 
