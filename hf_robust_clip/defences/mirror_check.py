@@ -361,9 +361,9 @@ class MirrorCheck(Detector):
         if missing:
             if len(kept) > LARGEST_CACHE:
                 kept.clear()
-            with torch.no_grad():
-                embeds_TD = embed(self.pictures(missing, draw.seed, draw.generator).to(device))
-            kept.update({keys[text]: embeds for text, embeds in zip(missing, embeds_TD, strict=True)})
+            pictures = self.pictures(missing, draw.seed, draw.generator).to(device)
+            with torch.no_grad():  # one by one: what is asked for beside a text must not round its embedding otherwise
+                kept.update({keys[text]: embed(one[None])[0] for text, one in zip(missing, pictures, strict=True)})
         return torch.stack([kept[keys[text]] for text in texts])
 
     def pictures(self, texts: Sequence[str], seed: int, generator: int = 0) -> Tensor:

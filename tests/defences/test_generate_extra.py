@@ -76,7 +76,8 @@ def pipeline_folder(tmp_path_factory):
         tokenizer=tokenizer,
         unet=diffusers.UNet2DConditionModel(
             sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=16, attention_head_dim=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             **blocks,
         ),
         scheduler=diffusers.DDIMScheduler(),
