@@ -24,7 +24,7 @@ def world():
 def test_an_image_falls_to_the_class_that_alone_convinces(world):
     """Only one class is believed: others are tried in vain."""
     logits_fn, images, labels = world
-    believed = 2
+    believed = 4
     (member,) = TargetedPGD(8).members(6)
 
     def predict(pixels):
