@@ -282,7 +282,8 @@ class Defence(ABC):
         name = f"{type(self).__name__}._predict"
         if not isinstance(found, Prediction):
             raise TypeError(f"{name} gives a {type(found).__name__}; give a Prediction.")
-        shapes = {"logits": (count, num_classes), "score": (count,), "flagged": (count,), "fell_back": (count,)}
+        shapes: dict[str, tuple[int, ...]] = {"logits": (count, num_classes), "class_scores": (count, num_classes)}
+        shapes |= dict.fromkeys(("score", "flagged", "fell_back"), (count,))
         for key, shape in shapes.items():
             value = getattr(found, key)
             if key != "logits" and value is None:

@@ -128,7 +128,7 @@ def over_images(
     before = classifier.training, classifier.input_size
     try:
         classifier.eval().set_input_size(resolution_of(dataset, before[1]))
-        record = _record(classifier, dataset, data_id)
+        record = fitting_record(classifier, dataset, data_id)
         rank, world = (processes.process_index, processes.num_processes) if processes else (0, 1)
         found, start, state = make(), 0, None
         if state_dir is not None:
@@ -190,8 +190,8 @@ def vision_prompts(classifier: ZeroShotClassifier) -> list[Tensor]:
     return [*own, *coupled_parameters(classifier.image_modules[0])]
 
 
-def _record(classifier: ZeroShotClassifier, dataset: Any, data_id: str | None) -> dict[str, Any]:
-    """Where statistics come from, in JSON types; of folders only the last part of their path."""
+def fitting_record(classifier: ZeroShotClassifier, dataset: Any, data_id: str | None = None) -> dict[str, Any]:
+    """What something was fitted on, in JSON types; of folders only the last part of their path."""
     model, prompts = fingerprints(classifier)
     name = classifier.name_or_path
     return {

@@ -32,6 +32,7 @@ from ..zero_shot_data.fingerprint import dataset_digest
 from ..zero_shot_data.loading import ImageDataset, collate_images
 from .attack_views import AttackView, Scene
 from .controls import controls_of
+from .detection import Alarm, alarms_of, detection
 from .settings import EvaluationSettings
 from .state import Found, State, fingerprint_of
 
@@ -200,6 +201,7 @@ class _Evaluation:
         self.flags: dict[str, bool] = {}
         self.remarks: tuple[str, ...] = ()
         self.tuned = 0
+        self.detects = False
         fingerprint = {} if state_dir is None else fingerprint_of(model, dataset, settings, defence)
         self.state = State(state_dir, fingerprint, self.rank, processes)
         self.controls = controls_of(defence, model, settings.seed)
@@ -250,12 +252,18 @@ class _Evaluation:
             )
         if self.defence.defends:
             self.check_traits(images_BCHW)
-            prompts = self.defence.predict(self.model, images_BCHW, seed=self.settings.seed).prompts
-            self.tuned = sum(value[0].numel() for value in prompts.values())
+            found = self.defence.predict(self.model, images_BCHW, seed=self.settings.seed)
+            self.tuned = sum(value[0].numel() for value in found.prompts.values())
             self.remarks = self.defence.remarks(self.model, images_BCHW)
+            self.detects = found.flagged is not None
             if self.defence.traits.couples_images:
                 size = self.settings.batch_size
                 self.remarks += (f"its figures are those of batches of {size}, whose images change one another",)
+        self.stages = [stage for stage in self.stages if self.detects or not stage.member.of_detectors]
+        if not self.stages:
+            raise ValueError(f"attack={self.settings.attack!r} attacks detectors alone; nothing here flags images.")
+        if self.detects and self.defence.traits.couples_images:
+            raise ValueError(f"{self.defence.name} flags images by what is beside them: no attack here knows of that.")
 
     def check_traits(self, images_BCHW: Tensor) -> None:
         """Raise ValueError for a defence that draws or tunes without saying so: attacks would be chosen wrongly; and
@@ -299,7 +307,9 @@ class _Evaluation:
                 line = self.judge(stage, images, labels)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{title}: {error}") from error
-            stands = line.pop("stands")
+            stands, alarms = line.pop("stands"), line.pop("alarms", None)
+            if alarms is not None:
+                line["alarms"] = [(i, *each) for i, each in zip(index, alarms, strict=True)]
             noted = [(i, label, *each) for i, label, each in zip(index, labels.tolist(), stands, strict=True)]
             self.state.note({"stage": number, "rows": noted, **line}, self.scene.state)
 
@@ -318,6 +328,7 @@ class _Evaluation:
         """
         self.blindness.reset()
         stands, fallbacks, seconds = [], 0, 0.0
+        alarms: list[Alarm] = []
         for rows in _parts(len(labels_B), one_by_one=not self.defence.traits.episodic):
             images, labels = images_BCHW[rows], labels_B[rows]
             if stage is not None:
@@ -328,13 +339,14 @@ class _Evaluation:
             if self.defence.defends:
                 check_logits(prediction.logits, self.defence.name)
             stands.append(self.verdicts(prediction, images, labels, attacked=stage is not None))
+            alarms += alarms_of(prediction, labels)
             fallbacks += 0 if prediction.fell_back is None else int(prediction.fell_back.sum())
             self.scene = replace(self.scene, state=prediction.state)  # the one place where a stream goes on
         line = {
             "stands": torch.cat(stands).int().tolist(),
             "zeros": self.blindness.zeros,
             "total": self.blindness.total,
-        }
+        } | ({"alarms": alarms} if alarms else {})
         return line | ({"fallbacks": fallbacks, "seconds": seconds} if self.defence.defends else {})
 
     def verdicts(self, prediction: Prediction, images_BCHW: Tensor, labels_B: Tensor, attacked: bool) -> Tensor:
@@ -389,7 +401,10 @@ class _Evaluation:
             precision=settings.precision_with(model),
             library_versions=library_versions(),
             hardware=hardware(),
-            measurements=accuracies(share[0], after_each, self.per_class(found), self.controls_found(found)),
+            measurements=(
+                *accuracies(share[0], after_each, self.per_class(found), self.controls_found(found)),
+                *detection(found.alarms, [(stage.threat_model.eps, stage.member.name) for stage in stages]),
+            ),
             defence=self.about_defence(found) if self.defence.defends else None,
             templates=tuple(model.templates),
             descriptions=descriptions,

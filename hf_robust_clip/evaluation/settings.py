@@ -122,7 +122,8 @@ class EvaluationSettings:
         if defence.defends and not self.seen.of_defence:
             raise ValueError(f"view {name!r} says nothing of {defence.name}; choose Adaptive() or AdaptiveWorst().")
         if defence.traits.couples_images:
-            lets_go = [member.name for _, member in self.plan(MANY_CLASSES) if not member.keeps_rows]
+            members = [member for _, member in self.plan(MANY_CLASSES) if not member.of_detectors]
+            lets_go = [member.name for member in members if not member.keeps_rows]
             if lets_go:
                 told = f"attack={self.attack!r} lets go of images ({lets_go[0]})"
                 raise ValueError(f"{told}, and {defence.name} sees those of a batch together; take PGD.")

@@ -27,6 +27,7 @@ from ..report import prompt_hash
 from ..storage import disk_errors
 from ..zero_shot_data.fingerprint import dataset_digest
 from ..zero_shot_data.loading import ImageDataset
+from .detection import Alarm
 from .settings import EvaluationSettings
 
 Line = dict[str, Any]
@@ -44,6 +45,7 @@ class Found:
     total: int = 0
     fallbacks: int = 0
     seconds: float = 0.0
+    alarms: dict[int, dict[int, Alarm]] = field(default_factory=dict)  # of a detector, by stage and image
 
     def right(self, judge: int, stages: int) -> np.ndarray:
         """Whether a judge (0: the defence) got each image right when clean and at each of `stages` attacks, as far as
@@ -61,7 +63,8 @@ class Found:
 
     def add(self, line: Line) -> None:
         """One finished batch: `stage`, `rows` of (index, label, whether it stands for each judge), `zeros`, `total`,
-        and of a defence `fallbacks` and `seconds`.
+        and of a defence `fallbacks` and `seconds`, of a detector `alarms` of (index, score, whether flagged, whether
+        the class is right).
         """
         if any(self.done.get(row[0], 0) != line["stage"] for row in line["rows"]):
             return  # it is known already, or what came before it is lost
@@ -72,6 +75,8 @@ class Found:
             self.done[index] = line["stage"] + 1
         self.zeros += line["zeros"]
         self.total += line["total"]
+        for index, *alarm in line.get("alarms", ()):
+            self.alarms.setdefault(line["stage"], {})[index] = Alarm(*alarm)
         self.fallbacks += line.get("fallbacks", 0)
         self.seconds += line.get("seconds", 0.0) if line["stage"] == 0 else 0.0
 

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 CONTROLS = ("static prompts", "random prompts", "ensemble-64")
 CLEAN, ROBUST = "accuracy", "robust_accuracy"
+DETECTION = (  # of detectors: among clean images and those with a wrong class; among attacked ones
+    "detection_fpr",
+    "detection_fpr_of_errors",
+    "detection_auroc",
+    "detection_tpr_at_5_fpr",
+    "detection_of_successful",
+    "detection_auroc_of_successful",
+)
 
 
 @dataclass(frozen=True)

@@ -465,6 +465,13 @@ def show(prepared: Prepared, measured: Measured) -> None:
     """Print the table, remarks, and whether the attack breaks the reference."""
     run, reports = prepared.run, measured.reports
     reporting.print_table(reporting.table(reports, prepared.called[run.model.model_name_or_path]))
+    if (detected := reporting.detections(reports)) is not None:
+        print()
+        caption = (
+            "in percent: flagged clean images; AUROC and true alarms at 5 % false ones, of images whose class was "
+            "right when clean; flagged images of a wrong class (how many), and their AUROC"
+        )
+        reporting.print_table(as_text(detected, "detection", caption))
     share = reporting.percent(max(report.zero_gradient_share for report in reports))
     print(f"exactly-zero input gradients in the attacks: at most {share}")
     remarks: list[str | None] = [*measured.remarks, *shared.suite_remarks(prepared.tasks, reports)]

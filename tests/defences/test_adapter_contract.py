@@ -13,7 +13,10 @@ from hf_robust_clip.defences import defence_classes
 from hf_robust_clip.defences.bafta import BaFTA
 from hf_robust_clip.defences.base import Defence, Prediction, Traits
 from hf_robust_clip.defences.clipure import CLIPure
+from hf_robust_clip.defences.encoders import SmallEncoder
 from hf_robust_clip.defences.ensemble import Ensemble
+from hf_robust_clip.defences.generators import ClasswiseSampler
+from hf_robust_clip.defences.mirror_check import MirrorCheck
 from hf_robust_clip.defences.prompt_align import PromptAlign
 from hf_robust_clip.defences.r_tpt import RTPT
 from hf_robust_clip.defences.rfi import RFI
@@ -34,9 +37,24 @@ def with_targets(adapter: Defence, classifier: CLIPForZeroShotClassification) ->
     if "targets" in adapter.learns():
         return replace(adapter, targets=targets_of(classifier))
     few = [{"pixel_values": image, "labels": 0} for image in make_images(9, seed=7)]
-    return adapter.fit(classifier, few) if adapter.learns() else adapter
+    return adapter.fit(classifier, few) if "moment" in adapter.learns() else adapter
 
 
+class Small:
+    """A random encoder for `MirrorCheck`."""
+
+    def __init__(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = SmallEncoder(8).requires_grad_(False).eval()
+
+    def module(self):
+        return self.net
+
+
+SAMPLER = ClasswiseSampler(
+    tuple(f"a photo of a {name}." for name in NAMES), torch.full((6, 3, 8, 8), 0.5), torch.full((6, 1, 3, 8, 8), 0.1)
+)
 ROWS = {  # row of prompts in the classifier, or none; the defence
     "tapt-V": ("V", TAPT(**FEWER)),
     "tapt-VLI": ("VLI", TAPT(reset_to="random", num_steps=2, **FEWER)),
@@ -55,6 +73,7 @@ ROWS = {  # row of prompts in the classifier, or none; the defence
     "clipure-VLI": ("VLI", CLIPure(num_steps=2, step_size=0.3, normalised_over="batch")),
     "bafta": (None, BaFTA(num_views=6)),
     "bafta-VLI": ("VLI", BaFTA(num_views=6, beta=0)),
+    "mirror_check": (None, MirrorCheck(generators=(SAMPLER,), encoders=(Small(),), threshold=0.0)),
 }
 
 
