@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from naive import targets_of
-from prompted_clip import NAMES, make_base, make_images, make_prompted
+from prompted_clip import NAMES, make_base, make_class_wise, make_images, make_prompted
 
 from hf_robust_clip.defences import defence_classes
 from hf_robust_clip.defences.base import Defence, Prediction, Traits
+from hf_robust_clip.defences.c_avp import CAVP
 from hf_robust_clip.defences.ensemble import Ensemble
 from hf_robust_clip.defences.prompt_align import PromptAlign
 from hf_robust_clip.defences.r_tpt import RTPT
@@ -19,12 +20,13 @@ from hf_robust_clip.defences.tpt import TPT
 from hf_robust_clip.defences.ttc import TTC
 from hf_robust_clip.modeling import CLIPForZeroShotClassification
 from hf_robust_clip.paper import Paper
+from hf_robust_clip.prompts.access import prompt_layers, without_class_prompts
 
 FEWER = dict(num_views=6, selected=0.5)
 
 
 def prompted(row: str) -> CLIPForZeroShotClassification:
-    return make_prompted(row).get_base_model()
+    return make_class_wise() if row == "class-wise" else make_prompted(row).get_base_model()
 
 
 def with_targets(adapter: Defence, classifier: CLIPForZeroShotClassification) -> Defence:
@@ -43,6 +45,7 @@ ROWS = {  # row of prompts in the classifier, or none; the defence
     "ttc": (None, TTC()),
     "ttc-VLI": ("VLI", TTC()),
     "ensemble": (None, Ensemble(num_views=6)),
+    "c_avp": ("class-wise", CAVP(chunk_size=4)),
 }
 
 
@@ -62,6 +65,11 @@ def test_every_method_has_a_row():
 
 
 # ---- the classifier stays as it is
+
+
+def plain_logits(classifier: CLIPForZeroShotClassification, images: torch.Tensor) -> torch.Tensor:
+    with without_class_prompts(classifier):
+        return classifier(images).logits.detach()
 
 
 def found_in(classifier: CLIPForZeroShotClassification) -> dict:
@@ -96,6 +104,7 @@ def found_in(classifier: CLIPForZeroShotClassification) -> dict:
             torch.backends.cuda.mem_efficient_sdp_enabled(),
         ),
         "fixed embeddings": classifier._fixed,
+        "bare": [module.bare for module in prompt_layers(classifier)],
     }
 
 
@@ -116,12 +125,12 @@ def check_classifier_is_left_alone(adapter: Defence, classifier: CLIPForZeroShot
             classifier.requires_grad_(False)
         classifier.train(trained)
         classifier.text_model.eval()
-        logits, embeds = classifier(images).logits.detach(), classifier.class_embeds
+        logits, embeds = plain_logits(classifier, images), classifier.class_embeds
         before = found_in(classifier)
         adapter.predict(classifier, images, path="through" if trained else "none")
         assert_as_found(classifier, before)
         assert torch.equal(classifier.class_embeds, embeds)
-        assert torch.equal(classifier(images).logits.detach(), logits)
+        assert torch.equal(plain_logits(classifier, images), logits)
 
 
 def test_the_classifier_is_left_alone(pair):
@@ -132,7 +141,7 @@ def test_the_classifier_is_left_alone(pair):
 def test_the_classifier_is_left_alone_when_something_breaks(pair, monkeypatch):
     classifier, adapter = pair
     images = make_images(2)
-    logits, before = classifier(images).logits.detach(), found_in(classifier)
+    logits, before = plain_logits(classifier, images), found_in(classifier)
     encode, calls = CLIPForZeroShotClassification.encode_images, []
 
     def breaking(self, *args, **kwargs):
@@ -151,7 +160,7 @@ def test_the_classifier_is_left_alone_when_something_breaks(pair, monkeypatch):
         assert len(calls) == stop
         assert_as_found(classifier, before)
     monkeypatch.undo()
-    assert torch.equal(classifier(images).logits.detach(), logits)
+    assert torch.equal(plain_logits(classifier, images), logits)
 
 
 @dataclass(frozen=True)
@@ -236,7 +245,7 @@ def test_gradients_reach_the_images_and_no_parameter(pair):
         assert all(parameter.grad is None for parameter in classifier.parameters())
 
 
-@pytest.mark.parametrize("name", ["tapt-VLI", "tpt", "r_tpt", "ttc", "ensemble"])
+@pytest.mark.parametrize("name", ["tapt-VLI", "tpt", "r_tpt", "ttc", "ensemble", "c_avp"])
 def test_bfloat16_gives_float32_logits_near_those_of_float64(name):
     classifier, adapter = make(name)
     images = (make_images(2) * 255).round() / 255
@@ -352,6 +361,9 @@ WRONG = [
     (TTC, dict(beta=float("nan"))),
     (Ensemble, dict(num_views=1)),
     (Ensemble, dict(chunk_size=-1)),
+    (CAVP, dict(temperature=0.0)),
+    (CAVP, dict(temperature=float("inf"))),
+    (CAVP, dict(chunk_size=0)),
 ]
 
 
