@@ -19,7 +19,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 DEFAULT = RECIPES / "configs/digits-clip/pmg_aft.yaml"
 TAPT = RECIPES / "configs/digits-clip/tapt.yaml"
 METHODS = ("pmg_aft", "tecoa", "fare", "trades", "clean", "apt", "tapt", "fap", "coop", "agft", "sim_clip", "tga_zsr",
-           "comp_tga", "saft", "acl", "adv_cl")  # fmt: skip
+           "comp_tga", "saft", "acl", "adv_cl", "c_avp")  # fmt: skip
 METHOD_CONFIGS = sorted(path for path in (RECIPES / "configs").rglob("*.yaml") if path.stem.startswith(METHODS))
 CONFIGS = [path for path in METHOD_CONFIGS if path.parent.name != "mini-clip"]
 EVALUATIONS = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checks import check_above, check_whole
 from ..modeling import ZeroShotClassifier
 from ..paper import Paper
-from ..prompts.access import check_same_names, classes_with_prompts, without_class_prompts
+from ..prompts.access import check_same_names, classes_with_prompts, unclipped_gradients, without_class_prompts
 from .base import Defence, GradientPath, Prediction
 from .memory import activation_bytes
 from .prompted import slices
@@ -33,7 +33,7 @@ class CAVP(Defence):
         temperature: t, above 0; the paper has 1.
         chunk_size: prompts in one forward, for each image; None takes all classes' at once.
 
-    A gradient `"through"` is exact, and `"identity"` the same; where clipping binds it is 0.
+    A gradient `"through"` is exact: where clipping binds it is 0. `"identity"` takes clipping for the identity.
     Raises ValueError for numbers out of range, and for a classifier without class-wise prompts.
     Source: arXiv 2210.06284 and the code released with it, whose test attack is made on the network without prompts.
     """
@@ -67,7 +67,8 @@ class CAVP(Defence):
         self, classifier: ZeroShotClassifier, images_BCHW: Tensor, state: Any, seed: int, path: GradientPath
     ) -> Prediction:
         count = len(images_BCHW)
-        with torch.set_grad_enabled(path != "none"):
+        clipping = unclipped_gradients(classifier) if path == "identity" else nullcontext()
+        with torch.set_grad_enabled(path != "none"), clipping:
             found = []
             for part in slices(len(classifier.class_names), self.chunk_size):
                 classes_K = torch.arange(part.start, part.stop, device=images_BCHW.device)

@@ -81,15 +81,29 @@ def without_class_prompts(model: nn.Module) -> Iterator[None]:
     """Forwards inside that choose no class' prompt are those of the network without prompts: what an attack sees that
     doesn't know of them. Other prompts stay.
     """
+    with _switched_on(model, "bare"):
+        yield
+
+
+@contextmanager
+def unclipped_gradients(model: nn.Module) -> Iterator[None]:
+    """Gradients inside take the clipping of pixel prompts for the identity, where they would be 0: for attacks."""
+    with _switched_on(model, "unclipped_gradient"):
+        yield
+
+
+@contextmanager
+def _switched_on(model: nn.Module, switch: str) -> Iterator[None]:
+    """A switch of all layers with pixel prompts; as found afterwards."""
     layers = [layer for layer in prompt_layers(model) if layer.place.tower == "pixel"]
-    before = [layer.bare for layer in layers]
+    before = [getattr(layer, switch) for layer in layers]
     try:
         for layer in layers:
-            layer.bare = True
+            setattr(layer, switch, True)
         yield
     finally:
         for layer, was in zip(layers, before, strict=True):
-            layer.bare = was
+            setattr(layer, switch, was)
 
 
 def num_vision_prompts(model: nn.Module) -> int:

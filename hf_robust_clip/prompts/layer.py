@@ -57,6 +57,7 @@ class ClipPromptLayer(nn.Module, BaseTunerLayer):
         self.partner: list[ClipPromptLayer] = []  # the same layer of the other tower; in a list: not a submodule
         self.pixel_index: dict[str, Tensor] = {}
         self.unit_pixels: dict[str, UnitPixels] = {}
+        self.unclipped_gradient = False  # whether a gradient takes clipping for the identity
         self.bare = False  # whether a forward that chooses no class' prompt is that of the network without prompts
 
     def update_layer(self, adapter_name: str, tokens: Tensor | None, projection: nn.Linear | None = None) -> None:
@@ -152,7 +153,11 @@ class ClipPromptLayer(nn.Module, BaseTunerLayer):
             )
         pixels_BCN, prompts = match_rows(pixels_BCHW.flatten(2), prompts)
         where = self.pixel_index[self.active_names[0]].to(pixels_BCHW.device)
-        return pixels_BCN.index_add(2, where, prompts).clamp(0, 1).view(-1, *pixels_BCHW.shape[1:])
+        sum_BCN = pixels_BCN.index_add(2, where, prompts)
+        clipped_BCN = sum_BCN.clamp(0, 1)
+        if self.unclipped_gradient:
+            clipped_BCN = sum_BCN + (clipped_BCN - sum_BCN).detach()
+        return clipped_BCN.view(-1, *pixels_BCHW.shape[1:])
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # whatever the wrapped module takes
         if self.place.tower == "pixel":

@@ -104,7 +104,7 @@ def found_in(classifier: CLIPForZeroShotClassification) -> dict:
             torch.backends.cuda.mem_efficient_sdp_enabled(),
         ),
         "fixed embeddings": classifier._fixed,
-        "bare": [module.bare for module in prompt_layers(classifier)],
+        "switches": [(module.bare, module.unclipped_gradient) for module in prompt_layers(classifier)],
     }
 
 
