@@ -472,7 +472,7 @@ def test_every_config_is_read(config):
     assert found.training.threat_model().eps > 0
     model = {"laion-vit-b-32": "CLIP-ViT-B-32-laion2B-s34B-b79K"}.get(config.parent.name, config.parent.name)
     assert found.model.model_name_or_path.split("/")[-1] == model
-    assert bool(found.defences) == (method == "tapt")
+    assert bool(found.defences) == (method in ("tapt", "c_avp"))
     if "imagenet" in config.name or (method == "tapt" and "base" in config.parent.name):
         update = found.training.per_device_train_batch_size * found.training.gradient_accumulation_steps
         others = {"fare": 128, "tga_zsr": 128, "comp_tga": 128, "sim_clip": 64, "apt": 32, "tapt": 32, "fap": 4}

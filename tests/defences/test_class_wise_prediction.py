@@ -8,9 +8,11 @@ from torch.utils.data import Dataset
 from hf_robust_clip.defences.c_avp import CAVP
 from hf_robust_clip.defences.ensemble import Ensemble
 from hf_robust_clip.defences.ttc import TTC
+from hf_robust_clip.defences.undefended import Undefended
 from hf_robust_clip.evaluation.attack_views import VIEWS, AdaptiveWorst, Scene
 from hf_robust_clip.evaluation.loop import evaluate_robustness
 from hf_robust_clip.evaluation.settings import EvaluationSettings
+from hf_robust_clip.evaluation.state import fingerprint_of
 
 
 def naive(images, prompts_KCN, temperature=1.0):
@@ -139,3 +141,12 @@ def test_classifiers_without_class_wise_prompts_are_refused():
 def test_other_defences_refuse_class_wise_prompts(defence):
     with pytest.raises(ValueError, match="class_prompts"):
         defence.predict(make_class_wise(), make_images(2))
+
+
+def test_a_run_never_goes_on_with_prompts_of_other_units():
+    data, settings = Pictures(make_images(2), [0, 1]), EvaluationSettings(radii=["4/255"])
+    models = [make_prompted("pixel-border", clipped=clipped) for clipped in (True, False, True)]
+    clipped, plain, again = (
+        fingerprint_of(model.get_base_model(), data, settings, Undefended())["model"] for model in models
+    )
+    assert clipped == again != plain
