@@ -40,6 +40,7 @@ _NAMES = {
     "objectives.ascl": "ASCL",
     "objectives.acl": "ACL",
     "objectives.adv_cl": "AdvCL",
+    "objectives.c_avp": "CAVP",
     "defences.base": "Defence Fitted StreamState Traits",
     "prediction": "Prediction",
     "paper": "Paper",
@@ -66,7 +67,7 @@ _NAMES = {
     "training.trainer": "RobustClipTrainer",
     "training.named": "CleanTrainer TeCoATrainer FARETrainer TRADESTrainer PMGAFTTrainer APTTrainer TAPTTrainer "
     "FAPTrainer CoOpTrainer AGFTTrainer CAWTrainer SimCLIPTrainer SimpleATTrainer TGAZSRTrainer ASCLTrainer "
-    "CompTGATrainer SAFTTrainer ACLTrainer AdvCLTrainer",
+    "CompTGATrainer SAFTTrainer ACLTrainer AdvCLTrainer CAVPTrainer",
     "evaluation.attack_views": "AttackView AdaptiveWorst Static DefenceBlind TransferFromAdapted BPDA Adaptive "
     "Queries",
     "evaluation.settings": "EvaluationSettings",

@@ -170,7 +170,7 @@ def fingerprint_of(
     """
     tensors = [*model.parameters(), model.class_token_ids, model.image_mean, model.image_std]
     adapters = [
-        (layer.active_adapters, layer.disable_adapters, getattr(layer, "scaling", None))
+        (layer.active_adapters, layer.disable_adapters, getattr(layer, "scaling", None), *_units(layer))
         for layer in model.modules()
         if isinstance(layer, BaseTunerLayer)
     ]
@@ -190,6 +190,11 @@ def fingerprint_of(
         "defence": f"{defence.name} {defence.parameters()} {_digest(_tensors(defence))} {views} eot "
         f"{settings.eot}{batches}",
     }
+
+
+def _units(layer: BaseTunerLayer) -> list[Any]:
+    """How pixel prompts are put on pictures, where it is in [0, 1]: the same values would be other prompts else."""
+    return [units] if (units := getattr(layer, "unit_pixels", None)) else []
 
 
 def _tensors(value: Any) -> list[Tensor]:

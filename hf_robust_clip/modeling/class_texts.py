@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..prompts.access import active_prompts, coupled_parameters
+from ..prompts.access import active_prompts, check_bound_classes, coupled_parameters
 from .descriptions import before_the_class, check_descriptions, default_template, texts_of
 from .freshness import module_key
 from .shared_prefix import PackedTexts, end_positions, pack_texts
@@ -75,10 +75,12 @@ class ClassTexts(Model):
 
         Raises ValueError for no, empty or duplicate names; a template without `{}`, one with `{description}` where
         there are no descriptions, and none with it where there are; descriptions of unknown classes, of some classes
-        alone, empty or twice the same; texts longer than the context; and two classes with the same texts.
+        alone, empty or twice the same; texts longer than the context; two classes with the same texts; and other
+        classes than those that class-wise prompts in the model were made for.
         """
         template = default_template(descriptions) if template is None else template
         names, templates = check_classes(class_names, template, described=descriptions is not None)
+        check_bound_classes(self, names)
         described = {} if descriptions is None else check_descriptions(descriptions, names)
         texts = [texts_of(name, templates, described) for name in names]
         ids_RL = self._tokenized([text for own in texts for _, text in own], bool(described))

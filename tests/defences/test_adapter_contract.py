@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from naive import targets_of
-from prompted_clip import NAMES, make_base, make_images, make_prompted
+from prompted_clip import NAMES, make_base, make_class_wise, make_images, make_prompted
 
 from hf_robust_clip.defences import defence_classes
 from hf_robust_clip.defences.bafta import BaFTA
 from hf_robust_clip.defences.base import Defence, Prediction, Traits
+from hf_robust_clip.defences.c_avp import CAVP
 from hf_robust_clip.defences.clipure import CLIPure
 from hf_robust_clip.defences.encoders import SmallEncoder
 from hf_robust_clip.defences.ensemble import Ensemble
@@ -25,12 +26,13 @@ from hf_robust_clip.defences.tpt import TPT
 from hf_robust_clip.defences.ttc import TTC
 from hf_robust_clip.modeling import CLIPForZeroShotClassification
 from hf_robust_clip.paper import Paper
+from hf_robust_clip.prompts.access import prompt_layers, without_class_prompts
 
 FEWER = dict(num_views=6, selected=0.5)
 
 
 def prompted(row: str) -> CLIPForZeroShotClassification:
-    return make_prompted(row).get_base_model()
+    return make_class_wise() if row == "class-wise" else make_prompted(row).get_base_model()
 
 
 def with_targets(adapter: Defence, classifier: CLIPForZeroShotClassification) -> Defence:
@@ -74,6 +76,7 @@ ROWS = {  # row of prompts in the classifier, or none; the defence
     "bafta": (None, BaFTA(num_views=6)),
     "bafta-VLI": ("VLI", BaFTA(num_views=6, beta=0)),
     "mirror_check": (None, MirrorCheck(generators=(SAMPLER,), encoders=(Small(),), threshold=0.0)),
+    "c_avp": ("class-wise", CAVP(chunk_size=4)),
 }
 
 
@@ -93,6 +96,11 @@ def test_every_method_has_a_row():
 
 
 # ---- the classifier stays as it is
+
+
+def plain_logits(classifier: CLIPForZeroShotClassification, images: torch.Tensor) -> torch.Tensor:
+    with without_class_prompts(classifier):
+        return classifier(images).logits.detach()
 
 
 def found_in(classifier: CLIPForZeroShotClassification) -> dict:
@@ -127,6 +135,7 @@ def found_in(classifier: CLIPForZeroShotClassification) -> dict:
             torch.backends.cuda.mem_efficient_sdp_enabled(),
         ),
         "fixed embeddings": classifier._fixed,
+        "switches": [(module.bare, module.unclipped_gradient) for module in prompt_layers(classifier)],
     }
 
 
@@ -147,12 +156,12 @@ def check_classifier_is_left_alone(adapter: Defence, classifier: CLIPForZeroShot
             classifier.requires_grad_(False)
         classifier.train(trained)
         classifier.text_model.eval()
-        logits, embeds = classifier(images).logits.detach(), classifier.class_embeds
+        logits, embeds = plain_logits(classifier, images), classifier.class_embeds
         before = found_in(classifier)
         adapter.predict(classifier, images, path="through" if trained else "none")
         assert_as_found(classifier, before)
         assert torch.equal(classifier.class_embeds, embeds)
-        assert torch.equal(classifier(images).logits.detach(), logits)
+        assert torch.equal(plain_logits(classifier, images), logits)
 
 
 def test_the_classifier_is_left_alone(pair):
@@ -163,7 +172,7 @@ def test_the_classifier_is_left_alone(pair):
 def test_the_classifier_is_left_alone_when_something_breaks(pair, monkeypatch):
     classifier, adapter = pair
     images = make_images(2)
-    logits, before = classifier(images).logits.detach(), found_in(classifier)
+    logits, before = plain_logits(classifier, images), found_in(classifier)
     encode, calls = CLIPForZeroShotClassification.encode_images, []
 
     def breaking(self, *args, **kwargs):
@@ -182,7 +191,7 @@ def test_the_classifier_is_left_alone_when_something_breaks(pair, monkeypatch):
         assert len(calls) == stop
         assert_as_found(classifier, before)
     monkeypatch.undo()
-    assert torch.equal(classifier(images).logits.detach(), logits)
+    assert torch.equal(plain_logits(classifier, images), logits)
 
 
 @dataclass(frozen=True)
@@ -267,7 +276,7 @@ def test_gradients_reach_the_images_and_no_parameter(pair):
         assert all(parameter.grad is None for parameter in classifier.parameters())
 
 
-@pytest.mark.parametrize("name", ["tapt-VLI", "tpt", "r_tpt", "ttc", "ensemble", "rfi", "clipure", "bafta"])
+@pytest.mark.parametrize("name", ["tapt-VLI", "tpt", "r_tpt", "ttc", "ensemble", "rfi", "clipure", "bafta", "c_avp"])
 def test_bfloat16_gives_float32_logits_near_those_of_float64(name):
     classifier, adapter = make(name)
     images = (make_images(2) * 255).round() / 255
@@ -401,6 +410,9 @@ WRONG = [
     (CLIPure, dict(normalised_over="pixel")),
     (CLIPure, dict(templates="a photo of a {}.")),
     (Ensemble, dict(chunk_size=-1)),
+    (CAVP, dict(temperature=0.0)),
+    (CAVP, dict(temperature=float("inf"))),
+    (CAVP, dict(chunk_size=0)),
 ]
 
 
