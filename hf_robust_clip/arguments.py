@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,11 +22,13 @@ from .defences.base import Defence
 from .digits_clip import EMBEDDED_MODEL
 from .evaluation.attack_views import AttackView, DefenceBlind, Static
 from .evaluation.settings import EvaluationSettings, Precision
+from .evaluation.streams import check_poisoning
 from .modeling import PAPER_TEMPLATE
 from .modeling.layouts import KNOWN
 from .names import is_path, same_place
 from .objectives.base import Objective
 
+SLICE = re.compile(r"[^\[]+\[(\d*)(%?):(\d*)(%?)\]")  # of a split: start, its unit, stop, its unit
 ACTIVATIONS = ("quick_gelu", "gelu")  # of OpenAI's CLIPs, of others
 NORMALISATIONS = {
     "clip": (list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)),
@@ -148,10 +153,30 @@ class Images(PictureArguments):
             raise ValueError(f"data_root={self.data_root!r} does nothing for digits, which come with scikit-learn.")
 
     def overlaps(self, other: Images) -> bool:
-        """Whether both take pictures of the same split, and of a class in common where both choose classes."""
-        places = {(i.dataset, i.data_root, i.config, i.revision, i.split) for i in (self, other)}
+        """Whether both may take pictures of the same split, by its name and slice, and of a class in common where both
+        choose classes.
+        """
+        places = {(i.dataset, i.data_root, i.config, i.revision) for i in (self, other)}
         chosen = [set(i.classes) for i in (self, other) if i.classes is not None]
-        return len(places) == 1 and (len(chosen) < 2 or bool(chosen[0] & chosen[1]))
+        common = len(chosen) < 2 or bool(chosen[0] & chosen[1])
+        return len(places) == 1 and common and not _are_apart(self.split, other.split)
+
+
+def _are_apart(split: str, other: str) -> bool:
+    """Whether the texts of two splits, such as train[:80%], say that no row is in both."""
+    return all(_parts_are_apart(*pair) for pair in itertools.product(split.split("+"), other.split("+")))
+
+
+def _parts_are_apart(one: str, two: str) -> bool:
+    names = {part.partition("[")[0] for part in (one, two)}
+    slices = [SLICE.fullmatch(part) for part in (one, two)]
+    if "all" in names or len(names) == 2 or not all(slices):
+        return "all" not in names and len(names) == 2
+    ends = [found.groups() for found in slices if found]
+    units = {unit for start, first, stop, last in ends for number, unit in ((start, first), (stop, last)) if number}
+    latest_start = max(int(start or 0) for start, _, _, _ in ends)
+    first_stop = min(int(stop or sys.maxsize) for _, _, stop, _ in ends)
+    return len(units) <= 1 and latest_start >= first_stop
 
 
 @dataclass(frozen=True)
@@ -373,6 +398,9 @@ class EvaluationRunArguments:
         defence: a test-time defence, a class with its settings as --defence.NAME. Where the model's folder holds one
             of the same class, its statistics and settings are taken, save those given here. --fit_on.NAME says on
             which other images it is fitted first.
+        stream_poisoning: of a defence with a stream state: so many images at the head of the stream are attacked, and
+            the clean ones after them judged, in several random orders; 0 for the orders alone.
+        permutations: how many orders.
         published: a published method, such as pmg_aft or tga_zsr/pmg_aft, whose figures are shown beside the measured
             ones. An evaluation with another radius, norm, attack or model is refused.
         published_anyway: show them all the same, with what differs.
@@ -388,6 +416,8 @@ class EvaluationRunArguments:
     compare: Sequence[str] = ()
     reference: str | None = None
     defence: Defence | None = None
+    stream_poisoning: int | None = None
+    permutations: int = 5
     published: str | None = None
     published_anyway: bool = False
     use_cpu: bool = False
@@ -404,6 +434,8 @@ class EvaluationRunArguments:
             raise ValueError("published_anyway=true does nothing without published; name a published method.")
         if self.defence is not None and self.reference is not None:
             raise ValueError(f"reference={self.reference!r} is undefended: evaluate it without a defence.")
+        if self.stream_poisoning is not None:
+            check_poisoning(self.defence, self.stream_poisoning, self.permutations)
 
 
 @dataclass(frozen=True)

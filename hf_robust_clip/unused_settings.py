@@ -22,7 +22,7 @@ USED_BY_DESIGN = {
     "VLI": (*VISION, *TEXT, "init_std"),
     "VLJ": (*VISION, *TEXT, "init_std", "coupling"),
     "T": (*TEXT, "init_std"),
-    "pixel": ("pixel_region", "border_width"),
+    "pixel": ("pixel_region", "border_width", "clipped", "per_class", "prompt_size"),
 }
 USED_BY_ALL = ("design", "modules_to_save")
 PROMPTS = tuple(dict.fromkeys([*USED_BY_ALL, *(key for keys in USED_BY_DESIGN.values() for key in keys)]))

@@ -20,6 +20,7 @@ DEFAULT = RECIPES / "configs/digits-clip/pmg_aft.yaml"
 TAPT = RECIPES / "configs/digits-clip/tapt.yaml"
 METHODS = ("tapt", *sorted(cls.__module__.rpartition(".")[2] for cls in classes_in(OBJECTIVE).values()))
 WITHOUT_CONFIGS = {"contrastive"}  # it pretrains
+PROMPTS = {"apt", "tapt", "coop", "fap", "c_avp"}
 METHOD_CONFIGS = sorted(path for path in (RECIPES / "configs").rglob("*.yaml") if path.stem.startswith(METHODS))
 CONFIGS = [path for path in METHOD_CONFIGS if path.parent.name != "mini-clip"]
 EVALUATIONS = (
@@ -474,9 +475,9 @@ def test_there_are_configs_for_every_method_and_seven_models():
 
 @pytest.mark.parametrize("model", ["clip-vit-base-patch32", "clip-vit-base-patch16"])
 def test_every_method_has_a_config_for_both_base_models(model):
-    """FAP was published for ViT-B/32 alone, and CoOp, which isn't attacked, is a control."""
+    """FAP was published for ViT-B/32 alone, C-AVP for no CLIP, and CoOp, which isn't attacked, is a control."""
     own = {method_of(config) for config in CONFIGS if config.parent.name == model}
-    assert {*METHODS} - {"trades", "clean", "fap", "coop", *WITHOUT_CONFIGS} <= own
+    assert {*METHODS} - {"trades", "clean", "fap", "coop", "c_avp", *WITHOUT_CONFIGS} <= own
 
 
 DEFAULTS = [path for path in CONFIGS if "imagenet" in path.name and method_of(path) not in ("pmg_aft", "apt", "tapt")]
@@ -510,7 +511,7 @@ def test_every_config_is_read(config):
     assert found.training.threat_model().eps > 0
     model = {"laion-vit-b-32": "CLIP-ViT-B-32-laion2B-s34B-b79K"}.get(config.parent.name, config.parent.name)
     assert found.model.model_name_or_path.split("/")[-1] == model
-    assert bool(found.defences) == (method == "tapt")
+    assert bool(found.defences) == (method in ("tapt", "c_avp"))
     if "imagenet" in config.name or (method == "tapt" and "base" in config.parent.name):
         update = found.training.per_device_train_batch_size * found.training.gradient_accumulation_steps
         others = {"tecoa_robustvlm": 128, "fare": 128, "tga_zsr": 128, "comp_tga": 128, "saft": 128, "ascl": 128,
@@ -695,7 +696,7 @@ def test_methods_of_the_mini_benchmark_share_everything_but_themselves():
         for path in METHOD_CONFIGS
         if path.parent.name == "mini-clip" and method_of(path) not in ("apt", "tapt", "coop")
     ]
-    weights = {"clean", "pmg_aft_paper", "pmg_aft_released"} | {*METHODS} - {"pmg_aft", "apt", "tapt", "coop", "fap"}
+    weights = {"clean", "pmg_aft_paper", "pmg_aft_released"} | {*METHODS} - {"pmg_aft", *PROMPTS}
     assert {path.stem for path in own} == weights - WITHOUT_CONFIGS
     plain = yaml.safe_load((RECIPES / "configs/mini-clip/tecoa.yaml").read_text())
     shared = {key: value for key, value in plain.items() if key not in ("output_dir", "learning_rate", "objective")}

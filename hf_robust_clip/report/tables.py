@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from ..threat_model import ThreatModel
-from .report import CLEAN, CONTROLS, ROBUST, RobustnessReport, frame, percent, templates_told
+from .report import CLEAN, CONTROLS, DETECTION, ROBUST, RobustnessReport, frame, percent, templates_told
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -58,13 +58,13 @@ def print_table(shown: RenderableType) -> None:
 
 def figures(reports: Sequence[RobustnessReport]) -> Cells:
     """A row for each report, and below it one for each control of its defence: number of images, and in percent the
-    clean accuracy, those at each radius, and other metrics; milliseconds per image, if there are defences. Reports of
-    the same images under the same attack stand together.
+    clean accuracy, those at each radius, and other metrics (`detections` has those of detectors); milliseconds per
+    image, if there are defences. Reports of the same images under the same attack stand together.
 
     Raises ValueError for no reports and for several norms, whose radii can't share columns.
     """
     norm = one_norm(reports)
-    rows = headlines(reports)
+    rows = _of_accuracies(headlines(reports))
     values = by_column(rows, rows["value"].map(_number))
     groups: dict[str, list[tuple[str, ...]]] = {}
     for (number, judge), texts in zip(values.index, values.to_numpy().tolist(), strict=True):
@@ -90,7 +90,7 @@ def figures_by_task(reports: Sequence[RobustnessReport], further: Sequence[Seque
     Raises ValueError for no reports, several norms, and as `over_runs` does.
     """
     norm = one_norm([report for run in (reports, *further) for report in run])
-    rows = over_runs(reports, further)
+    rows = _of_accuracies(over_runs(reports, further))
     spread = rows["std"].map(lambda value: "" if value != value else f" ± {_number(value)}")
     values = by_column(rows, rows["value"].map(_number) + spread, ["name", "task"])
     told = " / ".join(head(metric, eps, norm) for metric, eps in values)
@@ -135,6 +135,39 @@ def over_runs(reports: Sequence[RobustnessReport], further: Sequence[Sequence[Ro
     found["low"] = (found["mean"] - found["std"]).where(several, found["low"])
     found["high"] = (found["mean"] + found["std"]).where(several, found["high"])
     return found
+
+
+def detections(reports: Sequence[RobustnessReport]) -> Cells | None:
+    """How well detectors tell attacked images from clean ones, in percent: a row for the clean images of each report,
+    with the share that is flagged; one for each radius and attack, and for all attacks together, with AUROC and the
+    share that a threshold of 5 % false alarms catches; and in each, of the images whose class is wrong, the share that
+    is flagged, their number, and AUROC. None where nothing is detected.
+    """
+    rows = frame(reports)
+    rows = rows[rows["metric"].isin(DETECTION)]
+    if not len(rows):
+        return None
+    lines: dict[tuple[int, float, str], dict[str, str]] = {}
+    for row in rows.to_dict("records"):
+        member = row["member"] if isinstance(row["member"], str) else "all"
+        cells = lines.setdefault((row["number"], row["eps"], member), {"n": str(row["n"])})
+        of = f" ({row['n']})" if row["metric"] in ("detection_fpr_of_errors", "detection_of_successful") else ""
+        column = "detection_of_successful" if row["metric"] == "detection_fpr_of_errors" else row["metric"]
+        cells[column] = _number(row["value"]) + of
+    texts = []
+    columns = ("n", *(metric for metric in DETECTION if metric != "detection_fpr_of_errors"))
+    for (number, eps, member), cells in sorted(lines.items(), key=lambda line: (line[0][:2], line[0][2] == "all")):
+        report = reports[number]
+        group = f"{titled(report)} on {report.task} under {report.full_attack}"
+        where = f"{report.threat(eps).radius} {member}" if eps else "clean"
+        texts.append((group, where, *(cells.get(column, "-") for column in columns)))
+    heads = ("", "", "n", "FPR", "AUROC", "TPR", "wrong (n)", "AUROC")
+    return Cells(heads, tuple(texts), grouped=True)
+
+
+def _of_accuracies(rows: DataFrame) -> DataFrame:
+    """Without the metrics of detectors."""
+    return rows[~rows["metric"].isin(DETECTION)]
 
 
 def defence_figures(rows: Mapping[str, Sequence[RobustnessReport]]) -> DataFrame:

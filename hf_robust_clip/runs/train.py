@@ -325,10 +325,12 @@ def save_trained(trained: Any, folder: Path) -> None:
 def measure_defences(prepared: Prepared, fitted: Fitted, compared: dict[str, list[RobustnessReport]]) -> Measured:
     """The reports of the trained model and, where there are defences, of these; the one that is saved is its own."""
     run = prepared.run
-    reports = measure(prepared, fitted.classifier, run.title, prepared.repo_id)
-    if not fitted.defences or run.through is None:
-        return Measured(reports, compared)
-    compared = {**compared, run.title: reports}
+    if run.method.objective.judged_by is None:  # else the classifier has no logits of its own
+        reports = measure(prepared, fitted.classifier, run.title, prepared.repo_id)
+        if not fitted.defences or run.through is None:
+            return Measured(reports, compared)
+        compared = {**compared, run.title: reports}
+    assert run.through is not None
     blind = replace(run.through, attack=run.evaluation.attack, view=DefenceBlind(), eot=1)
     own: list[RobustnessReport] = []
     saved = next(iter(fitted.defences))
@@ -446,6 +448,8 @@ def saved_files(folder: Path) -> list[str]:
 def loading_code(prepared: Prepared, source: str) -> str:
     """How what was trained is loaded from a folder or repository."""
     run = prepared.run
+    if run.defences and run.method.objective.judged_by is not None:
+        return f'DefendedClassifier.from_pretrained("{source}"); see README.md'
     if run.defences:
         without = "PeftModel.from_pretrained(clip, ...)"
         return f'DefendedClassifier.from_pretrained("{source}"), or without the defence {without}; see README.md'

@@ -23,6 +23,7 @@ from ..arguments import (
 )
 from ..attacks.suites import Suite
 from ..command_line import ClassFlag, CommandLine, Given, class_at, class_path, read_command
+from ..defences import judging
 from ..defences.base import Defence
 from ..evaluation.attack_views import Adaptive, AdaptiveWorst, Static
 from ..evaluation.settings import EvaluationSettings
@@ -149,6 +150,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> T
             f"evaluation.attack={made.evaluation.attack!r} attacks a defence, and this section evaluates models "
             "without one; a defence is attacked by defence_evaluation."
         )
+    about = replace(about, defence=judging(about.defence, method.objective.judged_by))
     defences = _defences(given, about.defence, method, made.defence_evaluation)
     if about.descriptions is not None and given.asked("template") is None:
         about = replace(about, template=DESCRIPTION)
@@ -311,6 +313,8 @@ def _rivals(about: TrainingRunArguments, method: Method, given: Given) -> tuple[
             adapter.vision_depth = min(adapter.vision_depth, method.adapter.vision_depth)
             adapter.text_depth = min(adapter.text_depth, method.adapter.text_depth)
         rival = Method(cls(), adapter)
+        if rival.objective.judged_by is not None:
+            raise ValueError(f"compare={names!r}: {name} is judged by a defence; train it by itself (--objective).")
         if rival.title in [other.title for other in (method, *found)]:
             raise ValueError(f"compare={names!r}: {rival.title} is what is trained already.")
         found.append(rival)
@@ -339,7 +343,7 @@ def _defences(
     called = f"{type(defence).__name__}-{design}"
     found = {}
     for preset in (own, *presets):
-        again = given.with_preset("defence", preset).made().defence
+        again = defence if preset is None else given.with_preset("defence", preset).made().defence
         unused.check_defence(given, again)
         found[f"{called} {preset}" if preset else called] = again
     return found

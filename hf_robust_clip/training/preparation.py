@@ -17,11 +17,13 @@ from ..modeling import ZeroShotClassifier
 from ..normalisation import has_adapter
 from ..objectives.base import NEEDS
 from ..prompts import ClipPromptConfig, check_prompts
+from ..prompts.access import prompts_of
 from .config import RobustClipConfig, check_images_together, check_trained_part
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+    from ..defences.base import Defence
     from ..objectives.base import Objective
 
 logger = logging.getLogger(__name__)
@@ -195,6 +197,16 @@ def check_adapters(student: nn.Module, core: ZeroShotClassifier) -> None:
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError("the adapter is not trainable; load it with is_trainable=True.")
     check_adapter_is_used(student)
+
+
+def check_defence(defence: Defence | None, student: nn.Module, objective: Objective) -> None:
+    """Raise ValueError for a defence that can't be saved beside what is trained, or can't predict by it."""
+    if defence is None:
+        return
+    if isinstance(student, PeftModel) and not prompts_of(student):
+        raise ValueError(f"defence={defence.name} can't be saved beside this adapter; train without it.")
+    if objective.judged_by is not None:
+        defence.check(classifier_in(student))
 
 
 def check_teacher(teacher: ZeroShotClassifier, core: ZeroShotClassifier) -> None:

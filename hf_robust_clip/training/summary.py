@@ -92,7 +92,8 @@ def adapter_settings(core: nn.Module) -> dict[str, Any]:
     if config is None or isinstance(config, ClipPromptConfig):
         if config is None:
             return {}
-        return {"prompts": config.summary(), "text_tokens": config.num_text_tokens if config.has_text else 0}
+        units = {"units": "class-wise" if config.per_class else "clipped"} if config.clipped else {}
+        return {"prompts": config.summary(), "text_tokens": config.num_text_tokens if config.has_text else 0, **units}
     rank = f" of rank {config.r}, alpha {config.lora_alpha}" if isinstance(config, LoraConfig) else ""
     return {"adapter": f"{config.peft_type.value}{rank}"}
 

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from peft import get_peft_model
 from tiny import CLASS_NAMES
 from tiny_siglip import tiny_siglip
 
@@ -26,6 +27,7 @@ from hf_robust_clip.objectives.agft import AGFT
 from hf_robust_clip.objectives.apt import APT
 from hf_robust_clip.objectives.ascl import ASCL
 from hf_robust_clip.objectives.base import Batch, Objective
+from hf_robust_clip.objectives.c_avp import CAVP
 from hf_robust_clip.objectives.caw import CAW
 from hf_robust_clip.objectives.clean import Clean
 from hf_robust_clip.objectives.comp_tga import CompTGA
@@ -40,6 +42,8 @@ from hf_robust_clip.objectives.simple_at import SimpleAT
 from hf_robust_clip.objectives.tecoa import TeCoA
 from hf_robust_clip.objectives.tga_zsr import TGAZSR
 from hf_robust_clip.objectives.trades import TRADES
+from hf_robust_clip.prompts import ClipPromptConfig
+from hf_robust_clip.prompts.access import prompts_of
 from hf_robust_clip.threat_model import ThreatModel
 
 OBJECTIVES = {
@@ -69,8 +73,9 @@ OBJECTIVES = {
     "ACL-DS": ACL(),
     "ACL-A2S": ACL("A2S", "agft"),
     "AdvCL": AdvCL(),
+    "CAVP": CAVP(),
 }
-CONTRASTS = ("Contrastive", "ASCL", "ACL-DS", "ACL-A2S", "AdvCL")  # images are one another's negatives,
+CONTRASTS = ("Contrastive", "ASCL", "ACL-DS", "ACL-A2S", "AdvCL", "CAVP")  # images of a batch are told apart together,
 ATTACKED_TOGETHER = ("ACL-DS", "ACL-A2S", "AdvCL")  # under attack too
 STOPPED = ("FARE-trades", "SimCLIP-released", "SimCLIP-siamese")  # gradients aren't those of the value
 LOSSES = {
@@ -119,6 +124,10 @@ def world_of(family, tiny_batch):
         if objective is not None and objective.normalisation is not None:
             student.set_normalisation(*objective.normalisation)
             teacher.set_normalisation(*objective.normalisation)
+        if objective is not None and objective.judged_by is not None and not prompts_of(student):
+            get_peft_model(student, ClipPromptConfig(design="pixel", per_class=True, border_width=1))
+            for parameter in student.vision_parameters():
+                parameter.requires_grad_(True)
         images, labels = tiny_batch(size)
         if objective is not None and "patches" in objective.needs:
             for model in (student, teacher):
@@ -128,7 +137,8 @@ def world_of(family, tiny_batch):
                 texts = model.text_embeds(objective.templates or None) if further else None
                 model.forward = partial(asked, partial(type(model).forward, model), texts)
         if objective is None or objective.num_views == 1:
-            return Batch((images[rows],), labels[rows], captions(student, labels[rows]), student, teacher)
+            texts = captions(student, labels[rows])
+            return Batch((images[rows],), labels[rows], texts, student, teacher, num_classes=len(CLASS_NAMES))
         student.train()  # a high-pass view has values outside [0, 1], at which it doesn't look then
         views = (images[rows], images[rows].flip(3), images[rows].flip(2))[: objective.num_views]
         whole = Batch(views, labels[rows], captions(student, labels[rows]), student, teacher)

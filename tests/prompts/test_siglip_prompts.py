@@ -11,7 +11,7 @@ from tiny import make_clip, make_processor
 from tiny_siglip import make_siglip, make_siglip_processor, tiny_siglip
 from transformers import SiglipModel
 
-from hf_robust_clip import RTPT, TAPT, TPT, TTC, ClipPromptConfig, Ensemble
+from hf_robust_clip import RTPT, TAPT, TPT, TTC, ClipPromptConfig, CLIPure, Ensemble
 from hf_robust_clip.defences.alignment import AlignmentTargets
 from hf_robust_clip.defences.fit import collect_statistics
 from hf_robust_clip.modeling import CLIPForZeroShotClassification, with_adapter
@@ -122,7 +122,9 @@ def test_tuning_no_words_is_the_classifier_itself(images):
 
 
 @pytest.mark.parametrize(
-    "defence", [RTPT(num_views=4, selected=0.5), TTC(), Ensemble(num_views=4)], ids=lambda defence: defence.name
+    "defence",
+    [RTPT(num_views=4, selected=0.5), TTC(), Ensemble(num_views=4), CLIPure(step_size=0.5)],
+    ids=lambda defence: defence.name,
 )
 def test_defences_work_and_judge_each_image_by_itself(defence, images):
     model = tiny_siglip()

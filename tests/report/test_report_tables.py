@@ -65,10 +65,10 @@ def test_a_defence_stands_above_its_controls():
 
 
 def test_another_metric_is_another_column():
-    area = Measurement("detection_auroc", 0.75, 80, 4 / 255, counted=False)
+    area = Measurement("attack_success_rate", 0.75, 80, 4 / 255, counted=False)
     own = make_report()
     lines = markdown([replace(own, measurements=[*own.measurements, area]), make_report(name="FARE")]).splitlines()
-    assert lines[0].endswith("| clean | 1/255 | 4/255 | detection auroc 4/255 |")
+    assert lines[0].endswith("| clean | 1/255 | 4/255 | attack success rate 4/255 |")
     assert [line.split(" | ")[-1] for line in lines[2:]] == ["75.0 |", "- |"]
 
 
