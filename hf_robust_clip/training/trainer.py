@@ -209,6 +209,10 @@ class RobustClipTrainer(ResumingTrainer):
         """Optimizer class and arguments, as `args` say now; SGD has `args.momentum`."""
         return optimizer_and_arguments(args, model)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The Trainer's own choice without the logit scale, which no weight decay draws to 1."""
+        return [name for name in super().get_decay_parameter_names(model) if name.split(".")[-1] != "logit_scale"]
+
     # ---- a batch
 
     def get_batch_samples(
@@ -246,21 +250,30 @@ class RobustClipTrainer(ResumingTrainer):
         elif self.model.training:
             check_augmentation(self.args, whole_pictures=False)
             check_views(self.training_objective, whole_pictures=False)
-        if "captions" in self.training_objective.needs and self.model.training:
-            inputs = {**inputs, "captions": self._token_ids(inputs)}
-        return inputs
+        return self._with_further(inputs) if self.model.training else inputs
 
-    def _token_ids(self, inputs: dict[str, Any]) -> Tensor:
-        """Those of the captions (B, L), L the context length, so that they can be compared over processes."""
+    def _with_further(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """With the objective's further views and captions, where it has any, and all captions as token ids (B, L), L
+        the context length, so that they can be compared over processes.
+        """
+        objective, seed = self.training_objective, self.seed_of_step()
+        views = objective.further_views(inputs["pixel_values"], seed + VIEW * objective.num_views)
+        if views:
+            inputs = {**inputs, "views": (*inputs.get("views", (inputs["pixel_values"],)), *views)}
+        if "captions" not in objective.needs:
+            return inputs
         if "captions" not in inputs:
-            raise ValueError(f"{type(self.training_objective).__name__} needs captions; the dataset gives none.")
-        return self.classifier().tokenize(inputs["captions"], whole=True).to(self.args.device)
+            raise ValueError(f"{type(objective).__name__} needs captions; the dataset gives none.")
+        texts = inputs["captions"], *objective.edited_captions(inputs["captions"], seed)
+        own, *others = (self.classifier().tokenize(t, whole=True).to(self.args.device) for t in texts)
+        return {**inputs, "captions": own, "further_captions": tuple(others)}
 
     def _check_batch(self, inputs: dict[str, Any], needs_labels: bool) -> None:
         core, pixels, objective = self.classifier(), inputs["pixel_values"], self.training_objective
-        rows = len(pixels) * objective.num_views
+        views = inputs.get("views", (pixels,))
+        rows = len(pixels) * len(views)
         attacked = len(range(rows)[objective.attacked_rows(rows)]) if objective.attacked else 0
-        for view in inputs.get("views", (pixels,)):
+        for view in views:
             core.check_pixels(view, values=attacked < rows)  # pgd checks what it attacks
         if needs_labels:
             if inputs.get("labels") is None:
@@ -275,6 +288,7 @@ class RobustClipTrainer(ResumingTrainer):
             views=inputs.get("views", (inputs["pixel_values"],)),
             labels=inputs.get("labels"),  # type: ignore[arg-type]  # checked: objectives that need them have them
             captions=inputs.get("captions") if "captions" in objective.needs else None,
+            further_captions=inputs.get("further_captions", ()),
             student=as_objectives_call(student, self.classifier(), objective),
             teacher=None if self.teacher is None else as_objectives_call(self.teacher, self.teacher, objective),
             images_per_update=images_per_update,
