@@ -24,11 +24,11 @@ class Size:
         vocab_size: tokens that the tokenizer may have, at least those of single bytes.
     """
 
-    image_size: int
-    patch_size: int
-    width: int
-    layers: int
-    heads: int
+    image_size: int = 8
+    patch_size: int = 2
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
     context_length: int = 32
     vocab_size: int = 800
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -74,6 +74,7 @@ class WordEditor(CaptionEditor):
 
     words: str = "english"
     share: float = 0.1
+    kind: str = field(init=False, default="words")  # which class it is, where settings are told
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -140,6 +141,7 @@ class GrammarEditor(WordEditor):
     """
 
     words: str = "coloured_digits"
+    kind: str = field(init=False, default="grammar")
 
     def varied(self, caption: str, seed: int) -> str:
         known, (draw, words) = words_of(self.words), self._begin("varied", caption, seed)
