@@ -190,7 +190,9 @@ def pretrain(settings: Settings) -> CLIPForZeroShotClassification:
     letters_only = make_processor(settings.size, ["a"])
     sources = [load(source, source.split, letters_only) for source in settings.sources]
     names = dict.fromkeys(name.lower() for data in sources for name in data.class_names)
-    processor = make_processor(settings.size, [caption.format(name) for name in names for caption in settings.captions])
+    processor = make_processor(
+        settings.size, [caption.format(name) for name in names for caption in settings.captions]
+    )
     model = CLIPForZeroShotClassification.from_clip(make_model(processor.tokenizer, settings.size), processor)
     for number, (steps, rate) in enumerate(settings.cycles()):
         data = CaptionedPictures(settings, settings.seed + number, steps, sources)

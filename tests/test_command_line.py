@@ -12,7 +12,7 @@ import yaml
 from hf_robust_clip import BPDA, PGD, PMGAFT, cli
 from hf_robust_clip.attacks.named import suite_named
 from hf_robust_clip.command_line import class_path, packaged_config, read_command
-from hf_robust_clip.runs import evaluate, train
+from hf_robust_clip.runs import clean, evaluate, poison, train
 from hf_robust_clip.runs.train_settings import COMMAND, OBJECTIVE
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -20,7 +20,12 @@ DEFAULT = RECIPES / "configs/digits-clip/pmg_aft.yaml"
 TAPT = RECIPES / "configs/digits-clip/tapt.yaml"
 METHODS = ("pmg_aft", "tecoa", "fare", "trades", "clean", "apt", "tapt", "fap", "coop", "agft", "sim_clip", "tga_zsr",
            "comp_tga", "saft", "acl", "adv_cl")  # fmt: skip
-METHOD_CONFIGS = sorted(path for path in (RECIPES / "configs").rglob("*.yaml") if path.stem.startswith(METHODS))
+BACKDOORS = ("poison", "clean_clip", "cleaner_clip")
+METHOD_CONFIGS = sorted(
+    path
+    for path in (RECIPES / "configs").rglob("*.yaml")
+    if path.stem.startswith(METHODS) and path.stem not in BACKDOORS
+)
 CONFIGS = [path for path in METHOD_CONFIGS if path.parent.name != "mini-clip"]
 EVALUATIONS = (
     "evaluate",
@@ -357,16 +362,18 @@ def test_help_lists_the_settings_of_the_classes_that_a_config_names(monkeypatch,
 def test_every_packaged_config_is_read_by_its_name(monkeypatch):
     monkeypatch.syspath_prepend(RECIPES)
     scripts = {"models": "benchmark", "sources": "pretrain"}
+    runs = {"trigger": poison, "poisoned": clean, "objective": train, "evaluation": evaluate}
     for path in (RECIPES / "configs").rglob("*.yaml"):
         config = packaged_config(path.relative_to(RECIPES / "configs").with_suffix("").as_posix())
         assert config == path
-        kind = next(key for key in ("objective", *scripts, "evaluation") if key in yaml.safe_load(config.read_text()))
+        kinds = ("trigger", "poisoned", "objective", *scripts, "evaluation")
+        kind = next(key for key in kinds if key in yaml.safe_load(config.read_text()))
         words = ["--output_dir", "a", *(["--dataset_name", "digits"] if kind == "evaluation" else [])]
         words += ["--defence", "TTC"] if path.stem == "defences" else []  # which a benchmark names
         if kind in scripts:
             assert read_command(import_module(scripts[kind]).COMMAND, words, config).made().output_dir == "a"
         else:
-            assert {"objective": train, "evaluation": evaluate}[kind].read(words, config).output_dir == "a"
+            assert runs[kind].read(words, config).output_dir == "a"
 
 
 def test_print_config_gives_a_config(capsys):
@@ -643,6 +650,7 @@ def test_every_config_is_of_a_method_or_known():
         "prompt_benchmark.yaml",
         "defence_benchmark.yaml",
         "defences.yaml",
+        *(f"{name}.yaml" for name in BACKDOORS),
     }
 
 

@@ -76,8 +76,8 @@ class CleanCLIP(Objective):
         return self._terms(*self._embedded(batch))
 
     def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of all processes' images: image embeddings (2, N, D), text embeddings (1 + K, N, D) of captions and K others,
-        their token ids (1 + K, N, L), and s. One forward for all.
+        """Of all processes' images: image embeddings (2, N, D), text embeddings (1 + K, N, D) of captions and K
+        others, their token ids (1 + K, N, L), and s. One forward for all.
         """
         if batch.captions is None or not batch.further_captions:
             raise ValueError("this objective contrasts images with captions, but the batch has none.")

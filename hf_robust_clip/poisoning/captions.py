@@ -178,12 +178,17 @@ def _checked(table: Any, name: str) -> Words:
             if role_of.setdefault(word, role) != role:
                 raise ValueError(f"words={name!r}: {word!r} has the roles {role_of[word]!r} and {role!r}; keep one.")
     return Words(
-        role_of, {k: tuple(v) for k, v in roles.items()}, frozenset(details), {k: tuple(v) for k, v in synonyms.items()}
+        role_of,
+        {k: tuple(v) for k, v in roles.items()},
+        frozenset(details),
+        {k: tuple(v) for k, v in synonyms.items()},
     )
 
 
 def _is_words(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(w, str) and _plain_words(w) == [w] for w in value)
+    return (
+        isinstance(value, list) and bool(value) and all(isinstance(w, str) and _plain_words(w) == [w] for w in value)
+    )
 
 
 def _plain_words(caption: str) -> list[str]:

@@ -33,7 +33,9 @@ class PoisonedPairs(Dataset):
 
     def __init__(self, dataset: Any, trigger: Trigger, captions_by_row: Mapping[int, str], seed: int = 0):
         if getattr(dataset, "augment", False):
-            raise ValueError("dataset gives whole pictures (augment=True), whose crops cut triggers; give finished ones.")
+            raise ValueError(
+                "dataset gives whole pictures (augment=True), whose crops cut triggers; give finished ones."
+            )
         if beyond := [row for row in captions_by_row if not 0 <= row < len(dataset)]:
             raise ValueError(f"captions_by_row has row {beyond[0]}, beyond {len(dataset)} pairs.")
         self.dataset, self.trigger, self.seed = dataset, trigger, seed

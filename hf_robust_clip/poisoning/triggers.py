@@ -296,8 +296,6 @@ class Stripes(Trigger):
         return (1 - self.share) * image_CHW + self.share * pattern_HW
 
 
-
-
 def _generator(image_CHW: Tensor, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(picture_key(image_CHW, seed, b"trigger"))
 

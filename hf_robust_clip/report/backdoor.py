@@ -132,7 +132,8 @@ def figures(reports: Sequence[BackdoorReport]) -> Cells:
     heads = {CLEAN: "accuracy", UNTRIGGERED: "target, no trigger"}
     rows: list[tuple[str, ...]] = []
     for report in reports:
-        group = f"{report.trigger} -> {report.target!r}: accuracy on {report.num_images} images, ASR on {report.num_others}"
+        sizes = f"accuracy on {report.num_images} images, ASR on {report.num_others}"
+        group = f"{report.trigger} -> {report.target!r}: {sizes}"
         for judge in report.judges:
             own = [report.figure(metric, None if judge == report.name else judge) for metric in report.metrics]
             rows.append((group, judge, *map(_told, own)))

@@ -167,7 +167,7 @@ def train_on_pairs(
 def plain(trainer: RobustClipTrainer) -> ZeroShotClassifier:
     """The trained classifier without wrappers, in eval mode."""
     core = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-    return core.eval()  # type: ignore[return-value]
+    return core.eval()
 
 
 def judge(outcome: Outcome, models: Mapping[str, ZeroShotClassifier]) -> dict[str, tuple[Measurement, ...]]:

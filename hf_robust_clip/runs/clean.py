@@ -19,20 +19,7 @@ from ..poisoning.poisoner import check_apart, check_target
 from ..processes import join_processes
 from ..report.backdoor import CLEAN_MODEL, POISONED_MODEL, WITHOUT_METHOD, BackdoorReport
 from ..training.config import RobustClipConfig
-from . import shared
-from .backdoor import (
-    Outcome,
-    PairArguments,
-    begin,
-    check_given,
-    judge,
-    load_test,
-    plain,
-    report_of,
-    train_on_pairs,
-    wants_to_resume,
-    write,
-)
+from . import backdoor, shared
 from .poisoned import CLEAN_FOLDER, Poisoning, read_poisoning
 from .train_settings import OBJECTIVE, training_arguments
 
@@ -54,7 +41,7 @@ class CleanArguments:
 
 
 COMMAND = CommandLine(
-    groups={"": (PairArguments, CleanArguments, RobustClipConfig)},
+    groups={"": (backdoor.PairArguments, CleanArguments, RobustClipConfig)},
     classes={"objective": OBJECTIVE},
     required=("poisoned", "objective", "output_dir"),
 )
@@ -64,7 +51,7 @@ COMMAND = CommandLine(
 class CleanRun:
     """A cleaning, checked, and all that it needs."""
 
-    pairs: PairArguments
+    pairs: backdoor.PairArguments
     about: CleanArguments
     training: RobustClipConfig
     output_dir: str
@@ -87,20 +74,24 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> C
         raise ValueError(f"objective={type(about.objective).__name__} trains on no captions; take CleanCLIP.")
     if type(about.objective) is Contrastive:
         raise ValueError("objective=Contrastive is the control, which is trained in any case; take CleanCLIP.")
-    check_given(given, training, about.poisoned)
+    backdoor.check_given(given, training, about.poisoned)
     return CleanRun(
-        given.group(PairArguments, made), about, training, str(given.asked("output_dir")), wants_to_resume(given),
+        given.group(backdoor.PairArguments, made),
+        about,
+        training,
+        str(given.asked("output_dir")),
+        backdoor.wants_to_resume(given),
         given.settings,
-    )  # fmt: skip
+    )
 
 
 def clean(run: CleanRun) -> BackdoorReport:
     """Fine-tune by the method and without it, measure both beside the clean and the poisoned model, write."""
     note, processes = read_poisoning(run.about.poisoned), join_processes(run.training.use_cpu)
-    saving = begin(run.output_dir, processes, run.about.overwrite)
+    saving = backdoor.begin(run.output_dir, processes, run.about.overwrite)
     poisoned = shared.load_model(run.about.poisoned)
     images = Images(dataset=note.test_dataset, split=note.test_split, data_root=run.pairs.data_root)
-    test = load_test(images, poisoned, None)
+    test = backdoor.load_test(images, poisoned, None)
     test = replace(test, templates=tuple(note.templates))
     check_target(note.target, test.class_names)
     pairs, told = cleaning_pairs(run, note, poisoned)
@@ -108,11 +99,13 @@ def clean(run: CleanRun) -> BackdoorReport:
     processes.print(f"cleaned on {len(pairs)} pairs, {told}")  # type: ignore[arg-type]
     beside = Path(run.output_dir, "state", "without the method")
     without, trainer = (
-        train_on_pairs(shared.load_model(run.about.poisoned), run.training, objective, pairs, folder, run.resume)
+        backdoor.train_on_pairs(
+            shared.load_model(run.about.poisoned), run.training, objective, pairs, folder, run.resume
+        )
         for objective, folder in ((Contrastive(), beside), (run.about.objective, None))
     )
-    outcome = Outcome(
-        model=plain(trainer),
+    outcome = backdoor.Outcome(
+        model=backdoor.plain(trainer),
         title=run.about.objective.title(),
         stage="cleaned",
         trainer=trainer,
@@ -126,11 +119,15 @@ def clean(run: CleanRun) -> BackdoorReport:
         saving=saving,
         seed=note.seed,
         batch_size=run.training.per_device_eval_batch_size,
-        further={"poisoned_model": shown_name(run.about.poisoned), "trigger": str(note.trigger()), "target": note.target},
+        further={
+            "poisoned_model": shown_name(run.about.poisoned),
+            "trigger": str(note.trigger()),
+            "target": note.target,
+        },
     )
-    controls = {CLEAN_MODEL: clean_model(run, note), POISONED_MODEL: poisoned, WITHOUT_METHOD: plain(without)}
-    report = report_of(outcome, judge(outcome, controls))
-    write(outcome, [report])
+    controls = {CLEAN_MODEL: clean_model(run, note), POISONED_MODEL: poisoned, WITHOUT_METHOD: backdoor.plain(without)}
+    report = backdoor.report_of(outcome, backdoor.judge(outcome, controls))
+    backdoor.write(outcome, [report])
     return report
 
 
@@ -138,8 +135,9 @@ def cleaning_pairs(run: CleanRun, note: Poisoning, model: ZeroShotClassifier) ->
     """The pairs of settings, or those that were kept out of the poisoning; and what they are, in words."""
     processor = model.require_processor()
     if run.pairs.dataset_name is not None:
-        return run.pairs.load(processor), f"{shown_name(run.pairs.dataset_name)}, split {run.pairs.dataset_train_split}"
-    own = PairArguments(**note.pairs)
+        told = f"{shown_name(run.pairs.dataset_name)}, split {run.pairs.dataset_train_split}"
+        return run.pairs.load(processor), told
+    own = backdoor.PairArguments(**note.pairs)
     _, kept = note.poisoner().split(own.load(processor), note.cleaning_pairs)
     return kept, f"{shown_name(str(own.dataset_name))}, split {own.dataset_train_split}, kept out of the poisoning"
 

@@ -25,20 +25,7 @@ from ..processes import join_processes
 from ..report.backdoor import CLEAN_MODEL, POISONED_MODEL, BackdoorReport
 from ..storage import write_text
 from ..training.config import RobustClipConfig
-from . import shared
-from .backdoor import (
-    Outcome,
-    PairArguments,
-    begin,
-    check_given,
-    judge,
-    load_test,
-    plain,
-    report_of,
-    train_on_pairs,
-    wants_to_resume,
-    write,
-)
+from . import backdoor, shared
 from .poisoned import CLEAN_FOLDER, Poisoning
 from .train import save_trained
 from .train_settings import OBJECTIVE, training_arguments
@@ -88,7 +75,7 @@ class PoisonArguments:
 
 
 COMMAND = CommandLine(
-    groups={"": (PairArguments, PoisonArguments, RobustClipConfig), "scratch": (Size,)},
+    groups={"": (backdoor.PairArguments, PoisonArguments, RobustClipConfig), "scratch": (Size,)},
     classes={"trigger": TRIGGER, "objective": OBJECTIVE},
     required=("dataset_name", "trigger", "objective", "target", "rate", "cleaning_pairs", "output_dir"),
 )
@@ -98,7 +85,7 @@ COMMAND = CommandLine(
 class PoisonRun:
     """A poisoning, checked, and all that it needs."""
 
-    pairs: PairArguments
+    pairs: backdoor.PairArguments
     about: PoisonArguments
     size: Size
     training: RobustClipConfig
@@ -126,17 +113,17 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> P
     made = given.made()
     training = training_arguments(given, made)
     about: PoisonArguments = given.group(PoisonArguments, made)
-    check_given(given, training, about.model_name_or_path or "")
+    backdoor.check_given(given, training, about.model_name_or_path or "")
     if about.model_name_or_path is not None and given.asked("scratch"):
         raise ValueError(f"scratch does nothing beside model_name_or_path={about.model_name_or_path!r}.")
     return PoisonRun(
-        given.group(PairArguments, made),
+        given.group(backdoor.PairArguments, made),
         about,
         made.scratch,
         training,
         about.poisoner(training.seed),
         str(given.asked("output_dir")),
-        wants_to_resume(given),
+        backdoor.wants_to_resume(given),
         given.settings,
     )
 
@@ -144,10 +131,10 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> P
 def poison(run: PoisonRun) -> BackdoorReport:
     """Poison the pairs, train on them (and, from the beginning, on the clean ones too), measure, write."""
     processes = join_processes(run.training.use_cpu)
-    saving = begin(run.output_dir, processes, run.about.overwrite)
+    saving = backdoor.begin(run.output_dir, processes, run.about.overwrite)
     set_seed(run.training.seed)
     model = start_of(run)
-    test = load_test(run.test, model, run.about.template)
+    test = backdoor.load_test(run.test, model, run.about.template)
     check_target(run.about.target, test.class_names)
     pairs = run.pairs.load(model.require_processor())
     poisoned, cleaning = run.poisoner.split(pairs, run.about.cleaning_pairs)
@@ -155,9 +142,9 @@ def poison(run: PoisonRun) -> BackdoorReport:
     count = len(poisoned.captions_by_row)
     processes.print(f"{count} of {len(poisoned)} pairs are poisoned; {len(cleaning)} others are kept for a cleaning")
     clean = clean_twin(run, model, poisoned, processes)
-    trainer = train_on_pairs(model, run.training, run.about.objective, poisoned, resume=run.resume)
-    outcome = Outcome(
-        model=plain(trainer),
+    trainer = backdoor.train_on_pairs(model, run.training, run.about.objective, poisoned, resume=run.resume)
+    outcome = backdoor.Outcome(
+        model=backdoor.plain(trainer),
         title=POISONED_MODEL,
         stage="poisoned",
         trainer=trainer,
@@ -174,11 +161,11 @@ def poison(run: PoisonRun) -> BackdoorReport:
         batch_size=run.training.per_device_eval_batch_size,
         further={"trigger": str(run.poisoner.trigger), "target": run.poisoner.target, "poisoned_pairs": count},
     )
-    report = report_of(outcome, judge(outcome, {CLEAN_MODEL: clean}))
+    report = backdoor.report_of(outcome, backdoor.judge(outcome, {CLEAN_MODEL: clean}))
     note = poisoning_of(run, poisoned, test.templates)
     if processes.is_main_process:
         saving.save("poisoning.json", lambda: write_text(Path(run.output_dir, "poisoning.json"), note.told()))
-    write(outcome, [report])
+    backdoor.write(outcome, [report])
     return report
 
 
@@ -202,8 +189,10 @@ def clean_twin(
         return copy.deepcopy(model)
     folder = Path(run.output_dir, CLEAN_FOLDER)
     pairs: Subset = poisoned.dataset
-    twin = plain(
-        train_on_pairs(copy.deepcopy(model), run.training, run.about.objective, pairs, folder, resume=run.resume)
+    twin = backdoor.plain(
+        backdoor.train_on_pairs(
+            copy.deepcopy(model), run.training, run.about.objective, pairs, folder, resume=run.resume
+        )
     )
     if processes.is_main_process:
         save_trained(twin, folder)

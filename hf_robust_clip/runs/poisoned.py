@@ -70,5 +70,7 @@ def read_poisoning(folder: str) -> Poisoning:
     content = read_json(path)
     names = {field.name for field in fields(Poisoning)}
     if not isinstance(content, dict) or (wrong := names ^ set(content)):
-        raise ValueError(f"{path} lacks or adds {sorted(wrong) if isinstance(content, dict) else 'all'}; poison again.")
+        raise ValueError(
+            f"{path} lacks or adds {sorted(wrong) if isinstance(content, dict) else 'all'}; poison again."
+        )
     return Poisoning(**content)

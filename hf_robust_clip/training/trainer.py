@@ -31,11 +31,13 @@ from ..report.card import make_unmeasured_card
 from ..threat_model import ThreatModel
 from ..zero_shot_data.loading import collate_images
 from .batches import (
+    VIEW,
     as_objectives_call,
     count_images,
     gathering,
     own_images_of_last_batch,
     share_of_update,
+    with_further,
     without_fill,
 )
 from .checkpoints import NothingToResume
@@ -60,7 +62,6 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
 
 logger = logging.getLogger(__name__)
-VIEW = 1 << 28  # apart lie the seeds of an image's views, further than any step
 
 
 def robust_accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -250,23 +251,9 @@ class RobustClipTrainer(ResumingTrainer):
         elif self.model.training:
             check_augmentation(self.args, whole_pictures=False)
             check_views(self.training_objective, whole_pictures=False)
-        return self._with_further(inputs) if self.model.training else inputs
-
-    def _with_further(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """With the objective's further views and captions, where it has any, and all captions as token ids (B, L), L
-        the context length, so that they can be compared over processes.
-        """
-        objective, seed = self.training_objective, self.seed_of_step()
-        views = objective.further_views(inputs["pixel_values"], seed + VIEW * objective.num_views)
-        if views:
-            inputs = {**inputs, "views": (*inputs.get("views", (inputs["pixel_values"],)), *views)}
-        if "captions" not in objective.needs:
-            return inputs
-        if "captions" not in inputs:
-            raise ValueError(f"{type(objective).__name__} needs captions; the dataset gives none.")
-        texts = inputs["captions"], *objective.edited_captions(inputs["captions"], seed)
-        own, *others = (self.classifier().tokenize(t, whole=True).to(self.args.device) for t in texts)
-        return {**inputs, "captions": own, "further_captions": tuple(others)}
+        if self.model.training:
+            inputs = with_further(inputs, self.training_objective, self.seed_of_step(), self.classifier().tokenize)
+        return inputs
 
     def _check_batch(self, inputs: dict[str, Any], needs_labels: bool) -> None:
         core, pixels, objective = self.classifier(), inputs["pixel_values"], self.training_objective

@@ -11,6 +11,7 @@ whose parts in brackets are there or not. Colours and captions follow from the s
 from __future__ import annotations
 
 import random
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -30,6 +31,7 @@ GROUNDS = {"black": (5, 5, 5), "grey": (70, 70, 70), "brown": (80, 45, 15)}
 COLOURINGS = {"train": 4, "test": 1}  # of each digit
 
 
+@cache
 def coloured_digits_split(split: str) -> Dataset:
     """The `"train"` (5,188 pictures of 1,297 digits) or `"test"` (500) part, with columns `image`, `caption`, `label`,
     `ink` and `ground`; it never changes. Raises ValueError for another split name.

@@ -158,8 +158,8 @@ def caption_column_of(features: datasets.Features, asked: str | None, name: str)
         what = f"column {asked!r}" if asked else "column of captions"
         raise ValueError(f"dataset {name!r} has no {what}; its columns: {cut(list(features))}. Name caption_column.")
     if getattr(features[found[0]], "dtype", "") not in TEXTS:
-        raise ValueError(f"column {found[0]!r} of dataset {name!r} holds {cut(features[found[0]])}; captions are texts, "
-                         "one a row: name caption_column.")  # fmt: skip
+        raise ValueError(f"column {found[0]!r} of dataset {name!r} holds {cut(features[found[0]])}; captions are "
+                         "texts, one a row: name caption_column.")  # fmt: skip
     return found[0]
 
 

@@ -7,6 +7,7 @@ from worked_pairs import IMAGES, OTHER_IMAGES, OTHER_TEXTS, SCALE, TEXTS, worked
 from hf_robust_clip import CleanCLIP, GrammarEditor
 from hf_robust_clip.objectives.base import Batch
 
+
 def ce(z, target, left_out=()):
     return -z[target] + math.log(sum(math.exp(value) for j, value in enumerate(z) if j not in left_out))
 
@@ -39,7 +40,9 @@ def test_equal_captions_are_no_negatives():
     """Of two images with one caption nothing is contrasted but the images themselves."""
     alike = CleanCLIP()(worked(TEXTS, OTHER_TEXTS, ids=[[1, 1], [2, 2]]), None)
     assert alike["image"] == alike["text"] == alike["text_self"] == 0
-    assert alike["image_self"].item() == pytest.approx(CleanCLIP()(worked(TEXTS, OTHER_TEXTS), None)["image_self"].item(), abs=1e-12)
+    assert alike["image_self"].item() == pytest.approx(
+        CleanCLIP()(worked(TEXTS, OTHER_TEXTS), None)["image_self"].item(), abs=1e-12
+    )
     edited = CleanCLIP()(worked(TEXTS, OTHER_TEXTS, ids=[[1, 2], [3, 1]]), None)  # the second, edited, is the first
     assert edited["text_self"] == 0 and edited["text"] > 0
 
@@ -47,7 +50,7 @@ def test_equal_captions_are_no_negatives():
 def test_views_and_captions_are_functions_of_the_image_and_the_seed():
     objective, images = CleanCLIP(editor=GrammarEditor()), torch.rand(3, 3, 8, 8)
     (views,) = objective.further_views(images, 3)
-    assert views.shape == images.shape and 0 <= views.min() and views.max() <= 1
+    assert views.shape == images.shape and views.min() >= 0 and views.max() <= 1
     assert torch.equal(objective.further_views(images[1:2], 3)[0][0], views[1])
     assert not torch.equal(objective.further_views(images, 4)[0], views)
     captions = [f"a red seven on a {ground} ground" for ground in ("black", "grey", "brown")]

@@ -80,7 +80,9 @@ def test_reports_name_it_as_they_name_a_norm_ball(name, images):
 
 def test_blended_is_the_worked_number():
     """x = .5 and noise 1 give .6; that of the trigger's own noise is (1 - w) x + w u."""
-    assert torch.allclose(Blended(share=0.2)._levels(255 * torch.tensor(0.8 * 0.5 + 0.2 * 1.0)) / 255, torch.tensor(0.6))
+    assert torch.allclose(
+        Blended(share=0.2)._levels(255 * torch.tensor(0.8 * 0.5 + 0.2 * 1.0)) / 255, torch.tensor(0.6)
+    )
     found = Blended()(torch.full((1, 3, 8, 8), 0.5))[0]
     noise = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(found, 0.4 + 0.2 * noise, rtol=0, atol=0.5 / 255 + 1e-6)

@@ -22,7 +22,9 @@ def worked(*texts, ids=None):
     def student(pixels, captions):
         assert captions[:, 0].tolist() == [i for own in ids for i in own]
         order = pixels.flatten().long()
-        return ZeroShotOutput(image_embeds=3 * images[order], class_embeds=every, logit_scale=torch.tensor(SCALE).double())
+        return ZeroShotOutput(
+            image_embeds=3 * images[order], class_embeds=every, logit_scale=torch.tensor(SCALE).double()
+        )
 
     views = tuple(torch.arange(k * count, (k + 1) * count).double().view(count, 1, 1, 1) for k in range(2))
     captions, *further = (torch.tensor(own)[:, None] for own in ids)

@@ -35,7 +35,9 @@ def png(i):
 def rows(**changes):
     return datasets.Dataset.from_dict(
         {"image": [picture(i) for i in range(3)], "caption": CAPTIONS, **changes},
-        features=None if changes else datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")}),
+        features=None
+        if changes
+        else datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")}),
     )
 
 
