@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,10 @@ from .errors import DatasetError, cut, one_line
 from .files import folder_rows
 from .specs import DatasetSpec, plain, words_of
 
-EMBEDDED = {"digits": digits_split, "coloured-digits": coloured_digits_split}
+EMBEDDED: dict[str, Callable[[str], datasets.Dataset]] = {
+    "digits": digits_split,
+    "coloured-digits": coloured_digits_split,
+}
 DATA_ROOT_VARIABLE = "HF_ROBUST_CLIP_DATA_ROOT"
 STREAM_BUFFER = 1000  # rows among which a streamed set is shuffled; its shards are shuffled too
 PICTURE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "images", "pictures", "photos")
