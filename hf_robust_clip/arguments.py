@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
@@ -19,11 +22,13 @@ from .defences.base import Defence
 from .digits_clip import EMBEDDED_MODEL
 from .evaluation.attack_views import AttackView, DefenceBlind, Static
 from .evaluation.settings import EvaluationSettings, Precision
+from .evaluation.streams import check_poisoning
 from .modeling import PAPER_TEMPLATE
 from .modeling.layouts import KNOWN
 from .names import is_path, same_place
 from .objectives.base import Objective
 
+SLICE = re.compile(r"[^\[]+\[(\d*)(%?):(\d*)(%?)\]")  # of a split: start, its unit, stop, its unit
 ACTIVATIONS = ("quick_gelu", "gelu")  # of OpenAI's CLIPs, of others
 NORMALISATIONS = {
     "clip": (list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)),
@@ -148,10 +153,30 @@ class Images(PictureArguments):
             raise ValueError(f"data_root={self.data_root!r} does nothing for digits, which come with scikit-learn.")
 
     def overlaps(self, other: Images) -> bool:
-        """Whether both take pictures of the same split, and of a class in common where both choose classes."""
-        places = {(i.dataset, i.data_root, i.config, i.revision, i.split) for i in (self, other)}
+        """Whether both may take pictures of the same split, by its name and slice, and of a class in common where both
+        choose classes.
+        """
+        places = {(i.dataset, i.data_root, i.config, i.revision) for i in (self, other)}
         chosen = [set(i.classes) for i in (self, other) if i.classes is not None]
-        return len(places) == 1 and (len(chosen) < 2 or bool(chosen[0] & chosen[1]))
+        common = len(chosen) < 2 or bool(chosen[0] & chosen[1])
+        return len(places) == 1 and common and not _are_apart(self.split, other.split)
+
+
+def _are_apart(split: str, other: str) -> bool:
+    """Whether the texts of two splits, such as train[:80%], say that no row is in both."""
+    return all(_parts_are_apart(*pair) for pair in itertools.product(split.split("+"), other.split("+")))
+
+
+def _parts_are_apart(one: str, two: str) -> bool:
+    names = {part.partition("[")[0] for part in (one, two)}
+    slices = [SLICE.fullmatch(part) for part in (one, two)]
+    if "all" in names or len(names) == 2 or not all(slices):
+        return "all" not in names and len(names) == 2
+    ends = [found.groups() for found in slices if found]
+    units = {unit for start, first, stop, last in ends for number, unit in ((start, first), (stop, last)) if number}
+    latest_start = max(int(start or 0) for start, _, _, _ in ends)
+    first_stop = min(int(stop or sys.maxsize) for _, _, stop, _ in ends)
+    return len(units) <= 1 and latest_start >= first_stop
 
 
 @dataclass(frozen=True)
@@ -281,7 +306,7 @@ class TrainingRunArguments:
         template: prompt with {} for the class name; with descriptions what they are put into, at {description}, by
             default nothing else.
         descriptions: a JSON file of {class name: [texts]} for all classes of training and tasks, or a known set
-            (digits).
+            (digits, cifar10).
         objective: the method: a class of `hf_robust_clip.objectives`, or the dotted path of your own, with its
             settings as --objective.NAME.
         tasks: datasets to evaluate on, before and after; the name of a suite, such as pmg_aft_16, stands for all test
@@ -290,6 +315,9 @@ class TrainingRunArguments:
             images, evaluated, and saved with the adapter.
         fit_images: the defence is fitted on so many training images; null takes all.
         compare: further objectives, which are trained by the same settings and shown beside.
+        held_out_images: share of the training images of each class, at least one, that is held out of the training
+            and on which it is evaluated while it runs (eval_steps, by default save_steps); the weights with the best
+            robust accuracy there are kept. Never the test split.
         overwrite: begin anew in a folder that holds a run.
     """
 
@@ -300,13 +328,55 @@ class TrainingRunArguments:
     defence: Defence | None = None
     fit_images: int | None = None
     compare: Sequence[str] = ()
+    held_out_images: float | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        if self.held_out_images is not None:
+            check_share("held_out_images", self.held_out_images)
         if self.fit_images is not None and self.fit_images < 1:
             raise ValueError(f"fit_images={self.fit_images!r} must be at least 1.")
         if self.defence is None and self.fit_images is not None:
             raise ValueError(f"fit_images={self.fit_images!r} does nothing without a defence, which is fitted.")
+
+
+@dataclass(frozen=True)
+class TuneArguments:
+    """Settings that are found on held-out training images, before the training.
+
+    Args:
+        trials: so many short trainings, each with settings drawn from the space; then the run trains with the best,
+            on all training images. Needs Optuna.
+        space: {SETTING: RANGE, ...}: settings of the training, and as objective.NAME of the objective. A range is
+            [LOW, HIGH], on a log scale where HIGH is at least 10 times LOW; {low: LOW, high: HIGH, log: true or false}
+            says so itself; three or more values, or {choices: [...]}, are the only ones to choose from.
+        max_steps: updates of a trial; null takes a quarter of the run's. A warm-up is shortened alike.
+        held_out_images: share of the training images of each class, at least one, that no trial is trained on and by
+            which all are scored.
+        held_out_classes: share of the classes, at least two, or 0 for none, that no trial is trained on, and by whose
+            training images all are scored too, told apart from one another; both parts then count one half.
+        clean_weight: a score is clean_weight * clean + (1 - clean_weight) * robust accuracy, under the attack of
+            eval_attack_steps.
+    """
+
+    trials: int | None = None
+    space: dict[str, Any] | None = None
+    max_steps: int | None = None
+    held_out_images: float = 0.2
+    held_out_classes: float = 0.0
+    clean_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "max_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"tune.{name}={getattr(self, name)!r} must be at least 1.")
+        if self.trials is not None and not self.space:
+            raise ValueError("tune.space is missing: name settings and their ranges, {learning_rate: [1e-5, 1e-3]}.")
+        check_share("tune.held_out_images", self.held_out_images)
+        if self.held_out_classes != 0:
+            check_share("tune.held_out_classes", self.held_out_classes)
+        if not 0 <= self.clean_weight <= 1:
+            raise ValueError(f"tune.clean_weight={self.clean_weight!r} must be in 0 .. 1.")
 
 
 @dataclass(frozen=True)
@@ -319,8 +389,8 @@ class EvaluationRunArguments:
             model's training, if a recipe.yaml or report.json beside it says so, else the known dataset's own. With
             descriptions what they are put into, at {description}; null then takes that of the training, if it takes
             descriptions, else nothing but them.
-        descriptions: a JSON file of {class name: [texts]} for all classes of all tasks, or a known set (digits); null
-            takes those of the model's training, where its template takes some.
+        descriptions: a JSON file of {class name: [texts]} for all classes of all tasks, or a known set (digits,
+            cifar10); null takes those of the model's training, where its template takes some.
         tasks: datasets to evaluate on; one of them may be given by --dataset_name in their place. The name of a suite,
             such as pmg_aft_16, stands for all test sets of a paper's table.
         compare: further checkpoints, shown beside.
@@ -328,6 +398,9 @@ class EvaluationRunArguments:
         defence: a test-time defence, a class with its settings as --defence.NAME. Where the model's folder holds one
             of the same class, its statistics and settings are taken, save those given here. --fit_on.NAME says on
             which other images it is fitted first.
+        stream_poisoning: of a defence with a stream state: so many images at the head of the stream are attacked, and
+            the clean ones after them judged, in several random orders; 0 for the orders alone.
+        permutations: how many orders.
         published: a published method, such as pmg_aft or tga_zsr/pmg_aft, whose figures are shown beside the measured
             ones. An evaluation with another radius, norm, attack or model is refused.
         published_anyway: show them all the same, with what differs.
@@ -343,6 +416,8 @@ class EvaluationRunArguments:
     compare: Sequence[str] = ()
     reference: str | None = None
     defence: Defence | None = None
+    stream_poisoning: int | None = None
+    permutations: int = 5
     published: str | None = None
     published_anyway: bool = False
     use_cpu: bool = False
@@ -359,6 +434,8 @@ class EvaluationRunArguments:
             raise ValueError("published_anyway=true does nothing without published; name a published method.")
         if self.defence is not None and self.reference is not None:
             raise ValueError(f"reference={self.reference!r} is undefended: evaluate it without a defence.")
+        if self.stream_poisoning is not None:
+            check_poisoning(self.defence, self.stream_poisoning, self.permutations)
 
 
 @dataclass(frozen=True)
@@ -423,6 +500,12 @@ class ConvertArguments:
                 "[0, 1]."
             )
         return mean, std
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise ValueError unless a share leaves something on either side."""
+    if not 0 < value < 1:
+        raise ValueError(f"{name}={value!r} must be above 0 and below 1.")
 
 
 def check_folder(output_dir: str, model: str, goes_on: bool) -> None:

@@ -246,7 +246,8 @@ def checked(
         if name in values and asked is None and hint and not {Any, NoneType} & set(_options(hint)):
             raise ValueError(f"{name}=null must not be empty.")
         if isinstance(asked, dict) and any(option is dict or get_origin(option) is dict for option in _options(hint)):
-            values[name] = settings[name] = plain_value(asked)
+            values[name] = plain_value(asked)
+            _put(settings, name, values[name])
     check_numbers(file, {key: value for key, value in settings.items() if key not in options}, "")
     for flag, text in options.items():
         check_numbers(text, _inner(settings, flag), flag)

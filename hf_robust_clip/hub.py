@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["model", "adapter", "defence"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.distcp", "*.joblib")  # they run code when read
-LEFTOVERS = ("checkpoint-*", "last-checkpoint/*", "state/*", "compared/*", "runs/*", "wandb/*", "mlruns/*", "*.part",
-             "*.log", "events.out.tfevents.*", "trainer_state.json", ".*", "*/.*", "_*")  # fmt: skip
+LEFTOVERS = ("checkpoint-*", "last-checkpoint/*", "state/*", "compared/*", "tuning/*", "runs/*", "wandb/*", "mlruns/*",
+             "*.part", "*.log", "events.out.tfevents.*", "trainer_state.json", ".*", "*/.*", "_*")  # fmt: skip
 NEVER_PUSHED = (*PICKLES, *LEFTOVERS)
 MODEL_FILES = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors",
                "model.safetensors.index.json", "config.json", "generation_config.json",
@@ -37,14 +37,16 @@ MODEL_FILES = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.s
                "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
                "added_tokens.json", "chat_template.jinja", "descriptions.json")  # fmt: skip
 # what belongs to the weights beside them
-FIGURES = ("report.json", "report.csv", "recipe.yaml", "accuracy.png", PROVENANCE)
+FIGURES = ("report.json", "report.csv", "recipe.yaml", "accuracy.png", "tuning.csv", "tuning.png", PROVENANCE)
 TRAINERS = ("training_args.bin", "pytorch_model*.bin", "adapter_model.bin", "optimizer.*", "scheduler.pt", "scaler.pt",
             "rng_state*.pth")  # fmt: skip
-RESUMED = ("trainer_state.json", "training_run.json", "*.distcp", ".metadata")
+RESUMED = ("trainer_state.json", "training_run.json", "weight_average.safetensors", "*.distcp", ".metadata")
 FITTED = re.compile(r"[\w-]+\.safetensors")  # what a defence learned, beside its settings
 STATE = re.compile(
-    r"[^/]+-[0-9a-f]{8}/state-\d+\.jsonl|(statistics|fit/[^/]+-[0-9a-f]{8})/[^/]+/state-\d+\.safetensors"
+    r"[^/]+-[0-9a-f]{8}/(state-\d+\.jsonl|stream-[0-9a-f]{16}\.safetensors)|(statistics|fit/[^/]+-[0-9a-f]{8})/[^/]+/state-\d+\.safetensors"
 )
+SEARCH = "tuning"  # folder of a hyperparameter search
+JOURNAL = ("journal.log", "journal.log.lock")
 WHOLE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 ADAPTER_WEIGHTS = ("adapter_model.*",)
 TEXTS = (".json", ".yaml", ".yml", ".md", ".txt", ".csv")
@@ -325,6 +327,11 @@ def clear_checkpoint(place: Path) -> None:
 def clear_states(folder: str | Path) -> None:
     """Delete the states of evaluations and of what is fitted, by their files' names."""
     delete(Path(folder).resolve() / "state", STATE.fullmatch)
+
+
+def clear_search(folder: str | Path) -> None:
+    """Delete the trials of a hyperparameter search, by their files' names."""
+    delete(Path(folder).resolve() / SEARCH, lambda name: name in JOURNAL)
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:

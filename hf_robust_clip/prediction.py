@@ -25,6 +25,8 @@ class Prediction:
         kept: (B, K), indices of the views that were kept, most confident first; 0 is the image itself.
         score: (B,), of a detector: the higher, the more an image looks attacked.
         flagged: (B,), of a detector: the images that it takes for attacked and gives no class.
+        class_scores: (B, C), of a detector whose score depends on the class that an image is given: the scores that it
+            would have in each. Made along a gradient's path alone; the score is that of the class of highest logit.
         state: of a defence with a stream state: what the next images begin from.
     """
 
@@ -36,6 +38,7 @@ class Prediction:
     kept: Tensor | None = None
     score: Tensor | None = None
     flagged: Tensor | None = None
+    class_scores: Tensor | None = None
     state: Any = None
 
     def right(self, labels_B: Tensor, *, attacked: bool = False) -> Tensor:

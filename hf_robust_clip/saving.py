@@ -70,6 +70,11 @@ class Saving:
 def left_by_training(folder: str | Path) -> str:
     """Where a training that was stopped goes on."""
     newest = newest_whole_checkpoint(folder)
+    if newest is None and Path(folder, "tuning/journal.log").is_file():
+        return (
+            f"finished trials are in {str(Path(folder, 'tuning'))!r}: the same command goes on from there with "
+            "--resume_from_checkpoint true, without --overwrite."
+        )
     if newest is None:
         return f"no checkpoint in {str(folder)!r} is whole, so it would begin anew."
     return (

@@ -22,14 +22,15 @@ USED_BY_DESIGN = {
     "VLI": (*VISION, *TEXT, "init_std"),
     "VLJ": (*VISION, *TEXT, "init_std", "coupling"),
     "T": (*TEXT, "init_std"),
-    "pixel": ("pixel_region", "border_width"),
+    "pixel": ("pixel_region", "border_width", "clipped", "per_class", "prompt_size"),
 }
 USED_BY_ALL = ("design", "modules_to_save")
 PROMPTS = tuple(dict.fromkeys([*USED_BY_ALL, *(key for keys in USED_BY_DESIGN.values() for key in keys)]))
-EVALUATIONS = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_do_concat_batches",
-               "eval_use_gather_object", "eval_accumulation_steps", "eval_attack_steps", "include_for_metrics",
-               "batch_eval_metrics", "prediction_loss_only", "load_best_model_at_end", "metric_for_best_model",
-               "greater_is_better", "do_train", "do_eval", "do_predict")  # fmt: skip
+OF_HELD_OUT = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps",
+               "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+               "early_stopping_patience")  # fmt: skip
+EVALUATIONS = ("eval_do_concat_batches", "eval_use_gather_object", "include_for_metrics", "batch_eval_metrics",
+               "prediction_loss_only", "do_train", "do_eval", "do_predict")  # fmt: skip
 PUSHES = ("hub_model_id", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision")
 
 
@@ -69,15 +70,26 @@ def check_prompts(given: Given, config: Any) -> None:
 
 
 def check_training(given: Given, defaults: Mapping[str, Any], *, fits: bool) -> None:
-    """Flags of `RobustClipConfig` in a run, which evaluates by its section evaluation, and pushes what it wrote.
+    """Flags of `RobustClipConfig` in a run, which evaluates by its section evaluation, save where training images are
+    held out, and pushes what it wrote.
 
     Args:
         defaults: of these and of `ModelArguments`.
         fits: whether a defence is fitted, in batches of `per_device_eval_batch_size`.
     """
+    held_out, tuned = given.asked("held_out_images") is not None, given.asked("tune.trials") is not None
     for key in EVALUATIONS:
         idle(given, key, "in a recipe, which evaluates by its section evaluation", defaults.get(key))
-    if not fits:
+    for key in () if held_out else OF_HELD_OUT:
+        idle(given, key, "without held_out_images: nothing is evaluated during the training", defaults.get(key))
+    if not held_out and not tuned:
+        idle(given, "eval_attack_steps", "without held_out_images or tune.trials; set evaluation.attack",
+             defaults.get("eval_attack_steps"))  # fmt: skip
+    if not tuned:
+        for key, value in (given.asked("tune") or {}).items():
+            if key != "trials" and value is not None:
+                raise ValueError(f"tune.{key}={value!r} does nothing without tune.trials.")
+    if not fits and not held_out and not tuned:
         idle(given, "per_device_eval_batch_size", "in this recipe; set evaluation.batch_size",
              defaults.get("per_device_eval_batch_size"))  # fmt: skip
     if not given.asked("use_peft"):

@@ -4,12 +4,14 @@
     python recipes/benchmark.py --config recipes/configs/digits-clip/prompt_benchmark.yaml
 
 Each model is a training by one of the packaged configs and some flags, each evaluation such a config too. What is
-finished is not repeated: a run that was killed goes on. `--only a b` trains and evaluates these alone, so that several
-runs may divide the work; `--cards_dir hub_cards` puts the cards where they are kept.
+finished is not repeated, unless its settings changed: a run that was killed goes on. `--only "[a, b]"` trains and
+evaluates these alone, so that several runs may divide the work; `--cards_dir hub_cards` puts the cards where they are
+kept.
 """
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import yaml
 
 from hf_robust_clip.command_line import CommandLine, packaged_config, read_command
+from hf_robust_clip.hub import dump_recipe
 from hf_robust_clip.report import (
     RobustnessReport,
     as_markdown,
@@ -96,6 +100,9 @@ class Benchmark:
         owner: of the cards' repositories.
         prefix: of their names, before that of the model.
         limits: what the models can't do, for cards and table.
+        flags: of every training, beside its config; those of a model go before them.
+        seeds: each model is trained once with each, and tables tell mean and standard deviation over them; none takes
+            the configs' own seed. Of several no cards are made, since a card is of one checkpoint.
         models: rows of the tables.
         evaluations: what makes their figures.
         tuning_steps: updates with each learning rate that is tried.
@@ -116,6 +123,8 @@ class Benchmark:
     owner: str = "hf-robust-clip"
     prefix: str = ""
     limits: str = ""
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Sequence[int] = ()
     models: Sequence[Model] = ()
     evaluations: Sequence[Evaluation] = ()
     tuning_steps: int = 40
@@ -132,6 +141,19 @@ class Benchmark:
     def cards(self) -> Path:
         """Where tables, plots and cards go."""
         return Path(self.cards_dir) if self.cards_dir else self.out / "cards"
+
+    def runs_of(self, model: Model) -> list[Model]:
+        """A row once for each seed, with a folder of its own; of what isn't trained here, and without seeds, itself.
+
+        Raises ValueError for a seed that is there twice.
+        """
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)!r} has one twice; name others.")
+        if not model.config or not self.seeds:
+            return [model]
+        return [
+            replace(model, name=f"{model.name}-seed{seed}", flags={**model.flags, "seed": seed}) for seed in self.seeds
+        ]
 
     def folder_of(self, model: Model) -> str:
         """Where a row's checkpoint is."""
@@ -151,25 +173,39 @@ def words(flags: Mapping[str, Any]) -> list[str]:
 
 
 def train_model(benchmark: Benchmark, model: Model) -> str | None:
-    """Train a row's model, unless its report is there; the learning rate that was chosen."""
+    """Train a row's model with every seed, unless its report is there; the learning rate chosen, by the first seed."""
+    runs = benchmark.runs_of(model)
     rates = {rate: held_out(tuned(benchmark, model, rate)) for rate in model.learning_rates}
     best = max(rates, key=lambda rate: sum(rates[rate])) if rates else None
-    run_training(benchmark, model, benchmark.out / model.name, {} if best is None else {"learning_rate": best})
+    for run in runs:
+        run_training(benchmark, run, benchmark.out / run.name, {} if best is None else {"learning_rate": best})
     return best
 
 
 def tuned(benchmark: Benchmark, model: Model, rate: str) -> Path:
     """The folder of a short training with a learning rate."""
-    folder = benchmark.out / "tuning" / f"{model.name}-{rate}"
-    run_training(benchmark, model, folder, {"learning_rate": rate, "max_steps": benchmark.tuning_steps})
+    first, folder = benchmark.runs_of(model)[0], benchmark.out / "tuning" / f"{model.name}-{rate}"
+    run_training(benchmark, first, folder, {"learning_rate": rate, "max_steps": benchmark.tuning_steps})
     return folder
 
 
 def run_training(benchmark: Benchmark, model: Model, folder: Path, flags: Mapping[str, Any]) -> None:
-    """One training, unless its report is there."""
-    if not (folder / "report.json").is_file():
-        own = {"model_name_or_path": benchmark.start, "output_dir": str(folder), "overwrite": True}
-        train.train(train.read(words({**own, **model.flags, **flags}), packaged_config(str(model.config))))
+    """One training, unless its report is there, by the same settings; what was measured of another is deleted."""
+    own = {"model_name_or_path": benchmark.start, "output_dir": str(folder), "overwrite": True}
+    asked = {**own, **benchmark.flags, **model.flags, **flags}
+    run = train.read(words(asked), packaged_config(str(model.config)))
+    if not finished(folder, run.source):
+        for evaluation in benchmark.evaluations:
+            shutil.rmtree(benchmark.out / evaluation.name / folder.name, ignore_errors=True)
+        (folder / "report.json").unlink(missing_ok=True)
+        train.train(run)
+
+
+def finished(folder: Path, source: Mapping[str, Any]) -> bool:
+    """Whether a run by these settings has left its report in a folder."""
+    recipe = folder / "recipe.yaml"
+    whole = (folder / "report.json").is_file() and recipe.is_file()
+    return whole and yaml.safe_load(recipe.read_text(encoding="utf-8")) == yaml.safe_load(dump_recipe(source))
 
 
 def held_out(folder: Path) -> tuple[float, float]:
@@ -183,9 +219,12 @@ def evaluate_models(benchmark: Benchmark, evaluation: Evaluation, models: Sequen
     found = []
     for model in models:
         folder = benchmark.out / evaluation.name / model.name
-        if not (folder / "report.json").is_file():
-            own = {"model_name_or_path": benchmark.folder_of(model), "output_dir": str(folder), "resume": True}
-            evaluate.evaluate(evaluate.read(words({**own, **evaluation.flags}), packaged_config(evaluation.config)))
+        own = {"model_name_or_path": benchmark.folder_of(model), "output_dir": str(folder), "resume": True}
+        run = evaluate.read(words({**own, **evaluation.flags}), packaged_config(evaluation.config))
+        if not finished(folder, run.source):
+            if (folder / "report.json").is_file():
+                shutil.rmtree(folder)  # of other settings
+            evaluate.evaluate(run)
         title = f"{evaluation.title} on {model.title}" if evaluation.title else model.title
         reports, _ = load_reports(folder / "report.json")
         found += [replace(report, name=title, model=benchmark.id_of(model)) for report in reports]
@@ -229,23 +268,37 @@ def write_cards(benchmark: Benchmark, reports: Sequence[RobustnessReport]) -> No
         make_card(own, before, info).save(folder / "README.md")
 
 
-def write_tables(benchmark: Benchmark, reports: Sequence[RobustnessReport], chosen: Mapping[str, str | None]) -> None:
-    """Tables and plots of everything."""
+def write_tables(
+    benchmark: Benchmark, runs: Sequence[Sequence[RobustnessReport]], chosen: Mapping[str, str | None]
+) -> None:
+    """Tables and plots of everything; `runs` has the reports of each seed."""
     place = benchmark.cards / benchmark.name
     place.mkdir(parents=True, exist_ok=True)
-    save_reports(place / "report.json", reports)
-    save_csv(place / "report.csv", reports)
-    parts = [
-        f"# {benchmark.heading}\n\n{benchmark.about}" + "".join(f"- {x}\n" for x in benchmark.limits.splitlines())
-    ]
-    if any(report.defence for report in reports):
-        rows = by_model(reports)
+    every = with_seeds(benchmark, runs)
+    save_reports(place / "report.json", every)
+    save_csv(place / "report.csv", every)
+    limits = "".join(f"- {line}\n" for line in benchmark.limits.splitlines())
+    parts = [f"# {benchmark.heading}\n\n{benchmark.about}{limits}"]
+    if any(report.defence for report in every):
+        rows = by_model(every)
         plot_defences(place / "accuracy.png", rows)
         parts.append(f"{as_markdown(figures_of_defences(rows))}\n\n![accuracies](accuracy.png)\n")
     else:
-        parts += [attack_part(benchmark, place, own) for own in by_attack(reports).values()]
+        further = [by_attack(run) for run in runs[1:]]
+        for attack, own in by_attack(runs[0]).items():
+            parts.append(attack_part(benchmark, place, own, [run.get(attack, []) for run in further]))
     parts += [tuning_part(benchmark, chosen)] if any(chosen.values()) else []
     (place / "table.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def with_seeds(benchmark: Benchmark, runs: Sequence[Sequence[RobustnessReport]]) -> list[RobustnessReport]:
+    """The reports of all seeds, which their names tell, but for what isn't trained here."""
+    trained = {model.title for model in benchmark.models if model.config} if benchmark.seeds else set()
+    return [
+        replace(report, name=f"{report.name}, seed {benchmark.seeds[number]}") if report.name in trained else report
+        for number, run in enumerate(runs)
+        for report in run
+    ]
 
 
 def by_attack(reports: Sequence[RobustnessReport]) -> dict[str, list[RobustnessReport]]:
@@ -256,17 +309,25 @@ def by_attack(reports: Sequence[RobustnessReport]) -> dict[str, list[RobustnessR
     return found
 
 
-def attack_part(benchmark: Benchmark, place: Path, reports: Sequence[RobustnessReport]) -> str:
-    """The table and the plots of one attack."""
+def attack_part(
+    benchmark: Benchmark,
+    place: Path,
+    reports: Sequence[RobustnessReport],
+    further: Sequence[Sequence[RobustnessReport]],
+) -> str:
+    """The table and the plots of one attack; `further` has the reports of other seeds."""
     attack = reports[0].attack
     file = "".join(c if c.isalnum() else "_" for c in attack.lower())
-    plot_accuracy(place / f"{file}.png", reports)
-    plots = f"![accuracy against eps]({file}.png)\n"
+    about, plots = "Accuracy in percent, clean and at each L-inf radius", ""
+    if further:
+        about += f"; mean and standard deviation over the seeds {', '.join(map(str, benchmark.seeds))}"
+    else:
+        plot_accuracy(place / f"{file}.png", reports)
+        plots = f"![accuracy against eps]({file}.png)\n"
     if benchmark.tradeoff_radius is not None:
-        plot_tradeoff(place / f"{file}_tradeoff.png", reports, benchmark.tradeoff_radius)
+        plot_tradeoff(place / f"{file}_tradeoff.png", reports, benchmark.tradeoff_radius, further)
         plots += f"\n![clean against robust]({file}_tradeoff.png)\n"
-    about = "Accuracy in percent, clean and at each L-inf radius."
-    return f"## {attack}\n\n{about}\n\n{as_markdown(figures_by_task(reports))}\n\n{plots}"
+    return f"## {attack}\n\n{about}.\n\n{as_markdown(figures_by_task(reports, further))}\n\n{plots}"
 
 
 def tuning_part(benchmark: Benchmark, chosen: Mapping[str, str | None]) -> str:
@@ -281,6 +342,7 @@ def tuning_part(benchmark: Benchmark, chosen: Mapping[str, str | None]) -> str:
     about = (
         f"Clean accuracy / robust accuracy, in percent, on held-out training images after {benchmark.tuning_steps} "
         "updates; the rate with the highest sum of both was taken."
+        + (f" Tried with seed {benchmark.seeds[0]} alone." if len(benchmark.seeds) > 1 else "")
     )
     return f"## Learning rates\n\n{about}\n\n" + "\n".join(lines) + "\n"
 
@@ -292,13 +354,16 @@ def run(benchmark: Benchmark) -> None:
     models = [model for model in benchmark.models if not benchmark.only or model.name in benchmark.only]
     chosen = {model.name: train_model(benchmark, model) for model in models if model.config}
     write_pictures(benchmark)
-    reports = []
+    runs: list[list[RobustnessReport]] = [[] for _ in benchmark.seeds or (None,)]
     for evaluation in benchmark.evaluations:
         own = [model for model in models if not evaluation.models or model.name in evaluation.models]
-        reports += evaluate_models(benchmark, evaluation, own)
+        for number, reports in enumerate(runs):
+            of_seed = [benchmark.runs_of(model)[number] for model in own if number < len(benchmark.runs_of(model))]
+            reports += evaluate_models(benchmark, evaluation, of_seed)
     if not benchmark.only:
-        write_cards(benchmark, reports)
-        write_tables(benchmark, reports, chosen)
+        if len(runs) == 1:
+            write_cards(benchmark, runs[0])
+        write_tables(benchmark, runs, chosen)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -89,6 +90,47 @@ def test_a_small_benchmark_is_made_once(monkeypatch):
     assert (place / "hf-robust-clip/digits-te-coa/README.md").is_file()
     script.main(["--config", "own.yaml"])
     assert len(seen) == 3, "what is finished is not repeated"
+    small["models"][1]["flags"]["attack_steps"] = 1
+    small["evaluations"][0]["flags"]["max_images"] = 5
+    Path("own.yaml").write_text(json.dumps(small).replace('"tecoa"', '"digits-clip/tecoa"'))
+    script.main(["--config", "own.yaml"])
+    assert len(seen) == 6 and seen[-1].training.attack_steps == 1, "other settings, another training"
+    again, _ = load_reports(place / "hf-robust-clip/digits-te-coa/report.json")
+    assert [report.num_images for report in again] == [5]
+
+
+def test_what_was_measured_of_an_earlier_training_is_deleted(monkeypatch):
+    Path("own.yaml").write_text(json.dumps(SMALL).replace('"tecoa"', '"digits-clip/tecoa"'))
+    own, old = read("own.yaml"), Path("out/pgd/te_coa/report.json")
+    old.parent.mkdir(parents=True)
+    old.write_text("{}")
+    monkeypatch.setattr(train, "train", lambda run: None)
+    script.run_training(own, own.models[1], own.out / "te_coa", {})
+    assert not old.parent.exists()
+
+
+def test_a_model_is_trained_once_with_each_seed(monkeypatch):
+    small = json.loads(json.dumps(SMALL))
+    trained = small["models"][1]
+    trained["flags"].pop("max_steps")
+    trained["learning_rates"] = []
+    small |= {"seeds": [3, 4], "flags": {"save_strategy": "no", "learning_rate": "1e-2"}}
+    Path("own.yaml").write_text(json.dumps(small).replace('"tecoa"', '"digits-clip/tecoa"'))
+    seen = []
+    real = train.train
+    monkeypatch.setattr(train, "train", lambda run: seen.append(run) or real(run))
+    monkeypatch.setattr(train, "read", short(train.read))
+    script.main(["--config", "own.yaml"])
+    assert [(run.training.seed, run.training.learning_rate) for run in seen] == [(3, 0.01), (4, 0.01)]
+    runs, _ = load_reports("out/cards/small/report.json")
+    assert [report.name for report in runs] == ["before", "TeCoA, seed 3", "TeCoA, seed 4"]
+    mean = sum(report.clean_accuracy for report in runs[1:]) / 2
+    text = Path("out/cards/small/table.md").read_text()
+    assert f"| TeCoA | {100 * mean:.1f} ± " in text and "over the seeds 3, 4" in text
+    assert not Path("out/cards/hf-robust-clip").exists()
+    own = read("own.yaml")
+    with pytest.raises(ValueError, match="seeds="):
+        script.train_model(replace(own, seeds=(1, 1)), own.models[1])
 
 
 def short(real):

@@ -11,16 +11,17 @@ import yaml
 
 from hf_robust_clip import BPDA, PGD, PMGAFT, cli
 from hf_robust_clip.attacks.named import suite_named
-from hf_robust_clip.command_line import class_path, packaged_config, read_command
+from hf_robust_clip.command_line import class_path, classes_in, packaged_config, read_command
 from hf_robust_clip.runs import clean, evaluate, poison, train
 from hf_robust_clip.runs.train_settings import COMMAND, OBJECTIVE
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 DEFAULT = RECIPES / "configs/digits-clip/pmg_aft.yaml"
 TAPT = RECIPES / "configs/digits-clip/tapt.yaml"
-METHODS = ("pmg_aft", "tecoa", "fare", "trades", "clean", "apt", "tapt", "fap", "coop", "agft", "sim_clip", "tga_zsr",
-           "comp_tga", "saft", "acl", "adv_cl")  # fmt: skip
-BACKDOORS = ("poison", "clean_clip", "cleaner_clip")
+METHODS = ("tapt", *sorted(cls.__module__.rpartition(".")[2] for cls in classes_in(OBJECTIVE).values()))
+BACKDOORS = {"poison", "clean_clip", "cleaner_clip"}
+WITHOUT_CONFIGS = {"contrastive", *BACKDOORS}  # it pretrains, and they have commands of their own
+PROMPTS = {"apt", "tapt", "coop", "fap", "c_avp"}
 METHOD_CONFIGS = sorted(
     path
     for path in (RECIPES / "configs").rglob("*.yaml")
@@ -42,6 +43,11 @@ def named(paths):
 
 def method_of(config: Path) -> str:
     return next(method for method in METHODS if config.name.startswith(method))
+
+
+def what_it_lacks(config: Path) -> list[str]:
+    """Flags that its launch line has: where texts are the user's own, a known set stands for them."""
+    return ["--descriptions", "digits"] if "--descriptions FILE" in config.read_text(encoding="utf-8") else []
 
 
 @pytest.fixture(autouse=True)
@@ -370,6 +376,7 @@ def test_every_packaged_config_is_read_by_its_name(monkeypatch):
         kind = next(key for key in kinds if key in yaml.safe_load(config.read_text()))
         words = ["--output_dir", "a", *(["--dataset_name", "digits"] if kind == "evaluation" else [])]
         words += ["--defence", "TTC"] if path.stem == "defences" else []  # which a benchmark names
+        words += what_it_lacks(config)
         if kind in scripts:
             assert read_command(import_module(scripts[kind]).COMMAND, words, config).made().output_dir == "a"
         else:
@@ -469,21 +476,54 @@ def top_comment(config: Path) -> str:
 
 
 def test_there_are_configs_for_every_method_and_seven_models():
-    assert {method_of(config) for config in CONFIGS} == {*METHODS} - {"trades", "clean"}
+    assert {method_of(config) for config in CONFIGS} == {*METHODS} - {"trades", "clean", *WITHOUT_CONFIGS}
     assert len({config.parent for config in CONFIGS}) == 7
+
+
+@pytest.mark.parametrize("model", ["clip-vit-base-patch32", "clip-vit-base-patch16"])
+def test_every_method_has_a_config_for_both_base_models(model):
+    """FAP was published for ViT-B/32 alone, C-AVP for no CLIP, and CoOp, which isn't attacked, is a control."""
+    own = {method_of(config) for config in CONFIGS if config.parent.name == model}
+    assert {*METHODS} - {"trades", "clean", "fap", "coop", "c_avp", *WITHOUT_CONFIGS} <= own
+
+
+DEFAULTS = [path for path in CONFIGS if "imagenet" in path.name and method_of(path) not in ("pmg_aft", "apt", "tapt")]
+
+
+@pytest.mark.parametrize("config", **named(DEFAULTS))
+def test_losses_have_their_published_settings(config):
+    """Those that are defaults, too; ASCL's depend on the number of classes and on how few images share one."""
+    found = recipe(*what_it_lacks(config), config=config).method.objective
+    changed = {"ascl": {"kl": 2 / 200, "text_anchors": True}}.get(method_of(config), {})
+    assert found == type(found)(**changed)
+
+
+def test_configs_of_both_base_models_differ_in_nothing_but_the_model():
+    """How an update is divided is a matter of memory; the update is the same."""
+    compared = 0
+    for config in CONFIGS:
+        other = config.parents[1] / "clip-vit-base-patch16" / config.name
+        if config.parent.name != "clip-vit-base-patch32" or not other.is_file():
+            continue
+        both = [yaml.safe_load(path.read_text().replace(path.parent.name, "MODEL")) for path in (config, other)]
+        updates = [own.pop("per_device_train_batch_size") * own.pop("gradient_accumulation_steps", 1) for own in both]
+        assert both[0] == both[1] and updates[0] == updates[1], config.name
+        compared += 1
+    assert compared > 15
 
 
 @pytest.mark.parametrize("config", **named(CONFIGS))
 def test_every_config_is_read(config):
-    found, method = recipe(config=config), method_of(config)
+    found, method = recipe(*what_it_lacks(config), config=config), method_of(config)
     assert found.training.threat_model().eps > 0
     model = {"laion-vit-b-32": "CLIP-ViT-B-32-laion2B-s34B-b79K"}.get(config.parent.name, config.parent.name)
     assert found.model.model_name_or_path.split("/")[-1] == model
-    assert bool(found.defences) == (method == "tapt")
+    assert bool(found.defences) == (method in ("tapt", "c_avp"))
     if "imagenet" in config.name or (method == "tapt" and "base" in config.parent.name):
         update = found.training.per_device_train_batch_size * found.training.gradient_accumulation_steps
-        others = {"fare": 128, "tga_zsr": 128, "comp_tga": 128, "sim_clip": 64, "apt": 32, "tapt": 32, "fap": 4}
-        assert update == others.get(method, 256)
+        others = {"tecoa_robustvlm": 128, "fare": 128, "tga_zsr": 128, "comp_tga": 128, "saft": 128, "ascl": 128,
+                  "sim_clip": 64, "apt": 32, "tapt": 32, "fap": 4}  # fmt: skip
+        assert update == next((count for name, count in others.items() if config.stem.startswith(name)), 256)
         assert ("tiny" in config.name) == (found.data.dataset == "zh-plus/tiny-imagenet")
 
 
@@ -644,33 +684,38 @@ def test_a_defence_that_makes_no_sense_is_refused(words, message):
 
 def test_every_config_is_of_a_method_or_known():
     others = set((RECIPES / "configs").rglob("*.yaml")) - {*METHOD_CONFIGS, *EVALUATION_CONFIGS}
-    assert {path.name for path in others} <= {
-        "pretrain.yaml",
-        "benchmark.yaml",
-        "prompt_benchmark.yaml",
-        "defence_benchmark.yaml",
-        "defences.yaml",
-        *(f"{name}.yaml" for name in BACKDOORS),
-    }
+    left = {path.stem for path in others if not path.stem.endswith("benchmark")}
+    assert left == {"pretrain", "defences", *BACKDOORS}
+
+
+OWN = {  # what a method has of its own beside its loss: texts, views, a schedule
+    "saft": {"template", "descriptions"},
+    "simple_at": {"augment", "crop_scale", "erasing", "warmup_steps", "lr_scheduler_type"},
+    "acl": {"augment", "crop_scale", "jitter", "greyscale"},
+    "adv_cl": {"augment", "crop_scale", "jitter", "greyscale"},
+}
 
 
 def test_methods_of_the_mini_benchmark_share_everything_but_themselves():
-    """The same data, attack and budget for all; each learning rate is the one that held-out images chose."""
+    """The same data, attack and budget for all; each learning rate is one of those that are tried for all."""
     own = [
         path
         for path in METHOD_CONFIGS
         if path.parent.name == "mini-clip" and method_of(path) not in ("apt", "tapt", "coop")
     ]
-    assert {path.stem for path in own} == {"clean", "tecoa", "fare", "trades", "pmg_aft_paper", "pmg_aft_released"}
-    settings = [yaml.safe_load(path.read_text()) for path in own]
-    for path, found in zip(own, settings, strict=True):
+    weights = {"clean", "pmg_aft_paper", "pmg_aft_released"} | {*METHODS} - {"pmg_aft", *PROMPTS}
+    assert {path.stem for path in own} == weights - WITHOUT_CONFIGS
+    plain = yaml.safe_load((RECIPES / "configs/mini-clip/tecoa.yaml").read_text())
+    shared = {key: value for key, value in plain.items() if key not in ("output_dir", "learning_rate", "objective")}
+    for path in own:
+        found = yaml.safe_load(path.read_text())
         assert found.pop("output_dir") == f"out/mini-benchmark/{path.stem}"
         assert found.pop("learning_rate") in ("1e-4", "3e-4", "1e-3")
         objective = found.pop("objective")
         preset = {"pmg_aft_paper": "paper", "pmg_aft_released": "released"}.get(path.stem)
         assert (objective["init_args"]["preset"] if preset else None) == preset
         assert recipe(config=path).training.threat_model().eps == 2 / 255
-    assert all(found == settings[0] for found in settings)
+        assert {key for key in {*found, *shared} if found.get(key) != shared.get(key)} == OWN.get(path.stem, set())
 
 
 # ---- evaluation

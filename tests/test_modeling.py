@@ -11,6 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModel, CLIPModel, CLIPProcessor
 
 from hf_robust_clip.modeling import PAPER_TEMPLATE, CLIPForZeroShotClassification, tokenize_prompts
+from hf_robust_clip.runs.shared import load_model
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six")
 
@@ -450,3 +451,9 @@ def test_switches_of_the_processor_are_followed_or_refused(switch, saved, pictur
     model.save_pretrained(folder.parent / "again")
     again = CLIPProcessor.from_pretrained(folder.parent / "again").image_processor
     assert again.do_normalize and list(again.image_mean) == [0.4, 0.5, 0.6]
+
+
+def test_the_model_inside_the_package_is_loaded_without_asking_anybody(monkeypatch):
+    """A repository of its name could hold an adapter, and without a network the question takes half a minute."""
+    monkeypatch.setattr("hf_robust_clip.runs.shared.adapter_config", lambda *_: pytest.fail("asked for an adapter"))
+    assert load_model("digits-clip").config.projection_dim

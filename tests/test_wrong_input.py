@@ -89,6 +89,8 @@ EVALUATE = [
     (f"--defence TTC {TRAINED}", "fit_on.dataset='digits'.*ttc, which learns nothing"),
     (f"--defence TAPT {TRAINED}", "fit_on.dataset='digits'.*needs a clean classifier"),
     (FITTED, "fit_on.split='test' is evaluated too"),
+    (f"{FITTED} --fit_on.split test[:5]", "fit_on.split='test.:5.' is evaluated too"),
+    ("--defence CLIPure --defence.preset released --evaluation.attacks [apgd]", "lets go of images .apgd-ce"),
     (f"{FITTED} --fit_on.max_images 9", "fit_on.split='test' is evaluated too"),
 ]  # fmt: skip
 ROWS = [(command, *row) for command, own in (("train", TRAIN), ("evaluate", EVALUATE)) for row in (*BOTH, *own)]

@@ -85,6 +85,7 @@ class Member:
         by_queries: it takes no gradients.
         keeps_rows: where the victim goes `to_the_end`, it asks about the whole batch each time; other attacks let go
             of images.
+        of_detectors: it is made only on a defence that flags images.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Member:
     view: AttackView | None = None
     by_queries: bool = False
     keeps_rows: bool = False
+    of_detectors: bool = False
 
 
 class Suite(ABC):

@@ -28,6 +28,21 @@ def defence_class(key: str) -> type[Defence]:
     return found[key]
 
 
+def judging(defence: Defence | None, judged_by: str | None) -> Defence | None:
+    """The defence that was chosen, or where none was the one that an objective can't do without, by its name.
+
+    Raises ValueError for another than that.
+    """
+    if judged_by is None:
+        return defence
+    needed = defence_class(judged_by)
+    if defence is None:
+        return needed()
+    if not isinstance(defence, needed):
+        raise ValueError(f"defence={defence.name!r} can't predict by what this objective trains; take {judged_by!r}.")
+    return defence
+
+
 def defence_key(defence: Defence) -> str:
     """By what name the defence's class is found again. Raises ValueError for a class that would not be."""
     key = _key(type(defence))

@@ -103,7 +103,9 @@ class AlignmentTargets(Fitted):
         Raises OSError if the file is missing or damaged, ValueError if it holds something else.
         """
         path = cls._place(path)
-        tensors, metadata = read_tensors(path)
+        tensors, metadata = read_tensors(
+            path, "make it with collect_statistics and AlignmentTargets.save, or TAPTTrainer"
+        )
         found: dict[str, VisionStatistics] = {}
         try:
             for name in ("adversarial", *(["clean"] if "clean" in metadata else [])):

@@ -6,7 +6,7 @@ Shapes: B images, V views of each, K of them kept, C classes, D embedding width,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -41,11 +41,14 @@ class Traits:
         optimising: it takes gradients while it predicts.
         episodic: no image leaves a trace for the next; order and batches don't matter. A defence that isn't has a
             stream state (`Defence.start`), and is evaluated in order, on one process.
+        couples_images: what becomes of an image depends on the others of its batch. Batches are never divided then,
+            are evaluated in order on one process, and attacked as wholes.
     """
 
     randomised: bool = False
     optimising: bool = False
     episodic: bool = True
+    couples_images: bool = False
 
 
 class Fitted(ABC):
@@ -75,6 +78,20 @@ class Fitted(ABC):
         """Raise ValueError unless it belongs to this classifier."""
 
 
+class StreamState(ABC):
+    """A stream state that can be written down, so that an evaluation that was stopped goes on from it: a frozen
+    dataclass that a defence gives from `start` and in its predictions. A state of another kind begins anew there.
+    """
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All that images change in it, by name."""
+
+    @abstractmethod
+    def restored(self, tensors: Mapping[str, Tensor]) -> Self:
+        """This state, as `start` gives it, with what another one's `tensors` gave."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Defence(ABC):
     """A test-time defence: a frozen dataclass of its hyperparameters with functions of a classifier and images.
@@ -86,7 +103,8 @@ class Defence(ABC):
 
     Args:
         memory_budget: GiB that activations may take; None takes the batch whole. A batch that doesn't fit (by
-            estimate, or when a GPU runs out of memory) is divided: the results are the same.
+            estimate, or when a GPU runs out of memory) is divided: the results are the same. One whose images are
+            coupled never is.
 
     Raises ValueError for a budget that isn't positive.
     """
@@ -142,6 +160,15 @@ class Defence(ABC):
     def idle_settings(self) -> dict[str, str]:
         """Settings that do nothing beside the others, by name, with why."""
         return {}
+
+    def remarks(self, classifier: ZeroShotClassifier, images_BCHW: Tensor) -> tuple[str, ...]:
+        """What a report must say of it in front of this classifier beside its settings, a sentence without its full
+        stop each: what makes it useless, say. Asked once, with the classifier prepared.
+
+        Args:
+            images_BCHW: a few of those that it is judged on.
+        """
+        return ()
 
     @abstractmethod
     def _predict(
@@ -203,8 +230,9 @@ class Defence(ABC):
                 and the prediction, while the tuned prompts count as constants (BPDA). Which views are kept is
                 discrete and carries no gradient.
 
-        Raises ValueError for images of wrong shape or (outside of `prepared`) outside [0, 1], and a classifier without
-        classes or without the prompts that the method tunes; TypeError or ValueError for a method whose prediction
+        Raises ValueError for images of wrong shape or (outside of `prepared`) outside [0, 1], a classifier without
+        classes or without the prompts that the method tunes, and a memory_budget below what a batch of coupled images
+        takes; TypeError or ValueError for a method whose prediction
         isn't what `Prediction` says.
         """
         if not isinstance(classifier, ZeroShotClassifier):
@@ -233,7 +261,12 @@ class Defence(ABC):
                 state = found.state
                 return _detached(found) if path == "none" else found
 
-            return joined(in_parts(part, len(images_BCHW), size))
+            if not self.traits.couples_images:
+                return joined(in_parts(part, len(images_BCHW), size))
+            if size < len(images_BCHW):
+                given = f"memory_budget={self.memory_budget!r} holds {size} of {len(images_BCHW)} images"
+                raise ValueError(f"{given}, which {self.name} must see together; raise it, or take smaller batches.")
+            return part(slice(None))
 
     def check(self, classifier: ZeroShotClassifier) -> None:
         """Raise ValueError unless the classifier has what the method needs."""
@@ -249,7 +282,8 @@ class Defence(ABC):
         name = f"{type(self).__name__}._predict"
         if not isinstance(found, Prediction):
             raise TypeError(f"{name} gives a {type(found).__name__}; give a Prediction.")
-        shapes = {"logits": (count, num_classes), "score": (count,), "flagged": (count,), "fell_back": (count,)}
+        shapes: dict[str, tuple[int, ...]] = {"logits": (count, num_classes), "class_scores": (count, num_classes)}
+        shapes |= dict.fromkeys(("score", "flagged", "fell_back"), (count,))
         for key, shape in shapes.items():
             value = getattr(found, key)
             if key != "logits" and value is None:

@@ -30,7 +30,7 @@ from ..modeling import (
 )
 from ..modeling.freshness import weights_digest
 from ..names import hub_name, shown_name
-from ..prompts.access import active_adapter, prompts_of
+from ..prompts.access import active_adapter, classes_with_prompts, prompts_of
 from ..report.card import CardInfo, make_unmeasured_card
 from ..secrets import without_tokens
 from ..storage import read_json, write_text, written_whole
@@ -261,9 +261,12 @@ class DefendedClassifier(nn.Module):
     def card(self, repo_id: str) -> ModelCard:
         """A card that says what the repository holds and how to load it, and that nothing was measured."""
         settings, told = self.adapter.parameters(), self.classifier.templates or (PAPER_TEMPLATE,)
-        record = settings.get("statistics")
-        if record:
-            settings["statistics"] = f"{record['num_images']} images of {shown_name(record['dataset'])}"
+        for kind in self.adapter.learns().values():
+            record = settings.get(name := Path(kind.file).stem)
+            if record and {"num_images", "dataset"} <= set(record):
+                settings[name] = f"{record['num_images']} images of {shown_name(record['dataset'])}"
+        if classes_with_prompts(self.classifier) is not None:
+            settings["units"] = "class-wise"
         info = CardInfo(
             repo_id=repo_id,
             base_model=hub_name(self._base()[0]) or "",

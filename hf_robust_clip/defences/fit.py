@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +26,26 @@ from ..zero_shot_data.fingerprint import dataset_digest
 from ..zero_shot_data.loading import ImageDataset, collate_images
 from .moments import RunningMoments, VisionStatistics, layer_inputs
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 BATCHES_PER_STATE = 50  # after how many batches a resumable collection writes down what it has
+
+
+class Running(Protocol):
+    """Sums over the images seen so far: made of `(count, *tensors)`, and of nothing before the first image."""
+
+    count: int
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All but the count, by name, in the order in which they are given to make it."""
+
+    def merge(self, other: Self) -> None:
+        """Add the images of another."""
+
+
+R = TypeVar("R", bound=Running)
 
 
 def collect_statistics(
@@ -57,6 +76,47 @@ def collect_statistics(
     Raises ValueError for no images, whole pictures (`augment`), images of wrong size or outside [0, 1], and the state
     of another collection.
     """
+    with layer_inputs(classifier) as inputs:
+
+        def see(moments: RunningMoments, pixels_BCHW: Tensor) -> None:
+            classifier.encode_images(pixels_BCHW)
+            moments.update(inputs)
+
+        moments, record = over_images(
+            classifier,
+            dataset,
+            RunningMoments,
+            see,
+            batch_size=batch_size,
+            processes=processes,
+            state_dir=state_dir,
+            num_workers=num_workers,
+            progress=progress,
+            data_id=data_id,
+        )
+    return moments.statistics(record, torch.promote_types(classifier.dtype, torch.float32))
+
+
+def over_images(
+    classifier: ZeroShotClassifier,
+    dataset: ImageDataset | Dataset,
+    make: Callable[..., R],
+    see: Callable[[R, Tensor], None],
+    *,
+    batch_size: int,
+    processes: Processes = None,
+    state_dir: str | Path | None = None,
+    num_workers: int = 0,
+    progress: bool = False,
+    data_id: str | None = None,
+) -> tuple[R, dict[str, Any]]:
+    """Sums over all images in one pass, with the classifier in eval mode and without gradients; and where they come
+    from. What the sums are is the caller's; processes, state and errors are those of `collect_statistics`.
+
+    Args:
+        make: the class of the sums.
+        see: adds a batch (B, C, H, W) to them.
+    """
     count = len(dataset)  # type: ignore[arg-type]  # torch's Dataset doesn't say that it has a length
     if count == 0:
         raise ValueError("dataset is empty; there is nothing to collect statistics of.")
@@ -68,12 +128,13 @@ def collect_statistics(
     before = classifier.training, classifier.input_size
     try:
         classifier.eval().set_input_size(resolution_of(dataset, before[1]))
-        record = _record(classifier, dataset, data_id)
+        record = fitting_record(classifier, dataset, data_id)
         rank, world = (processes.process_index, processes.num_processes) if processes else (0, 1)
-        state = None if state_dir is None else _State(Path(state_dir), rank, _state_key(classifier, dataset, world))
-        moments, start = RunningMoments(), 0
-        if state is not None:
-            moments, start = together(lambda: state.read(classifier.device), processes)  # before any writes
+        found, start, state = make(), 0, None
+        if state_dir is not None:
+            key = {"statistics": type(found).__name__, **_state_key(classifier, dataset, world)}
+            state = _State(Path(state_dir), rank, key)
+            found, start = together(lambda: state.read(make, classifier.device), processes)  # before any writes
         own = range(rank, count, world)[start:]
         loader = DataLoader(
             Subset(dataset, own),
@@ -82,21 +143,20 @@ def collect_statistics(
             num_workers=num_workers,
             generator=torch.Generator(),  # its own, so that the global one stays as it is
         )
-        with torch.no_grad(), layer_inputs(classifier) as inputs:
+        with torch.no_grad():
             bar = tqdm(loader, desc="statistics", disable=not progress or rank > 0, leave=False)
             for number, batch in enumerate(bar, start=1):
                 pixels = batch["pixel_values"].to(classifier.device)
                 classifier.check_pixels(pixels, values=False)
-                classifier.encode_images(pixels)
-                moments.update(inputs)
+                see(found, pixels)
                 start += len(pixels)
                 if state is not None and (number % BATCHES_PER_STATE == 0 or number == len(loader)):
-                    state.write(moments, start)
+                    state.write(found, start)
         if world > 1:
-            moments = _merged_over_processes(moments, classifier.device)
+            found = _merged_over_processes(found, make, classifier.device)
     finally:
         classifier.train(before[0]).set_input_size(before[1])
-    return moments.statistics(record, torch.promote_types(classifier.dtype, torch.float32))
+    return found, record
 
 
 def fingerprints(classifier: ZeroShotClassifier) -> tuple[str, str]:
@@ -130,8 +190,8 @@ def vision_prompts(classifier: ZeroShotClassifier) -> list[Tensor]:
     return [*own, *coupled_parameters(classifier.image_modules[0])]
 
 
-def _record(classifier: ZeroShotClassifier, dataset: Any, data_id: str | None) -> dict[str, Any]:
-    """Where statistics come from, in JSON types; of folders only the last part of their path."""
+def fitting_record(classifier: ZeroShotClassifier, dataset: Any, data_id: str | None = None) -> dict[str, Any]:
+    """What something was fitted on, in JSON types; of folders only the last part of their path."""
     model, prompts = fingerprints(classifier)
     name = classifier.name_or_path
     return {
@@ -150,13 +210,13 @@ def _record(classifier: ZeroShotClassifier, dataset: Any, data_id: str | None) -
     }
 
 
-def _merged_over_processes(moments: RunningMoments, device: torch.device) -> RunningMoments:
+def _merged_over_processes(found: R, make: Callable[..., R], device: torch.device) -> R:
     """Those of all processes, merged in the order of their ranks: the same on each."""
     from accelerate.utils import gather_object
 
-    merged = RunningMoments()
-    for count, mean, squares in gather_object([(moments.count, moments.mean.cpu(), moments.squares.cpu())]):
-        merged.merge(RunningMoments(count, mean.to(device), squares.to(device)))
+    merged = make()
+    for count, *tensors in gather_object([(found.count, *(tensor.cpu() for tensor in found.tensors.values()))]):
+        merged.merge(make(count, *(tensor.to(device) for tensor in tensors)))
     return merged
 
 
@@ -179,11 +239,11 @@ class _State:
         self.folder, self.key = folder, key
         self.path = folder / f"state-{rank}.safetensors"
 
-    def read(self, device: torch.device) -> tuple[RunningMoments, int]:
-        """The moments, and how many of the process's images are in them. Raises ValueError for a damaged file, and for
+    def read(self, make: Callable[..., R], device: torch.device) -> tuple[R, int]:
+        """The sums, and how many of the process's images are in them. Raises ValueError for a damaged file, and for
         another's state.
         """
-        found = RunningMoments(), 0
+        found = make(), 0
         for path in sorted(self.folder.glob("state-*.safetensors")):  # all: so every process refuses, or none
             try:
                 tensors, metadata = read_tensors(path)
@@ -200,14 +260,15 @@ class _State:
                     f"now it is {self.key[other[0]]!r}. Delete the folder, or choose another."
                 )
             if path == self.path:
-                mean, squares = (tensors[name].to(device) for name in ("mean", "squares"))
-                found = RunningMoments(about["count"], mean, squares), about["position"]
+                own = (tensors[name].to(device) for name in make().tensors)
+                found = make(about["count"], *own), about["position"]
         return found
 
-    def write(self, moments: RunningMoments, position: int) -> None:
-        text = json.dumps({"key": self.key, "count": moments.count, "position": position})
-        tensors = {"mean": moments.mean, "squares": moments.squares}
-        write_tensors(self.path, tensors, {"format": "pt", "state": text, "digest": _digest(text, tensors)})
+    def write(self, found: Running, position: int) -> None:
+        text = json.dumps({"key": self.key, "count": found.count, "position": position})
+        write_tensors(
+            self.path, found.tensors, {"format": "pt", "state": text, "digest": _digest(text, found.tensors)}
+        )
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -222,14 +283,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft, metadata)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises OSError if it is missing or damaged."""
+def read_tensors(path: Path, mend: str = "collect it again") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Raises OSError if it is missing (with what makes one) or damaged."""
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"there is no {str(path)!r}; make it with collect_statistics and AlignmentTargets.save, or TAPTTrainer."
-        ) from error
+        raise FileNotFoundError(f"there is no {str(path)!r}; {mend}.") from error
     except SafetensorError as error:
         raise OSError(f"{str(path)!r} is cut short or damaged ({error}); copy or collect it again.") from error

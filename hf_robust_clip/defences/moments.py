@@ -86,6 +86,11 @@ class RunningMoments:
         self.mean = torch.zeros(0, dtype=torch.float64) if mean is None else mean
         self.squares = torch.zeros(0, dtype=torch.float64) if squares is None else squares
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is made of, beside the count."""
+        return {"mean": self.mean, "squares": self.squares}
+
     def update(self, inputs: Sequence[Tensor]) -> None:
         """Add a batch: L tensors (N, T, D). Raises ValueError for another shape than that of the images before."""
         moments = []

@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..attacks import views
 from ..attacks.auto_attack import AutoAttack
 from ..attacks.pgd import LogitsFn
 from ..attacks.suites import PGD, Member, Suite, Victim, plain_victim
+from ..attacks.targeted import TargetedPGD
 from ..checks import check_whole
 from ..defences.base import Defence, GradientPath
 from ..modeling import ZeroShotClassifier
@@ -21,6 +23,8 @@ from ..prediction import Prediction
 from ..prompts.access import with_prompts
 from ..threat_model import ThreatModel
 
+EVASION = 10.0  # of scores, beside log p
+WEIGHTS = (3.0, 30.0)  # the same, of the attacks that are made on detectors alone
 ATTACKERS_SEED = 7919  # added to the evaluation's seed: an attack knows a defence, not its draws
 
 
@@ -82,9 +86,12 @@ class Scene:
         return replace(victim, deterministic=not self.randomised, seed=self.seed, on_gradient=self.on_gradient)
 
     def defended(self, surrogate: LogitsFn | None = None) -> Victim:
-        """The defence, whose verdict decides; gradients by the surrogate."""
+        """The defence, whose verdict decides; gradients by the surrogate. Where images are coupled none of them is
+        let go.
+        """
         surrogate = None if surrogate is None else self.cheaper(surrogate)
-        return Victim(self.verdict, surrogate, seed=self.seed, on_gradient=self.on_gradient)
+        whole = self.defence.traits.couples_images
+        return Victim(self.verdict, surrogate, seed=self.seed, on_gradient=self.on_gradient, to_the_end=whole)
 
 
 @dataclass(frozen=True)
@@ -165,14 +172,33 @@ class TransferFromAdapted(AttackView, about=views.TRANSFER_FROM_ADAPTED):
         return replace(scene.plain(logits_fn), to_the_end=True)
 
 
+def evading(found: Prediction, weight: float) -> Tensor:
+    """What an attack raises of each class to have it named without an alarm, (B, C): logits, and of a detector
+
+        log softmax(z)_c - weight * score_c,
+
+    the score that the image would have in class c (`Prediction.class_scores`), or its only one. So that an attack sees
+    when the classifier errs, the class that it names is kept highest, by a constant.
+    """
+    if found.class_scores is not None:
+        values_BC = F.log_softmax(found.logits, dim=1) - weight * found.class_scores
+        named_B1 = found.logits.argmax(dim=1, keepdim=True)
+        short_B1 = (values_BC.amax(dim=1, keepdim=True) - values_BC.gather(1, named_B1)).detach()
+        return values_BC.scatter_add(1, named_B1, torch.where(short_B1 > 0, short_B1 * (1 + 1e-4) + 1e-4, 0.0))
+    if found.score is not None and found.score.requires_grad:
+        return F.log_softmax(found.logits, dim=1) - weight * found.score[:, None]
+    return found.logits
+
+
 class _Through(AttackView):
-    """The defence's logits averaged over `eot` draws, with a graph along a path."""
+    """The defence's logits averaged over `eot` draws, with a graph along a path; of detectors as `evading` says."""
 
     path: ClassVar[GradientPath]
+    evasion: float
 
     def victim(self, scene: Scene, images_BCHW: Tensor) -> Victim:
         def mean_logits(pixels_BCHW: Tensor) -> Tensor:
-            draws = [scene.drawn(pixels_BCHW, self.path, draw).logits for draw in range(scene.eot)]
+            draws = [evading(scene.drawn(pixels_BCHW, self.path, draw), self.evasion) for draw in range(scene.eot)]
             return torch.stack(draws).mean(dim=0)
 
         return scene.defended(mean_logits)
@@ -180,15 +206,25 @@ class _Through(AttackView):
 
 @dataclass(frozen=True)
 class BPDA(_Through, about=views.BPDA):
-    """Gradients through the views and the prediction, with what was tuned taken as constant."""
+    """Gradients through the views and the prediction, with what was tuned taken as constant.
 
+    Args:
+        evasion: of detectors, how much the score counts beside log p.
+    """
+
+    evasion: float = EVASION
     path = "identity"
 
 
 @dataclass(frozen=True)
 class Adaptive(_Through, about=views.ADAPTIVE):
-    """Gradients through the views and the tuning."""
+    """Gradients through the views and the tuning.
 
+    Args:
+        evasion: of detectors, how much the score counts beside log p.
+    """
+
+    evasion: float = EVASION
     path = "through"
 
 
@@ -211,10 +247,11 @@ class AdaptiveWorst(Suite):
     robust only if it withstood them all. Its attacks bring their own views.
 
     In this order: defence-blind PGD and APGD-CE, PGD transferred from the adapted classifier, BPDA-PGD, PGD and
-    APGD-CE through the defence, Square on the defence's own logits.
+    APGD-CE through the defence, Square on the defence's own logits. Detectors are then attacked by PGD towards each
+    other class c, which raises log p_c - weight * score_c, once for each of two weights (3 and 30).
 
     Args:
-        pgd_steps: of each PGD; 0 leaves them all out.
+        pgd_steps: of each PGD, to each class; 0 leaves them all out.
         apgd_steps: of each APGD; 0 leaves them out.
         num_queries: of Square; 0 leaves it out.
         blind: suites that take the place of the two blind attacks: those whose own figures stand beside, so that the
@@ -259,10 +296,15 @@ class AdaptiveWorst(Suite):
             "adaptive apgd-ce": (Adaptive(), apgd),
             "square": (Queries(), square),
         }
-        return {
+        found = {
             name: None if member is None else replace(member, name=name, view=view)
             for name, (view, member) in plan.items()
         }
+        for weight in WEIGHTS if self.pgd_steps else ():
+            (evade,) = TargetedPGD(self.pgd_steps).members(num_classes)
+            name = f"evading {weight:g}"
+            found[name] = replace(evade, name=name, view=Adaptive(weight), of_detectors=True)
+        return found
 
     def members(self, num_classes: int) -> list[Member]:
         return [member for member in self._plan(num_classes).values() if member is not None]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..attacks.suites import Member, find_adversarial, is_optimising, is_randomised, plain_victim, run_member
 from ..checks import Blindness, check_logits, checked_labels
-from ..defences.base import Defence
+from ..defences.base import Defence, Traits
 from ..defences.undefended import Undefended
 from ..environment import hardware, library_versions
 from ..modeling import ZeroShotClassifier, descriptions_digest, without_gradients
@@ -28,9 +28,11 @@ from ..processes import Processes, everyone
 from ..report import RobustnessReport, accuracies, blind_warning, choose_examples, prompt_hash
 from ..secrets import refuse_tokens
 from ..threat_model import ThreatModel
+from ..zero_shot_data.fingerprint import dataset_digest
 from ..zero_shot_data.loading import ImageDataset, collate_images
 from .attack_views import AttackView, Scene
 from .controls import controls_of
+from .detection import Alarm, alarms_of, detection
 from .settings import EvaluationSettings
 from .state import Found, State, fingerprint_of
 
@@ -81,7 +83,12 @@ def evaluate_robustness(
 
     A defence that isn't episodic meets the images as a stream, on one process: every stage is one of its own, from
     `defence.start`, of all images in their order, those that fell too; each is attacked with the state before it, and
-    the state goes on by the verdict's prediction, never by what attacks asked. A stage that was cut short begins anew.
+    the state goes on by the verdict's prediction, never by what attacks asked. A stage that was cut short goes on
+    where its state was written down (`StreamState`), and else begins anew.
+
+    A defence whose images are coupled meets the same batches at every stage, on one process: those that fell stay in
+    theirs, and each batch is attacked as a whole to the end, by attacks that let go of no image (PGD). Its figures
+    depend on the batch size, which the report says.
 
     Args:
         model: with its classes set, in label order of `dataset`.
@@ -102,8 +109,9 @@ def evaluate_robustness(
     Raises ValueError for an empty or an augmented dataset, one whose classes aren't the model's in their order, a
     single class, labels beyond the classes, images outside [0, 1] or of wrong size, a state of another model, dataset,
     defence or setting, a view of a defence without one, a defence without such a view, with a model that lacks what it
-    needs, with a stream state on several processes, or of other traits than it says, and `precision="fast"` for a
-    model in half precision; FloatingPointError for logits that are not finite, naming the stage.
+    needs, with a stream state or coupled images on several processes, with coupled images under an attack that lets go
+    of some, or of other traits than it says, and `precision="fast"` for a model in half precision; FloatingPointError
+    for logits that are not finite, naming the stage.
     """
     defence = Undefended() if defence is None else defence
     if not isinstance(defence, Defence):
@@ -111,7 +119,7 @@ def evaluate_robustness(
     if not isinstance(model, ZeroShotClassifier):
         model = model.get_base_model()  # of a PeftModel
     settings.check_against(defence)
-    _check_data(dataset, name=name, task=task, model_id=model_id)
+    check_data(dataset, name=name, task=task, model_id=model_id)
     if len(model.class_names) == 1:
         raise ValueError(f"there is one class, {model.class_names[0]!r}: nothing can go wrong; set_classes more.")
     with model.prepared_for(dataset), without_gradients(model), model.fixed_class_embeds():
@@ -152,7 +160,7 @@ def adversarial_examples(
     return images[order].cpu(), adv[order].cpu(), truth, was_named, named
 
 
-def _check_data(dataset: ImageDataset, **told: str) -> None:
+def check_data(dataset: ImageDataset, **told: str) -> None:
     """Raise TypeError or ValueError for images that can't be evaluated, and for names that a report can't show."""
     lacking = [name for name in ("dataset_id", "revision", "split") if not hasattr(dataset, name)]
     if lacking:
@@ -184,13 +192,16 @@ class _Evaluation:
         self.processes = processes
         self.rank: int = processes.process_index if processes else 0
         self.world: int = processes.num_processes if processes else 1
-        if self.world > 1 and not defence.traits.episodic:
-            raise ValueError(f"{defence.name} meets images as one stream: use 1, not {self.world} processes.")
+        self.in_order = not defence.traits.episodic or defence.traits.couples_images
+        if self.world > 1 and self.in_order:
+            raise ValueError(f"{defence.name} meets images in one order: use 1, not {self.world} processes.")
         plan = settings.plan(len(model.class_names))
         self.stages = [Stage(threat, member, view) for threat in settings.threat_models() for view, member in plan]
         self.show = progress and self.rank == 0
         self.flags: dict[str, bool] = {}
+        self.remarks: tuple[str, ...] = ()
         self.tuned = 0
+        self.detects = False
         fingerprint = {} if state_dir is None else fingerprint_of(model, dataset, settings, defence)
         self.state = State(state_dir, fingerprint, self.rank, processes)
         self.controls = controls_of(defence, model, settings.seed)
@@ -212,7 +223,7 @@ class _Evaluation:
                 self.check_model(own)
                 self.run_stage(0, None, list(own))
                 for number, stage in enumerate(self.stages, start=1):
-                    every = self.settings.view.attacks_the_fallen or not self.defence.traits.episodic
+                    every = self.settings.view.attacks_the_fallen or self.in_order
                     left = [i for i in own if every or self.state.found.levels[i][1] >= number]
                     self.run_stage(number, stage, left)
         finally:
@@ -241,11 +252,23 @@ class _Evaluation:
             )
         if self.defence.defends:
             self.check_traits(images_BCHW)
-            prompts = self.defence.predict(self.model, images_BCHW, seed=self.settings.seed).prompts
-            self.tuned = sum(value[0].numel() for value in prompts.values())
+            found = self.defence.predict(self.model, images_BCHW, seed=self.settings.seed)
+            self.tuned = sum(value[0].numel() for value in found.prompts.values())
+            self.remarks = self.defence.remarks(self.model, images_BCHW)
+            self.detects = found.flagged is not None
+            if self.defence.traits.couples_images:
+                size = self.settings.batch_size
+                self.remarks += (f"its figures are those of batches of {size}, whose images change one another",)
+        self.stages = [stage for stage in self.stages if self.detects or not stage.member.of_detectors]
+        if not self.stages:
+            raise ValueError(f"attack={self.settings.attack!r} attacks detectors alone; nothing here flags images.")
+        if self.detects and self.defence.traits.couples_images:
+            raise ValueError(f"{self.defence.name} flags images by what is beside them: no attack here knows of that.")
 
     def check_traits(self, images_BCHW: Tensor) -> None:
-        """Raise ValueError for a defence that draws or tunes without saying so: attacks would be chosen wrongly."""
+        """Raise ValueError for a defence that draws or tunes without saying so: attacks would be chosen wrongly; and
+        for one that does neither and whose images change one another: figures would depend on how they are batched.
+        """
         seeds = itertools.count(self.settings.seed)
 
         def logits(pixels_BCHW: Tensor) -> Tensor:
@@ -255,14 +278,17 @@ class _Evaluation:
         for name, is_so in looks.items():
             if not getattr(traits, name) and is_so(logits, images_BCHW):
                 raise ValueError(f"{self.defence.name} is {name}, and its traits don't say so: Traits({name}=True).")
+        if traits == Traits() and self.model.dtype in (torch.float32, torch.float64):
+            whole, alone = (self.scene.verdict(pixels).logits[0] for pixels in (images_BCHW, images_BCHW[:1]))
+            if (whole - alone).norm() > 1e-3 * alone.norm():
+                raise ValueError(f"{self.defence.name} couples the images of a batch: Traits(couples_images=True).")
 
     def run_stage(self, number: int, stage: Stage | None, rows: list[int]) -> None:
         """Judge the rows that have not been through this stage; a stream begins anew."""
         done = self.state.found.done
         todo = [i for i in rows if done.get(i, 0) == number]
         if todo and not self.defence.traits.episodic:
-            todo = rows
-            self.scene = replace(self.scene, state=self.defence.start(self.model))
+            todo = self.begin_stream(number, rows, todo)
         title = "clean" if stage is None else str(stage)
         loader = DataLoader(
             Subset(self.dataset, todo),
@@ -281,9 +307,20 @@ class _Evaluation:
                 line = self.judge(stage, images, labels)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{title}: {error}") from error
-            stands = line.pop("stands")
+            stands, alarms = line.pop("stands"), line.pop("alarms", None)
+            if alarms is not None:
+                line["alarms"] = [(i, *each) for i, each in zip(index, alarms, strict=True)]
             noted = [(i, label, *each) for i, label, each in zip(index, labels.tolist(), stands, strict=True)]
-            self.state.note({"stage": number, "rows": noted, **line})
+            self.state.note({"stage": number, "rows": noted, **line}, self.scene.state)
+
+    def begin_stream(self, number: int, rows: list[int], todo: list[int]) -> list[int]:
+        """What of a stage is to be judged, with the state that the first of it meets: the rows that are left, where
+        the state after the others was written down, else all.
+        """
+        first, past = self.defence.start(self.model), rows[: len(rows) - len(todo)]
+        kept = self.state.stream_after(number, past[-1], first) if past and past + todo == rows else None
+        self.scene = replace(self.scene, state=first if kept is None else kept)
+        return rows if kept is None else todo
 
     def judge(self, stage: Stage | None, images_BCHW: Tensor, labels_B: Tensor) -> dict[str, Any]:
         """A batch as the stage attacks it (None: as it is): `stands`, whether the defence and each control is right,
@@ -291,6 +328,7 @@ class _Evaluation:
         """
         self.blindness.reset()
         stands, fallbacks, seconds = [], 0, 0.0
+        alarms: list[Alarm] = []
         for rows in _parts(len(labels_B), one_by_one=not self.defence.traits.episodic):
             images, labels = images_BCHW[rows], labels_B[rows]
             if stage is not None:
@@ -301,13 +339,14 @@ class _Evaluation:
             if self.defence.defends:
                 check_logits(prediction.logits, self.defence.name)
             stands.append(self.verdicts(prediction, images, labels, attacked=stage is not None))
+            alarms += alarms_of(prediction, labels)
             fallbacks += 0 if prediction.fell_back is None else int(prediction.fell_back.sum())
             self.scene = replace(self.scene, state=prediction.state)  # the one place where a stream goes on
         line = {
             "stands": torch.cat(stands).int().tolist(),
             "zeros": self.blindness.zeros,
             "total": self.blindness.total,
-        }
+        } | ({"alarms": alarms} if alarms else {})
         return line | ({"fallbacks": fallbacks, "seconds": seconds} if self.defence.defends else {})
 
     def verdicts(self, prediction: Prediction, images_BCHW: Tensor, labels_B: Tensor, attacked: bool) -> Tensor:
@@ -350,7 +389,9 @@ class _Evaluation:
             class_names=tuple(model.class_names),
             prompt_hash=prompt_hash(model.class_names, model.templates, descriptions),
             attack=settings.attack.name(len(model.class_names)),
-            attack_parameters=settings.attack_parameters(len(model.class_names)),
+            attack_parameters=settings.attack_parameters(
+                len(model.class_names), to_the_end=self.defence.traits.couples_images
+            ),
             view=settings.seen,
             attack_resolution=model.input_size,
             norm=settings.norm,
@@ -360,7 +401,10 @@ class _Evaluation:
             precision=settings.precision_with(model),
             library_versions=library_versions(),
             hardware=hardware(),
-            measurements=accuracies(share[0], after_each, self.per_class(found), self.controls_found(found)),
+            measurements=(
+                *accuracies(share[0], after_each, self.per_class(found), self.controls_found(found)),
+                *detection(found.alarms, [(stage.threat_model.eps, stage.member.name) for stage in stages]),
+            ),
             defence=self.about_defence(found) if self.defence.defends else None,
             templates=tuple(model.templates),
             descriptions=descriptions,
@@ -388,13 +432,30 @@ class _Evaluation:
 
     def about_defence(self, found: Found) -> dict[str, Any]:
         """What the report says of the defence."""
+        remarks = everyone(self.remarks, self.processes)[0]
         return {
+            **({"remarks": list(remarks)} if remarks else {}),
             "name": self.defence.name,
             "parameters": self.defence.parameters(),
             "traits": asdict(self.defence.traits),
             "tuned": self.tuned,
             "fallbacks": found.fallbacks,
             "ms_per_image": 1000 * found.seconds / len(found.levels),
+            **({} if self.defence.traits.episodic else {"stream": self.about_stream(found)}),
+        }
+
+    def about_stream(self, found: Found) -> dict[str, Any]:
+        """In which order the images came, and how often their class changed: sorted by class they make another stream
+        than shuffled.
+        """
+        labels = [found.levels[index][0] for index in sorted(found.levels)]
+        changes = sum(one != other for one, other in itertools.pairwise(labels))
+        if 1 < len(set(labels)) == changes + 1 < len(labels):
+            logger.warning("the stream has the images class by class; of shuffled ones the figures may be others.")
+        return {
+            "order": "of the dataset",
+            "images_in_order": dataset_digest(self.dataset, every=True),
+            "class_changes": changes,
         }
 
 

@@ -15,6 +15,7 @@ from ..threat_model import ThreatModel
 from .attack_views import VIEWS, AttackView, Static
 
 Precision = Literal["fp32", "fast"]
+MANY_CLASSES = 1000  # for so many no suite leaves an attack out
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,16 @@ class EvaluationSettings:
             found.append((view, replace(member, view=view)))
         return found
 
-    def attack_parameters(self, num_classes: int) -> dict[str, Any]:
-        """The suite's, with what the view makes of them, in JSON types."""
+    def attack_parameters(self, num_classes: int, *, to_the_end: bool = False) -> dict[str, Any]:
+        """The suite's, with what the view makes of them, in JSON types.
+
+        Args:
+            to_the_end: whether the defence lets no attack stop before its end, whatever the view.
+        """
         own = self.attack.parameters(self.threat_models(), num_classes)
-        if self.seen.goes_through:
-            return {**own, "eot": self.eot}
-        if self.view.to_the_end and "counts" in own:
-            return {**own, "counts": "the iterate of highest loss"}
-        return own
+        if (self.view.to_the_end or to_the_end) and "counts" in own:
+            own = {**own, "counts": "the iterate of highest loss"}
+        return {**own, "eot": self.eot} if self.seen.goes_through else own
 
     def check_against(self, defence: Defence) -> None:
         """Raise ValueError unless what is attacked goes with what is judged."""
@@ -118,5 +121,11 @@ class EvaluationSettings:
             raise ValueError(f"view {name!r} attacks a test-time defence, and there is none; give defence=...")
         if defence.defends and not self.seen.of_defence:
             raise ValueError(f"view {name!r} says nothing of {defence.name}; choose Adaptive() or AdaptiveWorst().")
+        if defence.traits.couples_images:
+            members = [member for _, member in self.plan(MANY_CLASSES) if not member.of_detectors]
+            lets_go = [member.name for member in members if not member.keeps_rows]
+            if lets_go:
+                told = f"attack={self.attack!r} lets go of images ({lets_go[0]})"
+                raise ValueError(f"{told}, and {defence.name} sees those of a batch together; take PGD.")
         if defence.defends and self.attack.eot > 1:
             raise ValueError(f"attack={self.attack!r} would average equal gradients; set eot of EvaluationSettings.")

@@ -16,8 +16,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from ..defences.base import Defence
-from ..digests import signed, unsigned
+from ..defences.base import Defence, StreamState
+from ..defences.fit import read_tensors, write_tensors
+from ..digests import file_digest, signed, unsigned
 from ..environment import library_versions
 from ..metrics import accuracy_after_each
 from ..modeling import ZeroShotClassifier, descriptions_digest
@@ -26,6 +27,7 @@ from ..report import prompt_hash
 from ..storage import disk_errors
 from ..zero_shot_data.fingerprint import dataset_digest
 from ..zero_shot_data.loading import ImageDataset
+from .detection import Alarm
 from .settings import EvaluationSettings
 
 Line = dict[str, Any]
@@ -43,6 +45,7 @@ class Found:
     total: int = 0
     fallbacks: int = 0
     seconds: float = 0.0
+    alarms: dict[int, dict[int, Alarm]] = field(default_factory=dict)  # of a detector, by stage and image
 
     def right(self, judge: int, stages: int) -> np.ndarray:
         """Whether a judge (0: the defence) got each image right when clean and at each of `stages` attacks, as far as
@@ -60,7 +63,8 @@ class Found:
 
     def add(self, line: Line) -> None:
         """One finished batch: `stage`, `rows` of (index, label, whether it stands for each judge), `zeros`, `total`,
-        and of a defence `fallbacks` and `seconds`.
+        and of a defence `fallbacks` and `seconds`, of a detector `alarms` of (index, score, whether flagged, whether
+        the class is right).
         """
         if any(self.done.get(row[0], 0) != line["stage"] for row in line["rows"]):
             return  # it is known already, or what came before it is lost
@@ -71,6 +75,8 @@ class Found:
             self.done[index] = line["stage"] + 1
         self.zeros += line["zeros"]
         self.total += line["total"]
+        for index, *alarm in line.get("alarms", ()):
+            self.alarms.setdefault(line["stage"], {})[index] = Alarm(*alarm)
         self.fallbacks += line.get("fallbacks", 0)
         self.seconds += line.get("seconds", 0.0) if line["stage"] == 0 else 0.0
 
@@ -93,6 +99,7 @@ class State:
         self.old_lines: list[Line] = []
         self.new_lines: list[Line] = []
         self.file: IO[str] | None = None
+        self.folder = Path(folder or "")
         if folder is None:
             return
         _check_same_everywhere(fingerprint, processes)
@@ -104,14 +111,38 @@ class State:
         with disk_errors(folder, "state_dir"):
             self.file = _open_state(Path(folder), rank, fingerprint)
 
-    def note(self, line: Line) -> None:
-        """One finished batch of this process."""
+    def note(self, line: Line, stream: Any = None) -> None:
+        """One finished batch of this process, and the stream state after it, which is kept until the next is."""
         self.found.add(line)
-        self.new_lines.append(line)
         if self.file is not None:
+            if isinstance(stream, StreamState):
+                line = {**line, "stream": self._keep(stream)}
             with disk_errors(self.file.name, "state"):
                 self.file.write(signed(json.dumps(line)))
                 self.file.flush()
+            for path in self.folder.glob("stream-*.safetensors") if "stream" in line else ():
+                if path.name != f"stream-{line['stream']}.safetensors":
+                    path.unlink(missing_ok=True)
+        self.new_lines.append(line)
+
+    def _keep(self, stream: StreamState) -> str:
+        """Write a stream state down, under the digest of its file."""
+        with disk_errors(self.folder, "state_dir"):
+            write_tensors(draft := self.folder / "stream.safetensors", stream.tensors(), {})
+            found = file_digest(draft)
+            draft.replace(self.folder / f"stream-{found}.safetensors")
+        return found
+
+    def stream_after(self, stage: int, index: int, first: Any) -> Any:
+        """The stream state after a batch of a stage that ended with an image, made of the `first`; None where it can't
+        be had, and the stage must begin anew.
+        """
+        lines = [line for line in self.old_lines if line["stage"] == stage and line["rows"][-1][0] == index]
+        kept = lines[-1].get("stream") if lines else None
+        path = self.folder / f"stream-{kept}.safetensors"
+        if not isinstance(first, StreamState) or not path.is_file() or file_digest(path) != kept:
+            return None
+        return first.restored(read_tensors(path)[0])
 
     def close(self) -> None:
         if self.file is not None:
@@ -139,7 +170,7 @@ def fingerprint_of(
     """
     tensors = [*model.parameters(), model.class_token_ids, model.image_mean, model.image_std]
     adapters = [
-        (layer.active_adapters, layer.disable_adapters, getattr(layer, "scaling", None))
+        (layer.active_adapters, layer.disable_adapters, getattr(layer, "scaling", None), *_units(layer))
         for layer in model.modules()
         if isinstance(layer, BaseTunerLayer)
     ]
@@ -148,7 +179,8 @@ def fingerprint_of(
     own = library_versions()["hf_robust_clip"]  # another version may attack otherwise
     attack = own, settings.attack.name(num_classes), settings.attack.parameters(threats, num_classes)
     views = [view for view, _ in settings.plan(num_classes)]
-    batches = "" if defence.traits.episodic else f" batches of {settings.batch_size}"
+    whole = defence.traits.episodic and not defence.traits.couples_images
+    batches = "" if whole else f" batches of {settings.batch_size}"
     return {
         "model": f"{_digest(tensors)} {hashlib.sha256(text.encode()).hexdigest()[:16]}",
         "classes": prompt_hash(model.class_names, model.templates, descriptions_digest(model.descriptions)),
@@ -158,6 +190,11 @@ def fingerprint_of(
         "defence": f"{defence.name} {defence.parameters()} {_digest(_tensors(defence))} {views} eot "
         f"{settings.eot}{batches}",
     }
+
+
+def _units(layer: BaseTunerLayer) -> list[Any]:
+    """How pixel prompts are put on pictures, where it is in [0, 1]: the same values would be other prompts else."""
+    return [units] if (units := getattr(layer, "unit_pixels", None)) else []
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import is_
 from typing import TYPE_CHECKING, ClassVar
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..prompts.access import active_prompts, coupled_parameters
+from ..prompts.access import active_prompts, check_bound_classes, coupled_parameters
 from .descriptions import before_the_class, check_descriptions, default_template, texts_of
 from .freshness import module_key
 from .shared_prefix import PackedTexts, end_positions, pack_texts
@@ -75,10 +75,12 @@ class ClassTexts(Model):
 
         Raises ValueError for no, empty or duplicate names; a template without `{}`, one with `{description}` where
         there are no descriptions, and none with it where there are; descriptions of unknown classes, of some classes
-        alone, empty or twice the same; texts longer than the context; and two classes with the same texts.
+        alone, empty or twice the same; texts longer than the context; two classes with the same texts; and other
+        classes than those that class-wise prompts in the model were made for.
         """
         template = default_template(descriptions) if template is None else template
         names, templates = check_classes(class_names, template, described=descriptions is not None)
+        check_bound_classes(self, names)
         described = {} if descriptions is None else check_descriptions(descriptions, names)
         texts = [texts_of(name, templates, described) for name in names]
         ids_RL = self._tokenized([text for own in texts for _, text in own], bool(described))
@@ -179,24 +181,56 @@ class ClassTexts(Model):
         Raises ValueError while the text side is trainable, without classes, where classes have different numbers of
         texts, and for templates that `set_classes` refuses.
         """
+        return self._kept(templates, lambda: self._encode_own() if templates is None else self._encode_in(templates))
+
+    @torch.compiler.disable
+    def blank_embeds(self, templates: tuple[str, ...] = ()) -> Tensor:
+        """Unit embeddings (K, D) of K templates with nothing in the class name's place, "a photo of a .", by a frozen
+        text side, without a graph. They are kept as `class_embeds` are.
+
+        Args:
+            templates: texts with `{}` for the class name; none of them: the classes' own.
+
+        Raises ValueError while the text side is trainable, without classes, for templates that `set_classes` refuses,
+        and for those that take descriptions, or have no other words.
+        """
+        templates = templates or self.templates
+        empty = [text for text in templates if DESCRIPTION in text or not text.replace("{}", "").strip()]
+        if empty:
+            raise ValueError(f"template={empty[0]!r} says nothing without class names; give templates of other words.")
+        return self._kept(("", *templates), lambda: self._encode_blank(templates))
+
+    def _encode_blank(self, templates: tuple[str, ...]) -> Tensor:
+        with self.same_classes_after():
+            self.set_classes(self.class_names, templates)  # which looks whether text prompts fit in
+            ids_KL = self.tokenize([text.replace("{}", "") for text in templates])
+        return F.normalize(self.encode_texts(ids_KL.to(self.device), 1)[0], dim=-1)
+
+    def _kept(self, name: tuple[str, ...] | None, make: Callable[[], Tensor]) -> Tensor:
+        """Further embeddings, made anew when anything that they depend on has changed."""
         if not self.class_names:
             raise ValueError("the model has no classes; call set_classes(class_names) first.")
         if self.text_is_trainable():
             raise ValueError("text_embeds are those of a frozen text side, and this one is trained; freeze it.")
         key = self._text_key()
-        if key is None or self._others.get(templates, (None,))[0] != key:
+        if key is None or self._others.get(name, (None,))[0] != key:
             with self._for_good():
-                self._others[templates] = key, self._encode_own() if templates is None else self._encode_in(templates)
-        return self._others[templates][1]
+                self._others[name] = key, make()
+        return self._others[name][1]
 
-    def _encode_own(self) -> Tensor:
+    def texts_of_each(self) -> int:
+        """How many texts every class has. Raises ValueError where classes have different numbers of them."""
         if self.text_counts:
             raise ValueError(
                 f"classes have {min(self.text_counts)} to {max(self.text_counts)} texts, which can't be taken one by "
                 "one; give every class equally many descriptions."
             )
+        return self._longest()
+
+    def _encode_own(self) -> Tensor:
+        count = self.texts_of_each()
         parts = self._class_slices(slice(None), 0)
-        each_CTD = torch.cat([self._each(part, True, 0)[0].unflatten(0, (-1, self._longest())) for part in parts])
+        each_CTD = torch.cat([self._each(part, True, 0)[0].unflatten(0, (-1, count)) for part in parts])
         return each_CTD.transpose(0, 1).contiguous()
 
     def _encode_in(self, templates: tuple[str, ...]) -> Tensor:

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from ..checks import check_differentiable, checked_images, checked_labels
 from ..pictures import normalisation_of
 from ..prompts import ClipPromptConfig
+from ..prompts.access import pixel_layer
 from .class_texts import ClassTexts
 from .texts import check_same_classes, parts_of, resolution_of
 from .untrusted import check_sizes
@@ -185,6 +186,7 @@ class ZeroShotClassifier(ClassTexts):
         interpolate_pos_encoding: bool = False,
         output_patches: bool = False,
         captions: Tensor | None = None,
+        class_prompts: Tensor | None = None,
     ) -> ZeroShotOutput:
         """Logits for each class, or each caption.
 
@@ -194,9 +196,11 @@ class ZeroShotClassifier(ClassTexts):
             interpolate_pos_encoding: accept another image size than the checkpoint's.
             output_patches: give `patch_embeds`.
             captions: (N, L), token ids of texts that stand in the place of the classes, with a graph.
+            class_prompts: (B,), with class-wise prompts in the model: the classes whose prompts the images get.
 
         Raises ValueError if no classes are set, the shape is wrong, a label is out of range, or (in eval mode, outside
-        of `fixed_class_embeds`) values lie outside [0, 1]. Compiled code doesn't look at values.
+        of `fixed_class_embeds`) values lie outside [0, 1]; and with class-wise prompts if none are chosen. Compiled
+        code doesn't look at values.
         """
         if not self.class_names and captions is None:
             raise ValueError("the model has no classes; call set_classes(class_names) first.")
@@ -204,9 +208,12 @@ class ZeroShotClassifier(ClassTexts):
             values = False if self.training else None
             self.check_pixels(pixel_values, values=values, any_size=interpolate_pos_encoding)
         if output_patches:
-            image_embeds_BD, patch_embeds_BPD = self.encode_patches(pixel_values, interpolate_pos_encoding)
+            image_embeds_BD, patch_embeds_BPD = self.encode_patches(
+                pixel_values, interpolate_pos_encoding, class_prompts
+            )
         else:
-            image_embeds_BD, patch_embeds_BPD = self.encode_images(pixel_values, interpolate_pos_encoding), None
+            image_embeds_BD = self.encode_images(pixel_values, interpolate_pos_encoding, class_prompts)
+            patch_embeds_BPD = None
         class_embeds = self.class_embeds if captions is None else self.encode_captions(captions)
         logits_BC, cosine_BC, image_embeds_BD = self.score(image_embeds_BD, class_embeds)
         loss = None
@@ -215,23 +222,36 @@ class ZeroShotClassifier(ClassTexts):
         scale = self.logit_scale.exp().squeeze()
         return ZeroShotOutput(loss, logits_BC, cosine_BC, image_embeds_BD, class_embeds, patch_embeds_BPD, scale)
 
-    def encode_images(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+    def encode_images(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, class_prompts: Tensor | None = None
+    ) -> Tensor:
         """f(x), (B, D): projected, not normalised. Images (B, C, H, W) in [0, 1] of `input_size`, or of the size that
-        the encoder takes; nothing of them is checked. Raises ValueError where quantised layers hide a gradient.
+        the encoder takes; nothing of them is checked. Raises ValueError where quantised layers hide a gradient, and
+        for class-wise prompts without a choice of them, (B,), and the other way round.
         """
-        return self.encode_pixels(self._normalised(pixel_values), interpolate_pos_encoding)[0]
+        return self.encode_pixels(self._normalised(pixel_values, class_prompts), interpolate_pos_encoding)[0]
 
-    def encode_patches(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> tuple[Tensor, Tensor]:
+    def encode_patches(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, class_prompts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """f(x), (B, D), and the projected patch tokens (B, P, D); see `encode_images`."""
-        embeds_BD, hidden_BTW = self.encode_pixels(self._normalised(pixel_values), interpolate_pos_encoding)
+        pixels = self._normalised(pixel_values, class_prompts)
+        embeds_BD, hidden_BTW = self.encode_pixels(pixels, interpolate_pos_encoding)
         return embeds_BD, self.project_patches(hidden_BTW)
 
-    def _normalised(self, pixel_values: Tensor) -> Tensor:
+    def _normalised(self, pixel_values: Tensor, class_prompts: Tensor | None) -> Tensor:
         if pixel_values.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             check_differentiable(self.image_modules[0])
-        side = self.config.vision_config.image_size
+        side, layer = self.config.vision_config.image_size, pixel_layer(self.image_modules[0])
+        units = None if layer is None else layer.in_units()
+        if layer is None and class_prompts is not None:
+            raise ValueError("class_prompts chooses among class-wise prompts (per_class=True); the model has none.")
+        if layer is not None and units is not None and units.side != side:
+            pixel_values = layer.put_unit_pixels(pixel_values, class_prompts)
         if self.input_size != side and pixel_values.shape[-1] != side:
             pixel_values = F.interpolate(pixel_values, size=(side, side), mode="bicubic", align_corners=False)
+        if layer is not None and units is not None and units.side == side:
+            pixel_values = layer.put_unit_pixels(pixel_values, class_prompts)
         return (pixel_values - self.image_mean) / self.image_std
 
     def score(self, image_embeds_BD: Tensor, class_embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,9 +37,10 @@ class AdvCL(Objective):
 
     Raises ValueError for settings out of range, and for a batch of one image.
     Source: arXiv 2111.01124 and the code released with it, which has a head, batch statistics for each kind of view,
-    several sets of pseudo-labels by clustering another encoder's features, a second attacked image for the
-    cross-entropy, and a first crop without a change of colours. Pseudo-labels by the frozen CLIP, and one attacked
-    image for both: ours. Its radius is 8 of 32 pixels.
+    and a first crop without a change of colours; its radius is 8 of 32 pixels, and of odd sizes its frequencies are
+    counted from half a period beside the mean. Ours: pseudo-labels are the frozen CLIP's classes, not five clusterings
+    (of 2 to 500 clusters) of another encoder's features; and one attacked image maximises the sum, where theirs are
+    two of the same crop, one for each term. With `ce_weight=0` attack and contrast are theirs.
     """
 
     temperature: float = 0.5

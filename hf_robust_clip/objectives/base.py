@@ -31,11 +31,13 @@ class Batch:
         further_captions: the same of other texts for each image, as many as the objective makes.
         student: the model being trained, pixels to `ZeroShotOutput`, with patch embeddings where the objective needs
             them, and `text_embeds` where it has `templates` or needs texts. `student(pixels, captions=ids)` takes
-            texts in the place of classes: `class_embeds` are theirs.
+            texts in the place of classes: `class_embeds` are theirs; `student(pixels, class_prompts=index_B)` chooses
+            among class-wise prompts.
         teacher: the frozen pretrained model, if the objective needs it, called in the same way.
         images_per_update: images that one optimiser step sees over all processes and accumulated batches, those of a
             short last one included; 0 where these are all.
         gather: what `gathered` does; None where there is one process.
+        num_classes: of the student; 0 where it has none.
     """
 
     views: tuple[Tensor, ...]
@@ -46,6 +48,7 @@ class Batch:
     images_per_update: int = 0
     gather: Callable[[Tensor], Tensor] | None = None
     further_captions: tuple[Tensor, ...] = ()
+    num_classes: int = 0
     _of: tuple[Batch, slice] | None = field(default=None, repr=False)
 
     @property
@@ -132,6 +135,8 @@ class Objective(ABC):
     `batch.gathered` is asked for the images of all.
     `least_images`: what a forward batch over all processes must hold: 2 where an image is contrasted with others.
     `peft_config`: the adapter that is trained where none is given; None trains the image encoder itself.
+    `judged_by`: the test-time defence that makes predictions of what is trained, by its `paper.method`, where the
+    classifier has no logits of its own (class-wise prompts); None where it has.
     `attacked`: whether there is an attack at all.
     `needs_random_start`: whether the attack's loss has no gradient at the image itself, so that without a random start
     the attack would go nowhere.
@@ -149,6 +154,7 @@ class Objective(ABC):
     couples_images: ClassVar[bool] = False
     least_images: ClassVar[int] = 1
     peft_config: ClassVar[PeftConfig | None] = None
+    judged_by: ClassVar[str | None] = None
     attacked: ClassVar[bool] = True
     needs_random_start: ClassVar[bool] = False
 

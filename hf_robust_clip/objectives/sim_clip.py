@@ -30,7 +30,8 @@ class SimCLIP(Objective):
         clean_by: who embeds the clean image, `"teacher"` (f0) or `"student"` (f). With the student nothing but the
             stop of gradients keeps all embeddings from becoming one.
 
-    Source: arXiv 2407.14971 and the code released with it.
+    Source: arXiv 2407.14971 and the code released with it. Its attack may begin outside [0, 1], where pixels are near
+    the ends, and has a momentum of 0.9 of signs, which changes no L-infinity step (an L2 step it would).
     """
 
     clean_by: CleanBy = "teacher"

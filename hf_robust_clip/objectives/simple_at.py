@@ -30,8 +30,9 @@ class SimpleAT(Objective):
         centred: see above.
         attack: what the attack maximises: `"same"`, l itself, or `"ce"`, the cross-entropy.
 
-    The published recipe has a single cycle of the learning rate (`lr_scheduler_type="linear"` with `warmup_ratio`) and
-    random erasing beside it.
+    The published recipe has a single cycle of the learning rate and random erasing beside it. In a training's settings
+    that is `lr_scheduler_type="linear"` with a `warmup_steps` below 1, the share of the steps in which it rises, and
+    `erasing`, on crops of whole pictures; `ema_decay` keeps a moving average of the weights.
     Source: arXiv 2306.07613 (its abstract) and arXiv 2006.07322 for the loss; centring is ours.
     """
 

@@ -4,7 +4,7 @@ their place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -43,6 +43,67 @@ def prompts_of(model: nn.Module) -> dict[str, nn.Parameter]:
 def coupled_parameters(tower: nn.Module) -> list[nn.Parameter]:
     """Parameters outside a tower that its active prompts are made from."""
     return [parameter for layer in prompt_layers(tower) for parameter in layer.coupled_parameters()]
+
+
+def pixel_layer(tower: nn.Module) -> ClipPromptLayer | None:
+    """The layer of an image tower with active pixel prompts in units of [0, 1]; None without any."""
+    layer = getattr(getattr(tower, "embeddings", None), "patch_embedding", None)
+    return layer if isinstance(layer, ClipPromptLayer) and layer.in_units() is not None else None
+
+
+def classes_with_prompts(model: nn.Module) -> tuple[str, ...] | None:
+    """The classes that each have a pixel prompt of the active adapter; None where prompts are for all classes."""
+    units = (layer.in_units() for layer in prompt_layers(model) if layer.place.tower == "pixel")
+    return next((own.class_names for own in units if own is not None), None)
+
+
+def check_bound_classes(model: nn.Module, class_names: Sequence[str]) -> None:
+    """Raise ValueError for other classes, or another order, than those that an adapter in a model has prompts for."""
+    for layer in prompt_layers(model):
+        for adapter, units in layer.unit_pixels.items():
+            if units.class_names is not None and units.class_names != tuple(class_names):
+                check_same_names(units.class_names, class_names, f"class_names: the prompts of adapter {adapter!r}")
+
+
+def check_same_names(bound: Sequence[str], given: Sequence[str], whose: str) -> None:
+    """Raise ValueError, telling the first difference, unless two lists of classes are the same."""
+    if len(bound) != len(given):
+        raise ValueError(f"{whose} are those of {len(bound)} classes, not of these {len(given)}; set those classes.")
+    for place, (own, other) in enumerate(zip(bound, given, strict=True)):
+        if own != other:
+            raise ValueError(
+                f"{whose} have {own!r} for class {place}, not {other!r}; set those classes in that order."
+            )
+
+
+@contextmanager
+def without_class_prompts(model: nn.Module) -> Iterator[None]:
+    """Forwards inside that choose no class' prompt are those of the network without prompts: what an attack sees that
+    doesn't know of them. Other prompts stay.
+    """
+    with _switched_on(model, "bare"):
+        yield
+
+
+@contextmanager
+def unclipped_gradients(model: nn.Module) -> Iterator[None]:
+    """Gradients inside take the clipping of pixel prompts for the identity, where they would be 0: for attacks."""
+    with _switched_on(model, "unclipped_gradient"):
+        yield
+
+
+@contextmanager
+def _switched_on(model: nn.Module, switch: str) -> Iterator[None]:
+    """A switch of all layers with pixel prompts; as found afterwards."""
+    layers = [layer for layer in prompt_layers(model) if layer.place.tower == "pixel"]
+    before = [getattr(layer, switch) for layer in layers]
+    try:
+        for layer in layers:
+            setattr(layer, switch, True)
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            setattr(layer, switch, was)
 
 
 def num_vision_prompts(model: nn.Module) -> int:

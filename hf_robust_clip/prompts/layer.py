@@ -23,6 +23,19 @@ class Place:
     index: int
 
 
+@dataclass(frozen=True)
+class UnitPixels:
+    """How an adapter's pixel prompts are put on pictures in [0, 1].
+
+    Args:
+        side: of these pictures.
+        class_names: the classes that each have a prompt; None where one prompt is for all.
+    """
+
+    side: int
+    class_names: tuple[str, ...] | None = None
+
+
 class ClipPromptLayer(nn.Module, BaseTunerLayer):
     """Puts the active adapter's prompts into what the wrapped module reads.
 
@@ -43,6 +56,9 @@ class ClipPromptLayer(nn.Module, BaseTunerLayer):
         self.clip_prompt_projection = nn.ModuleDict()
         self.partner: list[ClipPromptLayer] = []  # the same layer of the other tower; in a list: not a submodule
         self.pixel_index: dict[str, Tensor] = {}
+        self.unit_pixels: dict[str, UnitPixels] = {}
+        self.unclipped_gradient = False  # whether a gradient takes clipping for the identity
+        self.bare = False  # whether a forward that chooses no class' prompt is that of the network without prompts
 
     def update_layer(self, adapter_name: str, tokens: Tensor | None, projection: nn.Linear | None = None) -> None:
         """Give an adapter prompts of its own, or a map from those of the other tower."""
@@ -96,11 +112,52 @@ class ClipPromptLayer(nn.Module, BaseTunerLayer):
     def put_pixels(self, pixels_BCHW: Tensor) -> Tensor:
         """The pictures with the pixel prompt (C, N) or (B, C, N) added at its N pixels."""
         prompts = self.prompts()
-        if prompts is None:
+        if prompts is None or self.in_units() is not None:
             return pixels_BCHW
         pixels_BCN, prompts = match_rows(pixels_BCHW.flatten(2), prompts)
         where = self.pixel_index[self.active_names[0]].to(pixels_BCHW.device)
         return pixels_BCN.index_add(2, where, prompts).view(-1, *pixels_BCHW.shape[1:])
+
+    def in_units(self) -> UnitPixels | None:
+        """How the active prompts are put on pictures in [0, 1]; None if they aren't, or there are none."""
+        return None if self.prompts() is None else self.unit_pixels.get(self.active_names[0])
+
+    def put_unit_pixels(self, pixels_BCHW: Tensor, class_prompts: Tensor | None = None) -> Tensor:
+        """clip(x + m * delta, 0, 1) of pictures in [0, 1], with the prompt delta (C, N) at its N pixels; of class-wise
+        ones (K, C, N), or others with a leading dimension, delta is that of each picture's class.
+
+        Args:
+            class_prompts: (B,), these classes. None, while `bare`, leaves the pictures as they are.
+
+        Raises ValueError for pictures of another side, for class-wise prompts without a choice, and for a choice among
+        prompts that aren't class-wise, or beyond the classes.
+        """
+        units, prompts = self.in_units(), self.prompts()
+        assert units is not None and prompts is not None
+        if units.class_names is None and class_prompts is not None:
+            raise ValueError("class_prompts chooses among class-wise prompts (per_class=True); these are for all.")
+        if units.class_names is not None:
+            if class_prompts is None:
+                if self.bare:
+                    return pixels_BCHW
+                raise ValueError(
+                    "the classifier has a prompt for each class, and no logits without a choice (class_prompts): "
+                    "predict by the defence that was saved with it."
+                )
+            check_class_prompts(class_prompts, len(pixels_BCHW), len(units.class_names))
+            prompts = prompts.index_select(0, class_prompts)
+        if pixels_BCHW.shape[2:] != (units.side, units.side):
+            raise ValueError(
+                f"pixel_values of {tuple(pixels_BCHW.shape[2:])} px can't take prompts made for {units.side} px; give "
+                "pictures of that size."
+            )
+        pixels_BCN, prompts = match_rows(pixels_BCHW.flatten(2), prompts)
+        where = self.pixel_index[self.active_names[0]].to(pixels_BCHW.device)
+        sum_BCN = pixels_BCN.index_add(2, where, prompts)
+        clipped_BCN = sum_BCN.clamp(0, 1)
+        if self.unclipped_gradient:
+            clipped_BCN = sum_BCN + (clipped_BCN - sum_BCN).detach()
+        return clipped_BCN.view(-1, *pixels_BCHW.shape[1:])
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # whatever the wrapped module takes
         if self.place.tower == "pixel":
@@ -118,6 +175,19 @@ class ClipPromptLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "clip_prompt." + super().__repr__()
+
+
+def check_class_prompts(index_B: Tensor, count: int, num_classes: int) -> None:
+    """Raise ValueError/TypeError unless these are classes (B,), one for each of `count` pictures. On a GPU, which one
+    would have to wait for, nobody looks at the numbers: there `index_select` refuses those beyond the classes.
+    """
+    if not isinstance(index_B, Tensor) or index_B.dtype != torch.long:
+        raise TypeError("class_prompts must be a tensor of whole numbers (torch.long), a class for each image.")
+    if index_B.shape != (count,):
+        raise ValueError(f"class_prompts {tuple(index_B.shape)} must have a class for each of {count} images.")
+    looked_at = index_B.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked_at and count and not 0 <= int(index_B.min()) <= int(index_B.max()) < num_classes:
+        raise ValueError(f"class_prompts={index_B.tolist()} must lie in 0 .. {num_classes - 1}.")
 
 
 def match_rows(input_BX: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPVisionModel, SiglipTe
 
 from ..normalisation import agree_on_normalisation
 from ..pictures import normalisation_of
-from .access import prompt_layers
+from .access import check_same_names, prompt_layers
 from .config import ClipPromptConfig
-from .layer import MERGE, ClipPromptLayer, Place
+from .layer import MERGE, ClipPromptLayer, Place, UnitPixels
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +140,9 @@ class ClipPromptModel(BaseTuner):
         layer.update_layer(adapter_name, *_initial(peft_config, place, like))
         if place.tower == "pixel":
             layer.pixel_index[adapter_name] = _region(peft_config, like.device)
+            if peft_config.clipped:
+                names = tuple(peft_config.class_names or ()) if peft_config.per_class else None
+                layer.unit_pixels[adapter_name] = UnitPixels(_side(peft_config), names)
         setattr(parent, target_name, layer)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -242,7 +245,10 @@ def _shape(config: PeftConfig) -> tuple:
     assert isinstance(config, ClipPromptConfig)
     vision = (config.num_vision_tokens, config.vision_depth) if config.has_vision else ()
     text = (config.num_text_tokens, config.text_depth) if config.has_text else ()
-    pixel = (config.pixel_region, config.border_width) if config.design == "pixel" else ()
+    pixel: tuple = ()
+    if config.design == "pixel":
+        units = (config.clipped, config.prompt_size, tuple(config.class_names or ()))
+        pixel = (config.pixel_region, config.border_width, *units)
     return config.design, vision, text, pixel, config.coupling
 
 
@@ -284,8 +290,7 @@ def _find_places(model: nn.Module, config: ClipPromptConfig) -> dict[str, Place]
         _same(config, "vision_width", vision.hidden_size)
         if config.design == "pixel":
             _same(config, "image_size", vision.image_size)
-            if config.pixel_region == "border" and 2 * config.border_width >= vision.image_size:
-                raise ValueError(f"border_width={config.border_width} must be below half of {vision.image_size} px.")
+            _check_pixels(model, config)
             return {f"{prefix}embeddings.patch_embedding": Place("pixel", 0)}
         depth = _depth("vision_depth", config.vision_depth, vision.num_hidden_layers)
         places[f"{prefix}{tower.entry}"] = Place("vision", 0)
@@ -301,6 +306,39 @@ def _find_places(model: nn.Module, config: ClipPromptConfig) -> dict[str, Place]
         places[f"{prefix}{tower.entry}"] = Place("text", 0)
         places |= {f"{prefix}encoder.layers.{i}": Place("text", i) for i in range(1, depth)}
     return places
+
+
+def _check_pixels(model: nn.Module, config: ClipPromptConfig) -> None:
+    """Raise ValueError for pixel prompts that don't fit the pictures, or the classes; note the classes."""
+    if config.prompt_size is not None and config.prompt_size > config.image_size:  # type: ignore[operator]
+        raise ValueError(f"prompt_size={config.prompt_size} is beyond the {config.image_size} px of the encoder.")
+    if config.pixel_region == "border" and 2 * config.border_width >= _side(config):
+        raise ValueError(f"border_width={config.border_width} must be below half of {_side(config)} px.")
+    if not config.clipped:
+        return
+    class_names = getattr(model, "class_names", None)
+    if class_names is None:
+        name = "per_class" if config.per_class else "clipped"
+        raise ValueError(
+            f"{name}=True puts prompts on pixels that aren't normalised yet, which a {type(model).__name__} never "
+            "sees; give a classifier of AutoModelForZeroShotClassification."
+        )
+    if not config.per_class:
+        return
+    if config.class_names is not None:
+        if class_names:
+            check_same_names(config.class_names, class_names, "class_names: the prompts")
+        return
+    if config.inference_mode:
+        raise ValueError("class_names is missing in the settings of class-wise prompts; save the adapter again.")
+    if len(class_names) < 2:
+        raise ValueError(f"per_class=True needs the classes, and the model has {len(class_names)}; set_classes first.")
+    config.class_names = list(class_names)
+
+
+def _side(config: ClipPromptConfig) -> int:
+    """Of the pictures that pixel prompts are put on."""
+    return config.prompt_size or config.image_size  # type: ignore[return-value]
 
 
 def _same(config: ClipPromptConfig, name: str, here: int | str) -> None:
@@ -373,7 +411,8 @@ def _initial(config: ClipPromptConfig, place: Place, like: Tensor) -> tuple[Tens
     """
     if place.tower == "pixel":
         start = torch.nan if config.inference_mode else 0.0
-        return like.new_full((like.shape[1], len(_region(config, like.device))), start), None
+        each = (len(config.class_names or ()),) if config.per_class else ()
+        return like.new_full((*each, like.shape[1], len(_region(config, like.device))), start), None
     width, other = config.vision_width, config.text_width
     if place.tower == "text":
         width, other = other, width
@@ -394,8 +433,8 @@ def _initial(config: ClipPromptConfig, place: Place, like: Tensor) -> tuple[Tens
 
 def _region(config: ClipPromptConfig, device: torch.device) -> Tensor:
     """Indices of the prompted pixels in a flattened picture."""
-    side, edge = config.image_size, config.border_width
-    inside = torch.zeros(side, side, dtype=torch.bool)  # type: ignore[arg-type]
+    side, edge = _side(config), config.border_width
+    inside = torch.zeros(side, side, dtype=torch.bool)
     if config.pixel_region == "border":
         inside[edge:-edge, edge:-edge] = True
     return (~inside).flatten().nonzero().squeeze(1).to(device)

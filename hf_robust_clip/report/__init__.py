@@ -16,4 +16,13 @@ from .report import (
     templates_told,
     with_descriptions,
 )
-from .tables import as_markdown, by_model, figures_by_task, figures_of_defences, markdown, print_table, table
+from .tables import (
+    as_markdown,
+    by_model,
+    detections,
+    figures_by_task,
+    figures_of_defences,
+    markdown,
+    print_table,
+    table,
+)

@@ -30,7 +30,12 @@ TRAINERS_DRAFT = "generated automatically according to the information the Train
 GAP, MANY_GAPS = "[More Information Needed]", 20  # of PEFT's draft, which has more as long as nobody fills it in
 CardState = Literal["none", "draft", "unmeasured", "measured", "theirs"]
 Holds = Literal["model", "adapter", "defence"]  # of a repository: whole weights, PEFT's, or a defence alone
-HIDDEN = ("attack", "threat_model", "text_tokens")  # settings that stand elsewhere than in the table on the training
+HIDDEN = (
+    "attack",
+    "threat_model",
+    "text_tokens",
+    "units",
+)  # settings that stand elsewhere than in the table on the training
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,10 @@ class CardInfo:
         training_data: one line: dataset, split, classes, number of images.
         paper: of the method.
         settings: `RobustClipTrainer.settings()`, or other plain values under the same keys; `"text_tokens"` says how
-            many words of every text prompts take the place of.
+            many words of every text prompts take the place of, `"units"` whether pixel prompts are `"clipped"`, or
+            `"class-wise"` too.
         template: the prompt that was used.
-        class_names: of the training data; the first three serve as an example.
+        class_names: of the training data; the first three serve as an example (of class-wise prompts all).
         limits: what this very model can't do: a sentence or several; each line becomes a point.
         datasets: Hub ids of the training data, for the metadata.
         plot: file name of the plot beside the card, or None.
@@ -324,7 +330,8 @@ def _about(info: CardInfo, holds: Holds, loads_defence: bool) -> dict[str, Any]:
     start = f"a checkpoint made from {_span(info.ancestor)}" if info.ancestor and not info.base_model else base
     family = FAMILIES[info.family]
     plain = f"loads as a plain `{family.plain}`: weights, tokenizer and image processor are all here."
-    texts = [info.template, *info.class_names[:3]]
+    shown = info.class_names if info.settings.get("units") == "class-wise" else info.class_names[:3]
+    texts = [info.template, *shown]
     template, *names = (text.lower() for text in texts) if family.lower_case and not info.described else texts
     return {
         "title": _title(info.repo_id),
@@ -353,6 +360,7 @@ def _about(info: CardInfo, holds: Holds, loads_defence: bool) -> dict[str, Any]:
         "prompts": info.settings.get("prompts"),
         "parameters": f"{info.settings.get('trainable_parameters', 0):,}",
         "text_tokens": info.settings.get("text_tokens"),
+        "units": info.settings.get("units"),
     }
 
 
@@ -535,6 +543,7 @@ def _defence_table(reports: Sequence[RobustnessReport]) -> dict[str, Any]:
         "columns": columns,
         "rows": rows,
         "fallbacks": max(report.defence["fallbacks"] for report in reports),  # type: ignore[index]
+        "remarks": "".join(f" {remark[:1].upper()}{remark[1:]}." for remark in first.get("remarks", ())),
         "ms": f"{first['ms_per_image']:.3g}",
         "hardware": reports[0].hardware,
     }

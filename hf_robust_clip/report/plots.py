@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..storage import whole_file
 from ..threat_model import ThreatModel, parse_radius
 from .report import CLEAN, CONTROLS, ROBUST, RobustnessReport
-from .tables import by_model, defence_figures, headlines, one_norm, titled
+from .tables import by_model, defence_figures, headlines, one_norm, over_runs, titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ def plot(path: str | Path, reports: Sequence[RobustnessReport]) -> None:
 
 
 @contextmanager
-def _plain_text() -> Iterator[None]:
+def plain_text() -> Iterator[None]:
     """Names are drawn as they are; matplotlib would read what stands between two $ as a formula."""
     from matplotlib import rc_context
 
@@ -45,7 +45,7 @@ def _plain_text() -> Iterator[None]:
         yield
 
 
-@_plain_text()
+@plain_text()
 def plot_accuracy(path: str | Path, reports: Sequence[RobustnessReport]) -> None:
     """Write a PNG of accuracy against eps: a panel for each task (and attack, if they differ), a line for each model,
     95 % bands.
@@ -54,12 +54,12 @@ def plot_accuracy(path: str | Path, reports: Sequence[RobustnessReport]) -> None
     twice in a panel.
     """
     reports = [replace(report, name=titled(report)) for report in reports]
-    rows, norm = _panel_rows(reports, ["task", "full_attack"])
+    rows, norm = _panel_rows(reports)
     styles = _styles(report.name for report in reports)
     attacks = list(dict.fromkeys(rows["full_attack"]))
     panels = [(key, own) for key, own in rows.groupby(["task", "full_attack"], sort=False)]
     titles = [task if len(attacks) == 1 else f"{task}, {attack}" for (task, attack), _ in panels]
-    figure, axes = _panels(titles, "accuracy under " + (attacks[0] if len(attacks) == 1 else "attack"))
+    figure, axes = make_panels(titles, "accuracy under " + (attacks[0] if len(attacks) == 1 else "attack"))
     for axis, (_, panel) in zip(axes, panels, strict=True):
         for name, line in panel.groupby("name", sort=False):
             points = line.sort_values("eps")
@@ -74,32 +74,40 @@ def plot_accuracy(path: str | Path, reports: Sequence[RobustnessReport]) -> None
         chance = 1 / panel["num_classes"].iloc[0]
         axis.axhline(chance, color="grey", linestyle=(0, (1, 3)), linewidth=1, label="chance")
         axis.set_ylim(-0.02, 1.02)
-    _save(figure, axes, path)
+    save_figure(figure, axes, path)
 
 
-@_plain_text()
-def plot_tradeoff(path: str | Path, reports: Sequence[RobustnessReport], radius: float | str) -> None:
+@plain_text()
+def plot_tradeoff(
+    path: str | Path,
+    reports: Sequence[RobustnessReport],
+    radius: float | str,
+    further: Sequence[Sequence[RobustnessReport]] = (),
+) -> None:
     """Write a PNG of robust against clean accuracy: a panel for each task, a point for each model, 95 % intervals.
 
     Args:
         path: of the PNG.
         reports: of several models, one for each model and task, under one norm.
         radius: in units of [0, 1], such as `"4/255"`; every report must have it.
+        further: the same of models that were trained again; see `over_runs`. A point is then the mean over the runs of
+            a model, and the bars are their standard deviation.
 
-    Raises ValueError for no reports, several norms, a model twice on a task, and a report without the radius.
+    Raises ValueError for no reports, several norms, a report without the radius, and as `over_runs` does.
     """
     from matplotlib.ticker import MaxNLocator
 
     eps = parse_radius(radius, "radius")
-    rows, norm = _panel_rows(reports, ["task"])
-    for report in reports:
+    every = [report for run in (reports, *further) for report in run]
+    norm, rows = one_norm(every), over_runs(reports, further)
+    for report in every:
         if not any(math.isclose(own, eps) for own in report.robust_accuracy):
             raise ValueError(f"the report of {report.name}, {report.task} has no radius {radius}.")
-    styles = _styles(report.name for report in reports)
+    styles = _styles(rows["name"])
     attacks = " or ".join(sorted(set(rows["full_attack"])))
-    panels = list(rows.groupby("task", sort=False))
+    panels = list(rows[rows["metric"].isin([CLEAN, ROBUST])].groupby("task", sort=False))
     threat = ThreatModel(eps, norm)  # type: ignore[arg-type]
-    figure, axes = _panels([task for task, _ in panels], f"accuracy under {attacks}\n{threat}")
+    figure, axes = make_panels([task for task, _ in panels], f"accuracy under {attacks}\n{threat}")
     for axis, (_, panel) in zip(axes, panels, strict=True):
         for name, own in panel.groupby("name", sort=False):
             near = own["eps"].map(lambda radius: math.isclose(radius, eps))
@@ -112,15 +120,15 @@ def plot_tradeoff(path: str | Path, reports: Sequence[RobustnessReport], radius:
         axis.xaxis.set_major_formatter(_percent_label)
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), prune="both"))
-    _save(figure, axes, path)
+    save_figure(figure, axes, path)
 
 
-def _panel_rows(reports: Sequence[RobustnessReport], panel: list[str]) -> tuple[DataFrame, str]:
-    """Accuracies of the models themselves, and their norm. Raises ValueError for a model twice in a panel."""
+def _panel_rows(reports: Sequence[RobustnessReport]) -> tuple[DataFrame, str]:
+    """Accuracies of the models themselves, and their norm. Raises ValueError for a model twice under an attack."""
     norm = one_norm(reports)
     rows = headlines(reports)
     rows = rows[(rows["judge"] == "") & rows["metric"].isin([CLEAN, ROBUST])]
-    twice = rows[rows.duplicated([*panel, "name", "eps"])]
+    twice = rows[rows.duplicated(["task", "full_attack", "name", "eps"])]
     if len(twice):
         first = twice.iloc[0]
         raise ValueError(f"two reports of {first['name']}, {first['task']}; plot one attack at a time.")
@@ -143,7 +151,7 @@ def choose_examples(right: Sequence[bool], stands: Sequence[bool], count: int = 
     return [*fell[: count - few], *withstood[:few], *fell[count - few :], *withstood[few:], *wrong][:count]
 
 
-@_plain_text()
+@plain_text()
 def plot_examples(
     path: str | Path,
     images: ArrayLike,
@@ -202,7 +210,7 @@ def plot_examples(
     _write(figure, path)
 
 
-@_plain_text()
+@plain_text()
 def plot_defences(path: str | Path, rows: Mapping[str, Sequence[RobustnessReport]]) -> None:
     """Write a PNG of what `defence_figures` tells: for each label its clean accuracy, that under the first attack made
     on the classifier alone, the controls on the same images, and the worst of all attacks.
@@ -252,7 +260,7 @@ def _styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _panels(titles: Sequence[str], ylabel: str) -> tuple[Figure, list[Axes]]:
+def make_panels(titles: Sequence[str], ylabel: str) -> tuple[Figure, list[Axes]]:
     """A figure with a panel for each title, at most three in a row."""
     from matplotlib.figure import Figure
 
@@ -277,7 +285,7 @@ def _percent_label(value: float, _: float) -> str:
     return f"{100 * value:.4g} %"
 
 
-def _save(figure: Figure, axes: Sequence[Axes], path: str | Path) -> None:
+def save_figure(figure: Figure, axes: Sequence[Axes], path: str | Path) -> None:
     """Write the figure with one legend for all panels, below them."""
     handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if "chance" in handles:

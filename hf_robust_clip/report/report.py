@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 CONTROLS = ("static prompts", "random prompts", "ensemble-64")
 CLEAN, ROBUST = "accuracy", "robust_accuracy"
+DETECTION = (  # of detectors: among clean images and those with a wrong class; among attacked ones
+    "detection_fpr",
+    "detection_fpr_of_errors",
+    "detection_auroc",
+    "detection_tpr_at_5_fpr",
+    "detection_of_successful",
+    "detection_auroc_of_successful",
+)
 
 
 @dataclass(frozen=True)
@@ -142,10 +150,10 @@ class RobustnessReport:
             at each radius the robust accuracy and what each attack left (the last is the robust accuracy), and
             accuracies by class, clean and at the largest radius, which add up.
         defence: None, or the test-time defence that predicted in the model's place, in JSON types: `"name"`,
-            `"parameters"`, `"traits"` (`"randomised"`, `"optimising"`, `"episodic"`), `"tuned"` (values tuned for each
-            image), `"fallbacks"` (predictions, of clean and attacked images, whose tuning was not finite and didn't
-            count) and `"ms_per_image"` (on the clean images). Of a randomised or optimising one, each of `CONTROLS`
-            has measurements too.
+            `"parameters"`, `"traits"` (`"randomised"`, `"optimising"`, `"episodic"`, `"couples_images"`), `"tuned"`
+            (values tuned for each image), `"fallbacks"` (predictions, of clean and attacked images, whose tuning was
+            not finite and didn't count) and `"ms_per_image"` (on the clean images); `"remarks"`, sentences, where
+            there are some. Of a randomised or optimising one, each of `CONTROLS` has measurements too.
         templates: the texts, with `{}` for the class name, that class names were put in; None where nobody noted them.
         standard_attack: whether the attack is the standard one that others quote (AutoAttack), not one of many.
         descriptions: SHA-256 (16 digits) of the texts that templates with `{description}` took; None without any.

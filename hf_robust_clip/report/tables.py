@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from ..threat_model import ThreatModel
-from .report import CLEAN, CONTROLS, ROBUST, RobustnessReport, frame, percent, templates_told
+from .report import CLEAN, CONTROLS, DETECTION, ROBUST, RobustnessReport, frame, percent, templates_told
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -58,13 +58,13 @@ def print_table(shown: RenderableType) -> None:
 
 def figures(reports: Sequence[RobustnessReport]) -> Cells:
     """A row for each report, and below it one for each control of its defence: number of images, and in percent the
-    clean accuracy, those at each radius, and other metrics; milliseconds per image, if there are defences. Reports of
-    the same images under the same attack stand together.
+    clean accuracy, those at each radius, and other metrics (`detections` has those of detectors); milliseconds per
+    image, if there are defences. Reports of the same images under the same attack stand together.
 
     Raises ValueError for no reports and for several norms, whose radii can't share columns.
     """
     norm = one_norm(reports)
-    rows = headlines(reports)
+    rows = _of_accuracies(headlines(reports))
     values = by_column(rows, rows["value"].map(_number))
     groups: dict[str, list[tuple[str, ...]]] = {}
     for (number, judge), texts in zip(values.index, values.to_numpy().tolist(), strict=True):
@@ -79,26 +79,95 @@ def figures(reports: Sequence[RobustnessReport]) -> Cells:
     return Cells(heads[:columns], tuple(row[:columns] for own in groups.values() for row in own), grouped=True)
 
 
-def figures_by_task(reports: Sequence[RobustnessReport]) -> Cells:
+def figures_by_task(reports: Sequence[RobustnessReport], further: Sequence[Sequence[RobustnessReport]] = ()) -> Cells:
     """A row for each model, a column for each task, with clean and robust accuracies in percent, divided by " / ".
 
-    Raises ValueError for no reports, several norms, and a model twice on a task.
+    Args:
+        reports: of several models, one for each model and task.
+        further: the same of models that were trained again; see `over_runs`. Where there are several of a model, its
+            figures are means, each with "±" and the standard deviation.
+
+    Raises ValueError for no reports, several norms, and as `over_runs` does.
     """
-    norm = one_norm(reports)
-    rows = headlines(reports)
-    rows = rows[rows["judge"] == ""]
-    values = by_column(rows, rows["value"].map(_number))
+    norm = one_norm([report for run in (reports, *further) for report in run])
+    rows = _of_accuracies(over_runs(reports, further))
+    spread = rows["std"].map(lambda value: "" if value != value else f" ± {_number(value)}")
+    values = by_column(rows, rows["value"].map(_number) + spread, ["name", "task"])
     told = " / ".join(head(metric, eps, norm) for metric, eps in values)
-    of: dict[tuple[str, str], tuple[int, str]] = {}
-    for (number, _), texts in zip(values.index, values.to_numpy().tolist(), strict=True):
+    of = {key: " / ".join(texts) for key, texts in zip(values.index, values.to_numpy().tolist(), strict=True)}
+    sizes = dict(zip(rows["task"], rows["num_images"], strict=True))
+    lines = [(name, *(of.get((name, task), "-") for task in sizes)) for name in dict.fromkeys(rows["name"])]
+    return Cells(("", *(f"{task} (n={size}): {told}" for task, size in sizes.items())), tuple(lines))
+
+
+def over_runs(reports: Sequence[RobustnessReport], further: Sequence[Sequence[RobustnessReport]] = ()) -> DataFrame:
+    """The headlines of models, one row by name, task, metric and radius, where a model was trained several times.
+
+    Args:
+        reports: of several models, one for each model and task.
+        further: the same of models that were trained again, with other seeds.
+
+    Of several runs `value` is the mean, `std` the standard deviation of a sample (divided by their number less 1),
+    `low` and `high` lie one of it to either side; of a single one `std` is NaN and `low` and `high` are its 95 %
+    interval. Raises ValueError for a model twice on a task, runs of other images or attacks, and for one that lacks a
+    figure.
+    """
+    from pandas import concat
+
+    key, alike = ["name", "task", "metric", "eps"], ["dataset", "split", "num_images", "full_attack"]
+    rows = concat([headlines(run).assign(run=i) for i, run in enumerate((reports, *further)) if run])
+    rows = rows[rows["judge"] == ""]
+    for _, twice in rows[rows.duplicated(["run", *key])].head(1).iterrows():
+        raise ValueError(f"two reports of {twice['name']}, {twice['task']}; tell one attack at a time.")
+    for (name, task), own in rows.groupby(["name", "task"]):
+        for field in alike:
+            if len(found := own[field].unique()) > 1:
+                raise ValueError(
+                    f"the runs of {name}, {task} differ in {field}: {list(found)}; compare like with like."
+                )
+    counts = rows.groupby(key, sort=False)["value"].agg(["mean", "std", "count"]).reset_index()
+    for name, own in counts.groupby("name"):
+        if own["count"].nunique() > 1:
+            raise ValueError(f"a run of {name} lacks a figure that another has; finish all of them.")
+    found = rows.drop_duplicates(key).merge(counts, on=key)
+    several = found["count"] > 1
+    found["value"] = found["mean"].where(several, found["value"])
+    found["low"] = (found["mean"] - found["std"]).where(several, found["low"])
+    found["high"] = (found["mean"] + found["std"]).where(several, found["high"])
+    return found
+
+
+def detections(reports: Sequence[RobustnessReport]) -> Cells | None:
+    """How well detectors tell attacked images from clean ones, in percent: a row for the clean images of each report,
+    with the share that is flagged; one for each radius and attack, and for all attacks together, with AUROC and the
+    share that a threshold of 5 % false alarms catches; and in each, of the images whose class is wrong, the share that
+    is flagged, their number, and AUROC. None where nothing is detected.
+    """
+    rows = frame(reports)
+    rows = rows[rows["metric"].isin(DETECTION)]
+    if not len(rows):
+        return None
+    lines: dict[tuple[int, float, str], dict[str, str]] = {}
+    for row in rows.to_dict("records"):
+        member = row["member"] if isinstance(row["member"], str) else "all"
+        cells = lines.setdefault((row["number"], row["eps"], member), {"n": str(row["n"])})
+        of = f" ({row['n']})" if row["metric"] in ("detection_fpr_of_errors", "detection_of_successful") else ""
+        column = "detection_of_successful" if row["metric"] == "detection_fpr_of_errors" else row["metric"]
+        cells[column] = _number(row["value"]) + of
+    texts = []
+    columns = ("n", *(metric for metric in DETECTION if metric != "detection_fpr_of_errors"))
+    for (number, eps, member), cells in sorted(lines.items(), key=lambda line: (line[0][:2], line[0][2] == "all")):
         report = reports[number]
-        if (report.name, report.task) in of:
-            raise ValueError(f"two reports of {report.name}, {report.task}; tell one attack at a time.")
-        of[report.name, report.task] = report.num_images, " / ".join(texts)
-    names, tasks = (list(dict.fromkeys(key[i] for key in of)) for i in (0, 1))
-    sizes = {task: next(n for (_, other), (n, _) in of.items() if other == task) for task in tasks}
-    lines = [(name, *(of[name, task][1] if (name, task) in of else "-" for task in tasks)) for name in names]
-    return Cells(("", *(f"{task} (n={sizes[task]}): {told}" for task in tasks)), tuple(lines))
+        group = f"{titled(report)} on {report.task} under {report.full_attack}"
+        where = f"{report.threat(eps).radius} {member}" if eps else "clean"
+        texts.append((group, where, *(cells.get(column, "-") for column in columns)))
+    heads = ("", "", "n", "FPR", "AUROC", "TPR", "wrong (n)", "AUROC")
+    return Cells(heads, tuple(texts), grouped=True)
+
+
+def _of_accuracies(rows: DataFrame) -> DataFrame:
+    """Without the metrics of detectors."""
+    return rows[~rows["metric"].isin(DETECTION)]
 
 
 def defence_figures(rows: Mapping[str, Sequence[RobustnessReport]]) -> DataFrame:
@@ -157,13 +226,13 @@ def headlines(reports: Sequence[RobustnessReport]) -> DataFrame:
     return rows.assign(judge=rows["judge"].fillna(""))
 
 
-def by_column(rows: DataFrame, texts: Any) -> DataFrame:
-    """Texts by report and judge (rows) and by metric and radius (columns): clean, radii ascending, other metrics; a
-    dash where nothing was measured.
+def by_column(rows: DataFrame, texts: Any, index: Sequence[str] = ("number", "judge")) -> DataFrame:
+    """Texts by report and judge, or another `index` (rows), and by metric and radius (columns): clean, radii
+    ascending, other metrics; a dash where nothing was measured.
     """
     from pandas import MultiIndex
 
-    index, columns = ["number", "judge"], ["metric", "eps"]
+    index, columns = list(index), ["metric", "eps"]
     metrics = list(dict.fromkeys((CLEAN, ROBUST, *rows["metric"])))
     pairs = sorted(set(zip(rows["metric"], rows["eps"], strict=True)), key=lambda pair: (metrics.index(pair[0]), pair))
     wide = rows.assign(text=texts).pivot(index=index, columns=columns, values="text")

@@ -36,12 +36,13 @@ from ..defences.undefended import Undefended
 from ..evaluation import loop as evaluation
 from ..evaluation.attack_views import AttackView
 from ..evaluation.settings import EvaluationSettings
+from ..evaluation.streams import check_poisoning, stream_poisoning
 from ..hub import clear_states, dump_recipe
 from ..modeling import ZeroShotClassifier, descriptions_digest
 from ..names import same_place, task_titles, titles
 from ..processes import join_processes, what_runs
 from ..report import RobustnessReport
-from ..report.tables import as_text
+from ..report.tables import as_text, titled
 from ..saving import Saving, left_by_evaluation
 from ..secrets import without_token_keys
 from ..storage import check_writable, write_text
@@ -144,6 +145,9 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
         how.check_against(about.defence or Undefended())
     if about.defence is not None:
         unused.check_defence(given, about.defence)
+    if about.stream_poisoning is None:
+        default = unused.defaults_of(EvaluationRunArguments)["permutations"]
+        unused.idle(given, "permutations", "without stream_poisoning", default)
     tasks = _tasks(given, data, about)
     shared.check_tasks(tasks, described=texts.descriptions is not None)
     return EvaluationRun(
@@ -278,6 +282,8 @@ def measure(prepared: Prepared) -> Measured:
         tasks = shared.load_tasks(prepared.tasks, model)
         for title, data in tasks.items():  # one without descriptions is told before hours of another
             texts.of(data.class_names, shared.templates_of(prepared.tasks[title], data, texts.templates))
+            if run.stream_poisoning is not None:
+                check_poisoning(run.defence, run.stream_poisoning, run.permutations, len(data))
         defence, facts = defence_for(prepared, model, name, texts)
         trained = known_templates(name, revision)
         for title, data in tasks.items():
@@ -333,7 +339,8 @@ def measure_one(
     prompt = f"prompt {reporting.quoted(model.templates)}{reporting.with_descriptions(digest_of(model))}"
     about = f"{len(data)} images, {attack}, {settings.precision_with(model)}, {prompt}"
     prepared.processes.print(f"{called} on {task}: {about}")
-    return evaluation.evaluate_robustness(
+    state_dir = prepared.folder / "state"
+    report = evaluation.evaluate_robustness(
         model,
         data,
         settings,
@@ -341,10 +348,25 @@ def measure_one(
         task=task,
         model_id=name,
         processes=prepared.processes,
-        state_dir=prepared.folder / "state" / shared.slug(f"{name} {task} {attack}{through}"),
+        state_dir=state_dir / shared.slug(f"{name} {task} {attack}{through}"),
         progress=True,
         defence=defence,
     )
+    first = prepared.run.stream_poisoning
+    if first is None or defence is None:
+        return report
+    found = stream_poisoning(
+        model,
+        data,
+        settings,
+        defence=defence,
+        num_poisoned=first,
+        permutations=prepared.run.permutations,
+        state_dir=state_dir / shared.slug(f"{name} {task} {attack}{through} after {first}"),
+        progress=True,
+    )
+    prepared.processes.print(str(found))
+    return found.noted_in(report)
 
 
 def defence_for(
@@ -443,6 +465,13 @@ def show(prepared: Prepared, measured: Measured) -> None:
     """Print the table, remarks, and whether the attack breaks the reference."""
     run, reports = prepared.run, measured.reports
     reporting.print_table(reporting.table(reports, prepared.called[run.model.model_name_or_path]))
+    if (detected := reporting.detections(reports)) is not None:
+        print()
+        caption = (
+            "in percent: flagged clean images; AUROC and true alarms at 5 % false ones, of images whose class was "
+            "right when clean; flagged images of a wrong class (how many), and their AUROC"
+        )
+        reporting.print_table(as_text(detected, "detection", caption))
     share = reporting.percent(max(report.zero_gradient_share for report in reports))
     print(f"exactly-zero input gradients in the attacks: at most {share}")
     remarks: list[str | None] = [*measured.remarks, *shared.suite_remarks(prepared.tasks, reports)]
@@ -450,6 +479,10 @@ def show(prepared: Prepared, measured: Measured) -> None:
         remarks.append(
             "no attack went through the defence: the figures say nothing of its strength; add AdaptiveWorst."
         )
+    for report in reports:
+        remarks += [
+            f"{titled(report)} on {report.task}: {told}." for told in (report.defence or {}).get("remarks", ())
+        ]
     for line in filter(None, dict.fromkeys([*remarks, reporting.blind_warning(reports)])):
         print(f"\n{line}\n")
     for report in reports:

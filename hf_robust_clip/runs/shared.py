@@ -146,7 +146,7 @@ def check_model(name: str, revision: str | None = None) -> None:
 
 def load_model(name: str, revision: str | None = None) -> ZeroShotClassifier:
     """A model in eval mode; of an adapter its base with the adapter in it."""
-    adapter = adapter_config(name, revision)
+    adapter = None if name == EMBEDDED_MODEL else adapter_config(name, revision)  # nobody is asked for what is inside
     if adapter is not None:
         base = load_model(*base_of(name, adapter))
         return with_adapter(base, name, revision=revision).eval()  # type: ignore[return-value]

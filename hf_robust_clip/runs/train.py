@@ -22,6 +22,7 @@ from ..hub import (
     Push,
     clear_checkpoints,
     clear_model,
+    clear_search,
     clear_states,
     dump_recipe,
     prepare_repository,
@@ -36,24 +37,32 @@ from ..saving import Saving, left_by_training
 from ..storage import check_writable, write_text, written_whole
 from ..training.checkpoints import NothingToResume, save_adapter
 from ..training.config import on_its_own
-from ..training.preparation import classifier_in
+from ..training.preparation import check_met, classifier_in
 from ..training.trainer import RobustClipTrainer
 from ..zero_shot_data.loading import ImageDataset
-from . import shared
+from . import shared, tune
 from .train_settings import Method, TrainingRun, read
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run with its model, its pictures and its processes."""
+    """A run with its model, its pictures and its processes.
+
+    Args:
+        data: what is trained on.
+        held_out: training images by which the best checkpoint is chosen; None where none is.
+        searched: how settings of the run were found; None where they were given.
+    """
 
     run: TrainingRun
     model: ZeroShotClassifier
     data: ImageDataset
+    held_out: ImageDataset | None
     tasks: dict[str, ImageDataset]
     processes: PartialState
     saving: Saving
     push: Push | None
+    searched: tune.Searched | None = None
 
     @property
     def folder(self) -> Path:
@@ -102,11 +111,15 @@ def main(words: Sequence[str], default_config: Path, description: str = "") -> N
 
 
 def train(run: TrainingRun) -> list[RobustnessReport]:
-    """Evaluate, fine-tune, evaluate again, compare; write checkpoint, report, plot and card to the output directory.
+    """Find settings, where asked; evaluate, fine-tune, evaluate again, compare; write checkpoint, report, plot and
+    card to the output directory.
 
     Returns the fine-tuned model's reports, one for each task.
     """
     prepared = prepare(run)
+    if run.space:
+        prepared = tuned(prepared)
+        run = prepared.run
     compared = {"undefended": measure(prepared, prepared.model, "undefended", prepared.start)}
     trainer = fit(prepared, run.method, prepared.model, save=True)
     for rival in run.rivals:
@@ -139,8 +152,12 @@ def prepare(run: TrainingRun) -> Prepared:
     }
     for pictures in tasks.values():
         run.texts.of(pictures.class_names, pictures.templates)
+    held_out = None
+    if run.held_out_images is not None:
+        data, held_out = data.held_out(run.held_out_images, run.training.seed)
     run.texts.set(model, data)  # a bad class name fails here, before any work
     for method in (run.method, *run.rivals):
+        check_met(run.training, method.objective, model, data)
         if isinstance(method.adapter, ClipPromptConfig):
             check_prompts(model, method.adapter)
     processes = join_processes(run.training.use_cpu)
@@ -149,14 +166,24 @@ def prepare(run: TrainingRun) -> Prepared:
         push = prepare_repository(push, "adapter" if run.adds_adapter else "model", "hub_model_id")
     mixed = run.training.mixed_precision
     precision = mixed if mixed != "no" else str(model.dtype).removeprefix("torch.")
-    processes.print(f"{run.title}: {len(data)} images, {len(data.class_names)} classes, "
+    beside = "" if held_out is None else f" and {len(held_out)} held out"
+    processes.print(f"{run.title}: {len(data)} images{beside}, {len(data.class_names)} classes, "
                     f"{what_runs(processes)}, {precision}")  # fmt: skip
     if processes.is_local_main_process and run.overwrite:
         clear_checkpoints(folder)
         clear_states(folder)
+        clear_search(folder)
     processes.wait_for_everyone()
     saving = Saving(folder, processes.print)
-    return Prepared(run, model, data, tasks, processes, saving, push)
+    return Prepared(run, model, data, held_out, tasks, processes, saving, push)
+
+
+def tuned(prepared: Prepared) -> Prepared:
+    """The same with the settings that a search on its training images found. It sees no task."""
+    searched = tune.search(prepared.run, prepared.model, prepared.data, prepared.saving)
+    searched.show()
+    searched.write(prepared.saving)
+    return replace(prepared, run=searched.applied(prepared.run), searched=searched)
 
 
 def measure(
@@ -196,7 +223,7 @@ def fit(prepared: Prepared, method: Method, model: ZeroShotClassifier, save: boo
     args = run.training if save else on_its_own(run.training)
     defence = next(iter(run.defences.values()), None) if save else None
     trainer = RobustClipTrainer(
-        model, args, method.objective, prepared.data, peft_config=method.adapter, defence=defence
+        model, args, method.objective, prepared.data, prepared.held_out, peft_config=method.adapter, defence=defence
     )
     start = run.model.model_name_or_path
     if start != EMBEDDED_MODEL and Path(start).is_dir():
@@ -232,11 +259,30 @@ def finish(prepared: Prepared, trainer: RobustClipTrainer) -> Fitted:
         learned: dict[str, Any] = {name: after for name, (before, after) in own.items() if after is not before}
         defences = {title: replace(defence, **learned) for title, defence in defences.items()}
         trainer.defence = next(iter(defences.values()))
-    settings = trainer.settings()
+    settings = {**trainer.settings(), **how_chosen(prepared)}
     if prepared.processes.is_main_process:
         clear_model(prepared.folder)
     classifier, to_save = plain_model(trainer)
     return Fitted(classifier, to_save, defences, settings)
+
+
+def how_chosen(prepared: Prepared) -> dict[str, str]:
+    """What the card says of held-out training images, by which a checkpoint or settings were chosen."""
+    run, found = prepared.run, {}
+    if prepared.held_out is not None:
+        args = run.training
+        metric = str(args.metric_for_best_model).removeprefix("eval_").replace("_", " ")
+        patience = args.early_stopping_patience
+        stop = "" if patience is None else f", early stopping after {patience} evaluations without a new best"
+        on = f"(PGD-{args.eval_attack_steps}) on {len(prepared.held_out)} held-out training images"
+        if args.load_best_model_at_end:
+            found["weights_chosen"] = f"by {metric} {on}{stop}"
+        else:
+            found["evaluated_while_training"] = on
+    if prepared.searched is not None:
+        names = ", ".join(own.name for own in prepared.searched.space)
+        found["settings_chosen"] = f"{names}: by {prepared.searched.about}"
+    return found
 
 
 def plain_model(trainer: RobustClipTrainer) -> tuple[ZeroShotClassifier, Any]:
@@ -262,6 +308,8 @@ def write_model(prepared: Prepared, fitted: Fitted) -> None:
         prepared.saving.save("recipe.yaml", lambda: write_text(prepared.folder / "recipe.yaml", text))
         if (found := prepared.run.texts.descriptions) is not None:
             prepared.saving.save("descriptions.json", lambda: save_descriptions(prepared.folder, found))
+        if prepared.searched is not None:
+            prepared.searched.write(prepared.saving)
     prepared.processes.wait_for_everyone()
 
 
@@ -277,10 +325,12 @@ def save_trained(trained: Any, folder: Path) -> None:
 def measure_defences(prepared: Prepared, fitted: Fitted, compared: dict[str, list[RobustnessReport]]) -> Measured:
     """The reports of the trained model and, where there are defences, of these; the one that is saved is its own."""
     run = prepared.run
-    reports = measure(prepared, fitted.classifier, run.title, prepared.repo_id)
-    if not fitted.defences or run.through is None:
-        return Measured(reports, compared)
-    compared = {**compared, run.title: reports}
+    if run.method.objective.judged_by is None:  # else the classifier has no logits of its own
+        reports = measure(prepared, fitted.classifier, run.title, prepared.repo_id)
+        if not fitted.defences or run.through is None:
+            return Measured(reports, compared)
+        compared = {**compared, run.title: reports}
+    assert run.through is not None
     blind = replace(run.through, attack=run.evaluation.attack, view=DefenceBlind(), eot=1)
     own: list[RobustnessReport] = []
     saved = next(iter(fitted.defences))
@@ -391,13 +441,15 @@ def saved_files(folder: Path) -> list[str]:
     adapter = folder / "adapter_model.safetensors"
     kinds = [f"adapter ({adapter.stat().st_size / 1000:.0f} kB)"] if adapter.is_file() else ["weights", "processor"]
     others = ("statistics.safetensors", "adaptation.json", "README.md", "report.json", "accuracy.png", "recipe.yaml",
-              "descriptions.json")  # fmt: skip
+              "descriptions.json", "tuning.csv", "tuning.png")  # fmt: skip
     return [*kinds, *(name for name in others if (folder / name).is_file())]
 
 
 def loading_code(prepared: Prepared, source: str) -> str:
     """How what was trained is loaded from a folder or repository."""
     run = prepared.run
+    if run.defences and run.method.objective.judged_by is not None:
+        return f'DefendedClassifier.from_pretrained("{source}"); see README.md'
     if run.defences:
         without = "PeftModel.from_pretrained(clip, ...)"
         return f'DefendedClassifier.from_pretrained("{source}"), or without the defence {without}; see README.md'

@@ -18,10 +18,12 @@ from ..arguments import (
     Images,
     ModelArguments,
     TrainingRunArguments,
+    TuneArguments,
     check_folder,
 )
 from ..attacks.suites import Suite
 from ..command_line import ClassFlag, CommandLine, Given, class_at, class_path, read_command
+from ..defences import judging
 from ..defences.base import Defence
 from ..evaluation.attack_views import Adaptive, AdaptiveWorst, Static
 from ..evaluation.settings import EvaluationSettings
@@ -38,8 +40,11 @@ from ..training.config import (
     check_start_of_attack,
     check_trained_part,
     check_views,
+    default_of,
 )
-from . import shared
+from ..typed_settings import typed_text
+from . import shared, tune
+from .search_space import Dimension
 from .shared import SUITES
 
 LORA_TARGETS = r".*vision_model.*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
@@ -48,6 +53,7 @@ COMMAND = CommandLine(
     groups={
         "": (ModelArguments, DataArguments, TrainingRunArguments, RobustClipConfig),
         "prompts": (ClipPromptConfig,),
+        "tune": (TuneArguments,),
         "evaluation": (EvaluationArguments,),
         "defence_evaluation": (DefenceEvaluation,),
     },
@@ -96,6 +102,8 @@ class TrainingRun(TrainingRunArguments):
     resume: bool
     push: Push | None
     texts: shared.Texts
+    tune: TuneArguments = field(default_factory=TuneArguments)
+    space: tuple[Dimension, ...] = ()  # what is searched before the training
     source: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -127,17 +135,22 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> T
     unused.check_training(given, defaults, fits=about.defence is not None)
     training = training_arguments(given, made)
     rivals = _rivals(about, method, given)
-    check_augmentation(training, data.augment)
+
+    def check(args: RobustClipConfig, objective: Objective, adapter: PeftConfig | None = method.adapter) -> None:
+        check_augmentation(args, data.augment)
+        check_start_of_attack(args, objective)
+        check_views(objective, data.augment)
+        check_trained_part(args, adapter is not None)
+
     for own in (method, *rivals):
-        check_start_of_attack(training, own.objective)
-        check_views(own.objective, data.augment)
-        check_trained_part(training, own.adapter is not None)
+        check(training, own.objective, own.adapter)
     (blind,) = made.evaluation.settings()
     if blind.seen.of_defence:
         raise ValueError(
             f"evaluation.attack={made.evaluation.attack!r} attacks a defence, and this section evaluates models "
             "without one; a defence is attacked by defence_evaluation."
         )
+    about = replace(about, defence=judging(about.defence, method.objective.judged_by))
     defences = _defences(given, about.defence, method, made.defence_evaluation)
     if about.descriptions is not None and given.asked("template") is None:
         about = replace(about, template=DESCRIPTION)
@@ -159,8 +172,13 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> T
         resume=resume,
         push=push_of(training),
         texts=texts,
+        tune=made.tune,
         source={**without_token_keys(given.settings), "template": about.template},
     )
+    if run.held_out_images is not None:
+        check_held_out(run)
+    if run.tune.trials is not None:
+        run = replace(run, space=tune.space_of(run, check))
     if run.push is not None:
         check_push(run.push, "hub_model_id")
         if run.adds_adapter:
@@ -190,7 +208,34 @@ def training_arguments(given: Given, made: Any) -> RobustClipConfig:
         raise ValueError(f"resume_from_checkpoint={own!r} must be true: a run goes on in its own output_dir.")
     names = [f.name for f in fields(RobustClipConfig) if f.init and f.name in made]
     values = {name: made[name] for name in names if name != "resume_from_checkpoint" and given.asked(name) is not None}
+    if given.asked("held_out_images") is not None:
+        values = {**evaluations_as_saved(values), **values}
     return RobustClipConfig(**{**values, "use_cpu": given.asked("use_cpu") is True or not torch.cuda.is_available()})
+
+
+def evaluations_as_saved(values: dict[str, Any]) -> dict[str, Any]:
+    """Where training images are held out: evaluate when a checkpoint is saved, and keep the most robust one."""
+    when = str(getattr(values.get("save_strategy"), "value", values.get("save_strategy", "steps")))
+    found = {"load_best_model_at_end": True, "metric_for_best_model": "robust_accuracy"}
+    if when in ("steps", "epoch"):
+        found["eval_strategy"] = when
+    if when == "steps":
+        found["eval_steps"] = values.get("save_steps", default_of("save_steps"))
+    return found
+
+
+def check_held_out(run: TrainingRun) -> None:
+    """Raise ValueError for what doesn't go with evaluations on held-out training images."""
+    told, args = f"held_out_images={run.held_out_images!r}", run.training
+    if run.rivals:
+        raise ValueError(f"compare={list(run.compare)!r} with {told}: no checkpoint of theirs is chosen; leave one.")
+    if run.defences:
+        raise ValueError(f"defence with {told}: its clean training has no evaluations; leave one.")
+    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
+        raise ValueError(f"{told} does nothing without evaluations; set eval_strategy.")
+    metric = str(args.metric_for_best_model).removeprefix("eval_")
+    if metric not in (known := ("robust_accuracy", "clean_accuracy", "loss")):
+        raise ValueError(f"metric_for_best_model={args.metric_for_best_model!r} must be one of {', '.join(known)}.")
 
 
 def push_of(training: RobustClipConfig) -> Push | None:
@@ -212,11 +257,24 @@ def _prepare_settings(file: dict[str, Any], options: dict[str, str]) -> None:
     of prompts than the file, nothing of its own.
     """
     shared.as_list("compare", file, options)
+    _check_not_fixed(file, options)
     shared.expand_suites(file, options, template=shared.asks_for_texts(file, options, "descriptions"))
     prompts = file.get("prompts")
     if isinstance(prompts, dict) and options.get("prompts.design") not in (None, prompts.get("design")):
         for key in unused.unused_by_design(options["prompts.design"], prompts):
             del prompts[key]
+
+
+def _check_not_fixed(file: dict[str, Any], options: dict[str, str]) -> None:
+    """Raise ValueError for a flag that says what a search is to find. The values of a YAML file are where it stands
+    without one.
+    """
+    space = typed_text(options["tune.space"]) if "tune.space" in options else (file.get("tune") or {}).get("space")
+    whole = typed_text(options["objective"]) if "objective" in options else None
+    inside = (whole.get("init_args") or {}) if isinstance(whole, dict) else {}
+    for name in space if isinstance(space, dict) else ():
+        if name in options or name in [f"objective.{own}" for own in inside]:
+            raise ValueError(f"--{name} is given, and tune.space searches it; leave one of them out.")
 
 
 def _adapter(given: Given, made: Any, objective: type[Objective], model: ModelArguments) -> PeftConfig | None:
@@ -255,6 +313,8 @@ def _rivals(about: TrainingRunArguments, method: Method, given: Given) -> tuple[
             adapter.vision_depth = min(adapter.vision_depth, method.adapter.vision_depth)
             adapter.text_depth = min(adapter.text_depth, method.adapter.text_depth)
         rival = Method(cls(), adapter)
+        if rival.objective.judged_by is not None:
+            raise ValueError(f"compare={names!r}: {name} is judged by a defence; train it by itself (--objective).")
         if rival.title in [other.title for other in (method, *found)]:
             raise ValueError(f"compare={names!r}: {rival.title} is what is trained already.")
         found.append(rival)
@@ -283,7 +343,7 @@ def _defences(
     called = f"{type(defence).__name__}-{design}"
     found = {}
     for preset in (own, *presets):
-        again = given.with_preset("defence", preset).made().defence
+        again = defence if preset is None else given.with_preset("defence", preset).made().defence
         unused.check_defence(given, again)
         found[f"{called} {preset}" if preset else called] = again
     return found

@@ -76,12 +76,12 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "ddp_static_graph": ((None, False), "accumulated batches fail with it"),
     "deepspeed": ((None,), "it is not supported; use DDP"),
 }
-_CHOOSES_BY_EVALUATION = _names("""
+CHOOSES_BY_EVALUATION = _names("""
     metric_for_best_model greater_is_better eval_strategy eval_steps eval_delay eval_attack_steps
-    save_strategy save_steps
+    save_strategy save_steps early_stopping_patience
 """)
-_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # schedules
-_NO_WARMUP = ("constant", *_BY_EVALUATION)
+BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # schedules
+_NO_WARMUP = ("constant", *BY_EVALUATION)
 _NO_SCHEDULE_SETTINGS = ("constant", "constant_with_warmup")
 _OF_CROPS = ("crop_scale", "flip", "jitter", "greyscale", "erasing")
 _OF_JITTER = ("brightness", "contrast", "saturation", "hue")
@@ -106,10 +106,17 @@ class RobustClipConfig(TrainingArguments):
     attack_step_size: str = field(default="1/255", metadata={"help": "PGD step in units of [0, 1]."})
     attack_random_start: bool = field(default=True, metadata={"help": "Start PGD from a random point of the ball."})
     eval_attack_steps: int = field(default=10, metadata={"help": "PGD steps in evaluate() and predict()."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without a new best; with load_best_model_at_end."},
+    )
     trainable_layers: int | None = field(
         default=None, metadata={"help": "Train the last n layers of the vision encoder; None trains all of it."}
     )
     momentum: float = field(default=0.9, metadata={"help": "Momentum, for optim='sgd'."})
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "Decay of a moving average of the weights, which is kept at the end; 0 is off."}
+    )
     crop_scale: float = field(
         default=0.08, metadata={"help": "Least share of a whole picture (dataset with augment=True) in a random crop."}
     )
@@ -182,6 +189,24 @@ def check_arguments(args: RobustClipConfig) -> None:
         raise ValueError("include_for_metrics=['inputs'] can't be used: images are not kept; take ['loss'].")
     if args.load_best_model_at_end and str(_plain(args.eval_strategy)) == "no":
         raise ValueError("load_best_model_at_end=True does nothing without evaluations; set eval_strategy.")
+    if args.load_best_model_at_end and args.ema_decay:
+        raise ValueError(f"ema_decay={args.ema_decay!r} averages until the end; drop load_best_model_at_end=True.")
+    if (
+        args.load_best_model_at_end
+        and str(_plain(args.save_strategy)) == "steps"
+        and args.save_steps != args.eval_steps
+    ):
+        raise ValueError(
+            f"save_steps={args.save_steps!r} with eval_steps={args.eval_steps!r}: the best weights of "
+            "load_best_model_at_end might not be saved; make both equal."
+        )
+    if args.early_stopping_patience is not None:
+        _check_number("early_stopping_patience", args.early_stopping_patience, least=1, whole=True)
+        if not args.load_best_model_at_end:
+            raise ValueError(
+                f"early_stopping_patience={args.early_stopping_patience!r} does nothing without a best model; set "
+                "load_best_model_at_end and eval_strategy."
+            )
     _check_schedule(args)
     _check_optimizer(args)
 
@@ -238,7 +263,7 @@ def on_its_own(args: RobustClipConfig, folder: Path | None = None) -> RobustClip
         quiet.output_dir = str(folder)
     quiet.set_evaluate("no")
     quiet.load_best_model_at_end = quiet.push_to_hub = False
-    quiet.resume_from_checkpoint = None
+    quiet.resume_from_checkpoint = quiet.early_stopping_patience = None
     return quiet
 
 
@@ -259,14 +284,14 @@ def compared_arguments(args: RobustClipConfig) -> dict[str, Any]:
     if args.max_steps > 0:
         left_out.add("num_train_epochs")
     if not chooses_by_evaluation(args):
-        left_out |= _CHOOSES_BY_EVALUATION
+        left_out |= CHOOSES_BY_EVALUATION
     found = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in left_out}
     return {**found, "mixed_precision": args.mixed_precision}
 
 
 def chooses_by_evaluation(args: RobustClipConfig) -> bool:
     """Whether evaluations during the training decide over its learning rate or which weights are kept."""
-    return bool(args.load_best_model_at_end) or str(_plain(args.lr_scheduler_type)) in _BY_EVALUATION
+    return bool(args.load_best_model_at_end) or str(_plain(args.lr_scheduler_type)) in BY_EVALUATION
 
 
 def images_per_update(args: RobustClipConfig) -> int:
@@ -294,6 +319,7 @@ def _check_numbers(args: RobustClipConfig) -> None:
     for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"):
         _check_number(name, getattr(args, name), below=3e38)  # where float32 ends
     _check_number("momentum", args.momentum, below=1)
+    _check_number("ema_decay", args.ema_decay, below=1)
     if args.warmup_steps >= 1:
         _check_number("warmup_steps", args.warmup_steps, whole=True)
     for name in (

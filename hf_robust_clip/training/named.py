@@ -10,6 +10,7 @@ from ..objectives.adv_cl import AdvCL
 from ..objectives.agft import AGFT
 from ..objectives.apt import APT
 from ..objectives.ascl import ASCL
+from ..objectives.c_avp import CAVP
 from ..objectives.caw import CAW
 from ..objectives.clean import Clean
 from ..objectives.comp_tga import CompTGA
@@ -122,6 +123,12 @@ class AdvCLTrainer(RobustClipTrainer):
     """AdvCL (NeurIPS 2021). See `objectives.adv_cl.AdvCL`."""
 
     objective_cls = AdvCL
+
+
+class CAVPTrainer(RobustClipTrainer):
+    """C-AVP (ICASSP 2023). See `objectives.c_avp.CAVP`, and `defences.c_avp.CAVP`, which predicts."""
+
+    objective_cls = CAVP
 
 
 class APTTrainer(RobustClipTrainer):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -15,13 +17,16 @@ from ..modeling import ZeroShotClassifier
 from ..normalisation import has_adapter
 from ..objectives.base import NEEDS
 from ..prompts import ClipPromptConfig, check_prompts
-from .config import RobustClipConfig, check_trained_part
+from ..prompts.access import prompts_of
+from .config import RobustClipConfig, check_images_together, check_trained_part
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+    from ..defences.base import Defence
     from ..objectives.base import Objective
 
+logger = logging.getLogger(__name__)
 ARCHITECTURE = ("hidden_size", "num_hidden_layers", "patch_size", "image_size")  # of the image encoder
 
 
@@ -56,6 +61,8 @@ def prepare(
             raise ValueError("model has no classes; call model.set_classes(class_names) first.")
         if not texts_too:
             core.set_classes(["image"])  # such objectives never look at the logits
+    if "texts" in objective.needs and core.texts_of_each() == 1:
+        logger.warning("%s has one text for each class; give several by descriptions.", type(objective).__name__)
     if objective.normalisation is not None:
         core.set_normalisation(*objective.normalisation)
     check_adapters(student, core)
@@ -81,6 +88,17 @@ def prepare(
     if reference is not None:
         reference.to(args.device)
     return Prepared(student, reference, adapter_is_new=peft_config is not None)
+
+
+def check_met(args: RobustClipConfig, objective: Objective, core: ZeroShotClassifier, dataset: Any) -> None:
+    """Raise ValueError where the images of a dataset or the texts of its classes, which are set, don't suffice for an
+    objective: too few together in a batch, no captions, different numbers of texts.
+    """
+    if "captions" in objective.needs and "captions" not in dataset[0]:
+        raise ValueError(f"{type(objective).__name__} needs captions; the dataset gives none.")
+    check_images_together(args, objective, len(dataset) if isinstance(dataset, Sized) else None)
+    if "texts" in objective.needs:
+        core.texts_of_each()
 
 
 def classifier_in(model: nn.Module) -> ZeroShotClassifier:
@@ -179,6 +197,16 @@ def check_adapters(student: nn.Module, core: ZeroShotClassifier) -> None:
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError("the adapter is not trainable; load it with is_trainable=True.")
     check_adapter_is_used(student)
+
+
+def check_defence(defence: Defence | None, student: nn.Module, objective: Objective) -> None:
+    """Raise ValueError for a defence that can't be saved beside what is trained, or can't predict by it."""
+    if defence is None:
+        return
+    if isinstance(student, PeftModel) and not prompts_of(student):
+        raise ValueError(f"defence={defence.name} can't be saved beside this adapter; train without it.")
+    if objective.judged_by is not None:
+        defence.check(classifier_in(student))
 
 
 def check_teacher(teacher: ZeroShotClassifier, core: ZeroShotClassifier) -> None:

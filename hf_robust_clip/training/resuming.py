@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import enable_full_determinism, set_seed
+from transformers import EarlyStoppingCallback, enable_full_determinism, set_seed
 from transformers.trainer_utils import HPSearchBackend, TrainOutput
 
 from ..digests import plain
 from ..processes import together
 from ..storage import check_writable
+from .averaging import WeightAveraging
 from .checkpoints import (
     best_beside,
     check_files,
@@ -33,7 +36,15 @@ from .config import check_arguments
 from .identity import check_same_everywhere, check_same_run, data_identity
 from .pushing import PushingTrainer
 
+if TYPE_CHECKING:
+    from ..objectives.base import Objective
+
 logger = logging.getLogger(__name__)
+OBJECTIVE = "objective."  # before the names of its settings in a hyperparameter search
+
+
+class Patience(EarlyStoppingCallback):
+    """That of `args.early_stopping_patience`."""
 
 
 class ResumingTrainer(PushingTrainer):
@@ -41,12 +52,15 @@ class ResumingTrainer(PushingTrainer):
     training doesn't go on from them. A hyperparameter search begins each trial with the settings as they were given.
     """
 
+    training_objective: Objective
     _settled: dict[str, Any]  # settings that act when the trainer is made alone
     _beginning: dict[str, Any] | None = None  # what the training starts from
     _data: dict[str, Any] | None = None  # which images it has, found out when first asked for
     _resumed_from: Path | None = None
     _checkpoints_seen = False  # whether it is known which processes see them
     _args_before_trials: dict[str, Any] | None = None
+    _averaging: WeightAveraging | None = None  # of the weights, while they are trained with `ema_decay`
+    _objective_before_trials: Objective | None = None
 
     @abstractmethod
     def start_identity(self) -> dict[str, Any]:
@@ -71,14 +85,21 @@ class ResumingTrainer(PushingTrainer):
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.accelerator)
+        self._averaging = WeightAveraging(self._resumed_from)
+        self.callback_handler.callbacks.insert(0, self._averaging)  # whoever saves at the end saves the average
         try:
             if trial is not None:
                 self._begin_trial(trial)
             (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
+            self.remove_callback(Patience)
+            if self.args.early_stopping_patience is not None:
+                self.add_callback(Patience(int(self.args.early_stopping_patience)))
             resumed_from = None if self._resumed_from is None else str(self._resumed_from)
             result = super().train(resumed_from, trial, ignore_keys_for_eval)
         finally:
             self.is_in_train = False
+            self.callback_handler.callbacks.remove(self._averaging)
+            self._averaging = None
         self._check_trained()
         if self._nothing_was_left():
             return TrainOutput(result.global_step, math.nan, without_loss(result.metrics))
@@ -103,16 +124,36 @@ class ResumingTrainer(PushingTrainer):
         **kwargs: Any,
     ):
         """As in `transformers.Trainer`, with `model_init`. Any setting of `RobustClipConfig` may be searched, `eps`
-        and seeds included; each trial starts from the settings as they were given, and so does what comes after.
+        and seeds included, and with Optuna, as `objective.NAME`, any of the objective; each trial starts from the
+        settings as they were given, and so does what comes after.
         """
-        self._args_before_trials = dict(vars(self.args))
+        self._args_before_trials, self._objective_before_trials = dict(vars(self.args)), self.training_objective
+
+        def for_arguments(trial: Any) -> dict[str, Any]:
+            values = hp_space(trial)  # type: ignore[misc]
+            self._set_objective({name: value for name, value in values.items() if name.startswith(OBJECTIVE)})
+            return {name: value for name, value in values.items() if not name.startswith(OBJECTIVE)}
+
         try:
             return super().hyperparameter_search(
-                hp_space, compute_objective, n_trials, direction, backend, hp_name, **kwargs
+                hp_space and for_arguments, compute_objective, n_trials, direction, backend, hp_name, **kwargs
             )
         finally:
             self.args.__dict__.update(self._args_before_trials)
-            self._args_before_trials = None
+            self.training_objective = self._objective_before_trials
+            self._args_before_trials = self._objective_before_trials = None
+
+    def _set_objective(self, values: Mapping[str, Any]) -> None:
+        """The objective of a trial: as it was given, with these settings, `objective.NAME`, in place of its own."""
+        objective = self._objective_before_trials or self.training_objective
+        known = [field.name for field in fields(objective) if field.init]
+        own = {name.removeprefix(OBJECTIVE): value for name, value in values.items()}
+        for name in own:
+            if name not in known:
+                raise ValueError(
+                    f"hp_space gives {OBJECTIVE + name!r}, which is no setting of {type(objective).__name__}."
+                )
+        self.training_objective = replace(objective, **own)
 
     def _begin_trial(self, trial: Any) -> None:
         """Set `args` as a trial says, before its model is made."""
@@ -159,12 +200,26 @@ class ResumingTrainer(PushingTrainer):
         together(lambda: check_fit(folder, core), self.accelerator)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:  # the Trainer's own signature
-        """Its epoch, unless all steps are done."""
-        if self.state.global_step < self.state.max_steps:
+        """Its epoch, unless all steps are done, or patience was at its end where the training goes on from."""
+        if self.state.global_step < self.state.max_steps and not self._was_stopped():
             super()._run_epoch(*args, **kwargs)
             return
         self._load_rng_state(None if self._resumed_from is None else str(self._resumed_from))
         self.control.should_training_stop = True
+
+    def _was_stopped(self) -> bool:
+        """Whether a training that goes on had been stopped early."""
+        resumed = self.state.global_step == self._initial_global_step > 0
+        patient = [own for own in self.callback_handler.callbacks if isinstance(own, Patience)]
+        return resumed and any(own.early_stopping_patience_counter >= own.early_stopping_patience for own in patient)
+
+    def _load_callback_state(self) -> None:
+        """Its own; for how many evaluations there was no new best is known in any case."""
+        super()._load_callback_state()
+        told = self.state.stateful_callbacks.get(Patience.__name__)
+        for own in self.callback_handler.callbacks:
+            if isinstance(own, Patience) and told is not None:
+                own.early_stopping_patience_counter = told["attributes"]["early_stopping_patience_counter"]
 
     def _check_trained(self) -> None:
         """Raise unless something was trained, and its weights are finite."""
@@ -216,6 +271,15 @@ class ResumingTrainer(PushingTrainer):
         if not self._checkpoints_seen:
             check_seen(checkpoint, needed=self.args.load_best_model_at_end, processes=self.accelerator)
             self._checkpoints_seen = True
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self._averaging is not None:
+            self._averaging.save(output_dir)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, while a training goes on with `ema_decay`, the model has the average of its weights."""
+        return nullcontext() if self._averaging is None else self._averaging.in_place()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -54,6 +54,8 @@ def training_settings(trainer: RobustClipTrainer) -> dict[str, Any]:
     core = trainer.accelerator.unwrap_model(trainer.model)
     skipped = trainer.state.global_step - updates
     best = trainer.state.best_model_checkpoint if args.load_best_model_at_end and not trainer.is_in_train else None
+    averaged = {"ema_decay": args.ema_decay, "weights": "moving average over the updates"}
+    texts = {"texts_of_each_class": trainer.classifier().texts_of_each()} if "texts" in objective.needs else {}
     coupled = {"couples_images": f"within forward batches of {args.train_batch_size}"}
     return {
         "method": objective.paper.method,
@@ -65,9 +67,11 @@ def training_settings(trainer: RobustClipTrainer) -> dict[str, Any]:
         **optimisation_settings(args, *trainer.given_optimizers),
         "images_per_update": images_per_update(args),
         **(coupled if objective.couples_images else {}),
+        **texts,
         "updates": updates,
         **({"skipped_updates": skipped} if skipped else {}),
         **({"weights_of_update": step_of(best)} if best else {}),
+        **(averaged if args.ema_decay and not trainer.is_in_train else {}),
         "precision": precision_of(core, trainer.accelerator.mixed_precision),
         "seed": args.seed,
     }
@@ -88,7 +92,8 @@ def adapter_settings(core: nn.Module) -> dict[str, Any]:
     if config is None or isinstance(config, ClipPromptConfig):
         if config is None:
             return {}
-        return {"prompts": config.summary(), "text_tokens": config.num_text_tokens if config.has_text else 0}
+        units = {"units": "class-wise" if config.per_class else "clipped"} if config.clipped else {}
+        return {"prompts": config.summary(), "text_tokens": config.num_text_tokens if config.has_text else 0, **units}
     rank = f" of rank {config.r}, alpha {config.lora_alpha}" if isinstance(config, LoraConfig) else ""
     return {"adapter": f"{config.peft_type.value}{rank}"}
 

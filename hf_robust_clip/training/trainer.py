@@ -19,6 +19,7 @@ from ..attacks.losses import cross_entropy
 from ..attacks.pgd import PGDSettings, pgd
 from ..checkpoint_notes import save_descriptions
 from ..checks import Blindness, check_logits, checked_labels
+from ..defences import judging
 from ..defences.base import Defence, Prediction
 from ..defences.defended import DefendedClassifier
 from ..hub import Kind
@@ -26,7 +27,7 @@ from ..metrics import accuracy_after_each
 from ..modeling import ZeroShotClassifier, without_gradients
 from ..objectives.base import Batch, Objective
 from ..objectives.clean import Clean
-from ..prompts.access import prompts_of
+from ..prompts.access import without_class_prompts
 from ..report.card import make_unmeasured_card
 from ..threat_model import ThreatModel
 from ..zero_shot_data.loading import collate_images
@@ -53,7 +54,7 @@ from .config import (
     optimizer_and_arguments,
 )
 from .identity import model_identity, training_identity
-from .preparation import check_teacher, classifier_in, prepare, twin_of
+from .preparation import check_defence, check_teacher, classifier_in, prepare, twin_of
 from .resuming import ResumingTrainer
 from .summary import card_info, defence_settings, training_settings
 
@@ -110,9 +111,10 @@ class RobustClipTrainer(ResumingTrainer):
         model_init: makes the model, in place of `model`: for `hyperparameter_search`, where each trial begins with a
             new one.
         defence: a test-time defence, by which `evaluate` and `predict` judge and which `save_model` saves beside the
-            model; default `defence_cls()`, if there is one. The attack knows nothing of it: PGD on the classifier
-            alone, which overrates a defence (`evaluate_robustness` has attacks that don't). While `train()` runs,
-            evaluations are those of the classifier. One that must be fitted is, after the training, by `fit_defence`.
+            model; default `defence_cls()`, or that which the objective is `judged_by`. The attack knows nothing of it:
+            PGD on the classifier alone, which overrates a defence (`evaluate_robustness` has attacks that don't).
+            While `train()` runs, evaluations are those of the classifier, if it has logits of its own. One that must
+            be fitted is, after the training, by `fit_defence`.
 
     The text tower's weights and logit_scale stay frozen, unless the objective needs captions.
     Raises TypeError/ValueError for a model of another class, a teacher of another architecture, and bad settings.
@@ -156,7 +158,8 @@ class RobustClipTrainer(ResumingTrainer):
             check_views(objective, whole_pictures)
         self.training_objective = objective
         self.teacher: ZeroShotClassifier | None = None
-        self.defence = self.defence_cls() if defence is None and self.defence_cls is not None else defence
+        defence = self.defence_cls() if defence is None and self.defence_cls is not None else defence
+        self.defence = judging(defence, objective.judged_by)
         self.given_optimizers = optimizers
         self._given_teacher, self._adapter, self._teacher_is_given = teacher, peft_config, teacher is not None
         self._terms: dict[str, Tensor] = {}
@@ -197,8 +200,7 @@ class RobustClipTrainer(ResumingTrainer):
         """The model as it is trained; its teacher is kept in `teacher`."""
         found = prepare(model, args, self.training_objective, self._adapter, self._given_teacher)
         self.teacher, self._adapter_is_new, self._beginning = found.teacher, found.adapter_is_new, None
-        if self.defence is not None and isinstance(found.student, PeftModel) and not prompts_of(found.student):
-            raise ValueError(f"defence={self.defence.name} can't be saved beside this adapter; train without it.")
+        check_defence(self.defence, found.student, self.training_objective)
         return found.student
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -280,6 +282,7 @@ class RobustClipTrainer(ResumingTrainer):
             teacher=None if self.teacher is None else as_objectives_call(self.teacher, self.teacher, objective),
             images_per_update=images_per_update,
             gather=gathering(count_images(inputs), self.accelerator) if several else None,
+            num_classes=len(self.classifier().class_names),
         )
 
     # ---- attack and loss
@@ -415,7 +418,7 @@ class RobustClipTrainer(ResumingTrainer):
             self.defence.check(self.classifier())
             if not self.defence.traits.episodic and self.accelerator.num_processes > 1:
                 raise ValueError(f"{self.defence.name} takes images in their order; evaluate it in one process.")
-        with self.classifier().prepared_for(dataloader.dataset, training=None):
+        with self.averaged(), self.classifier().prepared_for(dataloader.dataset, training=None):
             found = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
@@ -446,7 +449,7 @@ class RobustClipTrainer(ResumingTrainer):
             return cross_entropy(core(pixel_values=adv_BCHW).logits, labels)
 
         steps, seed = self.args.eval_attack_steps, self.args.seed << 32
-        with self.attacking(core):
+        with self.attacking(core), without_class_prompts(core):
             adv = self.perturb(attack_loss, images, steps, seed, self._blindness)
         clean, attacked = self._judged(core, images, "clean"), self._judged(core, adv, "attacked")
         for found in (clean, attacked):
@@ -459,7 +462,7 @@ class RobustClipTrainer(ResumingTrainer):
 
     def _judged(self, core: nn.Module, images_BCHW: Tensor, stream: str) -> Prediction:
         """What the defence makes of images, or, in training and without one, the classifier."""
-        if self.defence is None or self.is_in_train:
+        if self.defence is None or (self.is_in_train and self.training_objective.judged_by is None):
             with torch.no_grad(), self.accelerator.autocast():
                 return Prediction(core(pixel_values=images_BCHW).logits.float())
         state = self._streams.get(stream)

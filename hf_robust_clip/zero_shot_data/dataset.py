@@ -150,6 +150,43 @@ class ImageDataset(Dataset):
             return self
         if not isinstance(per_class, int) or isinstance(per_class, bool) or per_class < 1:
             raise ValueError(f"shots: per_class={per_class!r} must be a whole number of at least 1, or None for all.")
+        rows_of = self._drawn_by_class(str(seed))
+        sizes = [len(rows) for rows in rows_of]
+        if min(sizes) < per_class:
+            least = int(np.argmin(sizes))
+            mend = f"lower `shots` to {sizes[least]}" if sizes[least] else "leave the class out"
+            raise ValueError(
+                f"class {self.class_names[least]!r} of dataset {self.dataset_id!r}, split {self.split!r} has "
+                f"{sizes[least]} images, fewer than the {per_class} asked for (`shots`); {mend}."
+            )
+        chosen = np.concatenate([rows[:per_class] for rows in rows_of])
+        return replace(self, rows=self.rows.select(np.sort(chosen)))
+
+    def held_out(self, share: float, seed: int = 0) -> tuple[ImageDataset, ImageDataset]:
+        """(images to train on, images held out): of every class of n images round(share * n), at least one, drawn once
+        by `seed` and held out, in dataset order. No picture is decoded; what is held out is prepared as for an
+        evaluation, without `augment`.
+
+        Raises ValueError for a `share` that is not between 0 and 1, and a class of which nothing would be left to
+        train on.
+        """
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+            raise ValueError(f"share={share!r} of held-out images must be above 0 and below 1.")
+        kept, held = [], []
+        for name, rows in zip(self.class_names, self._drawn_by_class(f"held out {seed}"), strict=True):
+            count = max(1, round(share * len(rows)))
+            if count >= len(rows):
+                raise ValueError(
+                    f"class {name!r} of dataset {self.dataset_id!r}, split {self.split!r} has {len(rows)} images, of "
+                    f"which none would be left beside a share of {share!r} held out; lower it, or leave the class out."
+                )
+            held.append(rows[:count])
+            kept.append(rows[count:])
+        train, test = (self.rows.select(np.sort(np.concatenate(rows))) for rows in (kept, held))
+        return replace(self, rows=train), replace(self, rows=test, augment=False)
+
+    def _drawn_by_class(self, seed: str) -> list[np.ndarray]:
+        """Of each class the numbers of its rows, in an order that depends on the seed, its name and its rows alone."""
         count = len(self.class_names)
         index = {i: i for i in range(count)} if self.label_map is None else self.label_map
         labels = self.rows.select_columns([self.label_column]).with_format("arrow")[:][self.label_column]
@@ -158,20 +195,12 @@ class ImageDataset(Dataset):
         class_N = np.array([index.get(label, -1) for label in coded.dictionary.to_pylist()], dtype=int)[codes_N]
         by_class_N = np.argsort(class_N, kind="stable")
         starts = np.searchsorted(class_N[by_class_N], np.arange(count + 1))
-        sizes = np.diff(starts)
-        if sizes.min() < per_class:
-            least = int(sizes.argmin())
-            mend = f"lower `shots` to {sizes[least]}" if sizes[least] else "leave the class out"
-            raise ValueError(
-                f"class {self.class_names[least]!r} of dataset {self.dataset_id!r}, split {self.split!r} has "
-                f"{sizes[least]} images, fewer than the {per_class} asked for (`shots`); {mend}."
-            )
-        chosen = []
-        for name, start, size in zip(self.class_names, starts, sizes, strict=False):
+        found = []
+        for name, start, size in zip(self.class_names, starts, np.diff(starts), strict=False):
             key = blake2b(f"{seed} {name}".encode(), digest_size=16).digest()
             draws = np.random.default_rng(int.from_bytes(key, "little")).random(size)
-            chosen.append(by_class_N[start + np.argsort(draws, kind="stable")[:per_class]])
-        return replace(self, rows=self.rows.select(np.sort(np.concatenate(chosen))))
+            found.append(by_class_N[start + np.argsort(draws, kind="stable")])
+        return found
 
     def _fault(self, indices: Sequence[int], error: Exception) -> str:
         """Which of some rows can't be read, and why."""

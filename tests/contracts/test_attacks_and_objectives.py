@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from peft import get_peft_model
 from tiny import CLASS_NAMES
 from tiny_siglip import tiny_siglip
 
@@ -26,6 +27,7 @@ from hf_robust_clip.objectives.agft import AGFT
 from hf_robust_clip.objectives.apt import APT
 from hf_robust_clip.objectives.ascl import ASCL
 from hf_robust_clip.objectives.base import Batch, Objective
+from hf_robust_clip.objectives.c_avp import CAVP
 from hf_robust_clip.objectives.caw import CAW
 from hf_robust_clip.objectives.clean import Clean
 from hf_robust_clip.objectives.clean_clip import CleanCLIP
@@ -43,6 +45,8 @@ from hf_robust_clip.objectives.tecoa import TeCoA
 from hf_robust_clip.objectives.tga_zsr import TGAZSR
 from hf_robust_clip.objectives.trades import TRADES
 from hf_robust_clip.poisoning.captions import GrammarEditor
+from hf_robust_clip.prompts import ClipPromptConfig
+from hf_robust_clip.prompts.access import prompts_of
 from hf_robust_clip.threat_model import ThreatModel
 
 OBJECTIVES = {
@@ -75,10 +79,12 @@ OBJECTIVES = {
     "ACL-DS": ACL(),
     "ACL-A2S": ACL("A2S", "agft"),
     "AdvCL": AdvCL(),
+    "CAVP": CAVP(),
 }
-CONTRASTS = ("Contrastive", "CleanCLIP", "CleanCLIP-symmetric", "CleanerCLIP", "ASCL", "ACL-DS", "ACL-A2S",
-             "AdvCL")  # fmt: skip  # images are one another's negatives,
+CONTRASTS = ("Contrastive", "CleanCLIP", "CleanCLIP-symmetric", "CleanerCLIP", "ASCL", "ACL-DS", "ACL-A2S", "AdvCL",
+             "CAVP")  # fmt: skip  # images of a batch are told apart together,
 ATTACKED_TOGETHER = ("ACL-DS", "ACL-A2S", "AdvCL")  # under attack too
+STOPPED = ("FARE-trades", "SimCLIP-released", "SimCLIP-siamese")  # gradients aren't those of the value
 LOSSES = {
     "cross_entropy": lambda batch: lambda x: cross_entropy(batch.student(x).logits, batch.labels),
     "cw_margin": lambda batch: lambda x: cw_margin(batch.student(x).logits, batch.labels),
@@ -109,7 +115,7 @@ def batch_of(objective, views, labels, student, teacher):
         objective.further_views(views[0], 5), objective.edited_captions(texts, 5))  # fmt: skip
     further_ids = tuple(ids_of(student, own) for own in further)
     return Batch((*views, *further_views), labels, ids_of(student, texts), student, teacher,
-                 further_captions=further_ids)  # fmt: skip
+                 further_captions=further_ids, num_classes=len(CLASS_NAMES))  # fmt: skip
 
 
 def asked(forward, texts, pixel_values):
@@ -134,6 +140,10 @@ def world_of(family, tiny_batch):
         if objective is not None and objective.normalisation is not None:
             student.set_normalisation(*objective.normalisation)
             teacher.set_normalisation(*objective.normalisation)
+        if objective is not None and objective.judged_by is not None and not prompts_of(student):
+            get_peft_model(student, ClipPromptConfig(design="pixel", per_class=True, border_width=1))
+            for parameter in student.vision_parameters():
+                parameter.requires_grad_(True)
         images, labels = tiny_batch(size)
         if objective is not None and "patches" in objective.needs:
             for model in (student, teacher):
@@ -330,14 +340,83 @@ def test_one_update_against_the_gradient_lowers_the_loss(world, name):
         for parameter, grad in zip(moved.vision_parameters(), grads, strict=True):
             parameter.sub_(1e-4 * grad / size)
         after = sum(terms(name, batch, adv, student=moved).values())
-    if name.startswith("SimCLIP") or name == "FARE-trades":  # gradients stopped in places aren't those of the value
+    if name in STOPPED:
         assert after < loss
     else:
         assert after.item() == pytest.approx(loss.item() - 1e-4 * size.item(), rel=0, abs=1e-5 * size.item())
 
 
+def slope(function, step=1e-6):
+    """Central difference of a function of one number at 0."""
+    return ((function(step) - function(-step)) / (2 * step)).item()
+
+
+@each_row
+def test_gradients_of_attack_losses_are_those_of_finite_differences(world, row):
+    """By the images, in float64, in two directions."""
+    batch, generator = world(row, size=4), torch.Generator().manual_seed(4)
+    loss_fn, images = ROWS[row](batch), THREAT_MODELS["linf"].random_start(batch.images, 11).clamp(0.01, 0.99)
+    (gradient,) = torch.autograd.grad(loss_fn(images.requires_grad_()).sum(), images)
+    assert gradient.abs().max() > 0
+    with torch.no_grad():
+        for _ in range(2):
+            direction = torch.randn(images.shape, generator=generator, dtype=images.dtype)
+            found = slope(lambda step, way=direction: loss_fn(images + step * way).sum())
+            assert found == pytest.approx((gradient * direction).sum().item(), rel=1e-5, abs=1e-7)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_loss_of_a_batch_is_the_average_over_its_halves(world, name):
+def test_gradients_of_losses_are_those_of_finite_differences(world, name):
+    """By the trained weights, in float64, in two directions; where gradients are stopped they aren't the value's."""
+    if name in STOPPED:
+        pytest.skip("gradients are stopped in places")
+    batch, generator = world(f"objective-{name}", size=4), torch.Generator().manual_seed(4)
+    adv = THREAT_MODELS["linf"].random_start(batch.images, 11)
+    parameters = batch.student.vision_parameters()
+    with torch.no_grad():
+        for parameter in parameters:  # far from the teacher, so that what compares them weighs
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    gradients = torch.autograd.grad(sum(terms(name, batch, adv).values()), parameters)
+    at = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for _ in range(2):
+            ways = [torch.randn(part.shape, generator=generator, dtype=part.dtype) for part in at]
+
+            def loss(step, ways=ways):
+                for parameter, value, way in zip(parameters, at, ways, strict=True):
+                    parameter.copy_(value + step * way)
+                return sum(terms(name, batch, adv).values())
+
+            expected = sum((gradient * way).sum() for gradient, way in zip(gradients, ways, strict=True)).item()
+            assert slope(loss) == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+NOTHING_MOVED = {"embedding_l2", "clean_l2", "kl", "kl_general", "kl_clean", "kl_cos", "guide", "distance",
+                 "attention_adv", "attention_clean"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_student_that_is_its_teacher_and_no_attack_give_known_terms(world, name):
+    """Distances and divergences are 0, cosines 1; what is left are clean images' own cross-entropies and contrasts."""
+    objective, batch = OBJECTIVES[name], world(f"objective-{name}")
+    batch.teacher.train(batch.student.training)  # a high-pass view has values outside [0, 1]
+    found = {key: value.item() for key, value in terms(name, batch, batch.images, student=batch.teacher).items()}
+    output = batch.teacher(batch.whole.images)
+    known = {**dict.fromkeys(NOTHING_MOVED, 0.0), "cosine": -1.0, "nt_adv": found.get("nt_clean")}
+    if batch.labels is not None and not isinstance(objective, SAFT):
+        known["ce"] = cross_entropy(objective.scores(output) if isinstance(objective, PMGAFT) else output.logits,
+                                    batch.whole.labels).mean().item()  # fmt: skip
+    known["square"] = SimpleAT().square(output.logits, batch.whole.labels).mean().item()
+    known["pseudo_ce"] = 0.2 * cross_entropy(output.logits, output.logits.argmax(1)).mean().item()
+    soft, sharp = (180 * output.cosine).log_softmax(1), (72 * output.cosine).softmax(1)
+    known["soft_ce"] = -(sharp * soft).sum(1).mean().item()
+    for key, value in found.items():
+        if known.get(key) is not None:
+            assert value == pytest.approx(known[key], abs=1e-9), key
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_loss_of_a_batch_is_the_average_over_its_parts(world, name):
     """What gradient accumulation and several processes rely on."""
     objective = OBJECTIVES[name]
     if name in CONTRASTS:
@@ -350,6 +429,7 @@ def test_loss_of_a_batch_is_the_average_over_its_halves(world, name):
         return sum(objective(part, adv[rows]).values()).item()
 
     assert (loss(slice(4)) + loss(slice(4, 8))) / 2 == pytest.approx(loss(slice(8)), rel=1e-12)
+    assert sum(loss(slice(i, i + 1)) for i in range(8)) / 8 == pytest.approx(loss(slice(8)), rel=1e-10)
 
 
 @pytest.mark.parametrize("name", CONTRASTS)

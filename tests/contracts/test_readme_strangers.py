@@ -119,7 +119,12 @@ def test_an_objective_is_trained_and_has_a_card(tmp_path):
 def test_a_defence_and_an_attack_are_judged_and_have_a_card(digits):
     report = report_of(digits, Noise(), rc.BPDA(), Rounding(levels=4))
     assert report.defence["name"] == "Rounding" and report.defence["parameters"]["levels"] == 4
-    assert report.defence["traits"] == {"randomised": False, "optimising": False, "episodic": True}
+    assert report.defence["traits"] == {
+        "randomised": False,
+        "optimising": False,
+        "episodic": True,
+        "couples_images": False,
+    }
     assert report.attack == "Noise" and report.attack_parameters == {
         "class": f"{__name__}.Noise", "scale": 1.0, "eot": 1,
     }  # fmt: skip

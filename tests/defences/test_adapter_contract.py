@@ -7,30 +7,56 @@ import numpy as np
 import pytest
 import torch
 from naive import targets_of
-from prompted_clip import NAMES, make_base, make_images, make_prompted
+from prompted_clip import NAMES, make_base, make_class_wise, make_images, make_prompted
 
 from hf_robust_clip.defences import defence_classes
+from hf_robust_clip.defences.bafta import BaFTA
 from hf_robust_clip.defences.base import Defence, Prediction, Traits
+from hf_robust_clip.defences.c_avp import CAVP
+from hf_robust_clip.defences.clipure import CLIPure
+from hf_robust_clip.defences.encoders import SmallEncoder
 from hf_robust_clip.defences.ensemble import Ensemble
+from hf_robust_clip.defences.generators import ClasswiseSampler
+from hf_robust_clip.defences.mirror_check import MirrorCheck
 from hf_robust_clip.defences.prompt_align import PromptAlign
 from hf_robust_clip.defences.r_tpt import RTPT
+from hf_robust_clip.defences.rfi import RFI
 from hf_robust_clip.defences.tapt import TAPT
 from hf_robust_clip.defences.tpt import TPT
 from hf_robust_clip.defences.ttc import TTC
 from hf_robust_clip.modeling import CLIPForZeroShotClassification
 from hf_robust_clip.paper import Paper
+from hf_robust_clip.prompts.access import prompt_layers, without_class_prompts
 
 FEWER = dict(num_views=6, selected=0.5)
 
 
 def prompted(row: str) -> CLIPForZeroShotClassification:
-    return make_prompted(row).get_base_model()
+    return make_class_wise() if row == "class-wise" else make_prompted(row).get_base_model()
 
 
 def with_targets(adapter: Defence, classifier: CLIPForZeroShotClassification) -> Defence:
-    return replace(adapter, targets=targets_of(classifier)) if adapter.learns() else adapter
+    if "targets" in adapter.learns():
+        return replace(adapter, targets=targets_of(classifier))
+    few = [{"pixel_values": image, "labels": 0} for image in make_images(9, seed=7)]
+    return adapter.fit(classifier, few) if "moment" in adapter.learns() else adapter
 
 
+class Small:
+    """A random encoder for `MirrorCheck`."""
+
+    def __init__(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = SmallEncoder(8).requires_grad_(False).eval()
+
+    def module(self):
+        return self.net
+
+
+SAMPLER = ClasswiseSampler(
+    tuple(f"a photo of a {name}." for name in NAMES), torch.full((6, 3, 8, 8), 0.5), torch.full((6, 1, 3, 8, 8), 0.1)
+)
 ROWS = {  # row of prompts in the classifier, or none; the defence
     "tapt-V": ("V", TAPT(**FEWER)),
     "tapt-VLI": ("VLI", TAPT(reset_to="random", num_steps=2, **FEWER)),
@@ -43,6 +69,14 @@ ROWS = {  # row of prompts in the classifier, or none; the defence
     "ttc": (None, TTC()),
     "ttc-VLI": ("VLI", TTC()),
     "ensemble": (None, Ensemble(num_views=6)),
+    "rfi": (None, RFI(top_k=2)),
+    "rfi-VLI": ("VLI", RFI(top_k=2, score="first", centred=True, renormalised=True)),
+    "clipure": (None, CLIPure(num_steps=2, step_size=0.3)),
+    "clipure-VLI": ("VLI", CLIPure(num_steps=2, step_size=0.3, normalised_over="batch")),
+    "bafta": (None, BaFTA(num_views=6)),
+    "bafta-VLI": ("VLI", BaFTA(num_views=6, beta=0)),
+    "mirror_check": (None, MirrorCheck(generators=(SAMPLER,), encoders=(Small(),), threshold=0.0)),
+    "c_avp": ("class-wise", CAVP(chunk_size=4)),
 }
 
 
@@ -62,6 +96,11 @@ def test_every_method_has_a_row():
 
 
 # ---- the classifier stays as it is
+
+
+def plain_logits(classifier: CLIPForZeroShotClassification, images: torch.Tensor) -> torch.Tensor:
+    with without_class_prompts(classifier):
+        return classifier(images).logits.detach()
 
 
 def found_in(classifier: CLIPForZeroShotClassification) -> dict:
@@ -96,6 +135,7 @@ def found_in(classifier: CLIPForZeroShotClassification) -> dict:
             torch.backends.cuda.mem_efficient_sdp_enabled(),
         ),
         "fixed embeddings": classifier._fixed,
+        "switches": [(module.bare, module.unclipped_gradient) for module in prompt_layers(classifier)],
     }
 
 
@@ -116,12 +156,12 @@ def check_classifier_is_left_alone(adapter: Defence, classifier: CLIPForZeroShot
             classifier.requires_grad_(False)
         classifier.train(trained)
         classifier.text_model.eval()
-        logits, embeds = classifier(images).logits.detach(), classifier.class_embeds
+        logits, embeds = plain_logits(classifier, images), classifier.class_embeds
         before = found_in(classifier)
         adapter.predict(classifier, images, path="through" if trained else "none")
         assert_as_found(classifier, before)
         assert torch.equal(classifier.class_embeds, embeds)
-        assert torch.equal(classifier(images).logits.detach(), logits)
+        assert torch.equal(plain_logits(classifier, images), logits)
 
 
 def test_the_classifier_is_left_alone(pair):
@@ -132,7 +172,7 @@ def test_the_classifier_is_left_alone(pair):
 def test_the_classifier_is_left_alone_when_something_breaks(pair, monkeypatch):
     classifier, adapter = pair
     images = make_images(2)
-    logits, before = classifier(images).logits.detach(), found_in(classifier)
+    logits, before = plain_logits(classifier, images), found_in(classifier)
     encode, calls = CLIPForZeroShotClassification.encode_images, []
 
     def breaking(self, *args, **kwargs):
@@ -151,7 +191,7 @@ def test_the_classifier_is_left_alone_when_something_breaks(pair, monkeypatch):
         assert len(calls) == stop
         assert_as_found(classifier, before)
     monkeypatch.undo()
-    assert torch.equal(classifier(images).logits.detach(), logits)
+    assert torch.equal(plain_logits(classifier, images), logits)
 
 
 @dataclass(frozen=True)
@@ -236,7 +276,7 @@ def test_gradients_reach_the_images_and_no_parameter(pair):
         assert all(parameter.grad is None for parameter in classifier.parameters())
 
 
-@pytest.mark.parametrize("name", ["tapt-VLI", "tpt", "r_tpt", "ttc", "ensemble"])
+@pytest.mark.parametrize("name", ["tapt-VLI", "tpt", "r_tpt", "ttc", "ensemble", "rfi", "clipure", "bafta", "c_avp"])
 def test_bfloat16_gives_float32_logits_near_those_of_float64(name):
     classifier, adapter = make(name)
     images = (make_images(2) * 255).round() / 255
@@ -350,8 +390,29 @@ WRONG = [
     (TTC, dict(num_steps=0)),
     (TTC, dict(tau=float("nan"))),
     (TTC, dict(beta=float("nan"))),
+    (BaFTA, dict(num_views=0)),
+    (BaFTA, dict(beta=-1.0)),
+    (BaFTA, dict(beta=float("nan"))),
+    (BaFTA, dict(alpha=1.0)),
+    (BaFTA, dict(alpha=0.0)),
+    (BaFTA, dict(weights="printed")),
+    (BaFTA, dict(assigned_by="image")),
+    (BaFTA, dict(moved_by="text")),
+    (BaFTA, dict(max_directions=1)),
     (Ensemble, dict(num_views=1)),
+    (RFI, dict(top_k=0)),
+    (RFI, dict(top_k=1.5)),
+    (RFI, dict(score="last")),
+    (CLIPure, dict(num_steps=0)),
+    (CLIPure, dict(step_size=0.0)),
+    (CLIPure, dict(step_size=float("nan"))),
+    (CLIPure, dict(step_size=float("inf"))),
+    (CLIPure, dict(normalised_over="pixel")),
+    (CLIPure, dict(templates="a photo of a {}.")),
     (Ensemble, dict(chunk_size=-1)),
+    (CAVP, dict(temperature=0.0)),
+    (CAVP, dict(temperature=float("inf"))),
+    (CAVP, dict(chunk_size=0)),
 ]
 
 

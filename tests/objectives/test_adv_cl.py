@@ -18,7 +18,7 @@ PICTURE = tensor([[3, 1, 4, 1], [5, 9, 2, 6], [5, 3, 5, 8], [9, 7, 9, 3]]) / 10
 def test_the_contrast_of_four_views_is_the_worked_one():
     found = contrast_of_views(tensor([ATTACKED, FIRST, SECOND, HIGH]), 0.5).mean().item()
     assert found == pytest.approx(1.6721539210, abs=1e-9)
-    assert found * 0.5 / 0.07 == pytest.approx(11.9439565784, abs=1e-8)
+    assert found * 0.5 / 0.07 == pytest.approx(11.9439565784, abs=1e-9)
     order = tensor([SECOND, HIGH, ATTACKED, FIRST])
     assert contrast_of_views(order, 0.5).mean().item() == pytest.approx(found, abs=1e-12)
 

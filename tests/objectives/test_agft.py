@@ -1,5 +1,7 @@
 """AGFT against values worked out by hand."""
 
+import math
+
 import pytest
 import torch
 from made_outputs import made_batch, tensor
@@ -17,6 +19,16 @@ def test_terms_and_attack_are_the_worked_ones():
     torch.testing.assert_close(AGFT().attack_loss(batch)(adv), expected, rtol=0, atol=1e-9)
     assert AGFT()(batch, adv)["soft_ce"].item() == pytest.approx(1.6825156440, abs=1e-9)
     assert AGFT(100.0, 1.0)(batch, adv)["soft_ce"].item() == pytest.approx(1.2649754173, abs=1e-9)
+
+
+def test_its_target_is_the_worked_one():
+    """With one logit at -180 beside two at 0 the loss is log 2 + 180 times the target of that class."""
+    target = [0.9726961201, 0.0265776788, 0.0007262011]
+    for c, share in enumerate(target):
+        far = [[-1.0 if k == c else 0.0 for k in range(3)]]
+        batch, adv = made_batch({"cosine": far}, on_clean={"cosine": FROZEN["cosine"][:1]})
+        found = AGFT().attack_loss(batch)(adv).item()
+        assert (found - math.log(2)) / 180 == pytest.approx(share, abs=1e-9)
 
 
 def test_a_student_that_says_what_its_target_says_has_its_entropy_as_loss():

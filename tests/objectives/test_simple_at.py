@@ -24,6 +24,12 @@ def test_the_term_is_the_worked_one(settings, mean):
     assert SimpleAT(**settings).attack_loss(batch)(adv).mean().item() == pytest.approx(mean, abs=1e-9)
 
 
+def test_each_image_has_its_own_worked_loss():
+    batch, adv = made_batch({"logits": LOGITS}, labels=LABELS)
+    losses = SimpleAT(k=1, target=5, centred=False).attack_loss(batch)(adv)
+    assert losses.tolist() == pytest.approx([5.4375, 8.7366666667], abs=1e-9)
+
+
 def test_centring_takes_away_what_logits_share():
     shifted = {"logits": [[value + 20 for value in row] for row in LOGITS]}
     here, there = (made_batch(given, labels=LABELS) for given in ({"logits": LOGITS}, shifted))

@@ -9,21 +9,22 @@ from hf_robust_clip.objectives.tga_zsr import TGAZSR
 
 
 @pytest.mark.parametrize(
-    ("map_norm", "frozen", "adv", "clean"),
+    ("map_norm", "frozen", "adv", "clean", "weighted"),
     [
-        ("token_axis", [0, 1 / 7, 1, 4 / 7], 1.2773309113, 0.7294165177),
-        ("cosine", [0, 0.3007921071, 1, 0.8167937678], 1.7827656801, 1.2047090799),
+        ("token_axis", [0, 1 / 7, 1, 4 / 7], 1.2773309113, 0.7294165177, 0.1386572988),
+        ("cosine", [0, 0.3007921071, 1, 0.8167937678], 1.7827656801, 1.2047090799, 0.2028567084),
     ],
 )
-def test_maps_and_terms_are_the_worked_ones(map_norm, frozen, adv, clean):
+def test_maps_and_terms_are_the_worked_ones(map_norm, frozen, adv, clean, weighted):
     objective = TGAZSR(map_norm=map_norm)
     small = objective.attention(made_output(**of(FROZEN)), LABELS, 2)
     assert small.flatten().tolist() == pytest.approx(frozen, abs=1e-9)
     batch, attacked = made_batch(of(ATTACKED), of(CLEAN), on_clean=of(FROZEN), labels=[1], side=4)
     terms = {name: value.item() for name, value in objective(batch, attacked).items()}
     scale = 224 / 4
-    assert terms["attention_adv"] == pytest.approx(0.08 * adv * scale, abs=1e-8)
-    assert terms["attention_clean"] == pytest.approx(0.05 * clean * scale, abs=1e-8)
+    assert terms["attention_adv"] / 0.08 / scale == pytest.approx(adv, abs=1e-9)
+    assert terms["attention_clean"] / 0.05 / scale == pytest.approx(clean, abs=1e-9)
+    assert (terms["attention_adv"] + terms["attention_clean"]) / scale == pytest.approx(weighted, abs=1e-9)
     assert terms["ce"] == pytest.approx(0.6931471806, abs=1e-9)
 
 

@@ -11,7 +11,7 @@ from tiny import make_clip, make_processor
 from tiny_siglip import make_siglip, make_siglip_processor, tiny_siglip
 from transformers import SiglipModel
 
-from hf_robust_clip import RTPT, TAPT, TPT, TTC, ClipPromptConfig, Ensemble
+from hf_robust_clip import RTPT, TAPT, TPT, TTC, ClipPromptConfig, CLIPure, Ensemble
 from hf_robust_clip.defences.alignment import AlignmentTargets
 from hf_robust_clip.defences.fit import collect_statistics
 from hf_robust_clip.modeling import CLIPForZeroShotClassification, with_adapter
@@ -57,7 +57,12 @@ def test_vision_prompts_stand_after_the_patches_and_are_pooled_with_them(images)
     hidden = tower.encoder.layers[1](torch.cat([hidden[:, :4], second.expand(4, -1, -1)], dim=1), None)
     expected = tower.head(tower.post_layernorm(hidden))
     torch.testing.assert_close(core.encode_images(images), expected, rtol=0, atol=1e-12)
-    assert core.encode_patches(images)[1].shape == (4, 4, 16)
+    tokens = tower.post_layernorm(hidden)
+    found = core(images, output_patches=True).patch_embeds
+    assert found.shape == (4, 4, 16)
+    for patch in range(4):
+        alone = tower.head(tokens[:, patch : patch + 1])
+        torch.testing.assert_close(found[:, patch], alone, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("design", DESIGNS)
@@ -117,7 +122,9 @@ def test_tuning_no_words_is_the_classifier_itself(images):
 
 
 @pytest.mark.parametrize(
-    "defence", [RTPT(num_views=4, selected=0.5), TTC(), Ensemble(num_views=4)], ids=lambda defence: defence.name
+    "defence",
+    [RTPT(num_views=4, selected=0.5), TTC(), Ensemble(num_views=4), CLIPure(step_size=0.5)],
+    ids=lambda defence: defence.name,
 )
 def test_defences_work_and_judge_each_image_by_itself(defence, images):
     model = tiny_siglip()

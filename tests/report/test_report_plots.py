@@ -123,6 +123,17 @@ def test_tradeoff_of_eight_models_and_six_tasks(tmp_path, monkeypatch):
     assert "PGD-20\nL-inf eps=4/255" in figures[0].axes[0].get_ylabel()
 
 
+def test_a_tradeoff_of_several_seeds_has_their_mean_and_deviation(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    runs = [[make_report(clean_accuracy=clean, robust_accuracy={4 / 255: 0.25})] for clean in (0.9, 0.8, 0.7)]
+    plot_tradeoff(tmp_path / "a.png", runs[0], "4/255", runs[1:])
+    (container,) = figures[0].axes[0].containers
+    assert (container[0].get_xdata()[0], container[0].get_ydata()[0]) == pytest.approx((0.8, 0.25))
+    horizontal, vertical = (bar.get_segments()[0] for bar in container[2])
+    assert tuple(horizontal[:, 0]) == pytest.approx((0.7, 0.9))
+    assert tuple(vertical[:, 1]) == pytest.approx((0.25, 0.25))
+
+
 def test_a_tradeoff_needs_one_point_for_each_model(tmp_path):
     with pytest.raises(ValueError, match=r"TeCoA, trained classes has no radius 2/255"):
         plot_tradeoff(tmp_path / "a.png", [make_report()], "2/255")

@@ -5,6 +5,7 @@ import pytest
 from reports import defence_rows, make_defence, make_report
 from rich.console import Console
 
+from hf_robust_clip.metrics import wilson_interval
 from hf_robust_clip.report import (
     Measurement,
     as_markdown,
@@ -14,7 +15,7 @@ from hf_robust_clip.report import (
     print_table,
     table,
 )
-from hf_robust_clip.report.tables import figures
+from hf_robust_clip.report.tables import figures, over_runs
 
 
 def printed(capsys, reports, title="before and after") -> list[str]:
@@ -64,10 +65,10 @@ def test_a_defence_stands_above_its_controls():
 
 
 def test_another_metric_is_another_column():
-    area = Measurement("detection_auroc", 0.75, 80, 4 / 255, counted=False)
+    area = Measurement("attack_success_rate", 0.75, 80, 4 / 255, counted=False)
     own = make_report()
     lines = markdown([replace(own, measurements=[*own.measurements, area]), make_report(name="FARE")]).splitlines()
-    assert lines[0].endswith("| clean | 1/255 | 4/255 | detection auroc 4/255 |")
+    assert lines[0].endswith("| clean | 1/255 | 4/255 | attack success rate 4/255 |")
     assert [line.split(" | ")[-1] for line in lines[2:]] == ["75.0 |", "- |"]
 
 
@@ -116,6 +117,27 @@ def test_tasks_stand_side_by_side():
     ]
     with pytest.raises(ValueError, match="two reports of TeCoA, trained classes"):
         figures_by_task([own, own])
+
+
+def test_runs_of_several_seeds_are_told_by_mean_and_standard_deviation():
+    first = make_report(clean_accuracy=0.9, robust_accuracy={1 / 255: 0.5})
+    start = make_report(name="before", clean_accuracy=0.95, robust_accuracy={1 / 255: 0.025})
+    again = [make_report(clean_accuracy=clean, robust_accuracy={1 / 255: 0.5}) for clean in (0.8, 0.7)]
+    found = figures_by_task([start, first], [[run] for run in again])
+    assert found.rows == (("before", "95.0 / 2.5"), ("TeCoA", "80.0 ± 10.0 / 50.0 ± 0.0"))
+    rows = over_runs([start, first], [[run] for run in again]).set_index(["name", "eps"])
+    assert tuple(rows.loc["TeCoA", 0.0][["value", "low", "high"]]) == pytest.approx((0.8, 0.7, 0.9))
+    assert rows.loc["before", 0.0]["low"] == pytest.approx(wilson_interval(38, 40)[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"num_images": 20}, "num_images"), ({"attack": "AutoAttack"}, "full_attack"), ({"split": "train"}, "split"),
+     ({"robust_accuracy": {4 / 255: 0.5}}, "lacks")],
+)  # fmt: skip
+def test_runs_of_other_images_or_attacks_have_no_mean(changes, said):
+    with pytest.raises(ValueError, match=said):
+        figures_by_task([make_report()], [[make_report(**changes)]])
 
 
 def test_defences_are_told_beside_their_controls_at_the_common_radius():

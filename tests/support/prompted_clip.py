@@ -28,6 +28,9 @@ TEXT_ROWS = [name for name, row in ROWS.items() if row["design"] in ("T", "VLI",
 TOKEN_ROWS = [name for name, row in ROWS.items() if row["design"] != "pixel"]
 
 
+CLASS_WISE = dict(design="pixel", border_width=2, per_class=True)
+
+
 def make_config(row: str, **changes) -> ClipPromptConfig:
     return ClipPromptConfig(**{"context_init": "a bc d", **ROWS[row], **changes})
 
@@ -77,6 +80,13 @@ def make_prompted(row: str, seed: int = 0, dtype: torch.dtype = torch.float64, *
     model = get_peft_model(make_base(seed, dtype), make_config(row, **changes))
     randomise(model, seed + 1)
     return model.eval()
+
+
+def make_class_wise(seed: int = 0, **changes) -> CLIPForZeroShotClassification:
+    """A classifier with a random pixel prompt for each of its classes."""
+    model = get_peft_model(make_base(seed), ClipPromptConfig(**{**CLASS_WISE, **changes}))
+    randomise(model, seed + 1)
+    return model.eval().get_base_model()
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:

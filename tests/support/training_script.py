@@ -28,6 +28,7 @@ from hf_robust_clip import (
     PMGAFT,
     TAPT,
     TPT,
+    AdvCL,
     CleanerCLIP,
     CLIPForZeroShotClassification,
     ClipPromptConfig,
@@ -61,7 +62,9 @@ CASES = {
     "contrast": dict(objective=ASCL(text_anchors=True), images=21),
     "SigLIP": dict(objective=PMGAFT.released_preset(), model=tiny_siglip),
     "views": dict(objective=ACL(), images=21, pictures=True),
-    "resumed before it": dict(objective=PMGAFT(), accumulation=2, images=19, resumed=True),  # 2 with 1, twice
+    "views of one process": dict(objective=AdvCL(), images=18, pictures=True),  # 8, 8, and 2 with none
+    # 2 images with 1, twice
+    "resumed before it": dict(objective=PMGAFT(), accumulation=2, images=19, resumed=True, ema_decay=0.5),
 }
 GLOBAL_BATCH = 8
 
@@ -140,6 +143,7 @@ def case_trainer(name, folder, processes):
         per_device_eval_batch_size=2,
         trainable_layers=case.get("trainable_layers"),
         dataloader_drop_last=case.get("dataloader_drop_last", False),
+        ema_decay=case.get("ema_decay", 0.0),
     )
     adapter = (
         LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False) if case.get("lora") else None

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from training_script import arguments, state, tiny_data, tiny_model
 from transformers import Trainer, TrainerCallback
 
-from hf_robust_clip import APTTrainer, PMGAFTTrainer, TAPTTrainer, TeCoA, TeCoATrainer
+from hf_robust_clip import PMGAFT, APTTrainer, PMGAFTTrainer, TAPTTrainer, TeCoA, TeCoATrainer
 from hf_robust_clip.training.resuming import ResumingTrainer
 from hf_robust_clip.training.trainer import RobustClipTrainer
 
@@ -130,10 +130,26 @@ def test_trials_train_with_their_own_settings(tmp_path):
     assert (trainer.args.learning_rate, trainer.args.eps, trainer.args.trainable_layers) == (1e-2, "8/255", None)
 
 
+def test_settings_of_the_objective_can_be_searched(tmp_path, caplog):
+    """Each trial has its own, from those that were given, and the trainer has these again in the end."""
+    pytest.importorskip("optuna")
+    keep, own = Keep(), [{"objective.alpha": 3.0}, {"objective.beta": 0.25, "learning_rate": 0.1}]
+    trainer = PMGAFTTrainer(
+        None, arguments(tmp_path), PMGAFT(alpha=0.5), tiny_data(), tiny_data(5), model_init=new_model, callbacks=[keep]
+    )
+    trainer.hyperparameter_search(lambda trial: own[trial.number], lambda metrics: 0.0, 2, backend="optuna")
+    assert trainer.training_objective == PMGAFT(alpha=0.5) and "objective." not in caplog.text
+    for number, (objective, rate) in enumerate([(PMGAFT(alpha=3.0), 1e-2), (PMGAFT(alpha=0.5, beta=0.25), 0.1)]):
+        alone = PMGAFTTrainer(tiny_model(), arguments(tmp_path, learning_rate=rate), objective, tiny_data())
+        alone.train()
+        assert all(torch.equal(value, state(alone.model)[name]) for name, value in keep.ends[number].items())
+
+
 @pytest.mark.parametrize(
     ("space", "named"),
-    [({"epsilon": "8/255"}, "hp_space gives 'epsilon'"), ({"learning_rate": -1.0}, r"learning_rate=-1\.0")],
-)
+    [({"epsilon": "8/255"}, "hp_space gives 'epsilon'"), ({"learning_rate": -1.0}, r"learning_rate=-1\.0"),
+     ({"objective.alpha": 1.0}, "hp_space gives 'objective.alpha'.* TeCoA")],
+)  # fmt: skip
 def test_trials_with_settings_that_there_are_not_are_refused(space, named, tmp_path):
     pytest.importorskip("optuna")
     trainer = TeCoATrainer(None, arguments(tmp_path), TeCoA(), tiny_data(), tiny_data(5), model_init=new_model)

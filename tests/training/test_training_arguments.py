@@ -18,9 +18,9 @@ COMPARED = _names("""
     optim optim_args optim_target_modules weight_decay momentum adam_beta1 adam_beta2 adam_epsilon max_grad_norm
     bf16 fp16 tf32 torch_compile torch_compile_backend torch_compile_mode
     seed data_seed full_determinism dataloader_drop_last train_sampling_strategy
-    eps norm attack_steps attack_step_size attack_random_start trainable_layers crop_scale flip
+    eps norm attack_steps attack_step_size attack_random_start trainable_layers crop_scale flip ema_decay
     jitter brightness contrast saturation hue greyscale erasing
-    load_best_model_at_end metric_for_best_model greater_is_better
+    load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience
     eval_strategy eval_steps eval_delay eval_attack_steps save_strategy save_steps
 """)
 
@@ -124,6 +124,10 @@ def test_settings_that_do_nothing_or_harm_are_refused(name, tmp_path):
         ({"brightness": 0.2}, "brightness=0.2 .*jitter"),
         ({"saturation": 0.0, "greyscale": 0.2}, "saturation=0.0 .*jitter"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end=True .*eval_strategy"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "ema_decay": 0.9},
+            "ema_decay=0.9 .*load_best_model_at_end",
+        ),
     ],
 )
 def test_settings_that_do_nothing_beside_others_are_refused(settings, named, tmp_path):

@@ -55,6 +55,15 @@ def test_grey_levels_span_the_whole_range(splits):
     assert values.tolist() == np.rint(np.arange(17) * 255 / 16).tolist()
 
 
-def test_unknown_split():
-    with pytest.raises(ValueError, match="split='validation' does not exist for the digits; choose 'train' or 'test'"):
-        digits_split("validation")
+def test_parts_of_a_split(splits):
+    whole = pixels(splits["train"])
+    for part, rows in (("train[:100]", whole[:100]), ("train[1200:]", whole[1200:]), ("train[-97:]", whole[-97:])):
+        assert np.array_equal(pixels(digits_split(part)), rows)
+    assert len(digits_split("train[:80%]")) + len(digits_split("train[80%:]")) == len(whole)
+    assert len(digits_split("train+test")) == 1797
+
+
+@pytest.mark.parametrize("split", ["validation", "", "all", "train[", "train[:200%]"])
+def test_unknown_split(split):
+    with pytest.raises(ValueError, match="split="):
+        digits_split(split)

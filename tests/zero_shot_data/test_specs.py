@@ -3,7 +3,8 @@ from importlib.resources import files
 
 import pytest
 
-from hf_robust_clip.zero_shot_data.specs import SPECS, DatasetSpec, find_spec
+from hf_robust_clip.modeling.descriptions import check_descriptions
+from hf_robust_clip.zero_shot_data.specs import SPECS, DatasetSpec, find_spec, known_descriptions
 
 NAMES = json.loads((files("hf_robust_clip.zero_shot_data") / "class_names.json").read_text(encoding="utf-8"))
 
@@ -48,3 +49,19 @@ def test_a_list_of_names_must_fit_the_labels():
     with pytest.raises(ValueError, match="has 3 labels, expected 1000"):
         spec.names_in_label_order(["a", "b", "c"])
     assert DatasetSpec("b", "a/b", 1).names_in_label_order(["x"]) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("digits", "zero one two three four five six seven eight nine"),
+        ("cifar10", "airplane automobile bird cat deer dog frog horse ship truck"),
+    ],
+)
+def test_known_descriptions_are_five_of_each_class_of_the_dataset(key, names):
+    """By the names that the dataset itself has, in their order; each tells its class from all others."""
+    texts = known_descriptions(key)
+    assert list(texts) == names.split()
+    assert {len(own) for own in check_descriptions(texts, names.split()).values()} == {5}
+    whole = [text.replace("{}", name) for name, own in texts.items() for text in own]
+    assert len(set(whole)) == 50 and all("{}" in text for own in texts.values() for text in own)
