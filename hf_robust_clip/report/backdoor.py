@@ -227,14 +227,14 @@ def plot_backdoor(path: str | Path, reports: Sequence[BackdoorReport]) -> None:
     """Write a PNG of the attack's success (top-1) against clean accuracy: a panel for each trigger, a point for each
     control and model, with 95 % intervals. Good is bottom right.
     """
-    from .plots import _panels, _percent_label, _plain_text, _save, _styles
+    from .plots import _percent_label, _styles, make_panels, plain_text, save_figure
 
     by_trigger: dict[str, list[BackdoorReport]] = {}
     for report in reports:
         by_trigger.setdefault(f"{report.trigger} -> {report.target}", []).append(report)
     styles = _styles(judge for report in reports for judge in report.judges)
-    with _plain_text():
-        figure, axes = _panels(list(by_trigger), "attack success rate, top-1")
+    with plain_text():
+        figure, axes = make_panels(list(by_trigger), "attack success rate, top-1")
         for axis, own in zip(axes, by_trigger.values(), strict=True):
             points = {judge: (report, judge) for report in own for judge in report.judges}
             for name, (report, judge) in points.items():
@@ -245,4 +245,4 @@ def plot_backdoor(path: str | Path, reports: Sequence[BackdoorReport]) -> None:
             axis.set_xlabel("clean accuracy")
             axis.xaxis.set_major_formatter(_percent_label)
             axis.set_ylim(-0.03, 1.03)
-        _save(figure, axes, path)
+        save_figure(figure, axes, path)
