@@ -345,7 +345,8 @@ def test_help_lists_every_flag_with_its_meaning(script, monkeypatch, capsys):
     text = printed(lambda: runpy.run_path(str(script), run_name="__main__"), capsys)
     module = runpy.run_path(str(script))
     assert text.splitlines()[2] == module["__doc__"].splitlines()[0]
-    command = module.get("COMMAND") or (evaluate.COMMAND if script.stem == "evaluate" else COMMAND)
+    own = {"evaluate": evaluate.COMMAND, "clean": clean.COMMAND, "poison": poison.COMMAND}
+    command = module.get("COMMAND") or own.get(script.stem, COMMAND)
     assert not [action.dest for action in command.parser._actions if not action.help]
     known = [name for prefix, classes in command.groups.items() for cls in classes
              for name in command.fields_of(cls, prefix)]  # fmt: skip

@@ -395,7 +395,7 @@ NOTHING_MOVED = {"embedding_l2", "clean_l2", "kl", "kl_general", "kl_clean", "kl
                  "attention_adv", "attention_clean"}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "CAVP"])  # whose prompts no teacher has
 def test_a_student_that_is_its_teacher_and_no_attack_give_known_terms(world, name):
     """Distances and divergences are 0, cosines 1; what is left are clean images' own cross-entropies and contrasts."""
     objective, batch = OBJECTIVES[name], world(f"objective-{name}")
