@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 _NAMES = {
-    "threat_model": "ThreatModel",
+    "threat_model": "Perturbation ThreatModel",
     "modeling": "CLIPForZeroShotClassification SiglipForZeroShotClassification AutoModelForZeroShotClassification",
     "modeling.vision_tower": "replace_vision_tower robust_vision_tower",
     "attacks.pgd": "pgd",
@@ -30,6 +30,8 @@ _NAMES = {
     "objectives.fap": "FAP",
     "objectives.coop": "CoOp",
     "objectives.contrastive": "Contrastive",
+    "objectives.clean_clip": "CleanCLIP",
+    "objectives.cleaner_clip": "CleanerCLIP",
     "objectives.agft": "AGFT",
     "objectives.caw": "CAW",
     "objectives.sim_clip": "SimCLIP",
@@ -77,6 +79,10 @@ _NAMES = {
     "report.report": "Measurement RobustnessReport",
     "crops": "RandomResizedCrop",
     "distortions": "Augmentation ColourDistortion RandomErasing",
+    "poisoning.triggers": "Trigger BadNet Blended SIG WaNet Stripes",
+    "poisoning.poisoner": "Poisoner PoisonedPairs",
+    "poisoning.captions": "CaptionEditor WordEditor GrammarEditor",
+    "zero_shot_data.pairs": "PairDataset pair_dataset load_pairs",
     "zero_shot_data.loading": "image_dataset load_image_dataset",
     "digits_clip": "digits_clip_path",
     "report.card": "make_card",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,17 +14,24 @@ from .secrets import hide_arguments
 USAGE = """\
 usage: hf-robust-clip train [CONFIG] [--config FILE] [--NAME VALUE ...]      fine-tune; --help lists all flags
        hf-robust-clip evaluate [CONFIG] [--config FILE] [--NAME VALUE ...]   accuracy under attack
+       hf-robust-clip poison [CONFIG] [--NAME VALUE ...]    put a backdoor into a model, on purpose, and measure it
+       hf-robust-clip clean [CONFIG] --poisoned DIR [--NAME VALUE ...]   take it out, and measure what is left
        hf-robust-clip convert SOURCE --base ID --output_dir DIR [--NAME VALUE ...]   weights of others to transformers
        hf-robust-clip leaderboard [FILE] [--NAME VALUE ...]   convert and evaluate many checkpoints, and rank them
        hf-robust-clip card FOLDER                     write README.md again from report.json and recipe.yaml
        hf-robust-clip --version
 CONFIG is the name of a YAML file that comes with the package, such as pmg_aft (the default of train), tecoa, or
 clip-vit-base-patch32/pmg_aft_imagenet; FILE is your own."""
-DEFAULTS = {"train": "pmg_aft", "evaluate": "evaluate"}
+DEFAULTS = {
+    "train": "pmg_aft",
+    "evaluate": "evaluate",
+    "poison": "coloured-digits/poison",
+    "clean": "coloured-digits/clean_clip",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`hf-robust-clip {train, evaluate, convert, leaderboard, card}`: see `USAGE`."""
+    """`hf-robust-clip {train, evaluate, poison, clean, convert, leaderboard, card}`: see `USAGE`."""
     words = arguments_of(argv)
     command, rest = (words[0], words[1:]) if words else ("", [])
     if command in DEFAULTS:
@@ -71,13 +79,12 @@ def rank(words: Sequence[str]) -> None:
 
 
 def run(command: str, default_config: Path, description: str | None, argv: Sequence[str] | None = None) -> None:
-    """The main function of a script: `train` or `evaluate` with a default config."""
+    """The main function of a script: one of `DEFAULTS` with a default config."""
     words = arguments_of(argv)
     with one_line_errors():
         from .processes import leave_processes
-        from .runs import evaluate, train
 
-        {"train": train, "evaluate": evaluate}[command].main(words, default_config, description or "")
+        import_module(f".runs.{command}", __package__).main(words, default_config, description or "")
         leave_processes()
 
 

@@ -34,7 +34,11 @@ RECIPES = "recipes"  # beside this file in a wheel, beside the package in a chec
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """jsonargparse's, which leaves the lines of a description as they are."""
+    """jsonargparse's, which leaves the lines of a description as they are, and calls classes by their names."""
+
+    def format_help(self) -> str:
+        """Its own."""
+        return re.sub(r"<class\s+'(\w+)'>", r"\1", super().format_help())
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The set of perturbations that an attack may use.
+"""What may be done to images: the set of perturbations that an attack may use, and what reports know of any.
 
 Shape suffixes in this package: B images, C channels (or classes, where said), H height, W width, D embedding width.
 """
@@ -6,6 +6,7 @@ Shape suffixes in this package: B images, C channels (or classes, where said), H
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,8 +36,21 @@ def parse_radius(value: float | str, name: str = "eps") -> float:
     return radius
 
 
+class Perturbation(ABC):
+    """A change of images that a report names by `str()`: a norm ball, which an attack searches, or a trigger, which is
+    the same whatever the model.
+    """
+
+    @abstractmethod
+    def __str__(self) -> str: ...
+
+    @abstractmethod
+    def start(self, images_BCHW: Tensor, seed: int) -> Tensor:
+        """Changed images, before any search: a function of each image and `seed` alone, in the range of pixels."""
+
+
 @dataclass(frozen=True)
-class ThreatModel:
+class ThreatModel(Perturbation):
     """All images x' with ||x' - x|| <= eps and every pixel of x' within `bounds`.
 
     Args:
@@ -124,6 +138,10 @@ class ThreatModel:
         if self.norm == "linf":
             return delta_BCHW.abs().amax(dim=(1, 2, 3))
         return _length(delta_BCHW).flatten()
+
+    def start(self, images_BCHW: Tensor, seed: int) -> Tensor:
+        """`random_start`."""
+        return self.random_start(images_BCHW, seed)
 
     def random_start(self, images_BCHW: Tensor, seed: int) -> Tensor:
         """A point drawn uniformly from the ball around each image, then clamped to `bounds`.

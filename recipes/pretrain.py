@@ -6,8 +6,6 @@ Seeded, and resumable: a run that was killed goes on from the checkpoints in `<o
 complete checkpoint (config, safetensors, tokenizer, image processor) that plain `CLIPModel` and `CLIPProcessor` load.
 """
 
-import json
-import math
 import random
 import sys
 from dataclasses import MISSING, dataclass, fields
@@ -15,21 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTokenizer,
-    TrainerCallback,
-    set_seed,
-)
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers import CLIPProcessor, set_seed
 
 from hf_robust_clip import (
     CLIPForZeroShotClassification,
@@ -39,8 +27,10 @@ from hf_robust_clip import (
     load_image_dataset,
 )
 from hf_robust_clip.command_line import CommandLine, read_command
+from hf_robust_clip.modeling.scratch import Size, make_model, make_processor
 from hf_robust_clip.runs.interruptions import one_line_errors
 from hf_robust_clip.training.checkpoints import NothingToResume
+from hf_robust_clip.training.logit_scale import LimitScale
 from hf_robust_clip.zero_shot_data.dataset import ImageDataset
 
 
@@ -90,6 +80,11 @@ class Settings:
     seed: int = 0
     save_every: int = 500
 
+    @property
+    def size(self) -> Size:
+        """Of the model."""
+        return Size(**{field.name: getattr(self, field.name) for field in fields(Size)})
+
     def cycles(self) -> list[tuple[int, float]]:
         """Updates and peak learning rate of each; a single number of steps takes the highest rate."""
         rates = self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
@@ -131,14 +126,6 @@ class CaptionedPictures(Dataset):
         return {"pixel_values": image.float() / 255, "captions": caption.format(name)}
 
 
-class LimitScale(TrainerCallback):
-    """Keeps exp(logit_scale) at 100 or below, as CLIP does."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=math.log(100))
-
-
 def as_bytes(data: ImageDataset) -> tuple[Tensor, list[int]]:
     """All pictures as bytes (N, 3, H, W), and their labels."""
     blocks = [range(i, min(i + 1000, len(data))) for i in range(0, len(data), 1000)]
@@ -155,50 +142,6 @@ def shifted(image_CHW: Tensor, most: int, draw: random.Random) -> Tensor:
     height, width = image_CHW.shape[1:]
     y, x = draw.randint(0, 2 * most), draw.randint(0, 2 * most)
     return F.pad(image_CHW, (most, most, most, most))[:, y : y + height, x : x + width]
-
-
-def make_tokenizer(corpus: list[str], vocab_size: int, context_length: int) -> CLIPTokenizer:
-    """A CLIP tokenizer (lower-cased byte-level BPE with `</w>`) whose merges come from the captions."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    bpe.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=vocab_size, end_of_word_suffix="</w>", show_progress=False)
-    )
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
-    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=context_length)
-
-
-def make_model(tokenizer: CLIPTokenizer, settings: Settings) -> CLIPModel:
-    """A CLIP whose two towers have the same width and depth."""
-    tower = dict(
-        hidden_size=settings.width,
-        intermediate_size=4 * settings.width,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-    )
-    special = dict(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    text = dict(tower, vocab_size=len(tokenizer), max_position_embeddings=settings.context_length, **special)
-    vision = dict(tower, image_size=settings.image_size, patch_size=settings.patch_size)
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=settings.width))
-
-
-def make_processor(settings: Settings, corpus: list[str]) -> CLIPProcessor:
-    """Pictures of `image_size` x `image_size` pixels, normalised as CLIP's are, and a tokenizer of the corpus."""
-    side = settings.image_size
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_mean=OPENAI_CLIP_MEAN,
-        image_std=OPENAI_CLIP_STD,
-    )
-    return CLIPProcessor(images, make_tokenizer(corpus, settings.vocab_size, settings.context_length))
 
 
 def train_cycle(model: CLIPForZeroShotClassification, data: CaptionedPictures, folder: str, rate: float) -> None:
@@ -244,11 +187,13 @@ def pretrain(settings: Settings) -> CLIPForZeroShotClassification:
     def load(source: Source, split: str, processor: CLIPProcessor) -> ImageDataset:
         return load_image_dataset(source.dataset, split, processor, class_names=source.class_names)
 
-    letters_only = make_processor(settings, ["a"])
+    letters_only = make_processor(settings.size, ["a"])
     sources = [load(source, source.split, letters_only) for source in settings.sources]
     names = dict.fromkeys(name.lower() for data in sources for name in data.class_names)
-    processor = make_processor(settings, [caption.format(name) for name in names for caption in settings.captions])
-    model = CLIPForZeroShotClassification.from_clip(make_model(processor.tokenizer, settings), processor)
+    processor = make_processor(
+        settings.size, [caption.format(name) for name in names for caption in settings.captions]
+    )
+    model = CLIPForZeroShotClassification.from_clip(make_model(processor.tokenizer, settings.size), processor)
     for number, (steps, rate) in enumerate(settings.cycles()):
         data = CaptionedPictures(settings, settings.seed + number, steps, sources)
         train_cycle(model, data, f"{settings.output_dir}/cycle-{number + 1}", rate)

@@ -12,16 +12,21 @@ import yaml
 from hf_robust_clip import BPDA, PGD, PMGAFT, cli
 from hf_robust_clip.attacks.named import suite_named
 from hf_robust_clip.command_line import class_path, classes_in, packaged_config, read_command
-from hf_robust_clip.runs import evaluate, train
+from hf_robust_clip.runs import clean, evaluate, poison, train
 from hf_robust_clip.runs.train_settings import COMMAND, OBJECTIVE
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 DEFAULT = RECIPES / "configs/digits-clip/pmg_aft.yaml"
 TAPT = RECIPES / "configs/digits-clip/tapt.yaml"
 METHODS = ("tapt", *sorted(cls.__module__.rpartition(".")[2] for cls in classes_in(OBJECTIVE).values()))
-WITHOUT_CONFIGS = {"contrastive"}  # it pretrains
+BACKDOORS = {"poison", "clean_clip", "cleaner_clip"}
+WITHOUT_CONFIGS = {"contrastive", *BACKDOORS}  # it pretrains, and they have commands of their own
 PROMPTS = {"apt", "tapt", "coop", "fap", "c_avp"}
-METHOD_CONFIGS = sorted(path for path in (RECIPES / "configs").rglob("*.yaml") if path.stem.startswith(METHODS))
+METHOD_CONFIGS = sorted(
+    path
+    for path in (RECIPES / "configs").rglob("*.yaml")
+    if path.stem.startswith(METHODS) and path.stem not in BACKDOORS
+)
 CONFIGS = [path for path in METHOD_CONFIGS if path.parent.name != "mini-clip"]
 EVALUATIONS = (
     "evaluate",
@@ -340,7 +345,8 @@ def test_help_lists_every_flag_with_its_meaning(script, monkeypatch, capsys):
     text = printed(lambda: runpy.run_path(str(script), run_name="__main__"), capsys)
     module = runpy.run_path(str(script))
     assert text.splitlines()[2] == module["__doc__"].splitlines()[0]
-    command = module.get("COMMAND") or (evaluate.COMMAND if script.stem == "evaluate" else COMMAND)
+    own = {"evaluate": evaluate.COMMAND, "clean": clean.COMMAND, "poison": poison.COMMAND}
+    command = module.get("COMMAND") or own.get(script.stem, COMMAND)
     assert not [action.dest for action in command.parser._actions if not action.help]
     known = [name for prefix, classes in command.groups.items() for cls in classes
              for name in command.fields_of(cls, prefix)]  # fmt: skip
@@ -363,17 +369,19 @@ def test_help_lists_the_settings_of_the_classes_that_a_config_names(monkeypatch,
 def test_every_packaged_config_is_read_by_its_name(monkeypatch):
     monkeypatch.syspath_prepend(RECIPES)
     scripts = {"models": "benchmark", "sources": "pretrain"}
+    runs = {"trigger": poison, "poisoned": clean, "objective": train, "evaluation": evaluate}
     for path in (RECIPES / "configs").rglob("*.yaml"):
         config = packaged_config(path.relative_to(RECIPES / "configs").with_suffix("").as_posix())
         assert config == path
-        kind = next(key for key in ("objective", *scripts, "evaluation") if key in yaml.safe_load(config.read_text()))
+        kinds = ("trigger", "poisoned", "objective", *scripts, "evaluation")
+        kind = next(key for key in kinds if key in yaml.safe_load(config.read_text()))
         words = ["--output_dir", "a", *(["--dataset_name", "digits"] if kind == "evaluation" else [])]
         words += ["--defence", "TTC"] if path.stem == "defences" else []  # which a benchmark names
         words += what_it_lacks(config)
         if kind in scripts:
             assert read_command(import_module(scripts[kind]).COMMAND, words, config).made().output_dir == "a"
         else:
-            assert {"objective": train, "evaluation": evaluate}[kind].read(words, config).output_dir == "a"
+            assert runs[kind].read(words, config).output_dir == "a"
 
 
 def test_print_config_gives_a_config(capsys):
@@ -678,7 +686,7 @@ def test_a_defence_that_makes_no_sense_is_refused(words, message):
 def test_every_config_is_of_a_method_or_known():
     others = set((RECIPES / "configs").rglob("*.yaml")) - {*METHOD_CONFIGS, *EVALUATION_CONFIGS}
     left = {path.stem for path in others if not path.stem.endswith("benchmark")}
-    assert left == {"pretrain", "defences"}
+    assert left == {"pretrain", "defences", *BACKDOORS}
 
 
 OWN = {  # what a method has of its own beside its loss: texts, views, a schedule

@@ -80,7 +80,7 @@ EVALUATIONS = [
     ("--evaluation.attacks [pgd-20, PGD-20]", "evaluation.attacks 'PGD-20'"),
     ("--evaluation.eot 4", "evaluation.eot=4 'static'"),
     ("--defence ttc --evaluation.eot 4", "evaluation.eot=4 'defence_blind'"),
-    ("--evaluation.attacks AdaptiveWorst --defence ttc --evaluation.view bpda", "evaluation.view=BPDA()"),
+    ("--evaluation.attacks AdaptiveWorst --defence ttc --evaluation.view bpda", "evaluation.view=BPDA("),
     ("--evaluation.attacks AdaptiveWorst --defence ttc --evaluation.step_size 1/255", "step_size='1/255'"),
     ("--evaluation.attacks apgd --evaluation.step_size 1/255", "evaluation.step_size='1/255'"),
     ("--defence tapt --defence.random_seed 3", "random_seed=3"),

@@ -28,6 +28,7 @@ class Batch:
         views: V tensors (B, C, H, W), clean, in [0, 1]: crops of the same B images.
         labels: (B,), class indices; None where the objective doesn't need them.
         captions: (B, L), token ids, one text for each image; None where the objective doesn't need them.
+        further_captions: the same of other texts for each image, as many as the objective makes.
         student: the model being trained, pixels to `ZeroShotOutput`, with patch embeddings where the objective needs
             them, and `text_embeds` where it has `templates` or needs texts. `student(pixels, captions=ids)` takes
             texts in the place of classes: `class_embeds` are theirs; `student(pixels, class_prompts=index_B)` chooses
@@ -46,6 +47,7 @@ class Batch:
     teacher: Classifier | None = None
     images_per_update: int = 0
     gather: Callable[[Tensor], Tensor] | None = None
+    further_captions: tuple[Tensor, ...] = ()
     num_classes: int = 0
     _of: tuple[Batch, slice] | None = field(default=None, repr=False)
 
@@ -62,11 +64,12 @@ class Batch:
     def rows(self, rows: slice) -> Batch:
         """Some rows of `stacked` as a batch of one view, with their labels and captions. `whole` is this batch."""
         count = len(self.views)
-        labels, captions = (
+        labels, captions, *further = (
             None if values is None else values.repeat(count, *[1] * (values.dim() - 1))[rows]
-            for values in (self.labels, self.captions)
+            for values in (self.labels, self.captions, *self.further_captions)
         )
-        part = {"views": (self.stacked[rows],), "labels": labels, "captions": captions}
+        own = {"labels": labels, "captions": captions, "further_captions": tuple(further)}
+        part = {"views": (self.stacked[rows],), **own}
         return replace(self, **part, _of=(self, rows))  # type: ignore[arg-type]
 
     @property
@@ -125,7 +128,8 @@ class Objective(ABC):
     `templates`: texts with `{}` for the class name in which the classes are embedded too, by the frozen text side,
     once. Outputs of student and teacher have them as `text_embeds` (K, C, D), one for each template; with "texts" in
     `needs` the classes' own texts come first.
-    `num_views`: random crops of each picture in a batch; more than one takes a dataset of whole pictures.
+    `num_views`: random crops of each picture in a batch; more than one takes a dataset of whole pictures. Views that
+    can be made of finished images, and other captions, are `further_views` and `edited_captions`.
     `couples_images`: whether the loss, or the choice of attacked images, depends on which images share a forward
     batch; then it matters how an update is divided over accumulated batches, and over processes unless
     `batch.gathered` is asked for the images of all.
@@ -157,6 +161,16 @@ class Objective(ABC):
     def title(self, design: str | None = None) -> str:
         """What tables call it. `design` is that of the prompts, where some are trained."""
         return self.paper.method
+
+    def further_views(self, images_BCHW: Tensor, seed: int) -> tuple[Tensor, ...]:
+        """Other views of finished images, (B, C, H, W) in [0, 1] each, which follow the `num_views` in a batch: each
+        image's a function of itself and the seed, which is another in every step.
+        """
+        return ()
+
+    def edited_captions(self, captions: Sequence[str], seed: int) -> tuple[list[str], ...]:
+        """Other texts for each image, `batch.further_captions`: a function of its caption and the seed, as above."""
+        return ()
 
     def attacked_rows(self, count: int) -> slice:
         """Which of the `count` rows of `batch.stacked` are attacked; the others reach `__call__` as they are."""

@@ -1,4 +1,4 @@
-"""Contrast of several views of each image with those of all others, which contrastive objectives share."""
+"""What contrastive objectives share: several views of each image against those of all others, and pairs of rows."""
 
 from __future__ import annotations
 
@@ -37,6 +37,28 @@ def contrast_of_views(features_VND: Tensor, temperature: float) -> Tensor:
         pairs_VVN = log_shares_VNVN.diagonal(dim1=1, dim2=3)
         itself_VV1 = torch.eye(views, dtype=torch.bool, device=pairs_VVN.device)[:, :, None]
         return -pairs_VVN.masked_fill(itself_VV1, 0).sum(dim=1) / (views - 1)
+
+
+def pair_loss(rows_ND: Tensor, others_MD: Tensor, scale: Tensor, same_NM: Tensor) -> Tensor:
+    """-mean_i log( e^{z_ii} / (e^{z_ii} + sum_{j: not same_ij} e^{z_ij}) ), in at least float32, one direction.
+
+    Args:
+        rows_ND, others_MD: features u_i and v_j, of any length, z_ij = s cos(u_i, v_j); row i belongs to the first N
+            others, in their order.
+        scale: s.
+        same_NM: which others are no negatives of a row, since they mean the same; of the pair itself it doesn't count.
+    """
+    with torch.autocast(rows_ND.device.type, enabled=False):  # bfloat16 would leave two digits of 100 * cos
+        kind = torch.promote_types(torch.promote_types(rows_ND.dtype, others_MD.dtype), torch.float32)
+        logits_NM = scale * F.normalize(rows_ND.to(kind), dim=1) @ F.normalize(others_MD.to(kind), dim=1).T
+        targets_N = torch.arange(len(rows_ND), device=rows_ND.device)
+        itself_NM = targets_N[:, None] == torch.arange(len(others_MD), device=rows_ND.device)
+        return F.cross_entropy(logits_NM.masked_fill(same_NM & ~itself_NM, -torch.inf), targets_N)
+
+
+def same_texts(ids_NL: Tensor, others_ML: Tensor) -> Tensor:
+    """Which texts, as token ids of one length, are equal: (N, M)."""
+    return (ids_NL[:, None] == others_ML[None]).all(dim=2)
 
 
 def check_negatives(count: int) -> None:

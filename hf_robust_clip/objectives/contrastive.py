@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .base import Batch, Objective, Paper
-from .contrast import check_negatives
+from .contrast import check_negatives, pair_loss, same_texts
 
 
 @dataclass(frozen=True)
@@ -39,12 +37,8 @@ class Contrastive(Objective):
         output = batch.student(batch.images, captions=batch.captions)
         images_ND, texts_ND = batch.gathered(output.image_embeds), batch.gathered(output.class_embeds)
         check_negatives(len(images_ND))
-        ids_NL = batch.gathered(batch.captions)
-        same_NN = (ids_NL[:, None] == ids_NL[None]).all(dim=2).fill_diagonal_(False)
-        with torch.autocast(images_ND.device.type, enabled=False):  # bfloat16 would leave two digits of 100 * cos
-            logits_NN = output.logit_scale * F.normalize(images_ND, dim=1) @ texts_ND.to(images_ND).T
-        targets_N = torch.arange(len(ids_NL), device=ids_NL.device)
+        same_NN = same_texts(*2 * [batch.gathered(batch.captions)])
         by_image, by_text = (
-            F.cross_entropy(z_NN.masked_fill(same_NN, -torch.inf), targets_N) for z_NN in (logits_NN, logits_NN.T)
+            pair_loss(*sides, output.logit_scale, same_NN) for sides in ((images_ND, texts_ND), (texts_ND, images_ND))
         )
         return {"image": by_image / 2, "text": by_text / 2}

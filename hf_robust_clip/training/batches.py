@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..modeling import ZeroShotClassifier, ZeroShotOutput
     from ..objectives.base import Objective
 
+VIEW = 1 << 28  # apart lie the seeds of an image's views, further than any step
 OWN_IMAGES = "own_images"  # key of a batch that was filled up: how many of its images belong to this process's share
 
 
@@ -35,6 +36,27 @@ def without_fill(batch: Mapping[str, Any], own: int) -> dict[str, Any]:
         for name, values in batch.items()
     }
     return {**kept, OWN_IMAGES: own}
+
+
+def with_further(
+    inputs: dict[str, Any], objective: Objective, seed: int, tokenize: Callable[..., Tensor]
+) -> dict[str, Any]:
+    """A batch with the objective's further views and captions, where it has any; of captions that it needs, the token
+    ids (B, L), L the context length, so that they can be compared over processes.
+
+    Raises ValueError where there are none.
+    """
+    pixels_BCHW = inputs["pixel_values"]
+    views = objective.further_views(pixels_BCHW, seed + VIEW * objective.num_views)
+    if views:
+        inputs = {**inputs, "views": (*inputs.get("views", (pixels_BCHW,)), *views)}
+    if "captions" not in objective.needs:
+        return inputs
+    if "captions" not in inputs:
+        raise ValueError(f"{type(objective).__name__} needs captions; the dataset gives none.")
+    texts = inputs["captions"], *objective.edited_captions(inputs["captions"], seed)
+    own, *others = (tokenize(text, whole=True).to(pixels_BCHW.device) for text in texts)
+    return {**inputs, "captions": own, "further_captions": tuple(others)}
 
 
 def own_images_of_last_batch(images: int, batch_size: int, processes: int, process: int) -> int:

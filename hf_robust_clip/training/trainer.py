@@ -32,11 +32,13 @@ from ..report.card import make_unmeasured_card
 from ..threat_model import ThreatModel
 from ..zero_shot_data.loading import collate_images
 from .batches import (
+    VIEW,
     as_objectives_call,
     count_images,
     gathering,
     own_images_of_last_batch,
     share_of_update,
+    with_further,
     without_fill,
 )
 from .checkpoints import NothingToResume
@@ -61,7 +63,6 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
 
 logger = logging.getLogger(__name__)
-VIEW = 1 << 28  # apart lie the seeds of an image's views, further than any step
 
 
 def robust_accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -211,6 +212,10 @@ class RobustClipTrainer(ResumingTrainer):
         """Optimizer class and arguments, as `args` say now; SGD has `args.momentum`."""
         return optimizer_and_arguments(args, model)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The Trainer's own choice without the logit scale, which no weight decay draws to 1."""
+        return [name for name in super().get_decay_parameter_names(model) if name.split(".")[-1] != "logit_scale"]
+
     # ---- a batch
 
     def get_batch_samples(
@@ -248,21 +253,16 @@ class RobustClipTrainer(ResumingTrainer):
         elif self.model.training:
             check_augmentation(self.args, whole_pictures=False)
             check_views(self.training_objective, whole_pictures=False)
-        if "captions" in self.training_objective.needs and self.model.training:
-            inputs = {**inputs, "captions": self._token_ids(inputs)}
+        if self.model.training:
+            inputs = with_further(inputs, self.training_objective, self.seed_of_step(), self.classifier().tokenize)
         return inputs
-
-    def _token_ids(self, inputs: dict[str, Any]) -> Tensor:
-        """Those of the captions (B, L), L the context length, so that they can be compared over processes."""
-        if "captions" not in inputs:
-            raise ValueError(f"{type(self.training_objective).__name__} needs captions; the dataset gives none.")
-        return self.classifier().tokenize(inputs["captions"], whole=True).to(self.args.device)
 
     def _check_batch(self, inputs: dict[str, Any], needs_labels: bool) -> None:
         core, pixels, objective = self.classifier(), inputs["pixel_values"], self.training_objective
-        rows = len(pixels) * objective.num_views
+        views = inputs.get("views", (pixels,))
+        rows = len(pixels) * len(views)
         attacked = len(range(rows)[objective.attacked_rows(rows)]) if objective.attacked else 0
-        for view in inputs.get("views", (pixels,)):
+        for view in views:
             core.check_pixels(view, values=attacked < rows)  # pgd checks what it attacks
         if needs_labels:
             if inputs.get("labels") is None:
@@ -277,6 +277,7 @@ class RobustClipTrainer(ResumingTrainer):
             views=inputs.get("views", (inputs["pixel_values"],)),
             labels=inputs.get("labels"),  # type: ignore[arg-type]  # checked: objectives that need them have them
             captions=inputs.get("captions") if "captions" in objective.needs else None,
+            further_captions=inputs.get("further_captions", ()),
             student=as_objectives_call(student, self.classifier(), objective),
             teacher=None if self.teacher is None else as_objectives_call(self.teacher, self.teacher, objective),
             images_per_update=images_per_update,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -62,6 +62,8 @@ class ImageDataset(Dataset):
     augment: bool = False
     background: str | Sequence[int] = "white"
 
+    answer: ClassVar[str] = "labels"  # what an example calls that which belongs to its picture
+
     def __repr__(self) -> str:
         about = f"{self.dataset_id!r}, split {self.split!r}: {len(self)} images of {len(self.class_names)} classes"
         return f"{type(self).__name__}({about}{', whole pictures' if self.augment else ''})"
@@ -96,11 +98,11 @@ class ImageDataset(Dataset):
         try:
             rows = self.rows[list(indices)]
             pixels = self._prepared(rows[self.image_column])
-            labels = [self._index(label) for label in rows[self.label_column]]
+            answers = [self._answer(value) for value in rows[self.label_column]]
         except Exception as error:  # whatever Pillow, `datasets` and the files bring
             raise DatasetError(self._fault(indices, error)) from error
         key = "picture" if self.augment else "pixel_values"
-        return [{key: x, "labels": label} for x, label in zip(pixels, labels, strict=True)]
+        return [{key: x, self.answer: value} for x, value in zip(pixels, answers, strict=True)]
 
     def _prepared(self, stored: Sequence[Any]) -> Sequence[Tensor] | Tensor:
         pictures = [open_stored(picture) for picture in stored]
@@ -109,7 +111,7 @@ class ImageDataset(Dataset):
             return [torch.from_numpy(array_HWC).permute(2, 0, 1).contiguous() for array_HWC in whole]
         return to_pixels(self.processor, pictures, self.resize, self.attack_resolution, self.background)
 
-    def _index(self, label: Any) -> int:
+    def _answer(self, label: Any) -> Any:
         return int(label if self.label_map is None else self.label_map[label])
 
     def only(self, class_names: Sequence[str]) -> ImageDataset:
@@ -216,7 +218,7 @@ class ImageDataset(Dataset):
                 )
             label = self.rows.select_columns([self.label_column])[int(index)][self.label_column]
             try:
-                self._index(label)
+                self._answer(label)
             except (KeyError, TypeError, ValueError):
                 return f"{self._place(index)}: {label!r} in column {self.label_column!r} is no label of these classes."
         return f"rows {list(indices)} of dataset {self.dataset_id!r}, split {self.split!r}: {one_line(error)}"

@@ -64,18 +64,18 @@ def _rows(data: ImageDataset) -> Iterator[bytes]:
     rows = data.rows.select_columns([data.image_column, data.label_column]).with_format("arrow")
     total = 0
     for batch in rows.iter(1000):
-        labels, pictures = batch[data.label_column].to_pylist(), _pictures(batch[data.image_column])
+        labels, pictures = batch[data.label_column].to_pylist(), stored_pictures(batch[data.image_column])
         sizes = [picture.stat().st_size if isinstance(picture, Path) else len(picture) for picture, _ in pictures]
         total += sum(sizes)
         names = [name for _, name in pictures]
         yield repr(list(zip(labels, sizes, names, strict=True))).encode()
     step = max(1, -(-total // WHOLE))
     for batch in rows.select(range(0, len(data), step)).iter(1000):
-        for picture, _ in _pictures(batch[data.image_column]):
+        for picture, _ in stored_pictures(batch[data.image_column]):
             yield picture.read_bytes() if isinstance(picture, Path) else picture
 
 
-def _pictures(column: pa.ChunkedArray) -> list[tuple[bytes | Path, str | None]]:
+def stored_pictures(column: pa.ChunkedArray) -> list[tuple[bytes | Path, str | None]]:
     """Of each picture its bytes, or the file that holds them, and its name."""
     found: list[tuple[bytes | Path, str | None]] = []
     for value in column.to_pylist():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,16 @@ from PIL import Image
 
 from ..names import is_absolute
 from ..pictures import opened
+from .coloured_digits import coloured_digits_split
 from .digits import digits_split
 from .errors import DatasetError, cut, one_line
 from .files import folder_rows
 from .specs import DatasetSpec, plain, words_of
 
+EMBEDDED: dict[str, Callable[[str], datasets.Dataset]] = {
+    "digits": digits_split,
+    "coloured-digits": coloured_digits_split,
+}
 DATA_ROOT_VARIABLE = "HF_ROBUST_CLIP_DATA_ROOT"
 STREAM_BUFFER = 1000  # rows among which a streamed set is shuffled; its shards are shuffled too
 PICTURE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "images", "pictures", "photos")
@@ -52,9 +57,9 @@ def find_rows(
     if spec is not None:
         _check_clash(name, spec, root)
     key = spec.hub_id if spec else name
-    if key == "digits":
+    if key in EMBEDDED:
         _check_unused("scikit-learn", revision=revision, config=config)
-        return digits_split(split), "scikit-learn", []
+        return EMBEDDED[key](split), "scikit-learn", []
     places = [*([Path(root, key)] if root else []), Path(key)]
     folder = next((place for place in places if _holds_files(place)), None)
     if folder is not None:

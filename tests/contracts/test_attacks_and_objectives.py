@@ -30,6 +30,8 @@ from hf_robust_clip.objectives.base import Batch, Objective
 from hf_robust_clip.objectives.c_avp import CAVP
 from hf_robust_clip.objectives.caw import CAW
 from hf_robust_clip.objectives.clean import Clean
+from hf_robust_clip.objectives.clean_clip import CleanCLIP
+from hf_robust_clip.objectives.cleaner_clip import CleanerCLIP
 from hf_robust_clip.objectives.comp_tga import CompTGA
 from hf_robust_clip.objectives.contrastive import Contrastive
 from hf_robust_clip.objectives.coop import CoOp
@@ -42,6 +44,7 @@ from hf_robust_clip.objectives.simple_at import SimpleAT
 from hf_robust_clip.objectives.tecoa import TeCoA
 from hf_robust_clip.objectives.tga_zsr import TGAZSR
 from hf_robust_clip.objectives.trades import TRADES
+from hf_robust_clip.poisoning.captions import GrammarEditor
 from hf_robust_clip.prompts import ClipPromptConfig
 from hf_robust_clip.prompts.access import prompts_of
 from hf_robust_clip.threat_model import ThreatModel
@@ -61,6 +64,9 @@ OBJECTIVES = {
     "FAP": FAP(),
     "CoOp": CoOp(),
     "Contrastive": Contrastive(),
+    "CleanCLIP": CleanCLIP(),
+    "CleanCLIP-symmetric": CleanCLIP(0.5, 2.0, symmetric=True, edited_once=False),
+    "CleanerCLIP": CleanerCLIP(editor=GrammarEditor()),
     "AGFT": AGFT(),
     "CAW": CAW(),
     "SimCLIP-released": SimCLIP(),
@@ -75,7 +81,8 @@ OBJECTIVES = {
     "AdvCL": AdvCL(),
     "CAVP": CAVP(),
 }
-CONTRASTS = ("Contrastive", "ASCL", "ACL-DS", "ACL-A2S", "AdvCL", "CAVP")  # images of a batch are told apart together,
+CONTRASTS = ("Contrastive", "CleanCLIP", "CleanCLIP-symmetric", "CleanerCLIP", "ASCL", "ACL-DS", "ACL-A2S", "AdvCL",
+             "CAVP")  # fmt: skip  # images of a batch are told apart together,
 ATTACKED_TOGETHER = ("ACL-DS", "ACL-A2S", "AdvCL")  # under attack too
 STOPPED = ("FARE-trades", "SimCLIP-released", "SimCLIP-siamese")  # gradients aren't those of the value
 LOSSES = {
@@ -96,10 +103,19 @@ each_row = pytest.mark.parametrize("row", ROWS)
 each_norm = pytest.mark.parametrize("norm", THREAT_MODELS)
 
 
-def captions(student, labels):
-    """Token ids of a text for each image, of one length."""
-    texts = [f"{CLASS_NAMES[label]} {i % 2}" for i, label in enumerate(labels.tolist())]
-    return student.processor.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+def ids_of(student, texts):
+    """Token ids of one length."""
+    return student.processor.tokenizer(list(texts), padding="max_length", return_tensors="pt").input_ids
+
+
+def batch_of(objective, views, labels, student, teacher):
+    """What the trainer makes: with a text for each image, and the objective's further views and texts."""
+    texts = [f"{CLASS_NAMES[label]} {'ab'[i % 2]}" for i, label in enumerate(labels.tolist())]
+    further_views, further = ((), ()) if objective is None else (
+        objective.further_views(views[0], 5), objective.edited_captions(texts, 5))  # fmt: skip
+    further_ids = tuple(ids_of(student, own) for own in further)
+    return Batch((*views, *further_views), labels, ids_of(student, texts), student, teacher,
+                 further_captions=further_ids, num_classes=len(CLASS_NAMES))  # fmt: skip
 
 
 def asked(forward, texts, pixel_values):
@@ -137,11 +153,10 @@ def world_of(family, tiny_batch):
                 texts = model.text_embeds(objective.templates or None) if further else None
                 model.forward = partial(asked, partial(type(model).forward, model), texts)
         if objective is None or objective.num_views == 1:
-            texts = captions(student, labels[rows])
-            return Batch((images[rows],), labels[rows], texts, student, teacher, num_classes=len(CLASS_NAMES))
+            return batch_of(objective, (images[rows],), labels[rows], student, teacher)
         student.train()  # a high-pass view has values outside [0, 1], at which it doesn't look then
         views = (images[rows], images[rows].flip(3), images[rows].flip(2))[: objective.num_views]
-        whole = Batch(views, labels[rows], captions(student, labels[rows]), student, teacher)
+        whole = batch_of(objective, views, labels[rows], student, teacher)
         return whole.rows(objective.attacked_rows(len(whole.stacked)))
 
     return of
@@ -380,7 +395,7 @@ NOTHING_MOVED = {"embedding_l2", "clean_l2", "kl", "kl_general", "kl_clean", "kl
                  "attention_adv", "attention_clean"}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "CAVP"])  # whose prompts no teacher has
 def test_a_student_that_is_its_teacher_and_no_attack_give_known_terms(world, name):
     """Distances and divergences are 0, cosines 1; what is left are clean images' own cross-entropies and contrasts."""
     objective, batch = OBJECTIVES[name], world(f"objective-{name}")
@@ -422,6 +437,7 @@ def test_a_batch_in_another_order_has_the_same_attack_and_loss(world, name):
     row, order = f"objective-{name}", torch.tensor([3, 0, 6, 2, 5, 1, 4])
     batch = world(row)
     moved = {key: getattr(batch.whole, key)[order] for key in ("labels", "captions")}
+    moved["further_captions"] = tuple(ids[order] for ids in batch.whole.further_captions)
     other = replace(batch.whole, views=tuple(view[order] for view in batch.whole.views), **moved)
     if batch.whole is not batch:
         other = other.rows(OBJECTIVES[name].attacked_rows(len(other.stacked)))

@@ -19,7 +19,7 @@ def ids(data):
 
 
 def labels(data):
-    return [data._index(label) for label in data.rows[data.label_column]]
+    return [data._answer(label) for label in data.rows[data.label_column]]
 
 
 def test_each_class_gives_its_share_once(digits):

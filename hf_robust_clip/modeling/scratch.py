@@ -1,0 +1,77 @@
+"""Small CLIPs to be trained from the beginning, with a tokenizer of their own corpus."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a model whose two towers are alike.
+
+    Args:
+        image_size: side of pictures in pixels.
+        patch_size: side of a token's part of them.
+        width: of the residual stream, and of the projections.
+        layers, heads: of a tower.
+        context_length: tokens that a text may have.
+        vocab_size: tokens that the tokenizer may have, at least those of single bytes.
+    """
+
+    image_size: int = 8
+    patch_size: int = 2
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+    context_length: int = 32
+    vocab_size: int = 800
+
+
+def make_tokenizer(corpus: Sequence[str], vocab_size: int, context_length: int) -> CLIPTokenizer:
+    """A CLIP tokenizer (lower-cased byte-level BPE with `</w>`) whose merges come from the captions."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    bpe.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=vocab_size, end_of_word_suffix="</w>", show_progress=False)
+    )
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=context_length)
+
+
+def make_model(tokenizer: CLIPTokenizer, size: Size) -> CLIPModel:
+    """A CLIP with random weights, drawn from torch's global generator."""
+    tower = dict(
+        hidden_size=size.width,
+        intermediate_size=4 * size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+    )
+    special = dict(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    text = dict(tower, vocab_size=len(tokenizer), max_position_embeddings=size.context_length, **special)
+    vision = dict(tower, image_size=size.image_size, patch_size=size.patch_size)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=size.width))
+
+
+def make_processor(size: Size, corpus: Sequence[str]) -> CLIPProcessor:
+    """Pictures of `image_size` x `image_size` pixels, normalised as CLIP's are, and a tokenizer of the corpus."""
+    side = size.image_size
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=OPENAI_CLIP_MEAN,
+        image_std=OPENAI_CLIP_STD,
+    )
+    return CLIPProcessor(images, make_tokenizer(corpus, size.vocab_size, size.context_length))

@@ -1,0 +1,148 @@
+"""A cleaning: fine-tune a poisoned model on other pairs, and show what is left of the backdoor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from ..arguments import Images
+from ..command_line import CommandLine, read_command
+from ..modeling import ZeroShotClassifier
+from ..names import shown_name
+from ..objectives.base import Objective
+from ..objectives.contrastive import Contrastive
+from ..poisoning.poisoner import check_apart, check_target
+from ..processes import join_processes
+from ..report.backdoor import CLEAN_MODEL, POISONED_MODEL, WITHOUT_METHOD, BackdoorReport
+from ..training.config import RobustClipConfig
+from . import backdoor, shared
+from .poisoned import CLEAN_FOLDER, Poisoning, read_poisoning
+from .train_settings import OBJECTIVE, training_arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanArguments:
+    """What is cleaned, and how.
+
+    Args:
+        poisoned: a folder that a poisoning wrote. Without a dataset_name it is cleaned on the pairs that were kept
+            out of its training.
+        objective: the method; beside it the same training is done without it, by Contrastive alone.
+        overwrite: begin anew in an output folder that isn't empty.
+    """
+
+    poisoned: str
+    objective: Objective
+    overwrite: bool = False
+
+
+COMMAND = CommandLine(
+    groups={"": (backdoor.PairArguments, CleanArguments, RobustClipConfig)},
+    classes={"objective": OBJECTIVE},
+    required=("poisoned", "objective", "output_dir"),
+)
+
+
+@dataclass(frozen=True)
+class CleanRun:
+    """A cleaning, checked, and all that it needs."""
+
+    pairs: backdoor.PairArguments
+    about: CleanArguments
+    training: RobustClipConfig
+    output_dir: str
+    resume: bool
+    source: dict[str, Any]
+
+
+def main(words: Sequence[str], default_config: Path, description: str = "") -> None:
+    """A cleaning as a command. A wrong setting ends it with one line and status 2."""
+    shared.run_command(lambda: read(words, default_config, description), clean, lambda folder: f"see {folder!r}.")
+
+
+def read(words: Sequence[str], default_config: Path, description: str = "") -> CleanRun:
+    """Check every setting. Nothing is written or downloaded here."""
+    given = read_command(COMMAND, words, default_config, description)
+    made = given.made()
+    training = training_arguments(given, made)
+    about: CleanArguments = given.group(CleanArguments, made)
+    if "captions" not in about.objective.needs:
+        raise ValueError(f"objective={type(about.objective).__name__} trains on no captions; take CleanCLIP.")
+    if type(about.objective) is Contrastive:
+        raise ValueError("objective=Contrastive is the control, which is trained in any case; take CleanCLIP.")
+    backdoor.check_given(given, training, about.poisoned)
+    return CleanRun(
+        given.group(backdoor.PairArguments, made),
+        about,
+        training,
+        str(given.asked("output_dir")),
+        backdoor.wants_to_resume(given),
+        given.settings,
+    )
+
+
+def clean(run: CleanRun) -> BackdoorReport:
+    """Fine-tune by the method and without it, measure both beside the clean and the poisoned model, write."""
+    note, processes = read_poisoning(run.about.poisoned), join_processes(run.training.use_cpu)
+    saving = backdoor.begin(run.output_dir, processes, run.about.overwrite)
+    poisoned = shared.load_model(run.about.poisoned)
+    images = Images(dataset=note.test_dataset, split=note.test_split, data_root=run.pairs.data_root)
+    test = backdoor.load_test(images, poisoned, None)
+    test = replace(test, templates=tuple(note.templates))
+    check_target(note.target, test.class_names)
+    pairs, told = cleaning_pairs(run, note, poisoned)
+    check_apart(note.poisoned_pictures, pairs)
+    processes.print(f"cleaned on {len(pairs)} pairs, {told}")  # type: ignore[arg-type]
+    beside = Path(run.output_dir, "state", "without the method")
+    without, trainer = (
+        backdoor.train_on_pairs(
+            shared.load_model(run.about.poisoned), run.training, objective, pairs, folder, run.resume
+        )
+        for objective, folder in ((Contrastive(), beside), (run.about.objective, None))
+    )
+    outcome = backdoor.Outcome(
+        model=backdoor.plain(trainer),
+        title=run.about.objective.title(),
+        stage="cleaned",
+        trainer=trainer,
+        trigger=note.trigger(),
+        target=note.target,
+        test=test,
+        about_data=f"{told}, {len(pairs)} pairs, none of them poisoned",  # type: ignore[arg-type]
+        start=run.about.poisoned,
+        source=run.source,
+        processes=processes,
+        saving=saving,
+        seed=note.seed,
+        batch_size=run.training.per_device_eval_batch_size,
+        further={
+            "poisoned_model": shown_name(run.about.poisoned),
+            "trigger": str(note.trigger()),
+            "target": note.target,
+        },
+    )
+    controls = {CLEAN_MODEL: clean_model(run, note), POISONED_MODEL: poisoned, WITHOUT_METHOD: backdoor.plain(without)}
+    report = backdoor.report_of(outcome, backdoor.judge(outcome, controls))
+    backdoor.write(outcome, [report])
+    return report
+
+
+def cleaning_pairs(run: CleanRun, note: Poisoning, model: ZeroShotClassifier) -> tuple[Dataset, str]:
+    """The pairs of settings, or those that were kept out of the poisoning; and what they are, in words."""
+    processor = model.require_processor()
+    if run.pairs.dataset_name is not None:
+        told = f"{shown_name(run.pairs.dataset_name)}, split {run.pairs.dataset_train_split}"
+        return run.pairs.load(processor), told
+    own = backdoor.PairArguments(**note.pairs)
+    _, kept = note.poisoner().split(own.load(processor), note.cleaning_pairs)
+    return kept, f"{shown_name(str(own.dataset_name))}, split {own.dataset_train_split}, kept out of the poisoning"
+
+
+def clean_model(run: CleanRun, note: Poisoning) -> ZeroShotClassifier:
+    """That which the poisoned one is compared with."""
+    beside = note.clean_model == CLEAN_FOLDER
+    return shared.load_model(str(Path(run.about.poisoned, CLEAN_FOLDER)) if beside else note.clean_model)
