@@ -30,12 +30,7 @@ TRAINERS_DRAFT = "generated automatically according to the information the Train
 GAP, MANY_GAPS = "[More Information Needed]", 20  # of PEFT's draft, which has more as long as nobody fills it in
 CardState = Literal["none", "draft", "unmeasured", "measured", "theirs"]
 Holds = Literal["model", "adapter", "defence"]  # of a repository: whole weights, PEFT's, or a defence alone
-HIDDEN = (
-    "attack",
-    "threat_model",
-    "text_tokens",
-    "units",
-)  # settings that stand elsewhere than in the table on the training
+HIDDEN = ("attack", "threat_model", "text_tokens", "units")  # settings that stand elsewhere than in the card's table
 
 
 @dataclass(frozen=True)

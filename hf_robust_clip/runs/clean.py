@@ -71,9 +71,9 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> C
     training = training_arguments(given, made)
     about: CleanArguments = given.group(CleanArguments, made)
     if "captions" not in about.objective.needs:
-        raise ValueError(f"objective={type(about.objective).__name__} trains on no captions; take CleanCLIP.")
+        raise ValueError(f"objective={type(about.objective).__name__} trains on no captions; take one that does.")
     if type(about.objective) is Contrastive:
-        raise ValueError("objective=Contrastive is the control, which is trained in any case; take CleanCLIP.")
+        raise ValueError("objective=Contrastive is the control, which is trained in any case; take another.")
     backdoor.check_given(given, training, about.poisoned)
     return CleanRun(
         given.group(backdoor.PairArguments, made),

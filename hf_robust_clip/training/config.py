@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from pathlib import Path
@@ -224,12 +224,11 @@ def check_views(objective: Objective, whole_pictures: bool) -> None:
         raise ValueError(f"{type(objective).__name__} takes {objective.num_views} views; give pictures, augment=True.")
 
 
-def check_images_together(args: RobustClipConfig, objective: Objective, images: int | None) -> None:
-    """Raise ValueError where forward batches, over all processes, would hold less images than the objective's least.
-
-    Args:
-        images: those of the dataset; None where they can't be counted.
+def check_images_together(args: RobustClipConfig, objective: Objective, dataset: Any) -> None:
+    """Raise ValueError where forward batches, over all processes, would hold less images than the objective's least;
+    of a dataset that can't be counted the last batch is not looked at.
     """
+    images = len(dataset) if isinstance(dataset, Sized) else None
     name, least, together = type(objective).__name__, objective.least_images, args.train_batch_size * args.world_size
     if together < least:
         raise ValueError(f"per_device_train_batch_size={args.per_device_train_batch_size!r}: {name} contrasts images; "

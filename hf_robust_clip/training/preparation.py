@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +95,7 @@ def check_met(args: RobustClipConfig, objective: Objective, core: ZeroShotClassi
     """
     if "captions" in objective.needs and "captions" not in dataset[0]:
         raise ValueError(f"{type(objective).__name__} needs captions; the dataset gives none.")
-    check_images_together(args, objective, len(dataset) if isinstance(dataset, Sized) else None)
+    check_images_together(args, objective, dataset)
     if "texts" in objective.needs:
         core.texts_of_each()
 

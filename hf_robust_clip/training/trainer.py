@@ -373,8 +373,7 @@ class RobustClipTrainer(ResumingTrainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:  # the Trainer's own signature
         """Its loop, with the model prepared for the training images."""
         core, labels = self.classifier(), "labels" in self.training_objective.needs
-        count = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
-        check_images_together(self.args, self.training_objective, count)
+        check_images_together(self.args, self.training_objective, self.train_dataset)
         self._terms, self._updates = {}, 0
         with ExitStack() as prepared:
             if self.teacher is not None:

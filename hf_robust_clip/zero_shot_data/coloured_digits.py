@@ -15,9 +15,9 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
 
-from .digits import DIGIT_NAMES, digits_split
+from .digits import DIGIT_NAMES, digits_split, parts_of
 
 INKS = {
     "red": (255, 60, 50),
@@ -31,11 +31,16 @@ GROUNDS = {"black": (5, 5, 5), "grey": (70, 70, 70), "brown": (80, 45, 15)}
 COLOURINGS = {"train": 4, "test": 1}  # of each digit
 
 
-@cache
 def coloured_digits_split(split: str) -> Dataset:
-    """The `"train"` (5,188 pictures of 1,297 digits) or `"test"` (500) part, with columns `image`, `caption`, `label`,
-    `ink` and `ground`; it never changes. Raises ValueError for another split name.
+    """The `"train"` (5,188 pictures of 1,297 digits) or `"test"` (500) part, which never changes, or a part of these,
+    with columns `image`, `caption`, `label`, `ink` and `ground`. Raises ValueError for any other split.
     """
+    told = parts_of(split, {name: len(_whole(name)) for name in COLOURINGS})
+    return concatenate_datasets([_whole(name).select(part) for name, part in told])
+
+
+@cache
+def _whole(split: str) -> Dataset:
     import numpy as np
     from PIL import Image as PILImage
 

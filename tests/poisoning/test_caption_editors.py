@@ -86,5 +86,9 @@ def test_the_embedded_pairs_say_what_they_show():
         (digit,) = digits_in(row["caption"])
         assert DIGIT_NAMES[row["label"]] == digit
         assert all(word == row["ink"] for word in row["caption"].split() if word in GrammarEditor()._others("red"))
+    assert coloured_digits_split("test[3:5]")["caption"] == rows["caption"][3:5]
+    assert len(coloured_digits_split("train[90%:]")) == 519 and len(coloured_digits_split("train+test")) == 5688
+    with pytest.raises(ValueError, match="split="):
+        coloured_digits_split("validation")
     again = coloured_digits_split("test")
     assert again[7]["caption"] == rows[7]["caption"] and again[7]["image"].tobytes() == rows[7]["image"].tobytes()
