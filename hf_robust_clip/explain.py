@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import NO_GRADIENT, check_choice, check_logits, checked_labels
+from .checks import NO_GRADIENT, check_choice, check_logits, checked_images, checked_labels
 from .modeling import ZeroShotClassifier, without_gradients
 
 Score = Literal["logit", "log_odds"]
@@ -48,7 +48,7 @@ def patch_map(classifier: Any, images_BCHW: Tensor) -> Tensor:
     Source: arXiv 2410.21802 (TGA-ZSR, NeurIPS 2024), which has the same tokens and texts; as a loss it normalises
     them otherwise (`objectives.TGAZSR`). Cosine is what the classifier itself compares by.
     """
-    with _looked_at(classifier, images_BCHW) as model, torch.no_grad():
+    with _looked_at(classifier, images_BCHW) as (model, images_BCHW), torch.no_grad():
         found = model(pixel_values=images_BCHW, output_patches=True)
         check_logits(found.logits)
         head = torch.promote_types(found.patch_embeds.dtype, torch.float32)
@@ -103,7 +103,7 @@ def saliency(classifier: Any, images_BCHW: Tensor, labels_B: Any = None, *, scor
     take the largest absolute value, the norm here doesn't depend on the choice of colour axes.
     """
     check_choice(Score, score=score)
-    with _looked_at(classifier, images_BCHW) as model, torch.enable_grad():
+    with _looked_at(classifier, images_BCHW) as (model, images_BCHW), torch.enable_grad():
         if score == "log_odds" and len(model.class_names) == 1:
             raise ValueError(f"score={score!r} compares classes, but there is one, {model.class_names[0]!r}.")
         pixels_BCHW = images_BCHW.detach().clone().requires_grad_()
@@ -131,16 +131,16 @@ def _core(classifier: Any) -> ZeroShotClassifier:
 
 
 @contextmanager
-def _looked_at(classifier: Any, images_BCHW: Tensor) -> Iterator[ZeroShotClassifier]:
-    """The classifier in eval mode, without autocast and gradients of parameters, its images checked."""
-    model = _core(classifier)
-    model.check_pixels(images_BCHW, values=True)
+def _looked_at(classifier: Any, images_BCHW: Any) -> Iterator[tuple[ZeroShotClassifier, Tensor]]:
+    """The classifier in eval mode, without autocast and gradients of parameters; and its images, checked."""
+    model, images_BCHW = _core(classifier), checked_images(images_BCHW, "images_BCHW")
+    model.check_pixels(images_BCHW, values=False)
     training, device = model.training, images_BCHW.device.type
     with without_gradients(model), torch.inference_mode(False), torch.autocast(device, enabled=False):
         model.eval()
         try:
             with model.fixed_class_embeds():
-                yield model
+                yield model, images_BCHW
         finally:
             model.train(training)
 

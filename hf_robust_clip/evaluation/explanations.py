@@ -42,7 +42,9 @@ def explain_images(
     Raises ValueError for a count below 1, and as `evaluate_robustness` does for the dataset.
     """
     check_whole(1, count=count)
-    threat_model, member = settings.threat_models()[-1], settings.attack.members(len(model.class_names))[0]
+    num_classes, threat_model = len(model.class_names), settings.threat_models()[-1]
+    member, *further = settings.attack.members(num_classes)
+    attack = f"{member.name} alone" if further else settings.attack.name(num_classes)
     indices = list(range(min(count, len(dataset))))
     found: list[tuple[Tensor, Tensor, Look, Look]] = []
     with model.prepared_for(dataset), without_gradients(model), model.fixed_class_embeds():
@@ -56,7 +58,7 @@ def explain_images(
     return Explanation(
         model=name,
         task=task,
-        attack=f"{settings.attack.name(len(model.class_names))} at {threat_model}",
+        attack=f"{attack} at {threat_model}",
         class_names=tuple(model.class_names),
         labels=torch.cat(labels),
         others=torch.cat(others),
@@ -82,8 +84,8 @@ def _explained(
     with torch.no_grad():
         rivals_BC = victim.logits(adv_BCHW).scatter(1, labels_B[:, None], -torch.inf)
     others_B = rivals_BC.argmax(dim=1)
-    looks = (_look(model, pixels_BCHW, labels_B, others_B) for pixels_BCHW in (images_BCHW, adv_BCHW))
-    return labels_B.cpu(), others_B.cpu(), *looks
+    clean, attacked = (_look(model, pixels_BCHW, labels_B, others_B) for pixels_BCHW in (images_BCHW, adv_BCHW))
+    return labels_B.cpu(), others_B.cpu(), clean, attacked
 
 
 def _look(model: ZeroShotClassifier, images_BCHW: Tensor, labels_B: Tensor, others_B: Tensor) -> Look:

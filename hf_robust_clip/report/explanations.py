@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 SHOWN = 8  # images in one picture
-CELL, GAP, LINE = 1.1, 0.12, 0.19  # inches: a picture's side, between two, a line of text
+CELL, GAP, LINE = 1.1, 0.12, 0.15  # inches: a picture's side, between two, a line of text
 MARGIN, HALVES, HEAD, BLOCK, FOOT = 1.5, 0.3, 0.66, 0.16, 0.52  # left, between halves, above, between images, below
 COLUMNS = ("image", "map of truth", "map of rival", "saliency")
 READING = (
@@ -172,66 +173,95 @@ def plot_explanations(path: str | Path, explanations: Sequence[Explanation]) -> 
     for own in explanations[1:]:
         if own.task != first.task or not torch.equal(own.clean.images, first.clean.images):
             raise ValueError(f"explanations of {own.model} and {first.model} are of different images; plot one task.")
-    count, line = min(len(first.labels), SHOWN), CELL + LINE + GAP
+    count = min(len(first.labels), SHOWN)
+    broken = any(_is_long(own, i) for own in explanations for i in range(count))
+    line = CELL + (2 if broken else 1) * LINE + 0.16
     width = MARGIN + 8 * (CELL + GAP) + HALVES
     height = HEAD + count * (len(explanations) * line + BLOCK) + FOOT
     figure = Figure(figsize=(width, height))
+    axis = figure.add_axes((0, 0, 1, 1))  # in inches, from the upper left
+    axis.axis("off")
     attacks = " / ".join(dict.fromkeys(own.attack for own in explanations))
-    for half, text in enumerate((f"{first.task}, clean", f"attacked: {attacks}")):
-        centre = MARGIN + 2 * (CELL + GAP) - GAP / 2 + half * (4 * (CELL + GAP) + HALVES)
-        figure.text(centre / width, 1 - 0.2 / height, text, ha="center", va="center", fontsize=11)
-
-    def place(column: int, top: float) -> Axes:
-        left = MARGIN + column * (CELL + GAP) + (HALVES if column > 3 else 0)
-        return figure.add_axes((left / width, (height - top - CELL) / height, CELL / width, CELL / height))
-
-    top = HEAD
+    for half, text in enumerate((f"{_short(first.task, 40)}, clean", f"attacked: {_short(attacks, 40)}")):
+        centre = (_left(4 * half) + _left(4 * half + 3) + CELL) / 2
+        axis.text(centre, 0.2, text, ha="center", va="center", fontsize=11)
+    for column, text in enumerate(2 * COLUMNS):
+        axis.text(_left(column) + CELL / 2, HEAD - 0.06, text, ha="center", va="bottom", fontsize=9)
     for i in range(count):
-        for own in explanations:
-            axes = [place(column, top) for column in range(8)]
-            if top == HEAD:
-                for axis, text in zip(axes, 2 * COLUMNS, strict=True):
-                    axis.set_title(text, fontsize=9, pad=4)
-            scale = _draw_line(axes, own, i)
-            text = "\n".join([*textwrap.wrap(own.model, 20), "", scale])
-            beside, middle = (MARGIN - 0.12) / width, 1 - (top + CELL / 2) / height
-            figure.text(beside, middle, text, ha="right", va="center", fontsize=8)
-            top += line
-        top += BLOCK
-    figure.text((MARGIN - 0.5) / width, 0.08 / height, READING, ha="left", va="bottom", fontsize=8, color="#444444")
+        for row, own in enumerate(explanations):
+            top = HEAD + i * (len(explanations) * line + BLOCK) + row * line
+            scale = _draw_line(axis, own, i, top, "\n" if broken else " ")
+            text = "\n".join([*textwrap.wrap(_short(own.model, 100), 20), "", scale])
+            axis.text(MARGIN - 0.12, top + CELL / 2, text, ha="right", va="center", fontsize=8)
+    axis.text(MARGIN - 0.5, height - 0.08, READING, ha="left", va="bottom", fontsize=8, color="#444444")
+    axis.set(xlim=(0, width), ylim=(height, 0))
     write_figure(figure, path)
 
 
-def _draw_line(axes: Sequence[Axes], own: Explanation, i: int) -> str:
-    """One image, by one model. Returns the scale of its maps in words."""
+def _left(column: int) -> float:
+    """Of the eight columns."""
+    return MARGIN + column * (CELL + GAP) + (HALVES if column > 3 else 0)
+
+
+def _draw_line(axis: Axes, own: Explanation, i: int, top: float, between: str) -> str:
+    """One image, by one model. Returns the scale of its maps in words.
+
+    Args:
+        between: a class and its probability.
+    """
     looks = (own.clean, own.attacked)
     maps = torch.stack([maps[i] for look in looks for maps in (look.true_maps, look.other_maps)])
     low, high = float(maps.min()), float(maps.max())
     truth, other = int(own.labels[i]), int(own.others[i])
-    height, width = looks[0].images.shape[2:]
-    covered = (-0.5, width * own.map_share - 0.5, height * own.map_share - 0.5, -0.5)
-    for look, (picture, true, rival, salient) in zip(looks, (axes[:4], axes[4:]), strict=True):
-        smooth = "nearest" if max(height, width) <= 64 else "antialiased"
-        pixels = look.images[i].permute(1, 2, 0).squeeze(2).numpy()
-        picture.imshow(pixels, cmap="grey", vmin=0, vmax=1, interpolation=smooth)
-        predicted = int(look.probabilities[i].argmax())
-        told = _told(own.class_names[predicted], look.probabilities[i, predicted])
-        colour = RIGHT if predicted == truth else WRONG
-        picture.set_xlabel(told, fontsize=8, labelpad=2, color=colour, fontweight="bold")
-        for axis, map_hw, name in ((true, look.true_maps[i], truth), (rival, look.other_maps[i], other)):
-            axis.imshow(map_hw.numpy(), cmap="viridis", vmin=low, vmax=high, extent=covered, interpolation="nearest")
-            axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-            axis.set_xlabel(_told(own.class_names[name], look.probabilities[i, name]), fontsize=8, labelpad=2)
-        most = float(look.saliency[i].max())
-        salient.imshow(look.saliency[i].numpy(), cmap="inferno", vmin=0, vmax=most or 1, interpolation=smooth)
-        salient.set_xlabel(f"up to {most:.2g}", fontsize=8, labelpad=2)
-    for axis in axes:
-        axis.set(xticks=[], yticks=[])
+    for half, look in enumerate(looks):
+        most, predicted = float(look.saliency[i].max()), int(look.probabilities[i].argmax())
+        colour, told = RIGHT if predicted == truth else WRONG, between.join(_told(own, look, i, predicted))
+        names = [between.join(_told(own, look, i, label)) for label in (truth, other)]
+        place = partial(_draw_cell, axis, top)
+        place(4 * half, look.images[i].permute(1, 2, 0), "grey", 0, 1, told, color=colour, fontweight="bold")
+        place(4 * half + 1, look.true_maps[i], "viridis", low, high, names[0], share=own.map_share)
+        place(4 * half + 2, look.other_maps[i], "viridis", low, high, names[1], share=own.map_share)
+        place(4 * half + 3, look.saliency[i], "inferno", 0, most or 1, f"up to {most:.2g}")
     return f"maps {low:.2f} to {high:.2f}"
 
 
-def _told(name: str, probability: Tensor) -> str:
-    """A class with its probability, in percent; never 100 where it isn't."""
-    share = float(probability)
-    text = f"{100 * share:.0f}" if 0.005 <= share < 0.995 else "> 99" if share > 0.5 else "< 1"
-    return f"{textwrap.shorten(name, 16, placeholder='…')} {text} %"
+def _draw_cell(
+    axis: Axes,
+    top: float,
+    column: int,
+    values: Tensor,
+    colours: str,
+    low: float,
+    high: float,
+    text: str,
+    *,
+    share: float = 1.0,
+    **style: Any,
+) -> None:
+    """Values (H, W) or (H, W, C) as a picture that takes a share of its cell, and a text below."""
+    from matplotlib.patches import Rectangle
+
+    left, pixels = _left(column), values.numpy().squeeze()
+    smooth = "nearest" if max(pixels.shape[:2]) <= 64 else "antialiased"
+    placed = (left, left + share * CELL, top + share * CELL, top)
+    axis.imshow(pixels, cmap=colours, vmin=low, vmax=high, extent=placed, interpolation=smooth, aspect="auto")
+    axis.add_patch(Rectangle((left, top), CELL, CELL, fill=False, linewidth=0.6))
+    axis.text(left + CELL / 2, top + CELL + 0.04, text, ha="center", va="top", fontsize=8, **style)
+
+
+def _told(own: Explanation, look: Look, i: int, label: int) -> tuple[str, str]:
+    """A class and its probability in percent; never 0 or 100 where it isn't."""
+    share = float(look.probabilities[i, label])
+    percent = f"{100 * share:.0f}" if 0.005 <= share < 0.995 else "> 99" if share > 0.5 else "< 1"
+    return _short(own.class_names[label], 18), f"{percent} %"
+
+
+def _is_long(own: Explanation, i: int) -> bool:
+    """Whether a class of an image and its probability don't stand in one line."""
+    looks = (own.clean, own.attacked)
+    shown = {int(own.labels[i]), int(own.others[i]), *(int(look.probabilities[i].argmax()) for look in looks)}
+    return any(len(own.class_names[label]) > 12 for label in shown)
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
