@@ -193,11 +193,18 @@ def test_the_model_comes_back_as_it_was():
         parameter.grad = torch.ones_like(parameter)
     with torch.inference_mode():
         inside = patch_map(model, images), saliency(model, images)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad():
         within = patch_map(model, images.clone().requires_grad_()), saliency(model, images)
     for one, other, look in zip(inside, within, (patch_map, saliency), strict=True):
         assert torch.equal(one, other) and torch.equal(one, look(make_base(), images))
     assert model.training and all(p.requires_grad and bool((p.grad == 1).all()) for p in model.parameters())
+
+
+def test_nothing_is_computed_in_half_the_precision_that_the_model_has():
+    model, images = make_base(dtype=torch.float32), make_images(2, dtype=torch.float32)
+    alone = patch_map(model, images), saliency(model, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(patch_map(model, images), alone[0]) and torch.equal(saliency(model, images), alone[1])
 
 
 def test_half_precision_gives_float32():

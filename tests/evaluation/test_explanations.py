@@ -63,6 +63,16 @@ def test_maps_are_of_the_true_class_and_of_its_strongest_rival_under_attack(mode
             torch.testing.assert_close(look.probabilities[b], model(pixels).logits[0].detach().softmax(dim=0))
 
 
+def test_the_rival_of_an_image_that_withstands_is_not_its_own_class(model):
+    data = load_image_dataset("digits", "test", model.processor).first(60)
+    settings = EvaluationSettings(["0.01/255"], attack=PGD(1))
+    found = explain_images(model, data, settings, 60, name="m", task="t")
+    ranked = found.attacked.probabilities.argsort(dim=1, descending=True)
+    withstood = ranked[:, 0] == found.labels
+    assert withstood.any() and (~withstood).any()
+    assert torch.equal(found.others, torch.where(withstood, ranked[:, 1], ranked[:, 0]))
+
+
 def test_batches_make_no_difference_and_the_model_comes_back(model, data, found):
     model.train()
     whole = explain_images(model, data, how(batch_size=64), 9, name="m", task="t")
