@@ -37,7 +37,7 @@ def test_resumed_it_is_made_anew_and_begun_anew_it_goes(folder, capsys):
     main(["evaluate", *recipe, "--resume"])
     printed = capsys.readouterr().out
     assert (folder / CSV).read_text() == before
-    assert "map correlation" in printed and f"{CSV}, {PNG}" in printed
+    assert "where the models look" in printed and f"{CSV}, {PNG}" in printed
     (folder / "explanations-of-mine.png").touch()
     (folder / "explanations-digits-01234567.png").touch()
     clear_explanations(folder)

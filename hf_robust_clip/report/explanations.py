@@ -42,14 +42,14 @@ class Look:
         images: (N, C, H, W) in [0, 1].
         probabilities: (N, classes), softmax of the logits.
         true_maps: (N, h, w), `patch_map` of each image's true class.
-        other_maps: (N, h, w), the same of its other class (see `Explanation`).
+        rival_maps: (N, h, w), the same of its rival (see `Explanation`).
         saliency: (N, H, W), of the true class.
     """
 
     images: Tensor
     probabilities: Tensor
     true_maps: Tensor
-    other_maps: Tensor
+    rival_maps: Tensor
     saliency: Tensor
 
 
@@ -63,7 +63,7 @@ class Explanation:
         attack: what was done to them, with the radius.
         class_names: in label order.
         labels: (N,), the true classes.
-        others: (N,), of each image the class that is most probable under attack beside the true one: that which is
+        rivals: (N,), of each image the class that is most probable under attack beside the true one: that which is
             predicted, where the image fell.
         clean, attacked: the images.
         map_share: of an image's side that patches cover; see `explain.map_share`.
@@ -74,7 +74,7 @@ class Explanation:
     attack: str
     class_names: Sequence[str]
     labels: Tensor
-    others: Tensor
+    rivals: Tensor
     clean: Look
     attacked: Look
     map_share: float = 1.0
@@ -85,8 +85,9 @@ def explanation_rows(explanations: Sequence[Explanation]) -> DataFrame:
 
     `map_correlation` and `saliency_correlation` are Pearson's, over the patches or pixels of an image, between clean
     and attacked, in [-1, 1]; NaN where one of the two is the same all over. `map_change` is the mean over patches of
-    |M_attacked - M_clean|, in units of the cosine. Maps and saliency are those of the true class.
-    `mean_saliency_clean` and `_attacked` are means over the pixels.
+    |M_attacked - M_clean|, in units of the cosine. Maps and saliency are those of the true class; `rival_correlation`
+    is that of its clean map with the rival's: near 1, the maps tell no class from another. `mean_saliency_clean` and
+    `_attacked` are means over the pixels.
     """
     from pandas import DataFrame
 
@@ -97,6 +98,7 @@ def _rows(explanation: Explanation) -> list[dict[str, Any]]:
     names, clean, attacked = explanation.class_names, explanation.clean, explanation.attacked
     moved_N = (attacked.true_maps - clean.true_maps).abs().flatten(1).mean(dim=1)
     by_map_N = correlation(clean.true_maps, attacked.true_maps)
+    with_rival_N = correlation(clean.true_maps, clean.rival_maps)
     by_saliency_N = correlation(clean.saliency, attacked.saliency)
     found = []
     for i, label in enumerate(explanation.labels.tolist()):
@@ -114,6 +116,8 @@ def _rows(explanation: Explanation) -> list[dict[str, Any]]:
                 "probability_attacked": float(after_C[label]),
                 "map_correlation": float(by_map_N[i]),
                 "map_change": float(moved_N[i]),
+                "rival": names[int(explanation.rivals[i])],
+                "rival_correlation": float(with_rival_N[i]),
                 "saliency_correlation": float(by_saliency_N[i]),
                 "mean_saliency_clean": float(clean.saliency[i].mean()),
                 "mean_saliency_attacked": float(attacked.saliency[i].mean()),
@@ -135,16 +139,19 @@ def correlation(one_NHW: Tensor, other_NHW: Tensor) -> Tensor:
 def explanation_figures(rows: DataFrame) -> Cells:
     """Means of `explanation_rows` over the images of a task, a line for each model; what is NaN is left out."""
     figures = {
-        "map correlation": "map_correlation",
-        "map change": "map_change",
-        "saliency correlation": "saliency_correlation",
-        "saliency clean": "mean_saliency_clean",
+        "map": "map_correlation",
+        "change": "map_change",
+        "rival": "rival_correlation",
+        "saliency": "saliency_correlation",
+        "size clean": "mean_saliency_clean",
         "attacked": "mean_saliency_attacked",
     }
     lines = []
-    for (task, model), own in rows.groupby(["task", "model"], sort=False):
-        means = [own[column].mean() for column in figures.values()]
-        lines.append((task, model, str(len(own)), *("-" if math.isnan(mean) else f"{mean:.3g}" for mean in means)))
+    for task, of_task in rows.groupby("task", sort=False):
+        for model, own in of_task.groupby("model", sort=False):
+            means = [own[column].mean() for column in figures.values()]
+            texts = ["-" if math.isnan(mean) else f"{mean:.3g}" for mean in means]
+            lines.append((str(task), str(model), str(len(own)), *texts))
     return Cells(("", "model", "n", *figures), tuple(lines), grouped=True)
 
 
@@ -182,9 +189,9 @@ def plot_explanations(path: str | Path, explanations: Sequence[Explanation]) -> 
     axis = figure.add_axes((0, 0, 1, 1))  # in inches, from the upper left
     axis.axis("off")
     attacks = " / ".join(dict.fromkeys(own.attack for own in explanations))
-    for half, text in enumerate((f"{_short(first.task, 40)}, clean", f"attacked: {_short(attacks, 40)}")):
+    for half, text in enumerate((f"{_short(first.task, 50)}, clean", f"attacked: {_short(attacks, 60)}")):
         centre = (_left(4 * half) + _left(4 * half + 3) + CELL) / 2
-        axis.text(centre, 0.2, text, ha="center", va="center", fontsize=11)
+        axis.text(centre, 0.2, text, ha="center", va="center", fontsize=10)
     for column, text in enumerate(2 * COLUMNS):
         axis.text(_left(column) + CELL / 2, HEAD - 0.06, text, ha="center", va="bottom", fontsize=9)
     for i in range(count):
@@ -210,17 +217,17 @@ def _draw_line(axis: Axes, own: Explanation, i: int, top: float, between: str) -
         between: a class and its probability.
     """
     looks = (own.clean, own.attacked)
-    maps = torch.stack([maps[i] for look in looks for maps in (look.true_maps, look.other_maps)])
+    maps = torch.stack([maps[i] for look in looks for maps in (look.true_maps, look.rival_maps)])
     low, high = float(maps.min()), float(maps.max())
-    truth, other = int(own.labels[i]), int(own.others[i])
+    truth, rival = int(own.labels[i]), int(own.rivals[i])
     for half, look in enumerate(looks):
         most, predicted = float(look.saliency[i].max()), int(look.probabilities[i].argmax())
         colour, told = RIGHT if predicted == truth else WRONG, between.join(_told(own, look, i, predicted))
-        names = [between.join(_told(own, look, i, label)) for label in (truth, other)]
+        names = [between.join(_told(own, look, i, label)) for label in (truth, rival)]
         place = partial(_draw_cell, axis, top)
         place(4 * half, look.images[i].permute(1, 2, 0), "grey", 0, 1, told, color=colour, fontweight="bold")
         place(4 * half + 1, look.true_maps[i], "viridis", low, high, names[0], share=own.map_share)
-        place(4 * half + 2, look.other_maps[i], "viridis", low, high, names[1], share=own.map_share)
+        place(4 * half + 2, look.rival_maps[i], "viridis", low, high, names[1], share=own.map_share)
         place(4 * half + 3, look.saliency[i], "inferno", 0, most or 1, f"up to {most:.2g}")
     return f"maps {low:.2f} to {high:.2f}"
 
@@ -259,7 +266,7 @@ def _told(own: Explanation, look: Look, i: int, label: int) -> tuple[str, str]:
 def _is_long(own: Explanation, i: int) -> bool:
     """Whether a class of an image and its probability don't stand in one line."""
     looks = (own.clean, own.attacked)
-    shown = {int(own.labels[i]), int(own.others[i]), *(int(look.probabilities[i].argmax()) for look in looks)}
+    shown = {int(own.labels[i]), int(own.rivals[i]), *(int(look.probabilities[i].argmax()) for look in looks)}
     return any(len(own.class_names[label]) > 12 for label in shown)
 
 

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 CSV, PNG = "explanations.csv", "explanations.png"
 PICTURE = re.compile(r"explanations(-.+-[0-9a-f]{8})?\.png")
 CAPTION = (
-    "means over the images, of the true class: Pearson correlation of clean and attacked map, mean change of a "
-    "patch's cosine, correlation of the saliencies, mean saliency of clean and of attacked images (logit per unit of "
-    "[0, 1])"
+    "means over the images, of the true class: Pearson correlation of the clean with the attacked map; mean change of "
+    "a patch's cosine; correlation of the clean map with the rival's; of the saliencies; their mean size, in logits "
+    "per unit of [0, 1]"
 )
 
 

@@ -46,19 +46,19 @@ def test_the_first_images_are_attacked_to_the_end_at_the_largest_radius(model, d
     torch.testing.assert_close(found.clean.images, images, rtol=0, atol=0)
     torch.testing.assert_close(found.attacked.images, adv, rtol=0, atol=1e-6)
     alone = explain_images(model, data, how(attack=suite_named("apgd", None)), 1, name="m", task="t")
-    assert alone.attack == "apgd-ce alone at L-inf eps=12/255"
+    assert alone.attack == "apgd-ce alone, until misclassified, at L-inf eps=12/255"
 
 
 def test_maps_are_of_the_true_class_and_of_its_strongest_rival_under_attack(model, found):
     for b, label in enumerate(found.labels.tolist()):
         after = model(found.attacked.images[b : b + 1]).logits[0].detach()
         rival = max((c for c in range(len(NAMES)) if c != label), key=lambda c: float(after[c]))
-        assert int(found.others[b]) == rival
+        assert int(found.rivals[b]) == rival
         for look in (found.clean, found.attacked):
             pixels = look.images[b : b + 1]
             maps = patch_map(model, pixels)[0]
             torch.testing.assert_close(look.true_maps[b], maps[label])
-            torch.testing.assert_close(look.other_maps[b], maps[rival])
+            torch.testing.assert_close(look.rival_maps[b], maps[rival])
             torch.testing.assert_close(look.saliency[b], saliency(model, pixels, [label])[0], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(look.probabilities[b], model(pixels).logits[0].detach().softmax(dim=0))
 
@@ -70,7 +70,7 @@ def test_the_rival_of_an_image_that_withstands_is_not_its_own_class(model):
     ranked = found.attacked.probabilities.argsort(dim=1, descending=True)
     withstood = ranked[:, 0] == found.labels
     assert withstood.any() and (~withstood).any()
-    assert torch.equal(found.others, torch.where(withstood, ranked[:, 1], ranked[:, 0]))
+    assert torch.equal(found.rivals, torch.where(withstood, ranked[:, 1], ranked[:, 0]))
 
 
 def test_batches_make_no_difference_and_the_model_comes_back(model, data, found):
@@ -79,7 +79,7 @@ def test_batches_make_no_difference_and_the_model_comes_back(model, data, found)
     assert model.training and len(whole.labels) == 5  # as many as there are
     model.eval()
     for one, other in ((whole.clean, found.clean), (whole.attacked, found.attacked)):
-        for name in ("images", "probabilities", "true_maps", "other_maps", "saliency"):
+        for name in ("images", "probabilities", "true_maps", "rival_maps", "saliency"):
             torch.testing.assert_close(getattr(one, name)[:3], getattr(other, name), rtol=1e-4, atol=1e-4)
 
 

@@ -49,7 +49,9 @@ def test_rows_and_their_means(tmp_path):
     maps = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 5.0], [5.0, 5.0]]])
     moved = torch.tensor([[[2.0, 1.0], [4.0, 3.0]], [[5.0, 5.0], [5.0, 9.0]]])
     probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
-    clean = replace(own.clean, true_maps=maps, probabilities=probabilities, saliency=torch.full((2, 8, 8), 2.0))
+    clean = replace(
+        own.clean, true_maps=maps, rival_maps=-maps, probabilities=probabilities, saliency=torch.full((2, 8, 8), 2.0)
+    )
     attacked = replace(own.attacked, true_maps=moved, probabilities=probabilities.flip(1))
     rows = explanation_rows([replace(own, clean=clean, attacked=attacked)])
     first, second = rows.to_dict("records")
@@ -59,16 +61,9 @@ def test_rows_and_their_means(tmp_path):
     assert (first["map_change"], second["map_change"]) == (1, 1)
     assert first["map_correlation"] == pytest.approx(0.6) and math.isnan(second["map_correlation"])
     assert math.isnan(first["saliency_correlation"]) and first["mean_saliency_clean"] == 2
+    assert (first["rival"], second["rival"]) == ("one", "two") and first["rival_correlation"] == pytest.approx(-1)
     ((task, model, count, *means),) = explanation_figures(rows).rows
-    assert (task, model, count, means[0], means[1], means[2], means[3]) == (
-        "digits",
-        "mine",
-        "2",
-        "0.6",
-        "1",
-        "-",
-        "2",
-    )
+    assert (task, model, count) == ("digits", "mine", "2") and means[:5] == ["0.6", "1", "-1", "-", "2"]
     save_explanations(tmp_path / "explanations.csv", rows)
     head, line, *_ = (tmp_path / "explanations.csv").read_text().splitlines()
     assert head.startswith("task,model,attack,image,truth,") and ",," in line
@@ -114,7 +109,7 @@ def test_the_picture_has_a_line_for_each_image_and_model(names, figures):
     for own, values in (
         (second[0], pair[1].clean.images[0].permute(1, 2, 0)),
         (second[1], pair[1].clean.true_maps[0]),
-        (second[6], pair[1].attacked.other_maps[0]),
+        (second[6], pair[1].attacked.rival_maps[0]),
         (second[7], pair[1].attacked.saliency[0]),
     ):
         torch.testing.assert_close(torch.tensor(own.get_array()), values)
