@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 SHOWN = 8  # images in one picture
+ROUNDING = 1e-6  # deviations of float32 that say nothing, relative
 CELL, GAP, LINE = 1.1, 0.12, 0.15  # inches: a picture's side, between two, a line of text
 MARGIN, HALVES, HEAD, BLOCK, FOOT = 1.5, 0.3, 0.66, 0.16, 0.52  # left, between halves, above, between images, below
 COLUMNS = ("image", "map of truth", "map of rival", "saliency")
@@ -128,12 +129,19 @@ def _rows(explanation: Explanation) -> list[dict[str, Any]]:
 
 def correlation(one_NHW: Tensor, other_NHW: Tensor) -> Tensor:
     """Pearson's, (N,), over the places of each map: the cosine of what is left without the mean. In float64; NaN where
-    a map is the same all over.
+    a map is the same all over, up to the rounding of float32.
     """
-    one_NP, other_NP = (maps.double().flatten(1) for maps in (one_NHW, other_NHW))
-    one_NP, other_NP = (maps - maps.mean(dim=1, keepdim=True) for maps in (one_NP, other_NP))
+    one_NP, other_NP = _deviations(one_NHW), _deviations(other_NHW)
     norms_N = one_NP.norm(dim=1) * other_NP.norm(dim=1)
     return torch.where(norms_N > 0, (one_NP * other_NP).sum(dim=1) / norms_N, torch.nan)
+
+
+def _deviations(maps_NHW: Tensor) -> Tensor:
+    """From the mean of each map, (N, places); 0 where they are no more than rounding."""
+    maps_NP = maps_NHW.double().flatten(1)
+    found_NP = maps_NP - maps_NP.mean(dim=1, keepdim=True)
+    rounding_N = ROUNDING * maps_NP.norm(dim=1)
+    return torch.where((found_NP.norm(dim=1) > rounding_N)[:, None], found_NP, 0.0)
 
 
 def explanation_figures(rows: DataFrame) -> Cells:
@@ -248,7 +256,7 @@ def _draw_cell(
     """Values (H, W) or (H, W, C) as a picture that takes a share of its cell, and a text below."""
     from matplotlib.patches import Rectangle
 
-    left, pixels = _left(column), values.numpy().squeeze()
+    left, pixels = _left(column), (values[..., 0] if values.shape[2:] == (1,) else values).numpy()
     smooth = "nearest" if max(pixels.shape[:2]) <= 64 else "antialiased"
     placed = (left, left + share * CELL, top + share * CELL, top)
     axis.imshow(pixels, cmap=colours, vmin=low, vmax=high, extent=placed, interpolation=smooth, aspect="auto")

@@ -41,6 +41,8 @@ def test_correlation_is_pearsons():
     assert found[0] == pytest.approx(0.6, abs=1e-12)  # of deviations -1.5 -0.5 0.5 1.5 and -0.5 -1.5 1.5 0.5: 3 / 5
     assert math.isnan(found[1])
     assert found[2] == pytest.approx(-1, abs=1e-12)
+    flat = torch.full((1, 3, 3), 0.1) + 1e-8 * torch.eye(3)  # whose mean in float64 isn't its values
+    assert correlation(flat, torch.rand(1, 3, 3)).isnan()
     assert correlation(one[:1], 3 * one[:1] - 2).item() == pytest.approx(1, abs=1e-12)
 
 
@@ -123,6 +125,15 @@ def test_patches_lie_where_they_are_in_the_image(figures):
     picture, patches = (image.get_extent() for image in figures[0].axes[0].images[:2])
     assert patches[1] - patches[0] == pytest.approx(0.75 * (picture[1] - picture[0]))
     assert patches[2] - patches[3] == pytest.approx(0.75 * (picture[2] - picture[3])) and patches[3] == picture[3]
+
+
+def test_a_single_patch_and_a_grey_image(figures):
+    own = made(side=2)
+    grey = replace(own.clean, images=own.clean.images[:, :1])
+    plot_explanations("e.png", [replace(own, clean=grey)])
+    shapes = [image.get_array().shape for image in figures[0].axes[0].images[:4]]
+    assert shapes == [(2, 2), (1, 1), (1, 1), (2, 2)]
+    assert explanation_rows([own])[["map_correlation", "rival_correlation"]].isna().all(axis=None)
 
 
 def test_what_belongs_to_no_one_picture_is_refused(tmp_path):
