@@ -46,7 +46,8 @@ def patch_map(classifier: Any, images_BCHW: Tensor) -> Tensor:
     it has no classes; FloatingPointError for what isn't finite.
 
     Source: arXiv 2410.21802 (TGA-ZSR, NeurIPS 2024), which has the same tokens and texts; as a loss it normalises
-    them otherwise (`objectives.TGAZSR`). Cosine is what the classifier itself compares by.
+    them otherwise (`objectives.TGAZSR`). Cosine is what the classifier itself compares by. That plain CLIPs mark what
+    lies beside an object: arXiv 2304.05653.
     """
     with _looked_at(classifier, images_BCHW) as (model, images_BCHW), torch.no_grad():
         found = model(pixel_values=images_BCHW, output_patches=True)
