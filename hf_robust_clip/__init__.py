@@ -14,6 +14,7 @@ _NAMES = {
     "threat_model": "Perturbation ThreatModel",
     "modeling": "CLIPForZeroShotClassification SiglipForZeroShotClassification AutoModelForZeroShotClassification",
     "modeling.vision_tower": "replace_vision_tower robust_vision_tower",
+    "explain": "patch_map saliency",
     "attacks.pgd": "pgd",
     "attacks.apgd": "apgd apgd_targeted",
     "attacks.auto_attack": "auto_attack AutoAttack",

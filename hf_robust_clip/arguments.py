@@ -18,6 +18,7 @@ from transformers.image_utils import (
 )
 
 from .attacks.suites import Suite
+from .checks import check_whole
 from .defences.base import Defence
 from .digits_clip import EMBEDDED_MODEL
 from .evaluation.attack_views import AttackView, DefenceBlind, Static
@@ -404,6 +405,9 @@ class EvaluationRunArguments:
         published: a published method, such as pmg_aft or tga_zsr/pmg_aft, whose figures are shown beside the measured
             ones. An evaluation with another radius, norm, attack or model is refused.
         published_anyway: show them all the same, with what differs.
+        explain: of so many images of each task, the first, where the models look in them, clean and attacked by the
+            first attack at the largest radius: a line each in explanations.csv, 8 of them in explanations.png. 0 for
+            none. --resume makes them anew.
         use_cpu: evaluate on the CPU, whatever else is there.
         overwrite: begin anew in a folder that holds a run.
         resume: go on with a run that was stopped.
@@ -420,11 +424,15 @@ class EvaluationRunArguments:
     permutations: int = 5
     published: str | None = None
     published_anyway: bool = False
+    explain: int = 0
     use_cpu: bool = False
     overwrite: bool = False
     resume: bool = False
 
     def __post_init__(self) -> None:
+        check_whole(0, explain=self.explain)
+        if self.explain and self.defence is not None:
+            raise ValueError(f"explain={self.explain!r} shows the classifier by itself: evaluate without a defence.")
         for name, models in (("compare", list(self.compare)), ("reference", [self.reference])):
             if "" in models:
                 raise ValueError(f"{name}={getattr(self, name)!r} holds an empty name; leave it out.")

@@ -207,7 +207,7 @@ def plot_examples(
             right = predicted == name
             text = textwrap.fill(f"{predicted} ({'right' if right else 'WRONG'})", 25)
             axis.set_xlabel(text, fontsize=9, fontweight="normal" if right else "bold")
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 @plain_text()
@@ -240,10 +240,11 @@ def plot_defences(path: str | Path, rows: Mapping[str, Sequence[RobustnessReport
     axis.set_xlabel("accuracy in percent")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
-def _write(figure: Figure, path: str | Path) -> None:
+def write_figure(figure: Figure, path: str | Path) -> None:
+    """Write a PNG, whole or not at all."""
     with whole_file(path) as draft:
         figure.savefig(draft, dpi=140)
 
@@ -295,4 +296,4 @@ def save_figure(figure: Figure, axes: Sequence[Axes], path: str | Path) -> None:
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=9, frameon=False
     )
-    _write(figure, path)
+    write_figure(figure, path)

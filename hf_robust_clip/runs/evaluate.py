@@ -42,13 +42,14 @@ from ..modeling import ZeroShotClassifier, descriptions_digest
 from ..names import same_place, task_titles, titles
 from ..processes import join_processes, what_runs
 from ..report import RobustnessReport
+from ..report.explanations import Explanation
 from ..report.tables import as_text, titled
 from ..saving import Saving, left_by_evaluation
 from ..secrets import without_token_keys
 from ..storage import check_writable, write_text
 from ..threat_model import ThreatModel
 from ..zero_shot_data.fingerprint import dataset_digest
-from . import published, shared
+from . import explanations, published, shared
 from .shared import SUITES
 
 VIEW = ClassFlag(AttackView, ("hf_robust_clip.evaluation",))
@@ -120,6 +121,7 @@ class Measured:
     remarks: list[str] = field(default_factory=list)
     whole: dict[str, int | None] = field(default_factory=dict)  # by task, of how many images they are a part
     examples: Any = None
+    explained: list[Explanation] = field(default_factory=list)
 
 
 def main(words: Sequence[str], default_config: Path, description: str = "") -> None:
@@ -248,6 +250,7 @@ def prepare(run: EvaluationRun) -> Prepared:
     processes.print(f"evaluation: {what_runs(processes)}")
     if processes.is_local_main_process and run.overwrite:
         clear_states(folder)
+        explanations.clear_explanations(folder)
     processes.wait_for_everyone()
     names = task_titles([(task.name, task.dataset) for task in run.tasks])
     tasks = dict(zip(names, run.tasks, strict=True))
@@ -307,6 +310,10 @@ def measure(prepared: Prepared) -> Measured:
                 drawn = prepared.saving.attempt("examples.png", pictures)
                 about = f"{prepared.called[name]} on {title} under {member.name} alone at {threat_model}"
                 found.examples = (*drawn, about) if drawn else ()
+            if run.explain and prepared.processes.is_main_process:
+                called, first, count = prepared.called[name], run.evaluations[0], run.explain
+                own = explanations.explain(prepared.saving, model, data, first, count, name=called, task=title)
+                found.explained += own
     return found
 
 
@@ -444,6 +451,8 @@ def write(prepared: Prepared, measured: Measured) -> None:
             saving.attempt("the published figures", lambda: show_published(comparison, rows))
             saving.save("published.csv", lambda: published.save_published(folder / "published.csv", comparison, rows))
         draw(prepared, measured)
+        reference = prepared.called.get(run.reference or "")
+        explanations.write_explanations(saving, measured.explained, reference)
     prepared.processes.wait_for_everyone()
     saving.finish()
     files = (
@@ -454,6 +463,8 @@ def write(prepared: Prepared, measured: Measured) -> None:
         "accuracy.png",
         "examples.png",
         "tradeoff.png",
+        explanations.CSV,
+        *explanations.pictures_of(list(prepared.tasks)).values(),
     )
     written = [name for name in files if (folder / name).is_file()]
     if prepared.processes.is_main_process:
