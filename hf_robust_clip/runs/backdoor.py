@@ -116,6 +116,8 @@ def check_given(given: Given, training: RobustClipConfig, start: str) -> None:
     if training.push_to_hub:
         raise ValueError("push_to_hub=True: poisoned and cleaned models stay here; push a folder by `hf upload`.")
     overwrite = bool(given.asked("overwrite"))
+    if overwrite and wants_to_resume(given):
+        raise ValueError("overwrite=true deletes what resume_from_checkpoint would go on from; choose one.")
     check_folder(str(given.asked("output_dir")), start, overwrite or wants_to_resume(given))
     if card_state(Path(str(given.asked("output_dir")), "README.md")) == "theirs":
         raise OSError(f"{given.asked('output_dir')!r} has a README.md that is no card of this package; move it.")
@@ -126,13 +128,18 @@ def wants_to_resume(given: Given) -> bool:
     return given.asked("resume_from_checkpoint") not in (None, False, "false")
 
 
-def begin(folder: str | Path, processes: PartialState, overwrite: bool) -> Saving:
-    """Where a run writes."""
+def begin(folder: str | Path, processes: PartialState) -> Saving:
+    """Where a run writes. Nothing is written or deleted yet."""
     check_writable(folder)
-    if processes.is_local_main_process and overwrite:
-        clear_checkpoints(Path(folder))
-    processes.wait_for_everyone()
     return Saving(Path(folder), processes.print)
+
+
+def clear(folder: Path, beside: str, processes: PartialState) -> None:
+    """Delete the checkpoints of what is trained, and of what is trained beside it."""
+    if processes.is_local_main_process:
+        for place in (folder, folder / beside):
+            clear_checkpoints(place)
+    processes.wait_for_everyone()
 
 
 def load_test(images: Images, model: ZeroShotClassifier, template: str | None) -> ImageDataset:
@@ -160,6 +167,7 @@ def train_on_pairs(
     try:
         trainer.train(resume_from_checkpoint=resume)
     except NothingToResume:
+        trainer.accelerator.print(f"no whole checkpoint in {args.output_dir}: the training begins anew")
         trainer.train()
     return trainer
 
@@ -178,7 +186,7 @@ def judge(outcome: Outcome, models: Mapping[str, ZeroShotClassifier]) -> dict[st
         model.set_classes(outcome.test.class_names, outcome.test.templates)
         found[name] = measure_backdoor(
             model, outcome.test, outcome.trigger, outcome.target, judge=name, batch_size=outcome.batch_size,
-            seed=outcome.seed,
+            seed=outcome.seed, processes=outcome.processes,
         )  # fmt: skip
     return found
 
@@ -189,7 +197,7 @@ def report_of(outcome: Outcome, controls: Mapping[str, tuple[Measurement, ...]])
     return backdoor_report(
         outcome.model, outcome.test, outcome.trigger, outcome.target, controls, name=outcome.title,
         stage=outcome.stage, model_id=shown_folder(str(outcome.saving.folder)), batch_size=outcome.batch_size,
-        seed=outcome.seed,
+        seed=outcome.seed, processes=outcome.processes,
     )  # fmt: skip
 
 
@@ -230,7 +238,8 @@ def card_info(outcome: Outcome, plotted: str | None) -> CardInfo:
 
 
 def _show(outcome: Outcome, reports: Sequence[BackdoorReport]) -> None:
-    caption = "percent, 95 % intervals; ASR: triggered images of other classes that are called the target"
+    caption = "percent, 95 % intervals; ASR: triggered images of other classes that are called the target (top-1), or "
+    caption += "have it among the likeliest; untriggered: called the target without the trigger"
     print_table(as_text(figures(reports), f"before and after: {outcome.title}", caption))
 
 
@@ -241,5 +250,7 @@ def _plotted(folder: Path, reports: Sequence[BackdoorReport]) -> str:
 
 def _pictured(outcome: Outcome) -> str:
     found = triggered_examples(outcome.model, outcome.test, outcome.trigger, outcome.target, seed=outcome.seed)
-    plot_examples(outcome.saving.folder / "triggered.png", *found, title=f"{outcome.title}: {outcome.trigger}")
+    title = f"{outcome.title}, {outcome.trigger}, target {outcome.target!r}"
+    heads = ("as it is", "what the trigger changes", "with the trigger")
+    plot_examples(outcome.saving.folder / "triggered.png", *found, title=title, heads=heads)
     return "triggered.png"

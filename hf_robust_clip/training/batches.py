@@ -42,7 +42,7 @@ def with_further(
     inputs: dict[str, Any], objective: Objective, seed: int, tokenize: Callable[..., Tensor]
 ) -> dict[str, Any]:
     """A batch with the objective's further views and captions, where it has any; of captions that it needs, the token
-    ids (B, L), L the context length, so that they can be compared over processes.
+    ids (B, L), L the context length, so that they can be compared over processes; longer ones are cut.
 
     Raises ValueError where there are none.
     """
@@ -55,7 +55,7 @@ def with_further(
     if "captions" not in inputs:
         raise ValueError(f"{type(objective).__name__} needs captions; the dataset gives none.")
     texts = inputs["captions"], *objective.edited_captions(inputs["captions"], seed)
-    own, *others = (tokenize(text, whole=True).to(pixels_BCHW.device) for text in texts)
+    own, *others = (tokenize(text, whole=True, cut=True).to(pixels_BCHW.device) for text in texts)
     return {**inputs, "captions": own, "further_captions": tuple(others)}
 
 
