@@ -59,7 +59,7 @@ class PairDataset(ImageDataset):
         batches = rows.select_columns([self.image_column]).with_format("arrow").iter(1000)
         found: list[str] = []
         for stored in (stored for batch in batches for stored, _ in stored_pictures(batch[self.image_column])):
-            if stored == b"":
+            if stored in (b"", b"None"):
                 row = len(found) if indices is None else int(indices[len(found)])
                 raise DatasetError(f"{self._place(row)}: there is no picture; leave the row out.")
             content = stored.read_bytes() if isinstance(stored, Path) else stored
