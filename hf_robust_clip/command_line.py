@@ -138,14 +138,7 @@ class Given:
         """Settings with their classes made. A preset gives what nobody asked for."""
         values = self.values.clone()
         for flag, preset in self.presets.items():
-            spec = values[flag]
-            start = preset_of(class_at(spec["class_path"]), preset, flag)
-            own = spec.get("init_args") or Namespace()
-            plain = type(start)()
-            for field in fields(start):
-                if field.init and field.name not in own and getattr(start, field.name) != getattr(plain, field.name):
-                    own[field.name] = getattr(start, field.name)
-            values[flag] = Namespace(class_path=spec["class_path"], init_args=own)
+            fill(values, flag, preset_of(class_at(values[flag]["class_path"]), preset, flag))
         try:
             return self.parser.instantiate(values)
         except Exception as error:
@@ -217,6 +210,9 @@ def read_command(
     flags = [f"--{key}={text}" for key, text in options.items()]
     values = parsed(lambda: parser.parse_args(flags, namespace=values, defaults=False), hidden)
     settings = checked(values, file, {flag: typed_text(text) for flag, text in options.items()}, command)
+    for flag, kind in command.classes.items():
+        if not kind.several and _inner(settings, f"{flag}.class_path") is not None:
+            fill(values, flag)
     if shows == "true":
         show(parser, values)
     for flag, preset in presets.items():
@@ -448,6 +444,34 @@ def classes_in(kind: ClassFlag) -> dict[str, type]:
 def plain_name(name: str) -> str:
     """A name as it is compared: PMGAFT is pmg_aft too."""
     return name.replace("_", "").replace("-", "").lower()
+
+
+def fill(values: Namespace, flag: str, start: Any = None) -> None:
+    """Put into the settings of a class what nobody asked for and jsonargparse would not take from it.
+
+    A dataclass inside is made there by the defaults of its own fields, whatever the class has in its place. With
+    `start`, a preset, all that differs from the defaults is put in.
+    """
+    spec = values[flag]
+    cls = class_at(spec["class_path"])
+    found = _filled(cls, spec.get("init_args"), start) if is_dataclass(cls) else Namespace()
+    if vars(found):
+        values[flag] = Namespace(class_path=spec["class_path"], init_args=found)
+
+
+def _filled(cls: Any, asked: Namespace | None, start: Any) -> Namespace:
+    """What was asked for of a dataclass, and else all of `start` that isn't the default."""
+    found = Namespace() if asked is None else asked.clone()
+    for field in fields(cls):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        value = default if start is None else getattr(start, field.name)
+        inside = is_dataclass(value) and type(value) in _options(_hints(cls).get(field.name))
+        if inside and isinstance(found.get(field.name, Namespace()), Namespace):
+            if vars(inner := _filled(type(value), found.get(field.name), value)):
+                found[field.name] = inner
+        elif field.init and field.name not in found and value != default:
+            found[field.name] = value
+    return found
 
 
 def preset_of(cls: type, preset: str, flag: str) -> Any:

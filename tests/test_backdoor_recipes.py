@@ -92,6 +92,9 @@ def test_a_cleaning_stands_beside_all_of_its_controls(poisoned, tmp_path, capsys
         (["--objective", "TeCoA"], "objective=TeCoA"),
         (["--caption_templates", "[]"], "templates=[]"),
         (["--overwrite", "true", "--resume_from_checkpoint", "true"], "overwrite"),
+        (["--eps", "2/255"], "eps="),
+        (["--crop_scale", "0.5"], "crop_scale=0.5"),
+        (["--eval_strategy", "steps"], "eval_strategy="),
     ],
 )
 def test_a_poisoning_that_cannot_be_is_refused_in_one_line(words, name, tmp_path, capsys):

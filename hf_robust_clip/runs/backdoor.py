@@ -11,6 +11,7 @@ from typing import Any
 from accelerate import PartialState
 from torch.utils.data import Dataset
 
+from .. import unused_settings as unused
 from ..arguments import Images, check_folder
 from ..checks import check_whole
 from ..command_line import Given
@@ -29,7 +30,7 @@ from ..saving import Saving
 from ..secrets import without_token_keys
 from ..storage import check_writable, write_text
 from ..training.checkpoints import NothingToResume
-from ..training.config import RobustClipConfig, on_its_own
+from ..training.config import RobustClipConfig, check_augmentation, on_its_own
 from ..training.logit_scale import LimitScale
 from ..training.trainer import RobustClipTrainer
 from ..zero_shot_data.loading import ImageDataset
@@ -111,10 +112,14 @@ class Outcome:
     further: Mapping[str, Any] = field(default_factory=dict)  # of the table on the training
 
 
-def check_given(given: Given, training: RobustClipConfig, start: str) -> None:
-    """Raise ValueError/OSError for an output folder that can't be written to without harm, and for a push."""
+def check_given(given: Given, training: RobustClipConfig, objective: Objective, start: str) -> None:
+    """Raise ValueError/OSError for an output folder that can't be written to without harm, for settings that would do
+    nothing, and for a push.
+    """
     if training.push_to_hub:
         raise ValueError("push_to_hub=True: poisoned and cleaned models stay here; push a folder by `hf upload`.")
+    unused.check_pairs(given, unused.defaults_of(RobustClipConfig), attacked=objective.attacked)
+    check_augmentation(training, whole_pictures=False)
     overwrite = bool(given.asked("overwrite"))
     if overwrite and wants_to_resume(given):
         raise ValueError("overwrite=true deletes what resume_from_checkpoint would go on from; choose one.")

@@ -78,7 +78,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> C
             f"objective={type(about.objective).__name__} has no control, beside which a cleaning is shown; take a "
             "method of cleaning, such as CleanCLIP."
         )
-    backdoor.check_given(given, training, about.poisoned)
+    backdoor.check_given(given, training, about.objective, about.poisoned)
     pairs: backdoor.PairArguments = given.group(backdoor.PairArguments, made)
     own = [f.name for f in fields(pairs) if f.name != "data_root" and getattr(pairs, f.name) != f.default]
     if pairs.dataset_name is None and own:

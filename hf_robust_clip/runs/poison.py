@@ -116,7 +116,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> P
     about: PoisonArguments = given.group(PoisonArguments, made)
     if "captions" not in about.objective.needs:
         raise ValueError(f"objective={type(about.objective).__name__} trains on no captions; take one that does.")
-    backdoor.check_given(given, training, about.model_name_or_path or "")
+    backdoor.check_given(given, training, about.objective, about.model_name_or_path or "")
     if about.model_name_or_path is not None and given.asked("scratch"):
         raise ValueError(f"scratch does nothing beside model_name_or_path={about.model_name_or_path!r}.")
     return PoisonRun(

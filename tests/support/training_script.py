@@ -199,7 +199,7 @@ def digits_report(suite, processes=None, state_dir=None):
 def backdoor_figures(processes=None):
     """What `measure_backdoor` finds on nine digits with a trigger."""
     model, data = digits(9)
-    found = measure_backdoor(model, data, Stripes(width=2, share=0.6), "one", batch_size=2, processes=processes)
+    found = measure_backdoor(model, data, Stripes(width=2, share=0.6), "zero", batch_size=2, processes=processes)
     return [[row.metric, row.value, row.n] for row in found]
 
 
