@@ -73,6 +73,7 @@ def test_a_cleaning_stands_beside_all_of_its_controls(poisoned, tmp_path, capsys
         assert report.figure(metric, CLEAN_MODEL).value == before.figure(metric, CLEAN_MODEL).value
     assert "cleaned on 100 pairs" in printed and "ASR top-3" in printed
     CLIPModel.from_pretrained(tmp_path / "cleaned")
+    assert not (tmp_path / "cleaned/state").exists()
     assert yaml.safe_load((tmp_path / "cleaned/recipe.yaml").read_text())["poisoned"] == str(poisoned)
 
 

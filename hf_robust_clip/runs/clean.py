@@ -17,6 +17,7 @@ from ..objectives.base import Objective
 from ..poisoning.poisoner import check_apart, check_target
 from ..processes import join_processes
 from ..report.backdoor import CLEAN_MODEL, POISONED_MODEL, WITHOUT_METHOD, BackdoorReport
+from ..storage import delete
 from ..training.config import RobustClipConfig
 from ..training.identity import weights_digest
 from ..zero_shot_data.errors import DatasetError
@@ -143,6 +144,8 @@ def clean(run: CleanRun) -> BackdoorReport:
     controls = {CLEAN_MODEL: clean_model, POISONED_MODEL: poisoned, WITHOUT_METHOD: backdoor.plain(without)}
     report = backdoor.report_of(outcome, backdoor.judge(outcome, controls))
     backdoor.write(outcome, [report])
+    if processes.is_main_process:
+        delete(saving.folder.resolve() / "state", lambda file: False)  # where the control left no checkpoints
     return report
 
 
