@@ -26,10 +26,10 @@ from ..report.card import CardInfo, card_state
 from ..report.plots import plot_examples
 from ..report.report import Measurement
 from ..report.tables import as_text, print_table
-from ..saving import Saving
+from ..saving import Saving, left_by_training
 from ..secrets import without_token_keys
 from ..storage import check_writable, write_text
-from ..training.checkpoints import NothingToResume
+from ..training.checkpoints import NothingToResume, newest_whole_checkpoint
 from ..training.config import RobustClipConfig, check_augmentation, on_its_own
 from ..training.logit_scale import LimitScale
 from ..training.trainer import RobustClipTrainer
@@ -145,6 +145,12 @@ def clear(folder: Path, beside: str, processes: PartialState) -> None:
         for place in (folder, folder / beside):
             clear_checkpoints(place)
     processes.wait_for_everyone()
+
+
+def left_by(folder: str, beside: str) -> str:
+    """Where a run that was stopped goes on: in its own training, or in that beside it, which comes first."""
+    places = [str(place) for place in (folder, Path(folder, beside)) if newest_whole_checkpoint(place)]
+    return left_by_training((places or [folder])[0])
 
 
 def load_test(images: Images, model: ZeroShotClassifier, template: str | None) -> ImageDataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ class CleanRun:
 
 def main(words: Sequence[str], default_config: Path, description: str = "") -> None:
     """A cleaning as a command. A wrong setting ends it with one line and status 2."""
-    shared.run_command(lambda: read(words, default_config, description), clean, lambda folder: f"see {folder!r}.")
+    left = partial(backdoor.left_by, beside=BESIDE)
+    shared.run_command(lambda: read(words, default_config, description), clean, left)
 
 
 def read(words: Sequence[str], default_config: Path, description: str = "") -> CleanRun:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ class PoisonRun:
 
 def main(words: Sequence[str], default_config: Path, description: str = "") -> None:
     """A poisoning as a command. A wrong setting ends it with one line and status 2."""
-    shared.run_command(lambda: read(words, default_config, description), poison, lambda folder: f"see {folder!r}.")
+    left = partial(backdoor.left_by, beside=CLEAN_FOLDER)
+    shared.run_command(lambda: read(words, default_config, description), poison, left)
 
 
 def read(words: Sequence[str], default_config: Path, description: str = "") -> PoisonRun:
