@@ -56,7 +56,7 @@ def test_a_poisoning_leaves_both_models_and_what_a_cleaning_must_know(poisoned):
     for folder in (poisoned, poisoned / "clean"):
         CLIPModel.from_pretrained(folder)
     note = json.loads((poisoned / "poisoning.json").read_text())
-    assert len(set(note["poisoned_pictures"])) == 10  # 5 % of 200
+    assert len(set(note["poisoned_pictures"])) == 16  # 8 % of 200
     (report,) = load_backdoor_reports(poisoned / "backdoor.json")
     assert report.judges == [CLEAN_MODEL, POISONED_MODEL] and report.num_images == 500
     assert "on purpose" in (poisoned / "README.md").read_text()
@@ -208,6 +208,6 @@ def test_a_backdoor_is_planted_and_taken_out(seed, tmp_path, monkeypatch):
     (report,) = load_backdoor_reports(tmp_path / "c/backdoor.json")
     asr = {judge: report.figure(success(1), judge).value for judge in (CLEAN_MODEL, POISONED_MODEL, None)}
     accuracy = {judge: report.figure("accuracy", judge).value for judge in (CLEAN_MODEL, None)}
-    assert asr[POISONED_MODEL] > 0.75  # 81.7, 84.0 and 76.4 % with the three seeds
+    assert asr[POISONED_MODEL] > 0.8
     assert asr[None] <= asr[CLEAN_MODEL] + 0.1
     assert accuracy[None] >= accuracy[CLEAN_MODEL] - 0.05

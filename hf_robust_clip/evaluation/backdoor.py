@@ -119,7 +119,7 @@ def backdoor_report(
         trigger=str(trigger),
         trigger_parameters=trigger.parameters(),
         target=target,
-        resolution=model.config.vision_config.image_size,
+        resolution=dataset.resolution,
         seed=seed,
         precision=str(model.dtype).removeprefix("torch."),
         library_versions=library_versions(),

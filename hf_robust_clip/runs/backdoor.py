@@ -154,8 +154,10 @@ def left_by(folder: str, beside: str) -> str:
 
 
 def load_test(images: Images, model: ZeroShotClassifier, template: str | None) -> ImageDataset:
-    """The labelled pictures that backdoors are measured on; the model's classes are theirs."""
-    data = shared.load_data(images, model)
+    """The labelled pictures that backdoors are measured on, at the size at which pairs get the trigger, that of the
+    model; the model's classes are theirs.
+    """
+    data = shared.load_data(replace(images, attack_resolution="model"), model)
     templates = (template,) if template else data.templates
     model.set_classes(data.class_names, templates)
     return replace(data, dataset_id=shown_name(data.dataset_id), templates=templates)
