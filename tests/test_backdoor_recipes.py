@@ -116,13 +116,15 @@ def test_a_cleaning_that_cannot_be_is_refused_in_one_line(poisoned, tmp_path, ca
         (["--poisoned", str(poisoned), "--output_dir", str(poisoned / "clean"), "--overwrite", "true"], "output_dir"),
         (["--poisoned", str(poisoned), "--max_images", "10"], "max_images=10"),
     ):
-        refuses_to_clean(capsys, name, "--output_dir", str(tmp_path / "out"), *words)
+        refused(capsys, name, "clean_clip", "--output_dir", str(tmp_path / "out"), *words)
+    again = ["--output_dir", str(tmp_path / "out"), "--model_name_or_path", str(poisoned)]
+    refused(capsys, "model_name_or_path", "poison", *again)  # which would be called the clean model
     assert not (tmp_path / "out").exists()
 
 
-def refuses_to_clean(capsys, name, *words):
+def refused(capsys, name, config, *words):
     with pytest.raises(SystemExit) as stopped:
-        run("clean", "clean_clip", *words)
+        run(config.removesuffix("_clip"), config, *words)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2 and error.startswith("error:") and name in error
 
@@ -141,7 +143,7 @@ def test_a_poisoning_that_is_not_as_it_was_is_refused(where, value, name, poison
     shutil.copytree(poisoned, copy)
     note = json.loads((copy / "poisoning.json").read_text())
     (copy / "poisoning.json").write_text(json.dumps({**note, where: value}))
-    refuses_to_clean(capsys, name, "--poisoned", str(copy), "--output_dir", str(tmp_path / "out"))
+    refused(capsys, name, "clean_clip", "--poisoned", str(copy), "--output_dir", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

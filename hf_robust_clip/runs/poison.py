@@ -28,7 +28,7 @@ from ..storage import write_text
 from ..training.config import RobustClipConfig
 from ..training.identity import weights_digest
 from . import backdoor, shared
-from .poisoned import CLEAN_FOLDER, Poisoning
+from .poisoned import CLEAN_FOLDER, NOTE, Poisoning
 from .train import save_trained
 from .train_settings import OBJECTIVE, training_arguments
 
@@ -118,9 +118,13 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> P
     about: PoisonArguments = given.group(PoisonArguments, made)
     if "captions" not in about.objective.needs:
         raise ValueError(f"objective={type(about.objective).__name__} trains on no captions; take one that does.")
-    backdoor.check_given(given, training, about.objective, about.model_name_or_path or "")
-    if about.model_name_or_path is not None and given.asked("scratch"):
-        raise ValueError(f"scratch does nothing beside model_name_or_path={about.model_name_or_path!r}.")
+    start = about.model_name_or_path
+    backdoor.check_given(given, training, about.objective, start or "")
+    if start is not None and Path(start, NOTE).is_file():
+        raise ValueError(f"model_name_or_path={start!r} is poisoned already, and would stand for the "
+                         "clean model; name another.")  # fmt: skip
+    if start is not None and given.asked("scratch"):
+        raise ValueError(f"scratch does nothing beside model_name_or_path={start!r}.")
     return PoisonRun(
         given.group(backdoor.PairArguments, made),
         about,
@@ -171,7 +175,7 @@ def poison(run: PoisonRun) -> BackdoorReport:
     report = backdoor.report_of(outcome, backdoor.judge(outcome, {CLEAN_MODEL: clean}))
     note = poisoning_of(run, poisoned, outcome, clean)
     if processes.is_main_process:
-        saving.save("poisoning.json", lambda: write_text(Path(run.output_dir, "poisoning.json"), note.told()))
+        saving.save(NOTE, lambda: write_text(Path(run.output_dir, NOTE), note.told()))
     backdoor.write(outcome, [report])
     return report
 
