@@ -136,9 +136,7 @@ class Given:
 
     def made(self) -> Namespace:
         """Settings with their classes made. A preset gives what nobody asked for."""
-        values = self.values.clone()
-        for flag, preset in self.presets.items():
-            fill(values, flag, preset_of(class_at(values[flag]["class_path"]), preset, flag))
+        values = filled(self.values, self.command, self.presets)
         try:
             return self.parser.instantiate(values)
         except Exception as error:
@@ -210,11 +208,8 @@ def read_command(
     flags = [f"--{key}={text}" for key, text in options.items()]
     values = parsed(lambda: parser.parse_args(flags, namespace=values, defaults=False), hidden)
     settings = checked(values, file, {flag: typed_text(text) for flag, text in options.items()}, command)
-    for flag, kind in command.classes.items():
-        if not kind.several and _inner(settings, f"{flag}.class_path") is not None:
-            fill(values, flag)
     if shows == "true":
-        show(parser, values)
+        show(parser, filled(values, command, presets))
     for flag, preset in presets.items():
         _put(settings, f"{flag}.init_args.preset", preset)
     given = Given(settings, values, presets, parser, command)
@@ -446,17 +441,21 @@ def plain_name(name: str) -> str:
     return name.replace("_", "").replace("-", "").lower()
 
 
-def fill(values: Namespace, flag: str, start: Any = None) -> None:
-    """Put into the settings of a class what nobody asked for and jsonargparse would not take from it.
+def filled(values: Namespace, command: CommandLine, presets: Mapping[str, str]) -> Namespace:
+    """What was asked for, and of each class what nobody asked for and jsonargparse would not take from it.
 
-    A dataclass inside is made there by the defaults of its own fields, whatever the class has in its place. With
-    `start`, a preset, all that differs from the defaults is put in.
+    A dataclass inside a class is made there by the defaults of its own fields, whatever the class has in its place.
+    And of a preset all is put in that differs from the defaults.
     """
-    spec = values[flag]
-    cls = class_at(spec["class_path"])
-    found = _filled(cls, spec.get("init_args"), start) if is_dataclass(cls) else Namespace()
-    if vars(found):
-        values[flag] = Namespace(class_path=spec["class_path"], init_args=found)
+    values = values.clone()
+    for flag, kind in command.classes.items():
+        spec = None if kind.several else values.get(flag)
+        cls = class_at(spec["class_path"]) if isinstance(spec, Namespace) else None
+        if isinstance(spec, Namespace) and is_dataclass(cls):
+            start = preset_of(cls, presets[flag], flag) if flag in presets else None  # type: ignore[arg-type]
+            if vars(own := _filled(cls, spec.get("init_args"), start)):
+                values[flag] = Namespace(class_path=spec["class_path"], init_args=own)
+    return values
 
 
 def _filled(cls: Any, asked: Namespace | None, start: Any) -> Namespace:
