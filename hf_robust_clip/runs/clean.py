@@ -78,8 +78,8 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> C
     about: CleanArguments = given.group(CleanArguments, made)
     if about.objective.control() is None:
         raise ValueError(
-            f"objective={type(about.objective).__name__} has no control, beside which a cleaning is shown; take a "
-            "method of cleaning, such as CleanCLIP."
+            f"objective={type(about.objective).__name__} has no control(), beside which a cleaning is shown; take one "
+            "that cleans."
         )
     backdoor.check_given(given, training, about.objective, about.poisoned)
     pairs: backdoor.PairArguments = given.group(backdoor.PairArguments, made)
