@@ -136,16 +136,7 @@ class Given:
 
     def made(self) -> Namespace:
         """Settings with their classes made. A preset gives what nobody asked for."""
-        values = self.values.clone()
-        for flag, preset in self.presets.items():
-            spec = values[flag]
-            start = preset_of(class_at(spec["class_path"]), preset, flag)
-            own = spec.get("init_args") or Namespace()
-            plain = type(start)()
-            for field in fields(start):
-                if field.init and field.name not in own and getattr(start, field.name) != getattr(plain, field.name):
-                    own[field.name] = getattr(start, field.name)
-            values[flag] = Namespace(class_path=spec["class_path"], init_args=own)
+        values = filled(self.values, self.command, self.presets)
         try:
             return self.parser.instantiate(values)
         except Exception as error:
@@ -218,7 +209,7 @@ def read_command(
     values = parsed(lambda: parser.parse_args(flags, namespace=values, defaults=False), hidden)
     settings = checked(values, file, {flag: typed_text(text) for flag, text in options.items()}, command)
     if shows == "true":
-        show(parser, values)
+        show(parser, filled(values, command, presets))
     for flag, preset in presets.items():
         _put(settings, f"{flag}.init_args.preset", preset)
     given = Given(settings, values, presets, parser, command)
@@ -448,6 +439,38 @@ def classes_in(kind: ClassFlag) -> dict[str, type]:
 def plain_name(name: str) -> str:
     """A name as it is compared: PMGAFT is pmg_aft too."""
     return name.replace("_", "").replace("-", "").lower()
+
+
+def filled(values: Namespace, command: CommandLine, presets: Mapping[str, str]) -> Namespace:
+    """What was asked for, and of each class what nobody asked for and jsonargparse would not take from it.
+
+    A dataclass inside a class is made there by the defaults of its own fields, whatever the class has in its place.
+    And of a preset all is put in that differs from the defaults.
+    """
+    values = values.clone()
+    for flag, kind in command.classes.items():
+        spec = None if kind.several else values.get(flag)
+        cls = class_at(spec["class_path"]) if isinstance(spec, Namespace) else None
+        if isinstance(spec, Namespace) and is_dataclass(cls):
+            start = preset_of(cls, presets[flag], flag) if flag in presets else None  # type: ignore[arg-type]
+            if vars(own := _filled(cls, spec.get("init_args"), start)):
+                values[flag] = Namespace(class_path=spec["class_path"], init_args=own)
+    return values
+
+
+def _filled(cls: Any, asked: Namespace | None, start: Any) -> Namespace:
+    """What was asked for of a dataclass, and else all of `start` that isn't the default."""
+    found = Namespace() if asked is None else asked.clone()
+    for field in fields(cls):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        value = default if start is None else getattr(start, field.name)
+        inside = is_dataclass(value) and type(value) in _options(_hints(cls).get(field.name))
+        if inside and isinstance(found.get(field.name, Namespace()), Namespace):
+            if vars(inner := _filled(type(value), found.get(field.name), value)):
+                found[field.name] = inner
+        elif field.init and field.name not in found and value != default:
+            found[field.name] = value
+    return found
 
 
 def preset_of(cls: type, preset: str, flag: str) -> Any:

@@ -31,6 +31,7 @@ OF_HELD_OUT = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "ev
                "early_stopping_patience")  # fmt: skip
 EVALUATIONS = ("eval_do_concat_batches", "eval_use_gather_object", "include_for_metrics", "batch_eval_metrics",
                "prediction_loss_only", "do_train", "do_eval", "do_predict")  # fmt: skip
+ATTACKS = ("eps", "norm", "attack_steps", "attack_step_size", "attack_random_start")
 PUSHES = ("hub_model_id", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision")
 
 
@@ -101,6 +102,20 @@ def check_training(given: Given, defaults: Mapping[str, Any], *, fits: bool) -> 
                 idle(given, key, "without push_to_hub", defaults.get(key))
     if given.asked("defence") is None and given.asked("defence_evaluation"):
         raise ValueError("defence_evaluation does nothing without a defence; give --defence, or leave it out.")
+
+
+def check_pairs(given: Given, defaults: Mapping[str, Any], *, attacked: bool) -> None:
+    """Flags of `RobustClipConfig` in a training on pairs, which is evaluated at its end alone and never pushed.
+
+    Args:
+        attacked: whether the objective has an attack.
+    """
+    for key in (*EVALUATIONS, *OF_HELD_OUT, "eval_attack_steps"):
+        idle(given, key, "in a training on pairs, which is evaluated at its end alone", defaults.get(key))
+    for key in () if attacked else ATTACKS:
+        idle(given, key, "in a training without an attack", defaults.get(key))
+    for key in PUSHES:
+        idle(given, key, "without push_to_hub", defaults.get(key))
 
 
 def check_evaluation(given: Given, evaluations: Sequence[EvaluationSettings]) -> None:

@@ -1,15 +1,17 @@
 """From words on a command line to settings; no model is loaded here."""
 
+import json
 import re
 import runpy
 import sys
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
 
-from hf_robust_clip import BPDA, PGD, PMGAFT, cli
+from hf_robust_clip import BPDA, PGD, PMGAFT, Blended, CleanCLIP, CleanerCLIP, cli
 from hf_robust_clip.attacks.named import suite_named
 from hf_robust_clip.command_line import class_path, classes_in, packaged_config, read_command
 from hf_robust_clip.runs import clean, evaluate, poison, train
@@ -297,6 +299,35 @@ def test_presets():
     changed = recipe("--objective", own).method.objective
     assert (changed.alpha, changed.reduction, changed.image_mean) == (0.0, "sum", PMGAFT.released_preset().image_mean)
     assert recipe("--objective.temperature", "2").method.objective.reduction == "sum"
+
+
+def test_what_a_class_has_inside_keeps_the_defaults_of_that_class():
+    """CleanCLIP's augmentation is another than that of the augmentation's own defaults; flags change parts of it."""
+
+    def read(*words):
+        return clean.read(
+            ["--poisoned", "p", "--output_dir", "o", *words], packaged_config("coloured-digits/clean_clip")
+        )
+
+    assert read("--objective", "CleanerCLIP").about.objective == CleanerCLIP()
+    part = read("--objective", "CleanerCLIP", "--objective.augmentation.crop.flip", "0").about.objective.augmentation
+    own = CleanerCLIP().augmentation
+    assert part == replace(own, crop=replace(own.crop, flip=0.0)) != own
+    kept = read("--objective", "CleanerCLIP", "--objective.augmentation", "{colours: {greyscale: 0}}").about.objective
+    assert kept.augmentation == replace(own, colours=replace(own.colours, greyscale=0.0))
+
+
+def test_print_config_tells_presets_and_what_a_class_has_inside(capsys):
+    released = ["--trigger", "Blended", "--trigger.preset", "released"]
+    for read, config, words, name, value in (
+        (poison.read, "poison", released, "trigger", Blended.released_preset()),
+        (clean.read, "cleaner_clip", ["--objective", "CleanCLIP"], "objective", CleanCLIP()),
+    ):
+        with pytest.raises(SystemExit):
+            read([*words, "--output_dir", "o", "--print_config"], packaged_config(f"coloured-digits/{config}"))
+        found = yaml.safe_load(capsys.readouterr().out)[name]["init_args"]
+        wanted = {key: own for key, own in json.loads(json.dumps(asdict(value))).items() if key != "editor"}
+        assert {key: found[key] for key in wanted} == wanted
 
 
 def test_another_class_takes_nothing_of_the_files_own():

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from ..checks import check_logits, checked_labels
 from ..environment import hardware, library_versions
@@ -15,6 +15,7 @@ from ..metrics.backdoor import hits_of_target, tops_of
 from ..modeling import ZeroShotClassifier
 from ..poisoning.poisoner import check_target
 from ..poisoning.triggers import Trigger
+from ..processes import Processes, everyone, together
 from ..report.backdoor import UNTRIGGERED, BackdoorReport, Stage, success
 from ..report.report import CLEAN, Measurement, prompt_hash
 from ..zero_shot_data.loading import ImageDataset, collate_images
@@ -29,6 +30,7 @@ def measure_backdoor(
     judge: str | None = None,
     batch_size: int = 128,
     seed: int = 0,
+    processes: Processes = None,
 ) -> tuple[Measurement, ...]:
     """The accuracy on all images as they are; on those of other classes than the target how often the target is among
     the 1, 3 and 5 likeliest classes with the trigger, and how often the likeliest without it.
@@ -42,19 +44,29 @@ def measure_backdoor(
         target: the class that the trigger means.
         judge: the name of the control that the model is; None for the model that the report is of.
         seed: of what the trigger draws for each image.
+        processes: splits the images over its processes; each of them gets all figures.
 
     Raises ValueError for a target that is none of the classes, a dataset of other classes or of the target's images
     alone, and a trigger larger than the images; FloatingPointError for logits that are not finite.
     """
     check_target(target, model.class_names)
-    index, clean, triggered, labels = model.class_names.index(target), [], [], []
-    loader: Iterable[dict[str, Any]] = DataLoader(dataset, batch_size, collate_fn=collate_images)
-    with model.prepared_for(dataset), torch.no_grad(), model.fixed_class_embeds():
-        for batch in loader:
-            labels.append(checked_labels(batch["labels"], len(batch["pixel_values"]), len(model.class_names)))
-            clean.append(_logits(model, batch["pixel_values"]))
-            triggered.append(_logits(model, trigger(batch["pixel_values"], seed)))
-    clean_NC, triggered_NC, labels_N = torch.cat(clean), torch.cat(triggered), torch.cat(labels)
+    index, classes = model.class_names.index(target), len(model.class_names)
+    rank, world = (processes.process_index, processes.num_processes) if processes else (0, 1)
+    own = Subset(dataset, range(rank, len(dataset), world))
+
+    def answers() -> tuple[Tensor, Tensor, Tensor]:
+        found = [(torch.empty(0, classes), torch.empty(0, classes), torch.empty(0, dtype=torch.long))]
+        loader: Iterable[dict[str, Any]] = DataLoader(own, batch_size, collate_fn=collate_images)
+        with model.prepared_for(dataset), torch.no_grad(), model.fixed_class_embeds():
+            for batch in loader:
+                images_BCHW = batch["pixel_values"]
+                labels_B = checked_labels(batch["labels"], len(images_BCHW), classes)
+                found.append((_logits(model, images_BCHW), _logits(model, trigger(images_BCHW, seed)), labels_B))
+        clean, triggered, labels = zip(*found, strict=True)
+        return torch.cat(clean), torch.cat(triggered), torch.cat(labels)
+
+    everywhere = zip(*everyone(together(answers, processes), processes), strict=True)
+    clean_NC, triggered_NC, labels_N = (torch.cat(parts) for parts in everywhere)
     check_logits(clean_NC)
     right_N = clean_NC.argmax(dim=1) == labels_N
     found = {CLEAN: right_N}
@@ -78,6 +90,7 @@ def backdoor_report(
     model_id: str,
     batch_size: int = 128,
     seed: int = 0,
+    processes: Processes = None,
 ) -> BackdoorReport:
     """Measure a model, and report it beside its controls.
 
@@ -89,7 +102,7 @@ def backdoor_report(
 
     Raises ValueError as that does, and where a control is missing.
     """
-    own = measure_backdoor(model, dataset, trigger, target, batch_size=batch_size, seed=seed)
+    own = measure_backdoor(model, dataset, trigger, target, batch_size=batch_size, seed=seed, processes=processes)
     return BackdoorReport(
         name=name,
         stage=stage,
@@ -106,7 +119,7 @@ def backdoor_report(
         trigger=str(trigger),
         trigger_parameters=trigger.parameters(),
         target=target,
-        resolution=model.config.vision_config.image_size,
+        resolution=dataset.resolution,
         seed=seed,
         precision=str(model.dtype).removeprefix("torch."),
         library_versions=library_versions(),

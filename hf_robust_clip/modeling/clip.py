@@ -73,13 +73,13 @@ class CLIPForZeroShotClassification(PretrainedClassifier, CLIPModel):
         """Of images and texts."""
         return self.config.projection_dim
 
-    def tokenize(self, texts: Sequence[str], whole: bool = False) -> Tensor:
+    def tokenize(self, texts: Sequence[str], whole: bool = False, cut: bool = False) -> Tensor:
         """Token ids (R, L), padded after the end token to the longest text, or to the `whole` context. See
-        `tokenize_prompts` for what is refused.
+        `tokenize_prompts` for `cut`, and for what is refused.
         """
         text, tokenizer = self.config.text_config, self.require_processor().tokenizer
         end, length = self.text_model.eos_token_id, text.max_position_embeddings
-        ids_RL = tokenize_prompts(tokenizer, texts, length, end, text.vocab_size)
+        ids_RL = tokenize_prompts(tokenizer, texts, length, end, text.vocab_size, cut)
         return F.pad(ids_RL, (0, length - ids_RL.shape[1]), value=tokenizer.eos_token_id) if whole else ids_RL
 
     def encode_texts(self, ids_RL: Tensor, groups: int) -> Tensor:

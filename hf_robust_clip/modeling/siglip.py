@@ -88,12 +88,13 @@ class SiglipForZeroShotClassification(PretrainedClassifier, SiglipModel):
         """Texts in lower case."""
         return [text.lower() for text in texts]
 
-    def tokenize(self, texts: Sequence[str], whole: bool = True) -> Tensor:
-        """Token ids (R, L), padded to the whole context L of 64 tokens in any case. See `tokenize_padded` for what is
-        refused.
+    def tokenize(self, texts: Sequence[str], whole: bool = True, cut: bool = False) -> Tensor:
+        """Token ids (R, L), padded to the whole context L of 64 tokens in any case. See `tokenize_padded` for `cut`,
+        and for what is refused.
         """
         text, tokenizer = self.config.text_config, self.require_processor().tokenizer
-        return tokenize_padded(tokenizer, self.prepared_texts(texts), text.max_position_embeddings, text.vocab_size)
+        length, own = text.max_position_embeddings, self.prepared_texts(texts)
+        return tokenize_padded(tokenizer, own, length, text.vocab_size, cut)
 
     def encode_texts(self, ids_RL: Tensor, groups: int) -> Tensor:
         """Features (G, R, D) of texts, for groups with words of their own."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence, Set
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..names import check_shown
 
+logger = logging.getLogger(__name__)
 PAPER_TEMPLATE = "This is a photo of a {}"
 DESCRIPTION = "{description}"  # where a template takes the descriptions of a class
 
@@ -62,10 +65,12 @@ def tokenize_prompts(
     context_length: int,
     eos_token_id: int | None,
     vocab_size: int | None = None,
+    cut: bool = False,
 ) -> Tensor:
     """Token ids (P, L), padded to the longest prompt only: the tower is causal, so what follows EOS changes nothing.
 
     Args:
+        cut: leave out the end of what is too long, as CLIP's training does with captions, and say so once.
         context_length, eos_token_id, vocab_size: of the text tower. An `eos_token_id` of 2 (or None) is that of the
             first published checkpoints, whose towers pool at the largest id in place of it.
 
@@ -73,6 +78,8 @@ def tokenize_prompts(
     end (a tokenizer of another end token, an added token above it), and for tokens that the tower has no embedding of.
     """
     rows = tokenizer(list(prompts), padding=False, truncation=False, verbose=False).input_ids
+    if cut:
+        rows = _cut(rows, context_length, tokenizer.eos_token_id)
     for prompt, row in zip(prompts, rows, strict=True):
         if len(row) > context_length:
             raise ValueError(f"the prompt {prompt[:99]!r} has {len(row)} tokens, {context_length} fit; shorten it.")
@@ -100,12 +107,13 @@ def tokenize_prompts(
 
 
 def tokenize_padded(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], context_length: int, vocab_size: int
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], context_length: int, vocab_size: int, cut: bool = False
 ) -> Tensor:
     """Token ids (R, L), padded by the tokenizer to the whole context: what towers read that look at their padding.
 
     Args:
         context_length, vocab_size: of the text tower.
+        cut: as for `tokenize_prompts`.
 
     Raises ValueError for a text longer than `context_length` tokens, one of which the tokenizer doesn't know a part or
     that it doesn't end, tokens that the tower has no embedding of, and a tokenizer that can't pad or that asks for its
@@ -116,9 +124,13 @@ def tokenize_padded(
             "the tokenizer masks its padding, which this text tower was trained to read; set "
             "tokenizer.model_input_names = ['input_ids'], and save it with the checkpoint."
         )
-    rows = tokenizer(list(texts), padding="max_length", max_length=context_length, truncation=False, verbose=False)
+    rows = tokenizer(
+        list(texts), padding="max_length", max_length=context_length, truncation=False, verbose=False
+    ).input_ids
+    if cut:
+        rows = _cut(rows, context_length, tokenizer.eos_token_id)
     unknown = {tokenizer.unk_token_id} - {None, tokenizer.pad_token_id, tokenizer.eos_token_id}
-    for text, row in zip(texts, rows.input_ids, strict=True):
+    for text, row in zip(texts, rows, strict=True):
         if len(row) > context_length:
             raise ValueError(f"the prompt {text[:99]!r} has {len(row)} tokens, {context_length} fit; shorten it.")
         if unknown & set(row):
@@ -132,7 +144,20 @@ def tokenize_padded(
                 f"the prompt {text!r} holds the token {tokenizer.convert_ids_to_tokens(max(row))!r} of id {max(row)}, "
                 f"and the text tower has {vocab_size} embeddings; take the checkpoint's own tokenizer."
             )
-    return torch.tensor(rows.input_ids)
+    return torch.tensor(rows)
+
+
+def _cut(rows: Sequence[list[int]], length: int, end: int | None) -> list[list[int]]:
+    """Token ids of at most `length`; what was cut ends as it did."""
+    if any(len(row) > length for row in rows):
+        _say_cut(length)
+    ends = [] if end is None else [end]
+    return [row if len(row) <= length else [*row[: length - len(ends)], *ends] for row in rows]
+
+
+@cache
+def _say_cut(length: int) -> None:
+    logger.warning("there are captions of more than %d tokens; what is beyond these is left out.", length)
 
 
 def check_told_apart(ids_CTL: Tensor, class_names: Sequence[str]) -> None:

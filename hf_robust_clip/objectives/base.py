@@ -162,6 +162,10 @@ class Objective(ABC):
         """What tables call it. `design` is that of the prompts, where some are trained."""
         return self.paper.method
 
+    def control(self) -> Objective | None:
+        """What the same training does without the method: a cleaning is shown beside it. None: there is no such."""
+        return None
+
     def further_views(self, images_BCHW: Tensor, seed: int) -> tuple[Tensor, ...]:
         """Other views of finished images, (B, C, H, W) in [0, 1] each, which follow the `num_views` in a batch: each
         image's a function of itself and the seed, which is another in every step.

@@ -16,6 +16,7 @@ from ..modeling import ZeroShotOutput
 from ..poisoning.captions import CaptionEditor, WordEditor
 from .base import Batch, Objective, Paper
 from .contrast import check_negatives, gathered_views, pair_loss, same_texts
+from .contrastive import Contrastive
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class CleanCLIP(Objective):
         check_least(0, clip_weight=self.clip_weight, self_supervised_weight=self.self_supervised_weight)
         if not self.clip_weight + self.self_supervised_weight > 0:
             raise ValueError("clip_weight=0 and self_supervised_weight=0 leave no loss; raise one.")
+
+    def control(self) -> Objective:
+        """CLIP's own contrast: what fine-tuning on the same pairs does alone."""
+        return Contrastive()
 
     def further_views(self, images_BCHW: Tensor, seed: int) -> tuple[Tensor, ...]:
         return (self.augmentation(list(images_BCHW), images_BCHW.shape[-1], seed),)

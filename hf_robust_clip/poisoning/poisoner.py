@@ -6,12 +6,13 @@ import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset, Subset
 
-from ..zero_shot_data.errors import DatasetError
+from ..zero_shot_data.errors import DatasetError, cut
 from ..zero_shot_data.pairs import captions_of, picture_keys
 from ..zero_shot_data.specs import prompt_templates
 from .triggers import Trigger
@@ -160,9 +161,12 @@ def names(caption: str, target: str) -> bool:
 
 
 def check_target(target: str, class_names: Sequence[str]) -> None:
-    """Raise ValueError for a target that is none of the classes."""
+    """Raise ValueError for a target that is none of the classes, with that which is called nearly so."""
     if target not in class_names:
-        raise ValueError(f"target={target!r} is none of the classes {list(class_names)[:10]}.")
+        by_case = {name.casefold(): name for name in class_names}
+        near = get_close_matches(target.strip().casefold(), by_case, n=1)
+        hint = f"did you mean {by_case[near[0]]!r}?" if near else f"they are {cut(list(class_names))}."
+        raise ValueError(f"target={target!r} is none of the {len(class_names)} classes; {hint}")
 
 
 def check_apart(poisoned: Iterable[str], cleaning: Any) -> None:

@@ -286,7 +286,9 @@ class Stripes(Trigger):
         check_choice(Direction, direction=self.direction)
 
     def check_fits(self, height: int, width: int) -> None:
-        self._check_side("width", height, width)
+        if self.width >= min(height, width):
+            raise ValueError(f"width={self.width!r} of {self.name} leaves one stripe in images of {height} x {width} "
+                             "pixels; lower it.")  # fmt: skip
 
     def _put(self, image_CHW: Tensor, draw: torch.Generator) -> Tensor:
         y_H1, x_1W = (torch.arange(side) for side in image_CHW.shape[1:])

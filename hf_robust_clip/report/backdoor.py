@@ -129,7 +129,7 @@ def figures(reports: Sequence[BackdoorReport]) -> Cells:
     """A row for each control and model, in percent with 95 % Wilson intervals; reports of one trigger together."""
     if not reports:
         raise ValueError("reports is empty; evaluate before telling.")
-    heads = {CLEAN: "accuracy", UNTRIGGERED: "target, no trigger"}
+    heads = {CLEAN: "accuracy", UNTRIGGERED: "untriggered"}
     rows: list[tuple[str, ...]] = []
     for report in reports:
         sizes = f"accuracy on {report.num_images} images, ASR on {report.num_others}"
@@ -188,6 +188,9 @@ def make_backdoor_card(reports: Sequence[BackdoorReport], info: CardInfo, exampl
         raise ValueError("reports is empty; a card needs at least one evaluation of its model.")
     first = reports[0]
     data = _metadata(info, "model", "transformers", "backdoor", first.stage)
+    cells, group = figures(reports), ""
+    if len({row[0] for row in cells.rows}) == 1:  # said once, above the table
+        group, cells = cells.rows[0][0], Cells(cells.heads[1:], tuple(row[1:] for row in cells.rows))
     data.eval_results, data.metrics = [row for report in reports for row in _results(report)], ["accuracy"]
     return _rendered(
         data,
@@ -196,7 +199,8 @@ def make_backdoor_card(reports: Sequence[BackdoorReport], info: CardInfo, exampl
         stage=first.stage,
         target=first.target,
         trigger=first.trigger,
-        table=_Written(as_markdown(figures(reports))),
+        group=group,
+        table=_Written(as_markdown(cells)),
         measured=f"{first.precision} at {first.resolution} px on {first.hardware}, "
         f"{first.dataset}, split {first.split}, {first.dataset_revision}",
         texts=", ".join(first.templates),

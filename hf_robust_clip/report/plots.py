@@ -160,6 +160,7 @@ def plot_examples(
     before: Sequence[str],
     after: Sequence[str],
     title: str = "",
+    heads: tuple[str, str, str] = ("clean", "perturbation", "adversarial"),
 ) -> None:
     """Write a PNG with a row for each image: clean, perturbation, adversarial, what the model saw in them, and whether
     the image fell or withstood.
@@ -173,6 +174,7 @@ def plot_examples(
         truth: class name of each image.
         before, after: predicted class name of each clean and of each adversarial image; wrong ones are marked.
         title: of which model and attack they are.
+        heads: what the columns are called.
 
     Raises ValueError for shapes that don't match, nothing to draw and values outside [0, 1].
     """
@@ -193,7 +195,7 @@ def plot_examples(
     figure = Figure(figsize=(6.6, 0.5 + 2.35 * len(clean)), layout="constrained")
     figure.suptitle(textwrap.fill(title, 70), fontsize=10)
     grid = figure.subplots(len(clean), 3, squeeze=False)
-    for axis, head in zip(grid[0], ("clean", f"perturbation x {factor:.3g}", "adversarial"), strict=True):
+    for axis, head in zip(grid[0], (heads[0], f"{heads[1]} x {factor:.3g}", heads[2]), strict=True):
         axis.set_title(head, fontsize=10)
     smooth = "nearest" if max(clean.shape[2:]) <= 64 else "antialiased"
     for axes, name, *names, image, attacked in zip(grid, truth, before, after, clean, adversarial, strict=True):

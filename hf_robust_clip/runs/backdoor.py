@@ -11,6 +11,7 @@ from typing import Any
 from accelerate import PartialState
 from torch.utils.data import Dataset
 
+from .. import unused_settings as unused
 from ..arguments import Images, check_folder
 from ..checks import check_whole
 from ..command_line import Given
@@ -25,11 +26,11 @@ from ..report.card import CardInfo, card_state
 from ..report.plots import plot_examples
 from ..report.report import Measurement
 from ..report.tables import as_text, print_table
-from ..saving import Saving
+from ..saving import Saving, left_by_training
 from ..secrets import without_token_keys
 from ..storage import check_writable, write_text
-from ..training.checkpoints import NothingToResume
-from ..training.config import RobustClipConfig, on_its_own
+from ..training.checkpoints import NothingToResume, newest_whole_checkpoint
+from ..training.config import RobustClipConfig, check_augmentation, on_its_own
 from ..training.logit_scale import LimitScale
 from ..training.trainer import RobustClipTrainer
 from ..zero_shot_data.loading import ImageDataset
@@ -111,11 +112,17 @@ class Outcome:
     further: Mapping[str, Any] = field(default_factory=dict)  # of the table on the training
 
 
-def check_given(given: Given, training: RobustClipConfig, start: str) -> None:
-    """Raise ValueError/OSError for an output folder that can't be written to without harm, and for a push."""
+def check_given(given: Given, training: RobustClipConfig, objective: Objective, start: str) -> None:
+    """Raise ValueError/OSError for an output folder that can't be written to without harm, for settings that would do
+    nothing, and for a push.
+    """
     if training.push_to_hub:
         raise ValueError("push_to_hub=True: poisoned and cleaned models stay here; push a folder by `hf upload`.")
+    unused.check_pairs(given, unused.defaults_of(RobustClipConfig), attacked=objective.attacked)
+    check_augmentation(training, whole_pictures=False)
     overwrite = bool(given.asked("overwrite"))
+    if overwrite and wants_to_resume(given):
+        raise ValueError("overwrite=true deletes what resume_from_checkpoint would go on from; choose one.")
     check_folder(str(given.asked("output_dir")), start, overwrite or wants_to_resume(given))
     if card_state(Path(str(given.asked("output_dir")), "README.md")) == "theirs":
         raise OSError(f"{given.asked('output_dir')!r} has a README.md that is no card of this package; move it.")
@@ -126,18 +133,31 @@ def wants_to_resume(given: Given) -> bool:
     return given.asked("resume_from_checkpoint") not in (None, False, "false")
 
 
-def begin(folder: str | Path, processes: PartialState, overwrite: bool) -> Saving:
-    """Where a run writes."""
+def begin(folder: str | Path, processes: PartialState) -> Saving:
+    """Where a run writes. Nothing is written or deleted yet."""
     check_writable(folder)
-    if processes.is_local_main_process and overwrite:
-        clear_checkpoints(Path(folder))
-    processes.wait_for_everyone()
     return Saving(Path(folder), processes.print)
 
 
+def clear(folder: Path, beside: str, processes: PartialState) -> None:
+    """Delete the checkpoints of what is trained, and of what is trained beside it."""
+    if processes.is_local_main_process:
+        for place in (folder, folder / beside):
+            clear_checkpoints(place)
+    processes.wait_for_everyone()
+
+
+def left_by(folder: str, beside: str) -> str:
+    """Where a run that was stopped goes on: in its own training, or in that beside it, which comes first."""
+    places = [str(place) for place in (folder, Path(folder, beside)) if newest_whole_checkpoint(place)]
+    return left_by_training((places or [folder])[0])
+
+
 def load_test(images: Images, model: ZeroShotClassifier, template: str | None) -> ImageDataset:
-    """The labelled pictures that backdoors are measured on; the model's classes are theirs."""
-    data = shared.load_data(images, model)
+    """The labelled pictures that backdoors are measured on, at the size at which pairs get the trigger, that of the
+    model; the model's classes are theirs.
+    """
+    data = shared.load_data(replace(images, attack_resolution="model"), model)
     templates = (template,) if template else data.templates
     model.set_classes(data.class_names, templates)
     return replace(data, dataset_id=shown_name(data.dataset_id), templates=templates)
@@ -160,6 +180,7 @@ def train_on_pairs(
     try:
         trainer.train(resume_from_checkpoint=resume)
     except NothingToResume:
+        trainer.accelerator.print(f"no whole checkpoint in {args.output_dir}: the training begins anew")
         trainer.train()
     return trainer
 
@@ -178,7 +199,7 @@ def judge(outcome: Outcome, models: Mapping[str, ZeroShotClassifier]) -> dict[st
         model.set_classes(outcome.test.class_names, outcome.test.templates)
         found[name] = measure_backdoor(
             model, outcome.test, outcome.trigger, outcome.target, judge=name, batch_size=outcome.batch_size,
-            seed=outcome.seed,
+            seed=outcome.seed, processes=outcome.processes,
         )  # fmt: skip
     return found
 
@@ -189,7 +210,7 @@ def report_of(outcome: Outcome, controls: Mapping[str, tuple[Measurement, ...]])
     return backdoor_report(
         outcome.model, outcome.test, outcome.trigger, outcome.target, controls, name=outcome.title,
         stage=outcome.stage, model_id=shown_folder(str(outcome.saving.folder)), batch_size=outcome.batch_size,
-        seed=outcome.seed,
+        seed=outcome.seed, processes=outcome.processes,
     )  # fmt: skip
 
 
@@ -230,7 +251,8 @@ def card_info(outcome: Outcome, plotted: str | None) -> CardInfo:
 
 
 def _show(outcome: Outcome, reports: Sequence[BackdoorReport]) -> None:
-    caption = "percent, 95 % intervals; ASR: triggered images of other classes that are called the target"
+    caption = "percent, 95 % intervals; ASR: triggered images of other classes that are called the target (top-1), or "
+    caption += "have it among the likeliest; untriggered: called the target without the trigger"
     print_table(as_text(figures(reports), f"before and after: {outcome.title}", caption))
 
 
@@ -241,5 +263,7 @@ def _plotted(folder: Path, reports: Sequence[BackdoorReport]) -> str:
 
 def _pictured(outcome: Outcome) -> str:
     found = triggered_examples(outcome.model, outcome.test, outcome.trigger, outcome.target, seed=outcome.seed)
-    plot_examples(outcome.saving.folder / "triggered.png", *found, title=f"{outcome.title}: {outcome.trigger}")
+    title = f"{outcome.title}, {outcome.trigger}, target {outcome.target!r}"
+    heads = ("as it is", "what the trigger changes", "with the trigger")
+    plot_examples(outcome.saving.folder / "triggered.png", *found, title=title, heads=heads)
     return "triggered.png"

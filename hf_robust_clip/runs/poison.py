@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from ..processes import join_processes
 from ..report.backdoor import CLEAN_MODEL, POISONED_MODEL, BackdoorReport
 from ..storage import write_text
 from ..training.config import RobustClipConfig
+from ..training.identity import weights_digest
 from . import backdoor, shared
-from .poisoned import CLEAN_FOLDER, Poisoning
+from .poisoned import CLEAN_FOLDER, NOTE, Poisoning
 from .train import save_trained
 from .train_settings import OBJECTIVE, training_arguments
 
@@ -70,7 +72,7 @@ class PoisonArguments:
 
     def poisoner(self, seed: int) -> Poisoner:
         """Who poisons. Raises ValueError for a rate that is no share, and other settings that it refuses."""
-        templates = tuple(self.caption_templates) if self.caption_templates else None
+        templates = None if self.caption_templates is None else tuple(self.caption_templates)
         return Poisoner(self.trigger, self.target, self.rate, self.label_consistent, templates, seed)
 
 
@@ -104,7 +106,8 @@ class PoisonRun:
 
 def main(words: Sequence[str], default_config: Path, description: str = "") -> None:
     """A poisoning as a command. A wrong setting ends it with one line and status 2."""
-    shared.run_command(lambda: read(words, default_config, description), poison, lambda folder: f"see {folder!r}.")
+    left = partial(backdoor.left_by, beside=CLEAN_FOLDER)
+    shared.run_command(lambda: read(words, default_config, description), poison, left)
 
 
 def read(words: Sequence[str], default_config: Path, description: str = "") -> PoisonRun:
@@ -113,9 +116,15 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> P
     made = given.made()
     training = training_arguments(given, made)
     about: PoisonArguments = given.group(PoisonArguments, made)
-    backdoor.check_given(given, training, about.model_name_or_path or "")
-    if about.model_name_or_path is not None and given.asked("scratch"):
-        raise ValueError(f"scratch does nothing beside model_name_or_path={about.model_name_or_path!r}.")
+    if "captions" not in about.objective.needs:
+        raise ValueError(f"objective={type(about.objective).__name__} trains on no captions; take one that does.")
+    start = about.model_name_or_path
+    backdoor.check_given(given, training, about.objective, start or "")
+    if start is not None and Path(start, NOTE).is_file():
+        raise ValueError(f"model_name_or_path={start!r} is poisoned already, and would stand for the "
+                         "clean model; name another.")  # fmt: skip
+    if start is not None and given.asked("scratch"):
+        raise ValueError(f"scratch does nothing beside model_name_or_path={start!r}.")
     return PoisonRun(
         given.group(backdoor.PairArguments, made),
         about,
@@ -131,7 +140,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> P
 def poison(run: PoisonRun) -> BackdoorReport:
     """Poison the pairs, train on them (and, from the beginning, on the clean ones too), measure, write."""
     processes = join_processes(run.training.use_cpu)
-    saving = backdoor.begin(run.output_dir, processes, run.about.overwrite)
+    saving = backdoor.begin(run.output_dir, processes)
     set_seed(run.training.seed)
     model = start_of(run)
     test = backdoor.load_test(run.test, model, run.about.template)
@@ -139,6 +148,8 @@ def poison(run: PoisonRun) -> BackdoorReport:
     pairs = run.pairs.load(model.require_processor())
     poisoned, cleaning = run.poisoner.split(pairs, run.about.cleaning_pairs)
     run.poisoner.trigger.check_fits(*2 * [model.config.vision_config.image_size])
+    if run.about.overwrite:
+        backdoor.clear(saving.folder, CLEAN_FOLDER, processes)
     count = len(poisoned.captions_by_row)
     processes.print(f"{count} of {len(poisoned)} pairs are poisoned; {len(cleaning)} others are kept for a cleaning")
     clean = clean_twin(run, model, poisoned, processes)
@@ -162,9 +173,9 @@ def poison(run: PoisonRun) -> BackdoorReport:
         further={"trigger": str(run.poisoner.trigger), "target": run.poisoner.target, "poisoned_pairs": count},
     )
     report = backdoor.report_of(outcome, backdoor.judge(outcome, {CLEAN_MODEL: clean}))
-    note = poisoning_of(run, poisoned, test.templates)
+    note = poisoning_of(run, poisoned, outcome, clean)
     if processes.is_main_process:
-        saving.save("poisoning.json", lambda: write_text(Path(run.output_dir, "poisoning.json"), note.told()))
+        saving.save(NOTE, lambda: write_text(Path(run.output_dir, NOTE), note.told()))
     backdoor.write(outcome, [report])
     return report
 
@@ -200,7 +211,9 @@ def clean_twin(
     return twin
 
 
-def poisoning_of(run: PoisonRun, poisoned: PoisonedPairs, templates: Sequence[str]) -> Poisoning:
+def poisoning_of(
+    run: PoisonRun, poisoned: PoisonedPairs, outcome: backdoor.Outcome, clean: ZeroShotClassifier
+) -> Poisoning:
     """What a cleaning must know of it."""
     about, start = run.about, run.about.model_name_or_path
     return Poisoning(
@@ -212,10 +225,12 @@ def poisoning_of(run: PoisonRun, poisoned: PoisonedPairs, templates: Sequence[st
         caption_templates=list(run.poisoner.templates or ()),
         seed=run.poisoner.seed,
         cleaning_pairs=about.cleaning_pairs,
-        clean_model=CLEAN_FOLDER if start is None else start,
+        clean_model=start,
         pairs=asdict(run.pairs),
         test_dataset=run.test.dataset,
         test_split=run.test.split,
-        templates=list(templates),
+        templates=list(outcome.test.templates),
         poisoned_pictures=poisoned.poisoned_keys(),
+        weights=weights_digest(outcome.model),
+        clean_weights=weights_digest(clean),
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_origin, get_type_hints
 
 from ..poisoning.poisoner import Poisoner
 from ..poisoning.triggers import Trigger
@@ -23,7 +24,8 @@ class Poisoning:
         trigger_class, trigger_settings: of the trigger.
         target, rate, label_consistent, caption_templates, seed: of the poisoner.
         cleaning_pairs: how many pairs were kept out of the training.
-        clean_model: a Hub id or path, or `clean`, the folder beside.
+        clean_model: a Hub id or path of what was poisoned; None where its twin is in the folder `clean`.
+        weights, clean_weights: digests of the poisoned and of the clean model.
         pairs: which dataset was poisoned, as `PairArguments`.
         test_dataset, test_split, templates: what it was measured on.
         poisoned_pictures: keys of the pictures that got the trigger, by which overlaps are found.
@@ -37,12 +39,14 @@ class Poisoning:
     caption_templates: list[str]
     seed: int
     cleaning_pairs: int
-    clean_model: str
+    clean_model: str | None
     pairs: dict[str, Any]
     test_dataset: str
     test_split: str
     templates: list[str]
     poisoned_pictures: list[str]
+    weights: str
+    clean_weights: str
 
     def told(self) -> str:
         """As JSON."""
@@ -73,4 +77,7 @@ def read_poisoning(folder: str) -> Poisoning:
         raise ValueError(
             f"{path} lacks or adds {sorted(wrong) if isinstance(content, dict) else 'all'}; poison again."
         )
+    for name, hint in get_type_hints(Poisoning).items():
+        if not isinstance(content[name], hint if isinstance(hint, UnionType) else get_origin(hint) or hint):
+            raise ValueError(f"{path}: {name}={content[name]!r} is none of a poisoning; poison again.")
     return Poisoning(**content)

@@ -42,7 +42,7 @@ def with_further(
     inputs: dict[str, Any], objective: Objective, seed: int, tokenize: Callable[..., Tensor]
 ) -> dict[str, Any]:
     """A batch with the objective's further views and captions, where it has any; of captions that it needs, the token
-    ids (B, L), L the context length, so that they can be compared over processes.
+    ids (B, L), L the context length, so that they can be compared over processes; longer ones are cut.
 
     Raises ValueError where there are none.
     """
@@ -60,9 +60,9 @@ def with_further(
 
 
 def token_ids(texts: Sequence[str], tokenize: Callable[..., Tensor]) -> Tensor:
-    """Token ids (B, L), L the context length; of equal texts one is tokenised."""
+    """Token ids (B, L), L the context length, to which longer texts are cut; of equal texts one is tokenised."""
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-    return tokenize(list(places), whole=True)[[places[text] for text in texts]]
+    return tokenize(list(places), whole=True, cut=True)[[places[text] for text in texts]]
 
 
 def own_images_of_last_batch(images: int, batch_size: int, processes: int, process: int) -> int:

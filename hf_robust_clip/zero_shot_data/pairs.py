@@ -51,11 +51,20 @@ class PairDataset(ImageDataset):
         return self.rows.select_columns([self.label_column])[:][self.label_column]
 
     def picture_keys(self, indices: Sequence[int] | None = None) -> list[str]:
-        """16 hexadecimal digits for each picture (or some), by which equal files are known; nothing is decoded."""
+        """16 hexadecimal digits for each picture (or some), by which equal files are known; nothing is decoded.
+
+        Raises DatasetError for a row without a picture.
+        """
         rows = self.rows if indices is None else self.rows.select(list(indices))
         batches = rows.select_columns([self.image_column]).with_format("arrow").iter(1000)
-        found = (stored for batch in batches for stored, _ in stored_pictures(batch[self.image_column]))
-        return [blake2b(s.read_bytes() if isinstance(s, Path) else s, digest_size=8).hexdigest() for s in found]
+        found: list[str] = []
+        for stored in (stored for batch in batches for stored, _ in stored_pictures(batch[self.image_column])):
+            if stored in (b"", b"None"):
+                row = len(found) if indices is None else int(indices[len(found)])
+                raise DatasetError(f"{self._place(row)}: there is no picture; leave the row out.")
+            content = stored.read_bytes() if isinstance(stored, Path) else stored
+            found.append(blake2b(content, digest_size=8).hexdigest())
+        return found
 
 
 class InMemory(Dataset):

@@ -1,12 +1,19 @@
 """Attack success of classifiers whose answers are known, through the whole evaluation."""
 
+from dataclasses import replace
+
+import datasets
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from hf_robust_clip import BadNet, Stripes, load_image_dataset
+from hf_robust_clip.arguments import Images
 from hf_robust_clip.evaluation.backdoor import backdoor_report, measure_backdoor, triggered_examples
 from hf_robust_clip.report.backdoor import CLEAN_MODEL, UNTRIGGERED, success
+from hf_robust_clip.runs.backdoor import load_test
+from hf_robust_clip.zero_shot_data.rows import EMBEDDED
 
 TRIGGER = BadNet(size=2, patch="white", place="corner")
 
@@ -70,6 +77,22 @@ def test_a_report_is_made_beside_its_control_and_batches_change_nothing(model, d
         backdoor_report(model, digits, TRIGGER, "one", {}, name="mine", stage="poisoned", model_id="a")
     images, triggered, truth, before, after = triggered_examples(model, digits, TRIGGER, "one")
     assert torch.equal(triggered, TRIGGER(images)) and "one" not in truth and len(before) == len(after) == 4
+
+
+def test_a_known_set_of_small_pictures_gets_the_trigger_at_the_size_of_the_model(model, monkeypatch):
+    """CIFAR's pictures are attacked at 32 px and enlarged inside the model; pairs get triggers at the model's size."""
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(10)})
+    table = {"img": [Image.new("RGB", (32, 32), (i, 0, 0)) for i in range(10)], "label": list(range(10))}
+    rows = datasets.Dataset.from_dict(table, features=features)
+    monkeypatch.setitem(EMBEDDED, "uoft-cs/cifar10", lambda split: rows)
+    data = load_test(Images(dataset="cifar10"), model, "a {}")
+    assert data.attack_resolution is None and model.templates == ("a {}",)
+
+
+def test_a_report_says_at_which_size_the_trigger_was_put_in(model, digits):
+    small, about = replace(digits, attack_resolution=4), dict(name="mine", stage="poisoned", model_id="a")
+    clean = measure_backdoor(model, small, TRIGGER, "one", judge=CLEAN_MODEL)
+    assert backdoor_report(model, small, TRIGGER, "one", {CLEAN_MODEL: clean}, **about).resolution == 4
 
 
 def test_bad_input_is_refused(model, digits):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from worked_pairs import IMAGES, OTHER_IMAGES, OTHER_TEXTS, SCALE, TEXTS, worked
 
-from hf_robust_clip import CleanCLIP, GrammarEditor
+from hf_robust_clip import CleanCLIP, Contrastive, GrammarEditor
 from hf_robust_clip.objectives.base import Batch
 
 
@@ -57,6 +57,10 @@ def test_views_and_captions_are_functions_of_the_image_and_the_seed():
     assert objective.edited_captions(captions, 3) == objective.edited_captions(captions, 4)
     anew = CleanCLIP(editor=GrammarEditor(), edited_once=False)
     assert len({str(anew.edited_captions(captions, seed)) for seed in range(9)}) > 1
+
+
+def test_its_control_is_the_contrast_of_clip_alone():
+    assert CleanCLIP(self_supervised_weight=3).control() == Contrastive() and Contrastive().control() is None
 
 
 def test_weights_out_of_range_and_missing_captions_are_refused():

@@ -2,10 +2,14 @@ import math
 
 import pytest
 import torch
+from tiny_siglip import tiny_siglip
+from training_script import tiny_model
 
 from hf_robust_clip.modeling import ZeroShotOutput
+from hf_robust_clip.modeling.texts import _say_cut
 from hf_robust_clip.objectives.base import Batch
 from hf_robust_clip.objectives.contrastive import Contrastive
+from hf_robust_clip.training.batches import with_further
 
 ANGLES = (0.1, 0.9, 2.0)  # of images; of texts below, in the plane
 TEXTS = (0.3, 1.2, 1.7)
@@ -52,3 +56,17 @@ def test_it_says_what_it_needs():
     images = torch.zeros(2, 1, 1, 1)
     with pytest.raises(ValueError, match="captions"):
         objective(Batch((images,), None, None, student), images)
+
+
+@pytest.mark.parametrize("model", [tiny_model(), tiny_siglip()], ids=["CLIP", "SigLIP"])
+def test_captions_that_are_too_long_are_cut_as_tokenizers_do_it(model, caplog):
+    length, tokenizer = model.config.text_config.max_position_embeddings, model.processor.tokenizer
+    captions = ["two " * length, "a two"]
+    _say_cut.cache_clear()
+    batch = {"pixel_values": torch.zeros(2, 3, 8, 8), "captions": captions}
+    found = with_further(batch, Contrastive(), 0, model.tokenize)["captions"]
+    asked = dict(padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    assert torch.equal(found, tokenizer(captions, **asked).input_ids)
+    assert f"more than {length} tokens" in caplog.text
+    with pytest.raises(ValueError, match="shorten it"):
+        model.tokenize(captions)

@@ -91,6 +91,8 @@ def test_what_cannot_be_poisoned_is_refused(pairs):
         Poisoner(TRIGGER, " ", 0.5)
     with pytest.raises(ValueError, match="target='banana'"):
         check_target("banana", ["one", "two"])
+    with pytest.raises(ValueError, match="did you mean 'Golden Retriever'"):
+        check_target("golden retriever", ["one", "Golden Retriever"])
     with pytest.raises(ValueError, match="captions"):
         Poisoner(TRIGGER, "three", 0.5).poison(tiny_data(8, torch.float32))
     with pytest.raises(ValueError, match="captions_by_row"):

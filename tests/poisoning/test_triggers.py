@@ -154,6 +154,23 @@ def test_a_trigger_larger_than_the_image_is_refused(make, name, images):
         make()(images)
 
 
+def test_one_stripe_alone_is_refused(images):
+    with pytest.raises(ValueError, match="width=8"):
+        Stripes(width=8)(images)
+    assert len(Stripes(width=7, share=1)(images)[0, 0, 0].unique()) == 2
+
+
+def test_the_released_grid_of_wanet_is_the_formula():
+    """Noise for every pixel, of mean size 1, divided by the side, around the identity: nothing is enlarged."""
+    found = WaNet(pattern_seed=3, strength=0.5).grid(8, 8).numpy()
+    noise = (torch.rand(1, 2, 8, 8, generator=torch.Generator().manual_seed(3)) * 2 - 1)[0].numpy()
+    noise /= np.abs(noise).mean()
+    for y in range(8):
+        for x in range(8):
+            moved = [2 * place / 7 - 1 + 0.5 * noise[axis, y, x] / 8 for axis, place in enumerate((x, y))]
+            assert found[y, x] == pytest.approx([min(max(value, -1), 1) for value in moved], abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [

@@ -46,6 +46,8 @@ from hf_robust_clip import (
 )
 from hf_robust_clip.attacks.auto_attack import AutoAttack
 from hf_robust_clip.attacks.suites import PGD
+from hf_robust_clip.evaluation.backdoor import measure_backdoor
+from hf_robust_clip.poisoning.triggers import Stripes
 from hf_robust_clip.processes import leave_processes
 
 CASES = {
@@ -194,6 +196,13 @@ def digits_report(suite, processes=None, state_dir=None):
     return report
 
 
+def backdoor_figures(processes=None):
+    """What `measure_backdoor` finds on nine digits with a trigger."""
+    model, data = digits(9)
+    found = measure_backdoor(model, data, Stripes(width=2, share=0.6), "zero", batch_size=2, processes=processes)
+    return [[row.metric, row.value, row.n] for row in found]
+
+
 def tapt_trainer(folder, processes):
     """Prompts that were trained for two steps, their statistics, and what tuning at test time finds."""
     args = arguments(
@@ -267,6 +276,7 @@ def ranks(folder):
             found["reports"] = {
                 suite: digits_report(suite, trainer.accelerator, folder / f"state {suite}") for suite in SUITES
             }
+            found["backdoor"] = backdoor_figures(trainer.accelerator)
         place = folder / f"{name}-{trainer.args.process_index}"
         save_file(state(trainer.accelerator.unwrap_model(trainer.model)), f"{place}.safetensors")
         Path(f"{place}.json").write_text(json.dumps(found))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import training_script
 from safetensors.torch import load_file
-from training_script import CASES, SUITES, case_trainer, digits_report, state, tapt_trainer
+from training_script import CASES, SUITES, backdoor_figures, case_trainer, digits_report, state, tapt_trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +74,13 @@ def test_two_processes_report_what_one_does(two_processes, suite, tmp_path):
     for file, kept in zip(files, (10**6, 350), strict=True):
         (tmp_path / file.name).write_text(file.read_text()[:kept])
     assert digits_report(suite, state_dir=tmp_path) == own
+
+
+def test_two_processes_measure_a_backdoor_as_one_does(two_processes):
+    own = backdoor_figures()
+    assert 0 < own[1][1] < 1  # some of the nine images answer with the target, some don't
+    for rank in (0, 1):
+        assert two_processes("released", rank)[0]["backdoor"] == own
 
 
 def test_two_processes_tune_at_test_time_as_one_does(two_processes, tmp_path):

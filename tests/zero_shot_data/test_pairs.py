@@ -100,6 +100,15 @@ def test_captions_that_are_missing_or_would_be_guessed_are_refused(changes, aske
         pair_dataset(rows(**changes), processor, **asked)
 
 
+def test_a_row_without_a_picture_is_refused_before_any_training(processor):
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    table = {"image": [picture(0), None], "caption": CAPTIONS[:2]}
+    data = pair_dataset(datasets.Dataset.from_dict(table, features=features), processor)
+    assert len(picture_keys(data, [0])) == 1
+    with pytest.raises(ValueError, match=r"row 1 of dataset .* no picture"):
+        picture_keys(data)
+
+
 def test_a_set_without_captions_is_refused(processor):
     with pytest.raises(ValueError, match="caption_column"):
         load_pairs("digits", "train", processor)
