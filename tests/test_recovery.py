@@ -55,6 +55,7 @@ def machines(tmp_path_factory):
         ("settings", "ValueError: process 1 .*arguments.seed was 0, is 1 now"),
         ("best", "OSError: output_dir=.* is another folder for process 1"),
         ("damaged", r"ValueError: process 1: .*state-1\.jsonl, line 3 is damaged .*delete this line"),
+        ("shared", "ValueError: process 0: save_on_each_node=True, but output_dir='.*shared' is one folder"),
         ("data", "ValueError: process 1 was started with another data than process 0: .*25.* not .*24"),
         ("eval_data", "ValueError: process 1 was started with another eval_data than process 0"),
         ("pictures", "ValueError: process 1 was started with another dataset than process 0: .*10 images"),

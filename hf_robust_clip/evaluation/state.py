@@ -101,7 +101,8 @@ class State:
         self.new_lines: list[Line] = []
         self.file: IO[str] | None = None
         self.folder = Path(folder or "")
-        check_agreed({**fingerprint, "libraries": same_libraries()}, processes)
+        if processes is not None and processes.num_processes > 1:
+            check_agreed({**fingerprint, "libraries": same_libraries()}, processes)
         if folder is None:
             return
         own = together(lambda: _read_state(Path(folder), fingerprint), processes)

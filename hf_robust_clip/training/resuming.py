@@ -26,6 +26,7 @@ from .checkpoints import (
     best_beside,
     check_files,
     check_fit,
+    check_own_folder,
     check_seen,
     checkpoint_to_resume,
     drop_old_checkpoints,
@@ -176,6 +177,8 @@ class ResumingTrainer(PushingTrainer):
             kept = self.model.parameters()
             saved = (p for p in kept if p.requires_grad) if isinstance(self.model, PeftModel) else kept
             check_writable(self.args.output_dir, room=sum(p.nbytes for p in saved))
+        if self.args.save_on_each_node:
+            check_own_folder(self.args.output_dir, saves=self.args.should_save, processes=self.accelerator)
         self._train_batch_size = self.args.train_batch_size
         self.accelerator.dataloader_config.data_seed = self.args.data_seed
         if self._beginning is None or self._resumed_from is None:

@@ -305,6 +305,8 @@ def machines(folder):
     found["alone"] = error_of(lambda: trainer("alone").train(resume_from_checkpoint=True))
     found["wishes"] = error_of(lambda: trainer("alone").train(resume_from_checkpoint=rank == 0))
     found["settings"] = error_of(lambda: trainer("settings", seed=rank).train())
+    shared = dict(save_on_each_node=True, output_dir=str(folder.parent / "shared"))
+    found["shared"] = error_of(lambda: trainer("shared", **shared).train())
     found["data"] = error_of(lambda: trainer("data", images=(24 + rank, 7)).train())
     found["eval_data"] = error_of(lambda: trainer("data", images=(24, 7 + rank)).train())
     best = dict(load_best_model_at_end=True, metric_for_best_model="loss", eval_strategy="steps", eval_steps=2)
