@@ -227,9 +227,10 @@ def kept_for_backward(size: str, dtype: str) -> tuple[int, int]:
 
 def operations(size: str) -> int:
     """Floating-point operations of the forward pass of one image: multiplications and additions of the products."""
-    side = SIZES[size].image
+    side, config = SIZES[size].image, SIZES[size].config()
+    config._attn_implementation = "eager"  # products that the counter knows
     with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        CLIPModel(SIZES[size].config()).get_image_features(pixel_values=torch.rand(1, 3, side, side))
+        CLIPModel(config).get_image_features(pixel_values=torch.rand(1, 3, side, side))
     return counter.get_total_flops()
 
 
@@ -291,16 +292,26 @@ def measured(title: str, args: argparse.Namespace) -> dict[str, float]:
     return {"seconds": statistics.median(clock.seconds[1:]), "peak_bytes": peak}
 
 
+def threads() -> int:
+    """Of a measurement on a CPU."""
+    return int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Every method, each in a process of its own, so that none has the memory of another."""
+    """Every method, each in a process of its own, so that none has the memory of another; one that doesn't fit is
+    left out.
+    """
     found = {}
     for title in args.methods or methods():
         own = ["--one", title, "--size", args.size, "--images", str(args.images), "--dtype", args.dtype,
                "--device", args.device, "--repeats", str(args.repeats)]  # fmt: skip
-        done = subprocess.run([sys.executable, __file__, *own], check=True, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, __file__, *own], capture_output=True, text=True)
+        if done.returncode:
+            print(title, done.stderr.splitlines()[-1:], flush=True)
+            continue
         found[title] = json.loads(done.stdout.splitlines()[-1])
         print(title, found[title], flush=True)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, threads: {threads()}"
     about = {"size": args.size, "images": args.images, "dtype": args.dtype, "device": name, "repeats": args.repeats}
     return {**about, "methods": found}
 
@@ -329,9 +340,9 @@ def which_method(costs: Mapping[str, Any]) -> str:
     for name, own in mean.items():
         counted = costs["passes"][name]
         change = [own[task, m] - start[task, m] for m in ("accuracy", "robust_accuracy") for task in TOLD]
-        seconds = timed[name]["seconds"] / timed[BASELINE]["seconds"]
+        seconds = f"{timed[name]['seconds'] / timed[BASELINE]['seconds']:.1f}" if name in timed else "-"
         told = [f"{value:+.1f}" for value in change]
-        cost = [f"{counted['forward_passes'] / base:.1f}", f"{seconds:.1f}"]
+        cost = [f"{counted['forward_passes'] / base:.1f}", seconds]
         rows.append((change[3], [name, ", ".join(counted["needs"]) or "nothing", *told, *cost]))
     rows.sort(key=lambda row: -row[0])
     heads = ["", "needs", "clean: trained on", "held out", "APGD: trained on", "held out", "passes", "seconds"]
@@ -364,7 +375,7 @@ def memory_table(costs: Mapping[str, Any]) -> str:
 def checked(costs: Mapping[str, Any]) -> str:
     """Of some methods, what was measured beside what is computed for the same images."""
     told, own = [], costs["measured"]
-    for name in MEMORY_OF:
+    for name in filter(own["methods"].get, MEMORY_OF):
         fixed, each = memory(costs["passes"][name], costs["sizes"][f"{own['size']} {own['dtype']}"])
         peak = own["methods"][name]["peak_bytes"] / GIB
         told.append(f"{name} {peak:.2f} / {fixed + own['images'] * each:.2f}")
@@ -414,11 +425,12 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--methods", nargs="+", help="titles; default all")
+    parser.add_argument("--output", type=Path, default=COSTS, help="where all that is known is written (JSON)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.one:
         if args.device == "cpu":
-            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+            torch.set_num_threads(threads())
         print(json.dumps(measured(args.one, args)))
         return
     costs = load()
@@ -429,7 +441,7 @@ def main(words: list[str] | None = None) -> None:
         }
     if args.measure:
         costs["measured"] = measure(args)
-    COSTS.write_text(json.dumps(costs, indent=1) + "\n", encoding="utf-8")
+    args.output.write_text(json.dumps(costs, indent=1) + "\n", encoding="utf-8")
     if args.write:
         write(costs)
 
