@@ -39,7 +39,7 @@ def machines(tmp_path_factory):
     words = [training_script.__file__, "machines", str(folder)]
     both = [start(rank, words, port, folder / f"{rank}.log") for rank in (0, 1)]
     try:
-        ended = [process.wait(timeout=240) for process in both]
+        ended = [process.wait(timeout=300) for process in both]
         assert ended == [0, 0], [(folder / f"{rank}.log").read_text()[-1500:] for rank in (0, 1)]
     finally:
         for process in both:
