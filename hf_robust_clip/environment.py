@@ -19,6 +19,11 @@ def library_versions() -> dict[str, str]:
     return found
 
 
+def same_libraries() -> dict[str, str]:
+    """The versions that processes on several machines must share, since a report names one of each: not Python's."""
+    return {name: own for name, own in library_versions().items() if name != "python"}
+
+
 def hardware() -> str:
     """The accelerator's name, or the processor with its number of threads."""
     import torch

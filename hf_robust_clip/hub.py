@@ -307,7 +307,7 @@ def clear_model(folder: str | Path) -> None:
     ours = (*MODEL_FILES, *fitted_files(folder), *FIGURES, "README.md")
     for path in Path(folder).glob("*"):
         if path.is_file() and _fits(path.name, ours):
-            path.unlink()
+            path.unlink(missing_ok=True)  # another machine may clear the same folder
 
 
 def clear_checkpoints(folder: str | Path) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -111,6 +111,19 @@ def together(check: Callable[[], Found], processes: Processes) -> Found:
         if other is not None:
             raise kinds[other[0]](f"process {rank}: {other[1]}") from error
     return found  # type: ignore[return-value]  # it was found, since nothing was raised
+
+
+def check_agreed(told: Mapping[str, Any], processes: Processes) -> None:
+    """Raise ValueError on every process, naming the first entry that differs, unless all of them tell the same: each
+    would work on something else, and what they find together would be of neither.
+    """
+    first, *others = everyone(dict(told), processes)
+    for rank, other in enumerate(others, start=1):
+        for name in dict.fromkeys([*first, *other]):
+            if (here := first.get(name)) != (there := other.get(name)):
+                raise ValueError(
+                    f"process {rank} was started with another {name} than process 0: {there!r}, not {here!r}."
+                )
 
 
 def _is_set(variable: str) -> bool:

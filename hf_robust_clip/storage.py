@@ -145,7 +145,7 @@ def delete(folder: Path, ours: Callable[[str], object]) -> None:
     for place, _, files in os.walk(folder, topdown=False):
         found = [name for name in files if ours(Path(place, name).relative_to(folder).as_posix())]
         for name in found:
-            Path(place, name).unlink()
+            Path(place, name).unlink(missing_ok=True)  # another machine may delete the same
         with suppress(OSError):
             Path(place).rmdir()  # unless something is left
 

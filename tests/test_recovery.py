@@ -39,7 +39,7 @@ def machines(tmp_path_factory):
     words = [training_script.__file__, "machines", str(folder)]
     both = [start(rank, words, port, folder / f"{rank}.log") for rank in (0, 1)]
     try:
-        ended = [process.wait(timeout=120) for process in both]
+        ended = [process.wait(timeout=300) for process in both]
         assert ended == [0, 0], [(folder / f"{rank}.log").read_text()[-1500:] for rank in (0, 1)]
     finally:
         for process in both:
@@ -55,6 +55,14 @@ def machines(tmp_path_factory):
         ("settings", "ValueError: process 1 .*arguments.seed was 0, is 1 now"),
         ("best", "OSError: output_dir=.* is another folder for process 1"),
         ("damaged", r"ValueError: process 1: .*state-1\.jsonl, line 3 is damaged .*delete this line"),
+        ("shared", "ValueError: process 0: save_on_each_node=True, but output_dir='.*shared' is one folder"),
+        ("data", "ValueError: process 1 was started with another data than process 0: .*25.* not .*24"),
+        ("eval_data", "ValueError: process 1 was started with another eval_data than process 0"),
+        ("pictures", "ValueError: process 1 was started with another dataset than process 0: .*10 images"),
+        ("statistics", "ValueError: process 1 was started with another dataset than process 0: '5 images"),
+        ("seed", "ValueError: process 1 was started with another seed than process 0: 1, not 0"),
+        ("max_images", "ValueError: process 1 was started with another max_images than process 0: 5, not 4"),
+        ("no model", "OSError: process 1: can't load '.*trained'"),
         ("another", "ValueError: process 1 was started with another attack than process 0"),
     ],
 )
@@ -71,6 +79,16 @@ def test_machines_go_on_from_the_newest_that_each_has_whole(machines):
 
 def test_states_of_machines_are_put_together(machines):
     assert [found["evaluation"] for found in machines[0]] == [True, True]
+
+
+def test_commands_write_on_the_first_machine_and_leave_no_old_figures_on_others(machines):
+    first, second = machines[0]
+    assert {"model.safetensors", "report.json", "README.md"} <= set(first["trained"])
+    assert second["trained"] == []
+    assert first["report"] == second["report"]
+    assert first["report"][0] == 6
+    assert (first["evaluated"], second["evaluated"]) == ([4], [4])
+    assert (first["written"], second["written"]) == (True, False)
 
 
 def test_what_is_waited_for_and_what_machines_do_not_share_is_said(machines):

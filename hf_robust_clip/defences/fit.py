@@ -19,7 +19,7 @@ from ..checks import check_whole
 from ..digests import digest
 from ..environment import library_versions
 from ..modeling import ZeroShotClassifier, resolution_of
-from ..processes import Processes, together
+from ..processes import Processes, check_agreed, together
 from ..prompts.access import coupled_parameters, prompts_of, summary
 from ..storage import check_writable, whole_file
 from ..zero_shot_data.fingerprint import dataset_digest
@@ -131,8 +131,10 @@ def over_images(
         record = fitting_record(classifier, dataset, data_id)
         rank, world = (processes.process_index, processes.num_processes) if processes else (0, 1)
         found, start, state = make(), 0, None
-        if state_dir is not None:
+        if state_dir is not None or world > 1:
             key = {"statistics": type(found).__name__, **_state_key(classifier, dataset, world)}
+            check_agreed(key, processes)
+        if state_dir is not None:
             state = _State(Path(state_dir), rank, key)
             found, start = together(lambda: state.read(make, classifier.device), processes)  # before any writes
         own = range(rank, count, world)[start:]

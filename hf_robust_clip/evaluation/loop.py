@@ -24,7 +24,7 @@ from ..environment import hardware, library_versions
 from ..modeling import ZeroShotClassifier, descriptions_digest, without_gradients
 from ..names import check_shown
 from ..prediction import Prediction
-from ..processes import Processes, everyone
+from ..processes import Processes, everyone, together
 from ..report import RobustnessReport, accuracies, blind_warning, choose_examples, prompt_hash
 from ..secrets import refuse_tokens
 from ..threat_model import ThreatModel
@@ -202,7 +202,9 @@ class _Evaluation:
         self.remarks: tuple[str, ...] = ()
         self.tuned = 0
         self.detects = False
-        fingerprint = {} if state_dir is None else fingerprint_of(model, dataset, settings, defence)
+        fingerprint = {}
+        if state_dir is not None or self.world > 1:  # several may lie on machines whose files differ
+            fingerprint = together(lambda: fingerprint_of(model, dataset, settings, defence), processes)
         self.state = State(state_dir, fingerprint, self.rank, processes)
         self.controls = controls_of(defence, model, settings.seed)
         self.blindness = Blindness()

@@ -19,10 +19,11 @@ from torch import Tensor
 from ..defences.base import Defence, StreamState
 from ..defences.fit import read_tensors, write_tensors
 from ..digests import file_digest, signed, unsigned
-from ..environment import library_versions
+from ..environment import library_versions, same_libraries
 from ..metrics import accuracy_after_each
 from ..modeling import ZeroShotClassifier, descriptions_digest
-from ..processes import Processes, everyone, together
+from ..names import shown_name
+from ..processes import Processes, check_agreed, everyone, together
 from ..report import prompt_hash
 from ..storage import disk_errors
 from ..zero_shot_data.fingerprint import dataset_digest
@@ -100,9 +101,10 @@ class State:
         self.new_lines: list[Line] = []
         self.file: IO[str] | None = None
         self.folder = Path(folder or "")
+        if processes is not None and processes.num_processes > 1:
+            check_agreed({**fingerprint, "libraries": same_libraries()}, processes)
         if folder is None:
             return
-        _check_same_everywhere(fingerprint, processes)
         own = together(lambda: _read_state(Path(folder), fingerprint), processes)
         read = [line for lines in everyone(own, processes) for line in lines]  # folders may differ by machine
         self.old_lines = sorted(read, key=lambda line: line["stage"])
@@ -184,7 +186,7 @@ def fingerprint_of(
     return {
         "model": f"{_digest(tensors)} {hashlib.sha256(text.encode()).hexdigest()[:16]}",
         "classes": prompt_hash(model.class_names, model.templates, descriptions_digest(model.descriptions)),
-        "dataset": f"{dataset.dataset_id} {dataset.revision} {dataset.split}, {len(dataset)} images like "
+        "dataset": f"{shown_name(dataset.dataset_id)} {dataset.revision} {dataset.split}, {len(dataset)} images like "
         f"{dataset_digest(dataset, every=True)}",
         "attack": f"{attack} {settings.norm} {[t.eps for t in threats]} seed {settings.seed} {settings.precision}",
         "defence": f"{defence.name} {defence.parameters()} {_digest(_tensors(defence))} {views} eot "
@@ -223,15 +225,6 @@ def _digest(tensors: Sequence[Tensor]) -> str:
     for tensor in tensors:
         whole.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()[:16]
-
-
-def _check_same_everywhere(fingerprint: dict[str, str], processes: Processes) -> None:
-    """Raise ValueError on every process unless all of them evaluate the same."""
-    first, *others = everyone(fingerprint, processes)
-    for rank, other in enumerate(others, start=1):
-        if wrong := [key for key in first if first[key] != other.get(key)]:
-            own = f"{other.get(wrong[0])!r}, not {first[wrong[0]]!r}"
-            raise ValueError(f"process {rank} was started with another {wrong[0]} than process 0: {own}.")
 
 
 def _read_state(folder: Path, fingerprint: dict[str, str]) -> list[Line]:

@@ -40,7 +40,7 @@ from ..evaluation.streams import check_poisoning, stream_poisoning
 from ..hub import clear_states, dump_recipe
 from ..modeling import ZeroShotClassifier, descriptions_digest
 from ..names import same_place, task_titles, titles
-from ..processes import join_processes, what_runs
+from ..processes import join_processes, together, what_runs
 from ..report import RobustnessReport
 from ..report.explanations import Explanation
 from ..report.tables import as_text, titled
@@ -49,6 +49,7 @@ from ..secrets import without_token_keys
 from ..storage import check_writable, write_text
 from ..threat_model import ThreatModel
 from ..zero_shot_data.fingerprint import dataset_digest
+from ..zero_shot_data.loading import ImageDataset
 from . import explanations, published, shared
 from .shared import SUITES
 
@@ -238,15 +239,9 @@ def evaluate(run: EvaluationRun) -> list[RobustnessReport]:
 
 def prepare(run: EvaluationRun) -> Prepared:
     """Join the processes, and clear what is to be overwritten."""
-    folder = Path(run.output_dir)
-    for name in run.names[1:]:  # before hours of the first
-        shared.check_model(name, run.revision_of(name))
-    name = run.model.model_name_or_path
-    comparison = run.comparison and published.with_model(run.comparison, name, run.revision_of(name))
-    check_writable(folder)
-    if not run.overwrite:
-        check_figures_kept(run, folder)
-    processes = join_processes(shared.on_cpu(run.use_cpu))
+    folder, processes = Path(run.output_dir), join_processes(shared.on_cpu(run.use_cpu))
+    shared.check_same_settings(run.source, processes)
+    comparison = together(lambda: check_before(run, folder), processes)
     processes.print(f"evaluation: {what_runs(processes)}")
     if processes.is_local_main_process and run.overwrite:
         clear_states(folder)
@@ -255,6 +250,18 @@ def prepare(run: EvaluationRun) -> Prepared:
     names = task_titles([(task.name, task.dataset) for task in run.tasks])
     tasks = dict(zip(names, run.tasks, strict=True))
     return Prepared(run, folder, processes, Saving(folder, processes.print), titles(run.names), tasks, comparison)
+
+
+def check_before(run: EvaluationRun, folder: Path) -> published.Comparison | None:
+    """What would fail after hours fails here. Published figures beside the model, where they are asked for."""
+    for name in run.names[1:]:
+        shared.check_model(name, run.revision_of(name))
+    name = run.model.model_name_or_path
+    comparison = run.comparison and published.with_model(run.comparison, name, run.revision_of(name))
+    check_writable(folder)
+    if not run.overwrite:
+        check_figures_kept(run, folder)
+    return comparison
 
 
 def check_figures_kept(run: EvaluationRun, folder: Path) -> None:
@@ -279,14 +286,7 @@ def measure(prepared: Prepared) -> Measured:
     texts = run.texts
     for name in run.names:
         revision = run.revision_of(name)
-        model = shared.load_model(name, revision).to(prepared.processes.device)
-        if name == run.model.model_name_or_path and not texts.templates:
-            texts = texts_of(texts, name, revision)
-        tasks = shared.load_tasks(prepared.tasks, model)
-        for title, data in tasks.items():  # one without descriptions is told before hours of another
-            texts.of(data.class_names, shared.templates_of(prepared.tasks[title], data, texts.templates))
-            if run.stream_poisoning is not None:
-                check_poisoning(run.defence, run.stream_poisoning, run.permutations, len(data))
+        model, texts, tasks = together(partial(load, prepared, name, texts), prepared.processes)
         defence, facts = defence_for(prepared, model, name, texts)
         trained = known_templates(name, revision)
         for title, data in tasks.items():
@@ -315,6 +315,22 @@ def measure(prepared: Prepared) -> Measured:
                 own = explanations.explain(prepared.saving, model, data, first, count, name=called, task=title)
                 found.explained += own
     return found
+
+
+def load(
+    prepared: Prepared, name: str, texts: shared.Texts
+) -> tuple[ZeroShotClassifier, shared.Texts, dict[str, ImageDataset]]:
+    """A checkpoint, the texts of classes from it on, and the pictures of all tasks by their titles."""
+    run, revision = prepared.run, prepared.run.revision_of(name)
+    model = shared.load_model(name, revision).to(prepared.processes.device)
+    if name == run.model.model_name_or_path and not texts.templates:
+        texts = texts_of(texts, name, revision)
+    tasks = shared.load_tasks(prepared.tasks, model)
+    for title, data in tasks.items():  # one without descriptions is told before hours of another
+        texts.of(data.class_names, shared.templates_of(prepared.tasks[title], data, texts.templates))
+        if run.stream_poisoning is not None:
+            check_poisoning(run.defence, run.stream_poisoning, run.permutations, len(data))
+    return model, texts, tasks
 
 
 def texts_of(asked: shared.Texts, name: str, revision: str | None) -> shared.Texts:
@@ -386,12 +402,8 @@ def defence_for(
     """
     run = prepared.run
     if run.defence is None or run.fit_on is None:
-        return with_statistics(run, name, run.revision_of(name)), {}
-    data = shared.load_data(run.fit_on, model)
-    digest = dataset_digest(data)
-    for title, task in prepared.tasks.items():
-        if dataset_digest(shared.load_data(task, model)) == digest:
-            raise ValueError(f"fit_on.dataset={run.fit_on.dataset!r} has the very images of {title!r}; fit on others.")
+        return together(lambda: with_statistics(run, name, run.revision_of(name)), prepared.processes), {}
+    data, digest = together(partial(fitting_images, prepared, run.fit_on, model), prepared.processes)
     called = prepared.called[name]
     about = f"{len(data)} images of {data.dataset_id}, split {data.split}"
     prepared.processes.print(f"{called}: {run.defence.name} is fitted on {about}")
@@ -409,6 +421,16 @@ def defence_for(
         )
     facts = {"dataset": data.dataset_id, "dataset_revision": data.revision, "split": data.split}
     return defence, {"fit_on": {**facts, "num_images": len(data), "digest": digest}}
+
+
+def fitting_images(prepared: Prepared, asked: Images, model: ZeroShotClassifier) -> tuple[ImageDataset, str]:
+    """The images that a defence is fitted on, and their digest. Raises ValueError if they are those of a task."""
+    data = shared.load_data(asked, model)
+    digest = dataset_digest(data)
+    for title, task in prepared.tasks.items():
+        if dataset_digest(shared.load_data(task, model)) == digest:
+            raise ValueError(f"fit_on.dataset={asked.dataset!r} has the very images of {title!r}; fit on others.")
+    return data, digest
 
 
 def with_statistics(run: EvaluationRun, name: str, revision: str | None) -> Defence | None:

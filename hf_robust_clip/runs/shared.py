@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -23,7 +23,9 @@ from ..modeling import (
     with_adapter,
 )
 from ..modeling.checkpoints import read_config
+from ..names import without_paths
 from ..pictures import model_side
+from ..processes import Processes, check_agreed
 from ..report import RobustnessReport
 from ..typed_settings import typed_text
 from ..zero_shot_data.errors import one_line
@@ -33,6 +35,7 @@ from ..zero_shot_data.suites import find_suite, other_pictures
 from .interruptions import one_line_errors
 
 SUITES = ("hf_robust_clip.attacks", "hf_robust_clip.evaluation")  # where classes of attacks are
+OF_EACH_MACHINE = ("config", "output_dir", "data_root", "num_workers", "dataloader_num_workers", "overwrite")
 SAID_OF = {"data_root": "a folder", "max_images": "a whole number", "streaming": "true or false"}
 FOR_ALL_TASKS = tuple(SAID_OF)  # may stand beside a suite, for all of its tasks
 
@@ -48,6 +51,23 @@ def run_command(read: Callable[[], Any], act: Callable[[Any], object], left: Cal
         quiet_loading()
         with one_line_errors(lambda: left(run.output_dir)):
             act(run)
+
+
+def check_same_settings(source: Mapping[str, Any], processes: Processes) -> None:
+    """Raise ValueError on every process unless all were started with the same settings. Folders and workers may be
+    those of a machine, and so may the places of models and datasets, whose last parts are compared.
+    """
+    check_agreed(dict(_entries(without_paths(source))), processes)
+
+
+def _entries(settings: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings by dotted name, without those that each machine has for itself."""
+    if not isinstance(settings, Mapping):
+        yield name, settings
+        return
+    for key, value in settings.items():
+        if key not in OF_EACH_MACHINE:
+            yield from _entries(value, f"{name}.{key}" if name else str(key))
 
 
 def as_list(name: str, file: dict[str, Any], options: dict[str, str]) -> None:

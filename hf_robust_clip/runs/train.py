@@ -30,7 +30,7 @@ from ..hub import (
 )
 from ..modeling import ZeroShotClassifier
 from ..names import hub_name, is_path, shown_folder, shown_name, without_paths
-from ..processes import join_processes, what_runs
+from ..processes import join_processes, together, what_runs
 from ..prompts import ClipPromptConfig, check_prompts
 from ..report import CardInfo, RobustnessReport, make_card
 from ..saving import Saving, left_by_training
@@ -132,9 +132,36 @@ def train(run: TrainingRun) -> list[RobustnessReport]:
 
 
 def prepare(run: TrainingRun) -> Prepared:
-    """Load the model and the pictures, join the processes, and clear what is to be overwritten."""
-    folder = Path(run.output_dir)
-    check_writable(folder)
+    """Join the processes, load the model and the pictures, and clear what is to be overwritten."""
+    folder, processes = Path(run.output_dir), join_processes(run.training.use_cpu)
+    shared.check_same_settings(run.source, processes)
+    model, data, held_out, tasks = together(lambda: load(run), processes)
+    push = together(lambda: repository(run) if processes.is_main_process else run.push, processes)
+    mixed = run.training.mixed_precision
+    precision = mixed if mixed != "no" else str(model.dtype).removeprefix("torch.")
+    beside = "" if held_out is None else f" and {len(held_out)} held out"
+    processes.print(f"{run.title}: {len(data)} images{beside}, {len(data.class_names)} classes, "
+                    f"{what_runs(processes)}, {precision}")  # fmt: skip
+    if processes.is_local_main_process and run.overwrite:
+        clear_checkpoints(folder)
+        clear_states(folder)
+        clear_search(folder)
+    processes.wait_for_everyone()
+    saving = Saving(folder, processes.print)
+    return Prepared(run, model, data, held_out, tasks, processes, saving, push)
+
+
+def repository(run: TrainingRun) -> Push | None:
+    """Where the run is pushed to, which is there and can be written to; None where it isn't pushed."""
+    kind = "adapter" if run.adds_adapter else "model"
+    return None if run.push is None else prepare_repository(run.push, kind, "hub_model_id")  # type: ignore[arg-type]
+
+
+def load(
+    run: TrainingRun,
+) -> tuple[ZeroShotClassifier, ImageDataset, ImageDataset | None, dict[str, ImageDataset]]:
+    """The model with its classes, what is trained on, what of it is held out, and the tasks by their titles."""
+    check_writable(run.output_dir)
     model = shared.load_model(run.model.model_name_or_path, run.model.model_revision)
     if hasattr(model, "peft_config"):
         raise ValueError(
@@ -160,22 +187,7 @@ def prepare(run: TrainingRun) -> Prepared:
         check_met(run.training, method.objective, model, data)
         if isinstance(method.adapter, ClipPromptConfig):
             check_prompts(model, method.adapter)
-    processes = join_processes(run.training.use_cpu)
-    push = run.push
-    if push is not None and processes.is_main_process:
-        push = prepare_repository(push, "adapter" if run.adds_adapter else "model", "hub_model_id")
-    mixed = run.training.mixed_precision
-    precision = mixed if mixed != "no" else str(model.dtype).removeprefix("torch.")
-    beside = "" if held_out is None else f" and {len(held_out)} held out"
-    processes.print(f"{run.title}: {len(data)} images{beside}, {len(data.class_names)} classes, "
-                    f"{what_runs(processes)}, {precision}")  # fmt: skip
-    if processes.is_local_main_process and run.overwrite:
-        clear_checkpoints(folder)
-        clear_states(folder)
-        clear_search(folder)
-    processes.wait_for_everyone()
-    saving = Saving(folder, processes.print)
-    return Prepared(run, model, data, held_out, tasks, processes, saving, push)
+    return model, data, held_out, tasks
 
 
 def tuned(prepared: Prepared) -> Prepared:
@@ -260,8 +272,9 @@ def finish(prepared: Prepared, trainer: RobustClipTrainer) -> Fitted:
         defences = {title: replace(defence, **learned) for title, defence in defences.items()}
         trainer.defence = next(iter(defences.values()))
     settings = {**trainer.settings(), **how_chosen(prepared)}
-    if prepared.processes.is_main_process:
+    if prepared.processes.is_local_main_process:
         clear_model(prepared.folder)
+    prepared.processes.wait_for_everyone()
     classifier, to_save = plain_model(trainer)
     return Fitted(classifier, to_save, defences, settings)
 

@@ -26,6 +26,7 @@ from .preparation import classifier_in
 
 logger = logging.getLogger(__name__)
 RUN_FILE = "training_run.json"
+SAVES = ".saves-"  # before the number of a process that does, in the name of a file that is there for a moment
 WEIGHTS = r"(adapter_)?model(-\d+-of-\d+)?\.safetensors"
 
 
@@ -136,6 +137,35 @@ def check_seen(folder: str | Path, *, needed: bool, processes: Processes) -> Non
         raise OSError(text)
     if processes is None or processes.is_main_process:
         logger.warning("%s", text)
+
+
+def check_own_folder(folder: str | Path, *, saves: bool, processes: Processes) -> None:
+    """Raise ValueError on every process where several of those that save, one on each machine, share a folder: their
+    files would be written over one another.
+
+    Args:
+        saves: whether this process does.
+    """
+    if processes is None or processes.num_processes == 1:
+        return
+    mark = Path(folder, f"{SAVES}{processes.process_index}")
+
+    def look() -> None:
+        there = sorted(path.name for path in Path(folder).glob(f"{SAVES}*")) if saves else []
+        if len(there) > 1:
+            raise ValueError(
+                f"save_on_each_node=True, but output_dir={str(folder)!r} is one folder for several machines; leave it "
+                "out, or name a folder for each."
+            )
+
+    try:
+        if saves:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        processes.wait_for_everyone()
+        together(look, processes)
+    finally:
+        mark.unlink(missing_ok=True)
 
 
 def newest_whole_checkpoint(output_dir: str | Path, processes: Processes = None) -> Path | None:

@@ -82,12 +82,15 @@ def data_identity(train_dataset: Dataset, eval_dataset: Any, args: RobustClipCon
     """Of what a training learns, and of what it is evaluated on where that decides over it."""
     found = {"data": _dataset_identity(train_dataset)}
     if chooses_by_evaluation(args):
-        found["eval_data"] = (
-            {name: _dataset_identity(dataset) for name, dataset in eval_dataset.items()}
-            if isinstance(eval_dataset, dict)
-            else _dataset_identity(eval_dataset)
-        )
+        found |= eval_identity(eval_dataset)
     return found
+
+
+def eval_identity(eval_dataset: Any) -> dict[str, Any]:
+    """Of what a training is evaluated on, which may be several datasets by name."""
+    several = isinstance(eval_dataset, dict)
+    named = {name: _dataset_identity(one) for name, one in eval_dataset.items()} if several else None
+    return {"eval_data": _dataset_identity(eval_dataset) if named is None else named}
 
 
 def weights_digest(model: nn.Module, without_trained: bool = False) -> str:

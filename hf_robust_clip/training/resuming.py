@@ -18,13 +18,15 @@ from transformers import EarlyStoppingCallback, enable_full_determinism, set_see
 from transformers.trainer_utils import HPSearchBackend, TrainOutput
 
 from ..digests import plain
-from ..processes import together
+from ..environment import same_libraries
+from ..processes import check_agreed, together
 from ..storage import check_writable
 from .averaging import WeightAveraging
 from .checkpoints import (
     best_beside,
     check_files,
     check_fit,
+    check_own_folder,
     check_seen,
     checkpoint_to_resume,
     drop_old_checkpoints,
@@ -33,7 +35,7 @@ from .checkpoints import (
     save_adapter,
 )
 from .config import check_arguments
-from .identity import check_same_everywhere, check_same_run, data_identity
+from .identity import check_same_everywhere, check_same_run, data_identity, eval_identity
 from .pushing import PushingTrainer
 
 if TYPE_CHECKING:
@@ -175,12 +177,15 @@ class ResumingTrainer(PushingTrainer):
             kept = self.model.parameters()
             saved = (p for p in kept if p.requires_grad) if isinstance(self.model, PeftModel) else kept
             check_writable(self.args.output_dir, room=sum(p.nbytes for p in saved))
+        if self.args.save_on_each_node:
+            check_own_folder(self.args.output_dir, saves=self.args.should_save, processes=self.accelerator)
         self._train_batch_size = self.args.train_batch_size
         self.accelerator.dataloader_config.data_seed = self.args.data_seed
         if self._beginning is None or self._resumed_from is None:
             self._beginning = self.start_identity()
         self._run, self._data = {**self.method_identity(), **self._beginning}, None
         check_same_everywhere(self._run, self.accelerator)
+        self._check_data_agreed()
         if self._resumed_from is not None:
             self._check_same_run(self._resumed_from)
 
@@ -189,6 +194,18 @@ class ResumingTrainer(PushingTrainer):
         if self._data is None:
             self._data = data_identity(self.train_dataset, self.eval_dataset, self.args)
         return {**self._run, **self._data}
+
+    def _check_data_agreed(self) -> None:
+        """Raise on every process unless all of them see the same images: each may be on a machine with its own."""
+        if self.accelerator.num_processes > 1:
+            self._data, seen = together(self._found_data, self.accelerator)
+            check_agreed({**seen, "libraries": same_libraries()}, self.accelerator)
+
+    def _found_data(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Of this process's images what a checkpoint notes, and that with those that are only evaluated on."""
+        noted = data_identity(self.train_dataset, self.eval_dataset, self.args)
+        seen = {} if self.eval_dataset is None or "eval_data" in noted else eval_identity(self.eval_dataset)
+        return noted, {**noted, **seen}
 
     def _check_same_run(self, folder: Path) -> None:
         """Raise on every process unless a checkpoint is of this training, with its data, as the main one sees it, and

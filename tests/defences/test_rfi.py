@@ -176,10 +176,12 @@ def test_processes_fit_together_what_one_fits(monkeypatch):
     classifier, data, given = make_base(), examples(11), []
     one = RFI().fit(classifier, data, batch_size=2)
     ranks = [SimpleNamespace(process_index=rank, num_processes=3, wait_for_everyone=lambda: None) for rank in range(3)]
-    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: given.extend(own) or own)
+    monkeypatch.setattr(
+        "accelerate.utils.gather_object", lambda own: own if isinstance(own[0], dict) else given.extend(own) or own
+    )
     for rank in ranks:
         RFI().fit(classifier, data, batch_size=2, processes=rank)
-    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: given)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: own if isinstance(own[0], dict) else given)
     found = [RFI().fit(classifier, data, batch_size=2, processes=rank).moment for rank in ranks]
     assert torch.equal(found[0].outer_DD, found[2].outer_DD)
     assert_moments_equal(found[1], one.moment)

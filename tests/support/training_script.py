@@ -8,6 +8,7 @@ import copy
 import functools
 import json
 import os
+import shutil
 import signal
 import sys
 from dataclasses import asdict, replace
@@ -46,9 +47,11 @@ from hf_robust_clip import (
 )
 from hf_robust_clip.attacks.auto_attack import AutoAttack
 from hf_robust_clip.attacks.suites import PGD
+from hf_robust_clip.defences.fit import collect_statistics
 from hf_robust_clip.evaluation.backdoor import measure_backdoor
 from hf_robust_clip.poisoning.triggers import Stripes
 from hf_robust_clip.processes import leave_processes
+from hf_robust_clip.runs import evaluate, train
 
 CASES = {
     "released": dict(objective=PMGAFT.released_preset()),
@@ -69,6 +72,7 @@ CASES = {
     "resumed before it": dict(objective=PMGAFT(), accumulation=2, images=19, resumed=True, ema_decay=0.5),
 }
 GLOBAL_BATCH = 8
+DIGITS = Path(__file__).parents[2] / "recipes/configs/digits-clip/pmg_aft.yaml"
 
 
 def tiny_model(dtype=torch.float64, classes=CLASS_NAMES, seed=0):
@@ -183,9 +187,9 @@ SUITES = {
 }
 
 
-def digits_report(suite, processes=None, state_dir=None):
+def digits_report(suite, processes=None, state_dir=None, count=9):
     """What `evaluate_robustness` finds on nine digits."""
-    model, data = digits(9)
+    model, data = digits(count)
     defence = TPT(num_views=4, selected=0.5, learning_rate=0.1) if suite == "defence" else None
     view = Static() if defence is None else DefenceBlind()
     settings = EvaluationSettings(["4/255", "12/255"], attack=SUITES[suite], batch_size=2, view=view)
@@ -302,15 +306,19 @@ def machines(folder):
     folder = folder / str(rank)
     found = {}
 
-    def trainer(case, seed=3, **changes):
+    def trainer(case, seed=3, images=(24, 7), **changes):
         own = dict(max_steps=4, per_device_train_batch_size=4, save_strategy="steps", save_steps=2, seed=seed)
         args = arguments(folder / case, **{**own, **changes})
-        return PMGAFTTrainer(tiny_model(), args, None, tiny_data(), tiny_data(7), teacher=tiny_model(seed=5))
+        return PMGAFTTrainer(tiny_model(), args, None, *map(tiny_data, images), teacher=tiny_model(seed=5))
 
     trainer("alone").train()  # the main machine alone has checkpoints
     found["alone"] = error_of(lambda: trainer("alone").train(resume_from_checkpoint=True))
     found["wishes"] = error_of(lambda: trainer("alone").train(resume_from_checkpoint=rank == 0))
     found["settings"] = error_of(lambda: trainer("settings", seed=rank).train())
+    shared = dict(save_on_each_node=True, output_dir=str(folder.parent / "shared"))
+    found["shared"] = error_of(lambda: trainer("shared", **shared).train())
+    found["data"] = error_of(lambda: trainer("data", images=(24 + rank, 7)).train())
+    found["eval_data"] = error_of(lambda: trainer("data", images=(24, 7 + rank)).train())
     best = dict(load_best_model_at_end=True, metric_for_best_model="loss", eval_strategy="steps", eval_steps=2)
     found["best"] = error_of(lambda: trainer("best", **best).train())
     whole = trainer("each", save_on_each_node=True)
@@ -333,8 +341,44 @@ def machines(folder):
     if rank == 1:
         file.write_bytes(b"".join([*lines[:2], b"42\n", *lines[2:]]))
     found["damaged"] = error_of(lambda: digits_report("PGD", processes, place))
+    found["pictures"] = error_of(lambda: digits_report("PGD", processes, count=9 + rank))
+    found["statistics"] = error_of(
+        lambda: collect_statistics(tiny_model(), tiny_data(4 + rank), batch_size=4, processes=processes)
+    )
     found["another"] = error_of(lambda: digits_report(("PGD", "AutoAttack")[rank], processes, folder / "another"))
+    found |= commands(folder, rank)
     (folder / "found.json").write_text(json.dumps(found))
+
+
+def commands(folder, rank):
+    """What a machine finds by the commands, with folders of its own; an earlier run left a model in the second's."""
+    words = ["--max_images", "16", "--max_steps", "2", "--per_device_train_batch_size", "4", "--objective", "TeCoA",
+             "--evaluation.attack", "pgd-1", "--evaluation.radii", "[24/255]", "--use_cpu", "true", "--overwrite",
+             "--tasks", "[{name: few, dataset: digits, split: test, max_images: 6}]"]  # fmt: skip
+
+    def trained(*more):
+        return train.train(train.read([*words, "--output_dir", str(folder / "trained"), *more], DIGITS))
+
+    def evaluated(count):
+        own = ["--model_name_or_path", str(folder / "trained"), "--output_dir", str(folder / "evaluated"),
+               "--dataset_name", "digits", "--max_images", count, "--evaluation.radii", "[24/255]",
+               "--evaluation.attack", "pgd-1", "--use_cpu", "true"]  # fmt: skip
+        return evaluate.evaluate(evaluate.read(own, DIGITS.parents[1] / "evaluate.yaml"))
+
+    found = {"seed": error_of(lambda: trained("--seed", str(rank)))}
+    if rank == 1:
+        (folder / "trained").mkdir(exist_ok=True)
+        (folder / "trained/report.json").write_text("{}")
+    (report,) = trained()
+    found["trained"] = sorted(path.name for path in (folder / "trained").iterdir() if path.is_file())
+    found["report"] = [report.num_images, report.clean_accuracy, report.robust_accuracy[24 / 255]]
+    found["no model"] = error_of(lambda: evaluated("4"))
+    if rank == 1:
+        shutil.copytree(folder.with_name("0") / "trained", folder / "trained", dirs_exist_ok=True)
+    found["max_images"] = error_of(lambda: evaluated(f"{4 + rank}"))
+    found["evaluated"] = [report.num_images for report in evaluated("4")]
+    found["written"] = (folder / "evaluated/report.json").is_file()
+    return found
 
 
 if __name__ == "__main__":
