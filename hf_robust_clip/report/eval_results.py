@@ -47,9 +47,7 @@ def eval_result_entries(reports: Sequence[RobustnessReport]) -> list[EvalResultE
                 found[key] = own.n, entry
     if not found:
         names = ", ".join(sorted({report.dataset for report in reports}))
-        raise ValueError(
-            f"eval_results: {names or 'no dataset'} is no dataset of the Hub, on whose page figures stand."
-        )
+        raise ValueError(f"eval_results=True: the figures are on no dataset of the Hub, but on {names or 'none'}.")
     return [entry for _, entry in found.values()]
 
 
