@@ -165,6 +165,13 @@ def test_what_is_trained_beside_a_run_is_not_logged_under_its_name(tmp_path):
     assert on_its_own(args).report_to == [] and args.report_to == ["trackio"]
 
 
+def test_a_space_that_is_not_wanted_is_not_one_of_that_name(tmp_path):
+    for told in (False, "false", "False"):
+        assert arguments(tmp_path, trackio_static_space_id=told).trackio_static_space_id is False
+    assert arguments(tmp_path, trackio_static_space_id="me/logs").trackio_static_space_id == "me/logs"
+    assert arguments(tmp_path).trackio_static_space_id is None
+
+
 def test_tensorboard_as_it_is(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from PIL import Image as Pictures
