@@ -148,7 +148,9 @@ class RobustClipConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(trainer_log_levels)}.")
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
-        if str(self.trackio_static_space_id).lower() == "false":  # as flags and YAML give it; no Space of that name
+        if (
+            str(getattr(self, "trackio_static_space_id", None)).lower() == "false"
+        ):  # as flags and YAML give it; no Space of that name
             self.trackio_static_space_id = False
         join_processes(self.use_cpu, self.ddp_timeout, self.ddp_backend)
         super().__post_init__()
