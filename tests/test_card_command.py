@@ -74,6 +74,7 @@ def test_an_index_page_is_written_and_nobodys_own_page_is_overwritten(folder, ca
         (["FOLDER", "--license", "Apache 2"], "license"),
         (["FOLDER", "--defences", "ttc"], "ttc"),
         (["FOLDER", "--licence", "mit"], "licence"),
+        (["FOLDER", "b"], "'b'"),
         (["--collection", "FOLDER", "--sort_by", "speed"], "collection"),
     ],
 )
