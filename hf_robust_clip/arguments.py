@@ -319,6 +319,8 @@ class TrainingRunArguments:
         held_out_images: share of the training images of each class, at least one, that is held out of the training
             and on which it is evaluated while it runs (eval_steps, by default save_steps); the weights with the best
             robust accuracy there are kept. Never the test split.
+        card_pictures: so many attacked test pictures on the card, of the first task whose licence lets anybody show
+            them (digits, coloured-digits, fashion_mnist); null takes 4 where the run is pushed to the Hub, 0 none.
         overwrite: begin anew in a folder that holds a run.
     """
 
@@ -330,11 +332,14 @@ class TrainingRunArguments:
     fit_images: int | None = None
     compare: Sequence[str] = ()
     held_out_images: float | None = None
+    card_pictures: int | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         if self.held_out_images is not None:
             check_share("held_out_images", self.held_out_images)
+        if self.card_pictures is not None and not 0 <= self.card_pictures <= 64:
+            raise ValueError(f"card_pictures={self.card_pictures!r} must be from 0 to 64.")
         if self.fit_images is not None and self.fit_images < 1:
             raise ValueError(f"fit_images={self.fit_images!r} must be at least 1.")
         if self.defence is None and self.fit_images is not None:
@@ -444,6 +449,37 @@ class EvaluationRunArguments:
             raise ValueError(f"reference={self.reference!r} is undefended: evaluate it without a defence.")
         if self.stream_poisoning is not None:
             check_poisoning(self.defence, self.stream_poisoning, self.permutations)
+
+
+@dataclass(frozen=True)
+class CardArguments:
+    """Which card is written again, or which folder of cards gets an index page.
+
+    Args:
+        folder: of one card, with report.json and recipe.yaml.
+        license: of the weights, as the Hub writes it (apache-2.0, say); kept in report.json.
+        defences: Hub ids of test-time defences that stand on this model, which the card links; kept in report.json.
+        eval_results: write the figures on datasets of the Hub to .eval_results/hf_robust_clip.yaml too.
+        collection: a folder of cards, whose README.md becomes an index page.
+        sort_by: of its tables: robust (the default), clean, method, model, or the title of a task.
+    """
+
+    folder: str | None = None
+    license: str | None = None
+    defences: Sequence[str] | None = None
+    eval_results: bool = False
+    collection: str | None = None
+    sort_by: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.folder is None) == (self.collection is None):
+            raise ValueError(f"folder={self.folder!r} and collection={self.collection!r}: give one of them.")
+        of_cards = ("license", "defences", "eval_results")
+        idle = of_cards if self.collection is not None else ("sort_by",)
+        for name in idle:
+            if getattr(self, name) not in (None, False):
+                other = "with collection" if self.collection is not None else "without collection"
+                raise ValueError(f"{name}={getattr(self, name)!r} does nothing {other}.")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ usage: hf-robust-clip train [CONFIG] [--config FILE] [--NAME VALUE ...]      fin
        hf-robust-clip clean [CONFIG] --poisoned DIR [--NAME VALUE ...]   take it out, and measure what is left
        hf-robust-clip convert SOURCE --base ID --output_dir DIR [--NAME VALUE ...]   weights of others to transformers
        hf-robust-clip leaderboard [FILE] [--NAME VALUE ...]   convert and evaluate many checkpoints, and rank them
-       hf-robust-clip card FOLDER                     write README.md again from report.json and recipe.yaml
+       hf-robust-clip card FOLDER [--NAME VALUE ...]  write README.md again from report.json and recipe.yaml
+       hf-robust-clip card --collection FOLDER        write the index page of a folder of cards
        hf-robust-clip --version
 CONFIG is the name of a YAML file that comes with the package, such as pmg_aft (the default of train), tecoa, or
 clip-vit-base-patch32/pmg_aft_imagenet; FILE is your own."""
@@ -48,13 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             convert.main(rest)
     elif command == "leaderboard":
         rank(rest)
-    elif command == "card" and len(rest) == 1 and not rest[0].startswith("-"):
+    elif command == "card" and rest:
         with one_line_errors():
-            from .report.card import regenerate_card
-            from .storage import write_text
+            from .runs import cards
 
-            write_text(Path(rest[0]) / "README.md", str(regenerate_card(rest[0])))
-            print(f"wrote {Path(rest[0]) / 'README.md'}")
+            cards.main(rest)
     elif command == "--version":
         print(f"hf-robust-clip {version('hf_robust_clip')}")
     else:

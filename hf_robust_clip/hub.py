@@ -19,6 +19,7 @@ from .checkpoint_notes import CHECKPOINT
 from .names import cached_revision, hub_name, paths_in, without_paths
 from .report.card import LIBRARY, name_repository
 from .report.converted import PROVENANCE, name_converted
+from .report.eval_results import EVAL_RESULTS
 from .secrets import holds_token, without_token_keys, without_tokens
 from .storage import delete, read_json, written_whole
 from .typed_settings import OneMeaning, parse_yaml, read_text
@@ -37,7 +38,8 @@ MODEL_FILES = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.s
                "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
                "added_tokens.json", "chat_template.jinja", "descriptions.json")  # fmt: skip
 # what belongs to the weights beside them
-FIGURES = ("report.json", "report.csv", "recipe.yaml", "accuracy.png", "tuning.csv", "tuning.png", PROVENANCE)
+FIGURES = ("report.json", "report.csv", "recipe.yaml", "accuracy.png", "examples.png", "widget.png", "tuning.csv",
+           "tuning.png", PROVENANCE)  # fmt: skip
 TRAINERS = ("training_args.bin", "pytorch_model*.bin", "adapter_model.bin", "optimizer.*", "scheduler.pt", "scaler.pt",
             "rng_state*.pth")  # fmt: skip
 RESUMED = ("trainer_state.json", "training_run.json", "weight_average.safetensors", "*.distcp", ".metadata")
@@ -152,7 +154,7 @@ def check_card(folder: str | Path, repo_id: str) -> None:
 def files_to_push(folder: str | Path, only: Sequence[str] = ("*",)) -> list[str]:
     """The files of a folder that are uploaded, relative to it."""
     own = (path.relative_to(folder).as_posix() for path in sorted(Path(folder).rglob("*")) if path.is_file())
-    return [name for name in own if _fits(name, only) and not _fits(name, NEVER_PUSHED)]
+    return [name for name in own if _fits(name, only) and (name == EVAL_RESULTS or not _fits(name, NEVER_PUSHED))]
 
 
 def check_folder(folder: str | Path, only: Sequence[str] = ("*",)) -> Kind:
@@ -274,12 +276,16 @@ def upload_command(folder: str | Path, push: Push) -> str:
     """What uploads the same files by hand."""
     excluded = [word for pattern in NEVER_PUSHED for word in ("--exclude", pattern)]
     more = [*(["--revision", push.revision] if push.revision else []), *(["--private"] if push.private else [])]
-    return shlex.join(["hf", "upload", push.repo_id, str(folder), ".", *more, *excluded])
+    command = shlex.join(["hf", "upload", push.repo_id, str(folder), ".", *more, *excluded])
+    if not Path(folder, EVAL_RESULTS).is_file():
+        return command
+    single = ["hf", "upload", push.repo_id, str(Path(folder, EVAL_RESULTS)), EVAL_RESULTS, *more]  # `.*` is excluded
+    return f"{command} && {shlex.join(single)}"
 
 
 def is_stale(file: str) -> bool:
     """Whether a file of a repository belongs to the weights that were there before."""
-    left = ("checkpoint-*/*", "last-checkpoint/*", "state/*")
+    left = ("checkpoint-*/*", "last-checkpoint/*", "state/*", EVAL_RESULTS)
     return _fits(file, left) or ("/" not in file and _fits(file, (*MODEL_FILES, *FIGURES, *TRAINERS)))
 
 
@@ -305,6 +311,7 @@ def copy_model(source: str | Path, target: str | Path) -> None:
 def clear_model(folder: str | Path) -> None:
     """Delete what an earlier run left of a model, so that no half of it is taken for this one's."""
     ours = (*MODEL_FILES, *fitted_files(folder), *FIGURES, "README.md")
+    Path(folder, EVAL_RESULTS).unlink(missing_ok=True)
     for path in Path(folder).glob("*"):
         if path.is_file() and _fits(path.name, ours):
             path.unlink(missing_ok=True)  # another machine may clear the same folder

@@ -44,6 +44,7 @@ def client(base: Path, work: Path, control: str) -> dict:
     import torch
     from huggingface_hub import ModelCard
     from peft import LoraConfig
+    from transformers import TrainerCallback
 
     from hf_robust_clip import (
         TAPT,
@@ -94,14 +95,24 @@ def client(base: Path, work: Path, control: str) -> dict:
     def server(what, repo):
         urllib.request.urlopen(f"{control}/control/{what}/{repo}").read()
 
+    class Space(TrainerCallback):
+        """As Trackio does: its Space is made when something is pushed, and the model is tagged with the address."""
+
+        def on_push_begin(self, args, state, control, model=None, **kwargs):
+            model.model_tags = ["trackio", "trackio:https://huggingface.co/spaces/user/logs"]
+
+    class Refused(TrainerCallback):
+        def on_push_begin(self, args, state, control, **kwargs):
+            raise RuntimeError("no Space can be made")
+
     prompts = ClipPromptConfig(design="VLI", vision_depth=2, text_depth=2)
     lora = LoraConfig(r=2, target_modules=r".*vision_model.*\.(q_proj|v_proj)", init_lora_weights=False)
 
     for strategy in ("every_save", "end", "checkpoint", "all_checkpoints"):
         with refused(found, strategy):
-            trainer = TeCoATrainer(
-                model(), args(f"user/{strategy}", push_to_hub=True, hub_strategy=strategy), train_dataset=data
-            )
+            own = args(f"user/{strategy}", push_to_hub=True, hub_strategy=strategy)
+            tracker = Space() if strategy == "every_save" else Refused()
+            trainer = TeCoATrainer(model(), own, train_dataset=data, callbacks=[tracker])
             trainer.train()
             if strategy == "end":
                 trainer.save_model()
@@ -255,6 +266,14 @@ def test_training_moved_the_weights_and_each_save_was_pushed(hub):
         assert not [name for name in files if name.endswith(PICKLED)], repo
         assert "README.md" in files and ("processor_config.json" in files or "adapter_config.json" in files
                                          or "adaptation.json" in files), repo  # fmt: skip
+
+
+def test_what_a_tracker_uploads_is_linked_and_stops_nothing_where_it_fails(hub):
+    _, found, _, printed, _ = hub
+    linked = "- trackio\n- trackio:https://huggingface.co/spaces/user/logs\n"
+    assert linked in found["every_save pushed"]["text"]
+    assert "trackio" not in found["end pushed"]["text"]
+    assert "no Space can be made" in printed
 
 
 def test_a_defence_is_pushed_with_its_prompts(hub):

@@ -110,6 +110,15 @@ def hub(tmp_path_factory):
         yield server, json.loads((work / "found.json").read_text()), work, printed
 
 
+def test_pushed_cards_show_attacked_pictures_where_the_licence_lets_them(hub):
+    server, *_ = hub
+    card = server.repos["user/adapter"]["README.md"].decode()
+    assert "![attacked images](examples.png)" in card and "Pictures: digits (cc-by-4.0;" in card
+    assert server.repos["user/adapter"]["examples.png"].startswith(b"\x89PNG")
+    assert "examples.png" not in server.repos["user/whole"], "nobody knows the licence of one's own pictures"
+    assert "examples.png" not in server.repos["user/whole"]["README.md"].decode()
+
+
 @pytest.mark.parametrize("name", ["whole", "adapter"])
 def test_what_is_pushed_gives_the_same_logits(hub, name):
     _, found, _, (printed, _) = hub
@@ -138,7 +147,7 @@ def test_cards_and_recipes_name_what_others_can_have(hub):
     server, _, work, _ = hub
     card = server.repos["user/whole"]["README.md"].decode()
     assert "base_model: org/ancestor\n" in card
-    assert "It started from a checkpoint made from `org/ancestor`" in card
+    assert "It started from a checkpoint made from [`org/ancestor`](https://huggingface.co/org/ancestor) and" in card
     assert "datasets:\n-" not in card
     assert "| data | my pictures, split train, 12 images of 3 classes" in card
     assert "PMG-AFT, my pictures" in card

@@ -13,7 +13,8 @@ from huggingface_hub import EvalResult, ModelCard
 from ..metrics.backdoor import tops_of
 from ..secrets import refuse_tokens
 from ..storage import read_json, write_text
-from .card import CardInfo, _about, _metadata, _rendered, _Written
+from .card import CardInfo, _about, _rendered, _Written
+from .metadata import metadata
 from .report import CLEAN, Measurement, prompt_hash
 from .tables import Cells, as_markdown
 
@@ -187,7 +188,7 @@ def make_backdoor_card(reports: Sequence[BackdoorReport], info: CardInfo, exampl
     if not reports:
         raise ValueError("reports is empty; a card needs at least one evaluation of its model.")
     first = reports[0]
-    data = _metadata(info, "model", "transformers", "backdoor", first.stage)
+    data = metadata(info, "model", "transformers", "backdoor", first.stage)
     cells, group = figures(reports), ""
     if len({row[0] for row in cells.rows}) == 1:  # said once, above the table
         group, cells = cells.rows[0][0], Cells(cells.heads[1:], tuple(row[1:] for row in cells.rows))

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment
 
 from ..attacks.views import KNOWN_VIEWS
@@ -21,15 +21,17 @@ from ..paper import Paper
 from ..secrets import refuse_tokens
 from ..storage import write_text
 from .files import load_reports, read_report_file, save_reports
-from .report import CLEAN, ROBUST, RobustnessReport, blind_warning, frame, percent, with_descriptions
+from .metadata import LIBRARY, Holds, eval_results, metadata, title_of
+from .report import ROBUST, RobustnessReport, blind_warning, frame, percent, with_descriptions
 from .tables import by_column, cell, head, headlines, titled
 
-LIBRARY = "hf_robust_clip"
 NOTHING_MEASURED = "**Nothing was measured of this repository.**"
 TRAINERS_DRAFT = "generated automatically according to the information the Trainer had access to"
 GAP, MANY_GAPS = "[More Information Needed]", 20  # of PEFT's draft, which has more as long as nobody fills it in
 CardState = Literal["none", "draft", "unmeasured", "measured", "theirs"]
-Holds = Literal["model", "adapter", "defence"]  # of a repository: whole weights, PEFT's, or a defence alone
+DEFENDED = "test-time-defence"  # the tag
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+OPTIONAL = ("ancestor", "family", "described", "examples", "sample", "pictures", "defences")  # older files lack them
 HIDDEN = ("attack", "threat_model", "text_tokens", "units")  # settings that stand elsewhere than in the card's table
 
 
@@ -78,9 +80,13 @@ class CardInfo:
         ancestor: Hub id of what a start without a `base_model` was made from itself; None if nobody knows.
         family: `model_type` of the model's configuration.
         described: whether the template takes descriptions of the classes, which lie beside the weights.
+        examples: file name of the picture of attacked images beside the card, or None.
+        sample: file name of one clean picture beside the card, with which the Hub's widget begins, or None.
+        pictures: one line on these: which model and attack, whose pictures, under which licence.
+        defences: Hub ids of test-time defences that stand on this model.
 
-    Raises TypeError for settings that JSON can't hold, ValueError for an access token among them, and an unknown
-    family.
+    Raises TypeError for settings that JSON can't hold, ValueError for an access token among them, an unknown family,
+    a licence that is no identifier, and a defence that is no Hub id.
     """
 
     repo_id: str
@@ -97,10 +103,21 @@ class CardInfo:
     ancestor: str | None = None
     family: str = "clip"
     described: bool = False
+    examples: str | None = None
+    sample: str | None = None
+    pictures: str = ""
+    defences: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for name in ("class_names", "datasets"):
+        for name in ("class_names", "datasets", "defences"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.license is not None and not LICENSE.fullmatch(self.license):
+            raise ValueError(
+                f"license={self.license!r} of a card must be an identifier of the Hub, such as apache-2.0."
+            )
+        for name in self.defences:
+            if not is_repo_id(name):
+                raise ValueError(f"defences: {name!r} is no repository of the Hub; write owner/name.")
         if self.family not in FAMILIES:
             raise ValueError(f"family={self.family!r} of a card must be one of {', '.join(FAMILIES)}.")
         object.__setattr__(self, "settings", json.loads(json.dumps(self.settings)))  # as a file gives them back
@@ -118,11 +135,12 @@ def load_card_info(path: str | Path) -> CardInfo:
     paper = card.get("paper") or {}
     for row, cls in ((card, CardInfo), (paper, Paper)):
         known = {field.name for field in fields(cls)}
-        needed = known - {"ancestor", "family", "described"}
+        needed = known - set(OPTIONAL)
         if wrong := (needed - set(row)) | (set(row) - known):
             raise ValueError(f"the card entry of {path} lacks or adds: {', '.join(sorted(wrong))}.")
-    if card["plot"] is not None and not re.fullmatch(r"[\w-]+\.png", str(card["plot"])):
-        raise ValueError(f"plot={card['plot']!r} in the card entry of {path} must be the name of a png file.")
+    for name in ("plot", "examples", "sample"):
+        if card.get(name) is not None and not re.fullmatch(r"[\w-]+\.png", str(card[name])):
+            raise ValueError(f"{name}={card[name]!r} in the card entry of {path} must be the name of a png file.")
     return CardInfo(**{**card, "paper": Paper(**paper)})
 
 
@@ -212,9 +230,10 @@ def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessRe
         raise ValueError("reports is empty; a card needs at least one evaluation of its model.")
     defences = [_defence_table(own) for own in _by_defence([*before, *reports])]
     prompts = info.settings.get("prompts")
-    data = _metadata(info, "adapter" if prompts else "model", "peft" if prompts else "transformers")
-    data.eval_results, data.metrics = eval_results(reports), ["accuracy"]
     defended = any(report.defence for report in reports)
+    kind: tuple[Holds, str] = ("adapter", "peft") if prompts else ("model", "transformers")
+    data = metadata(info, *kind, *([DEFENDED] if defended else []))
+    data.eval_results, data.metrics = eval_results(reports), ["accuracy"]
     return _rendered(
         data,
         **_about(info, "adapter" if prompts else "model", loads_defence=bool(prompts) and defended),
@@ -238,6 +257,8 @@ def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessRe
         standard_attack=any(report.standard_attack for report in reports),
         limits=[line.strip() for line in info.limits.splitlines() if line.strip()],
         plot=info.plot,
+        examples=info.examples,
+        pictures=info.pictures,
     )
 
 
@@ -251,7 +272,7 @@ def make_unmeasured_card(info: CardInfo, holds: Holds, *, loads_defence: bool = 
     """
     library = {"model": "transformers", "adapter": "peft", "defence": LIBRARY}[holds]
     defended = loads_defence or holds == "defence"
-    data = _metadata(info, holds, library, *(["test-time-defence"] if defended else []))
+    data = metadata(info, holds, library, *([DEFENDED] if defended else []))
     return _rendered(data, **_about(info, holds, defended), measured=[])
 
 
@@ -292,22 +313,10 @@ def _span(name: str) -> str:
     return f"`{name.replace('`', '')}`"
 
 
-def _metadata(info: CardInfo, holds: Holds, library: str, *tags: str) -> ModelCardData:
-    """The metadata of a card, without figures."""
-    published = info.base_model if is_repo_id(info.base_model) else None
-    of_adapter = {"base_model_relation": "adapter"} if holds == "adapter" and published else {}
-    own = ["adapter"] if holds == "adapter" else []
-    return ModelCardData(
-        library_name=library,
-        pipeline_tag="zero-shot-image-classification",
-        license=info.license,
-        base_model=published or (info.ancestor if holds == "model" else None),
-        datasets=[name for name in info.datasets if is_repo_id(name)] or None,
-        tags=[LIBRARY, info.family, "adversarial-robustness", info.paper.method.lower(), *own, *tags],
-        model_name=_title(info.repo_id),
-        eval_results=None,
-        **of_adapter,
-    )
+def _linked(name: str) -> _Written:
+    """A name between backticks, with a link where it is a repository of the Hub."""
+    told = _as_text(_span(name))
+    return _Written(f"[{told}](https://huggingface.co/{name})" if is_repo_id(name) else told)
 
 
 def _source(*told: str) -> str:
@@ -315,26 +324,25 @@ def _source(*told: str) -> str:
     return f" ({', '.join(filter(None, told))})" if any(told) else ""
 
 
-def _title(repo_id: str) -> str:
-    return repo_id.rstrip("/").split("/")[-1]
-
-
 def _about(info: CardInfo, holds: Holds, loads_defence: bool) -> dict[str, Any]:
     """What the template says of a repository whether or not anything was measured."""
-    base = _span(info.base_model) if info.base_model else "a checkpoint that isn't published"
-    start = f"a checkpoint made from {_span(info.ancestor)}" if info.ancestor and not info.base_model else base
+    base = _linked(info.base_model) if info.base_model else "a checkpoint that isn't published"
+    start = f"a checkpoint made from {_linked(info.ancestor)}" if info.ancestor and not info.base_model else base
     family = FAMILIES[info.family]
     plain = f"loads as a plain `{family.plain}`: weights, tokenizer and image processor are all here."
     shown = info.class_names if info.settings.get("units") == "class-wise" else info.class_names[:3]
     texts = [info.template, *shown]
     template, *names = (text.lower() for text in texts) if family.lower_case and not info.described else texts
     return {
-        "title": _title(info.repo_id),
+        "title": title_of(info.repo_id),
         "repo_code": _code(info.repo_id),
         "holds": holds,
         "loads_defence": loads_defence,
         "base_text": base,
-        "started": f"It started from {start} and {plain}" if info.base_model or info.ancestor else f"It {plain}",
+        "started": _Written(
+            f"It started from {start} and {plain}" if info.base_model or info.ancestor else f"It {plain}"
+        ),
+        "defended_by": _Written(", ".join(map(_linked, info.defences))),
         "base_code": _Written("hf_robust_clip.digits_clip_path()")
         if info.base_model == EMBEDDED_MODEL
         else _code(info.base_model or "path/to/the/base/model"),
@@ -381,55 +389,6 @@ def _rows(settings: dict[str, Any]) -> dict[str, str]:
         for name, value in settings.items()
         if name not in HIDDEN
     }
-
-
-def eval_results(reports: Sequence[RobustnessReport]) -> list[EvalResult]:
-    """`model-index` rows: what two attacks report alike (clean) once, what they name alike numbered.
-
-    `dataset_config` tells them apart: it holds task, defence, attack, radius and number of images, the last because a
-    dear attack often sees fewer of them.
-    """
-    rows: list[EvalResult] = []
-    for row in (row for report in reports for row in _own_results(report)):
-        config, number = row.dataset_config, 1
-        while row not in rows and row.unique_identifier in {other.unique_identifier for other in rows}:
-            number += 1
-            row = replace(row, dataset_config=f"{config} ({number})")
-        if row not in rows:
-            rows.append(row)
-    return rows
-
-
-def _own_results(report: RobustnessReport) -> list[EvalResult]:
-    """A row for each figure of the model on all images."""
-    found = headlines([report])
-    by = f"{report.defence['name']}, " if report.defence else ""
-    rows = []
-    for own in found[found["judge"] == ""].itertuples():
-        what = "clean" if own.metric == CLEAN else f"{report.full_attack} {report.threat(own.eps)}"
-        rows.append(
-            EvalResult(
-                task_type="zero-shot-image-classification",
-                dataset_type=report.dataset,
-                dataset_name=f"{report.dataset}, {report.task}",
-                dataset_config=f"{report.task}, {by}{what}, n={own.n}",
-                dataset_split=report.split,
-                metric_type=own.metric,
-                metric_name=f"{'accuracy' if own.metric in (CLEAN, ROBUST) else own.metric}, {by}{what}",
-                metric_value=round(own.value, 4),
-                metric_args=_arguments(report, own.eps) if own.eps else None,
-            )
-        )
-    return rows
-
-
-def _arguments(report: RobustnessReport, eps: float) -> dict[str, Any]:
-    """What the attack at a radius was called with."""
-    arguments = {**report.attack_parameters, "eps": eps, "attack_target": report.view.name}
-    arguments |= {"defence": report.defence["name"]} if report.defence else {}
-    if isinstance(arguments.get("step_size"), list):  # one for each radius
-        arguments["step_size"] = arguments["step_size"][list(report.robust_accuracy).index(eps)]
-    return arguments
 
 
 def _by_attack(reports: Sequence[RobustnessReport]) -> list[list[RobustnessReport]]:

@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..names import is_repo_id
 from ..storage import read_json, write_text
-from .card import LIBRARY, _code, _rendered, _span, _title, card_state
+from .card import _code, _rendered, _span, card_state
+from .metadata import LIBRARY, title_of
 
 PROVENANCE = "provenance.json"
 
@@ -35,7 +36,7 @@ def make_converted_card(provenance: Mapping[str, Any], repo_id: str) -> ModelCar
     return _rendered(
         data,
         "converted.md.jinja",
-        title=_title(repo_id),
+        title=title_of(repo_id),
         repo_code=_code(repo_id),
         base_code=_code(base["name"]),
         adapter=adapter,

@@ -40,7 +40,7 @@ from ..training.config import on_its_own
 from ..training.preparation import check_met, classifier_in
 from ..training.trainer import RobustClipTrainer
 from ..zero_shot_data.loading import ImageDataset
-from . import shared, tune
+from . import card_pictures, shared, tune
 from .train_settings import Method, TrainingRun, read
 
 
@@ -374,7 +374,10 @@ def write(prepared: Prepared, fitted: Fitted, measured: Measured) -> None:
         info = card_info(prepared, fitted)
         publish(info)
         if saving.attempt("accuracy.png", lambda: plot(folder, rows)) is None:
-            publish(replace(info, plot=None))
+            info = replace(info, plot=None)
+            publish(info)
+        if shown := saving.attempt("examples.png", lambda: draw_pictures(prepared, fitted)):
+            publish(replace(info, **shown))
     prepared.processes.wait_for_everyone()
     saving.finish()
     run = prepared.run
@@ -412,6 +415,26 @@ def plot(folder: Path, rows: Sequence[RobustnessReport]) -> str:
     """Draw the accuracies; the file's name."""
     reporting.plot(folder / "accuracy.png", rows)
     return "accuracy.png"
+
+
+def draw_pictures(prepared: Prepared, fitted: Fitted) -> dict[str, Any]:
+    """Attacked pictures, and one for the Hub's widget, where they are asked for and a licence allows it; what the card
+    says of them.
+    """
+    run, found = prepared.run, card_pictures.licensed(prepared.run.titled)
+    count = (card_pictures.PUSHED if run.push is not None else 0) if run.card_pictures is None else run.card_pictures
+    if not count or found is None or run.method.objective.judged_by is not None:
+        return {}
+    task, spec = found
+    data = prepared.tasks[task]
+    run.texts.set(fitted.classifier, data, data.templates)
+    about = f"{run.title}{', without a defence,' if fitted.defences else ''} on {task}"
+    try:
+        shown = card_pictures.draw(prepared.folder, fitted.classifier, data, run.evaluation, spec, about, count)
+    finally:
+        run.texts.set(fitted.classifier, prepared.data)
+    sample = {} if run.adds_adapter else card_pictures.write_sample(prepared.folder, data, prepared.data.class_names)
+    return {**shown, **sample}
 
 
 def card_info(prepared: Prepared, fitted: Fitted) -> CardInfo:
@@ -453,8 +476,8 @@ def saved_files(folder: Path) -> list[str]:
     """What a run leaves for others, in a few words."""
     adapter = folder / "adapter_model.safetensors"
     kinds = [f"adapter ({adapter.stat().st_size / 1000:.0f} kB)"] if adapter.is_file() else ["weights", "processor"]
-    others = ("statistics.safetensors", "adaptation.json", "README.md", "report.json", "accuracy.png", "recipe.yaml",
-              "descriptions.json", "tuning.csv", "tuning.png")  # fmt: skip
+    others = ("statistics.safetensors", "adaptation.json", "README.md", "report.json", "accuracy.png", "examples.png",
+              "recipe.yaml", "descriptions.json", "tuning.csv", "tuning.png")  # fmt: skip
     return [*kinds, *(name for name in others if (folder / name).is_file())]
 
 

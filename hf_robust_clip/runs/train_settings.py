@@ -43,7 +43,7 @@ from ..training.config import (
     default_of,
 )
 from ..typed_settings import typed_text
-from . import shared, tune
+from . import card_pictures, shared, tune
 from .search_space import Dimension
 from .shared import SUITES
 
@@ -177,6 +177,9 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> T
     )
     if run.held_out_images is not None:
         check_held_out(run)
+    card_pictures.check_licensed(run.card_pictures, run.titled)
+    if run.card_pictures and method.objective.judged_by is not None:
+        raise ValueError(f"card_pictures={run.card_pictures!r}: {method.title} has no logits without its defence.")
     if run.tune.trials is not None:
         run = replace(run, space=tune.space_of(run, check))
     if run.push is not None:

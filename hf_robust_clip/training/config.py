@@ -148,6 +148,10 @@ class RobustClipConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(trainer_log_levels)}.")
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
+        if (
+            str(getattr(self, "trackio_static_space_id", None)).lower() == "false"
+        ):  # as flags and YAML give it; no Space of that name
+            self.trackio_static_space_id = False
         join_processes(self.use_cpu, self.ddp_timeout, self.ddp_backend)
         super().__post_init__()
         check_arguments(self)
@@ -252,8 +256,8 @@ def check_start_of_attack(args: RobustClipConfig, objective: Objective) -> None:
 
 
 def on_its_own(args: RobustClipConfig, folder: Path | None = None) -> RobustClipConfig:
-    """The same settings for a run that evaluates and pushes nothing, and saves checkpoints only where it has a folder
-    of its own.
+    """The same settings for a run that evaluates, tracks and pushes nothing, and saves checkpoints only where it has a
+    folder of its own.
     """
     quiet = copy.copy(args)
     if folder is None or args.save_strategy == SaveStrategy.BEST:  # which needs evaluations
@@ -263,6 +267,7 @@ def on_its_own(args: RobustClipConfig, folder: Path | None = None) -> RobustClip
     quiet.set_evaluate("no")
     quiet.load_best_model_at_end = quiet.push_to_hub = False
     quiet.resume_from_checkpoint = quiet.early_stopping_patience = None
+    quiet.report_to = []  # under the name of the run its figures would stand among the run's own
     return quiet
 
 

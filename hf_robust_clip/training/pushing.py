@@ -25,6 +25,7 @@ from ..hub import (
     copy_model,
     fitted_files,
     prepare_repository,
+    reason_of,
     saved_in,
     upload,
 )
@@ -114,8 +115,8 @@ class PushingTrainer(Trainer):
         Raises ValueError as `init_hf_repo` and `create_model_card` do, OSError if it can't be uploaded: what was
         trained is saved then, and the error names the command that uploads it.
         """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
+        self._push_trackers()
         if not self.is_world_process_zero():
             return None
         push, folder = self._push(token, private, revision), self.args.output_dir
@@ -147,16 +148,31 @@ class PushingTrainer(Trainer):
         self._passed_over = checkpoint_folder if busy and not self.args.hub_always_push else None
         if self._passed_over is not None:
             return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._push_trackers()
         folder = Path(self.args.output_dir)
         copy_model(checkpoint_folder, folder)
         push = self._push()
         if card_state(folder / "README.md") != "theirs":
-            write_text(folder / "README.md", str(self.unmeasured_card(push.repo_id)))
+            card = self.unmeasured_card(push.repo_id)
+            card.data.tags = [*(card.data.tags or []), *self._model_tags()]
+            write_text(folder / "README.md", str(card))
         job = HfApi().run_as_future(
             _upload_saved, folder, push, f"Training in progress, step {self.state.global_step}", UNMEASURED
         )
         self.push_in_progress = PushInProgress([*(running.jobs if running is not None and busy else []), job])
+
+    def _push_trackers(self) -> None:
+        """Let trackers upload what they logged (Trackio makes a Space of it, and tags the model with its address). A
+        warning tells of one that can't: neither a training nor its upload ends with it.
+        """
+        try:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        except Exception as error:  # whatever a tracker raises
+            logger.warning("a tracker did not upload its logs, the model is pushed without: %s", reason_of(error))
+
+    def _model_tags(self) -> list[str]:
+        """The tags that the model was given, such as the address of a Trackio Space."""
+        return list(getattr(self.model, "model_tags", None) or ())
 
     def _finish_current_push(self) -> None:
         """Wait for uploads in the background, and upload the last checkpoint if it was passed over because another was
@@ -206,6 +222,8 @@ class PushingTrainer(Trainer):
             other = contradiction(file.read_text(encoding="utf-8"), own)
             if other is not None:
                 raise ValueError(f"README.md in {self.args.output_dir!r} is of another training ({other}); delete it.")
+        if found := self._model_tags():
+            tags = [*([tags] if isinstance(tags, str) else tags or []), *found]
         given = {"language": language, "license": license, "model_name": model_name, "base_model": finetuned_from,
                  "tags": tags, "datasets": dataset_tags}  # fmt: skip
         if any(value is not None for value in given.values()):

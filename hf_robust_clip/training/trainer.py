@@ -31,6 +31,7 @@ from ..prompts.access import without_class_prompts
 from ..report.card import make_unmeasured_card
 from ..threat_model import ThreatModel
 from ..zero_shot_data.loading import collate_images
+from .accuracy import robust_accuracy
 from .batches import (
     VIEW,
     as_objectives_call,
@@ -57,27 +58,13 @@ from .identity import model_identity, training_identity
 from .preparation import check_defence, check_teacher, classifier_in, prepare, twin_of
 from .resuming import ResumingTrainer
 from .summary import card_info, defence_settings, training_settings
+from .trackers import AttackedPictures, pictures_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch.utils.data import DataLoader, Dataset
 
 logger = logging.getLogger(__name__)
-
-
-def robust_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """`clean_accuracy` and `robust_accuracy` in [0, 1] from what `RobustClipTrainer` predicts: (clean, adversarial)
-    logits and, of a detector, which of the clean and of the adversarial images it flagged.
-    """
-    labels = torch.as_tensor(prediction.label_ids)
-    parts = [torch.as_tensor(part) for part in prediction.predictions]
-    flags = [flag.bool() for flag in parts[2:]] if len(parts) > 2 else (None, None)
-    right_2 = [
-        Prediction(logits, flagged=flag).right(labels, attacked=under_attack)
-        for logits, flag, under_attack in zip(parts[:2], flags, (False, True), strict=True)
-    ]
-    clean, robust = accuracy_after_each(torch.stack(right_2, dim=1))
-    return {"clean_accuracy": clean, "robust_accuracy": robust}
 
 
 class RobustClipTrainer(ResumingTrainer):
@@ -181,6 +168,8 @@ class RobustClipTrainer(ResumingTrainer):
         self.model_accepts_loss_kwargs = False  # the Trainer need not count labels
         if model_init is None:
             self._given_teacher = None  # `teacher` is a copy
+        if not pictures_of(self.callback_handler):
+            self.add_callback(AttackedPictures())
 
     @property
     def threat_model(self) -> ThreatModel:
@@ -413,6 +402,8 @@ class RobustClipTrainer(ResumingTrainer):
         several processes.
         """
         self._begin_evaluation()
+        for pictures in pictures_of(self.callback_handler):
+            pictures.begin(self.callback_handler.callbacks, metric_key_prefix)
         if self.defence is not None and not self.is_in_train:
             self.defence.check(self.classifier())
             if not self.defence.traits.episodic and self.accelerator.num_processes > 1:
@@ -455,6 +446,8 @@ class RobustClipTrainer(ResumingTrainer):
             check_logits(found.logits, "the model")
         if self.defence is not None and not self.is_in_train:
             self._show(torch.stack([clean.right(labels), attacked.right(labels, attacked=True)], dim=1))
+        for pictures in pictures_of(self.callback_handler):
+            pictures.show(self.classifier().class_names, images, adv, labels, clean, attacked)
         loss = cross_entropy(attacked.logits, labels).mean()
         flags = [found.flagged.long() for found in (clean, attacked) if found.flagged is not None]
         return (loss, None, None) if prediction_loss_only else (loss, (clean.logits, attacked.logits, *flags), labels)

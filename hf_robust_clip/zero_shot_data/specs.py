@@ -39,6 +39,8 @@ class DatasetSpec:
         revision: commit or branch on the Hub; None takes the newest, so that a report has to name what it found.
         checked: `"data"` if its files were seen, `"card"` if its columns, splits, counts and labels stand so on its
             card or its page on the Hub, `""` if they are taken from public programs that load it.
+        license: of its pictures, as the Hub writes it, where it lets anybody show them; empty where it doesn't, or
+            nobody here knows.
         source: who published it.
         note: how the Hub's splits differ from those of the papers.
     """
@@ -57,6 +59,7 @@ class DatasetSpec:
     frames_of: str | None = None
     revision: str | None = None
     checked: Literal["data", "card", ""] = ""
+    license: str = ""
     source: str = ""
     note: str = ""
 

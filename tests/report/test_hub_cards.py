@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from reports import INFO, write_folder
 
 from hf_robust_clip.report import CONTROLS, load_card_info, load_reports, regenerate_card
+from hf_robust_clip.report.collection import MADE, make_collection, read_collection
 
 ROOT = Path(__file__).parent.parent.parent / "hub_cards"
 FILES = ("README.md", "report.json", "recipe.yaml")
@@ -15,8 +16,9 @@ LARGEST = 5_000_000  # bytes; weights belong on the Hub
 
 
 def card_folders(root: Path) -> list[Path]:
-    """Every folder below `root` that holds a file of a card."""
-    return sorted({path.parent for name in FILES for path in root.rglob(name)} - {root})
+    """Every folder below `root` that holds a file of a card; not those that hold an index page of cards."""
+    pages = {path.parent for path in root.rglob("README.md") if path.read_text(encoding="utf-8").startswith(MADE)}
+    return sorted({path.parent for name in FILES for path in root.rglob(name)} - {root} - pages)
 
 
 def check_folder(folder: Path, root: Path) -> None:
@@ -38,6 +40,14 @@ def check_folder(folder: Path, root: Path) -> None:
 @pytest.mark.parametrize("folder", card_folders(ROOT), ids=lambda folder: folder.relative_to(ROOT).as_posix())
 def test_published_card(folder):
     check_folder(folder, ROOT)
+
+
+def test_the_index_page_is_that_of_its_cards():
+    entries, left = read_collection(ROOT / "hf-robust-clip")
+    assert len(entries) == 13 and not left
+    assert (ROOT / "hf-robust-clip/README.md").read_text(encoding="utf-8") == make_collection(
+        "hf-robust-clip", entries
+    )
 
 
 @pytest.fixture

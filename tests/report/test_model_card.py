@@ -381,7 +381,9 @@ def test_prompts_are_told_where_the_reports_say_them():
 
 def test_a_start_that_others_can_not_have_is_not_named():
     card = make_card(OWN, [], replace(INFO, base_model="", ancestor="org/clip"))
-    assert "It started from a checkpoint made from `org/clip` and loads as" in card.text
+    assert (
+        "It started from a checkpoint made from [`org/clip`](https://huggingface.co/org/clip) and loads" in card.text
+    )
     assert card.data.base_model == "org/clip"
     card = make_card(OWN, [], replace(INFO, base_model=""))
     assert "started from" not in card.text
@@ -449,3 +451,48 @@ def test_another_repository_renames_card_and_rows(tmp_path):
     assert {report.model for report in own} == {"me/other"}
     assert {report.model for report in compared} == {BEFORE[0].model}
     assert str(regenerate_card(tmp_path)) == (tmp_path / "README.md").read_text()
+
+
+# ---- metadata and pictures
+
+
+def test_the_relation_to_the_base_is_told_where_there_is_one():
+    related = {holds: make_unmeasured_card(INFO, holds).data.to_dict() for holds in ("model", "adapter", "defence")}
+    assert {holds: data["base_model_relation"] for holds, data in related.items()} == {
+        "model": "finetune", "adapter": "adapter", "defence": "adapter",
+    }  # fmt: skip
+    nobodys = replace(INFO, base_model="digits-clip")
+    for holds in ("model", "adapter", "defence"):
+        assert not {"base_model", "base_model_relation"} & set(make_unmeasured_card(nobodys, holds).data.to_dict())
+
+
+def test_a_defended_model_is_found_by_its_tag_with_figures_too():
+    worst = make_report(attack_target="adaptive_worst", defence=make_defence())
+    assert "test-time-defence" in make_card([worst], BEFORE, INFO).data.tags
+    assert "test-time-defence" not in make_card(OWN, BEFORE, INFO).data.tags
+
+
+def test_pictures_stand_on_the_card_and_the_widget_begins_with_one(tmp_path):
+    info = replace(INFO, examples="examples.png", sample="widget.png", pictures="Pictures: mine (cc-by-4.0).",
+                   class_names=("cat", "dog, wild", "newt"))  # fmt: skip
+    card = make_card(OWN, BEFORE, info)
+    card.save(tmp_path / "README.md")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.widget == [{"src": "widget.png", "candidate_labels": "cat, newt", "example_title": "A test picture"}]
+    assert "![attacked images](examples.png)\n\nPictures: mine (cc-by-4.0).\n" in card.text
+    prompts = {**SETTINGS, "prompts": "two tokens"}
+    for other in (
+        replace(info, settings=prompts),
+        replace(info, described=True),
+        replace(info, class_names=("cat",)),
+        INFO,
+    ):
+        assert "widget" not in make_card(OWN, BEFORE, other).data.to_dict()
+
+
+@pytest.mark.parametrize(
+    "change", [{"license": "Apache 2.0"}, {"license": ""}, {"defences": ["ttc"]}, {"defences": ["a/b/c"]}]
+)
+def test_a_licence_or_defence_that_is_none_is_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        replace(INFO, **change)
