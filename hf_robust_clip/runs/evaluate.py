@@ -34,6 +34,7 @@ from ..defences.base import Defence
 from ..defences.defended import DefendedClassifier
 from ..defences.undefended import Undefended
 from ..evaluation import loop as evaluation
+from ..evaluation.adversarial import SaveAdversarial, check_saving, clear_adversarial
 from ..evaluation.attack_views import AttackView
 from ..evaluation.settings import EvaluationSettings
 from ..evaluation.streams import check_poisoning, stream_poisoning
@@ -48,9 +49,12 @@ from ..secrets import without_token_keys
 from ..storage import check_writable, write_text
 from ..threat_model import ThreatModel
 from ..zero_shot_data.fingerprint import dataset_digest
+from ..zero_shot_data.licences import licence_of
+from ..zero_shot_data.loading import ImageDataset
 from . import published, shared
 from .shared import SUITES
 
+ADVERSARIAL = "adversarial"  # folder of saved pictures, in which <task>/<attack>/ are datasets
 VIEW = ClassFlag(AttackView, ("hf_robust_clip.evaluation",))
 COMMAND = CommandLine(
     groups={
@@ -64,7 +68,7 @@ COMMAND = CommandLine(
         "evaluation.attacks": ClassFlag(Suite, SUITES, names=True, several=True),
         "evaluation.view": VIEW,
     },
-    required=("output_dir", "evaluation.radii"),
+    required=("output_dir",),
     skip=frozenset(
         ["use_peft", "lora_r", "lora_alpha", "dataset_train_split", "augment"]
         + [f"fit_on.{name}" for name in ("augment", "name", "suite")]
@@ -110,6 +114,19 @@ class Prepared:
     tasks: dict[str, Images]
     comparison: published.Comparison | None
 
+    def save_as(self, name: str, task: str, attack: str, data: ImageDataset) -> SaveAdversarial | None:
+        """Where the adversarial pictures of an evaluation are saved, if they are."""
+        pixels, own = self.run.save_adversarial, self.run.model.model_name_or_path
+        if pixels is None or name != own:
+            return None
+        if licence_of(data.dataset_id).forbids_copies:
+            told = f"{task}: no pictures are saved, since the terms of {data.dataset_id} forbid passing them on"
+            self.processes.print(told)
+            return None
+        attacks = [settings.attack.name(len(data.class_names)) for settings in self.run.evaluations]
+        place = shared.folder_named(task, self.tasks), shared.folder_named(attack, attacks)
+        return SaveAdversarial(self.folder.joinpath(ADVERSARIAL, *place), pixels)
+
 
 @dataclass
 class Measured:
@@ -143,6 +160,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
     unused.check_evaluation(given, evaluations)
     for how in evaluations:
         how.check_against(about.defence or Undefended())
+    check_without_attack(about, evaluations)
     if about.defence is not None:
         unused.check_defence(given, about.defence)
     if about.stream_poisoning is None:
@@ -150,6 +168,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
         unused.idle(given, "permutations", "without stream_poisoning", default)
     tasks = _tasks(given, data, about)
     shared.check_tasks(tasks, described=texts.descriptions is not None)
+    check_saved(about, tasks)
     return EvaluationRun(
         **{**vars(about), "reference": reference, "tasks": tasks},
         model=model,
@@ -161,6 +180,24 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
         source=without_token_keys(given.settings),
         comparison=published.asked_comparison(about, tasks, evaluations),
     )
+
+
+def check_without_attack(about: EvaluationRunArguments, evaluations: Sequence[EvaluationSettings]) -> None:
+    """Raise ValueError for what is about attacks where there is none."""
+    if any(how.attack.has_radii for how in evaluations):
+        return
+    for name in ("save_adversarial", "published", "stream_poisoning"):
+        if (value := getattr(about, name)) is not None:
+            raise ValueError(f"{name}={value!r} does nothing without an attack; choose one by evaluation.attack.")
+
+
+def check_saved(about: EvaluationRunArguments, tasks: Sequence[Images]) -> None:
+    """Raise ValueError for pictures that must not be saved, of any task, or that would mean something else when read
+    again.
+    """
+    if about.save_adversarial is not None:
+        allowed = next((task for task in tasks if not licence_of(task.dataset).forbids_copies), tasks[0])
+        check_saving(about.defence or Undefended(), allowed.dataset)
 
 
 def check_output(folder: str, model: ModelArguments, about: EvaluationRunArguments) -> None:
@@ -178,6 +215,8 @@ def _prepare_settings(file: dict[str, Any], options: dict[str, str]) -> None:
     evaluation = file.get("evaluation")
     if "evaluation.attack" in options and isinstance(evaluation, dict):
         evaluation.pop("attacks", None)
+        if options["evaluation.attack"] == "none":
+            evaluation.pop("radii", None)
     if "dataset_name" in options and "tasks" not in options:
         file.pop("tasks", None)
     asked = shared.asks_for_texts(file, options, "template", "descriptions")
@@ -248,6 +287,8 @@ def prepare(run: EvaluationRun) -> Prepared:
     processes.print(f"evaluation: {what_runs(processes)}")
     if processes.is_local_main_process and run.overwrite:
         clear_states(folder)
+        for place in folder.glob(f"{ADVERSARIAL}/*/*"):
+            clear_adversarial(place)
     processes.wait_for_everyone()
     names = task_titles([(task.name, task.dataset) for task in run.tasks])
     tasks = dict(zip(names, run.tasks, strict=True))
@@ -289,6 +330,9 @@ def measure(prepared: Prepared) -> Measured:
         for title, data in tasks.items():
             texts.set(model, data, shared.templates_of(prepared.tasks[title], data, texts.templates))
             digests = (known_descriptions(name, trained, data.class_names, revision), digest_of(model))
+            if data.attacked:
+                about = "its pictures are adversarial already, made against one model; clean means as they are"
+                found.remarks.append(f"{title}: {about}.")
             remark = other_prompt(prepared.called[name], trained, model.templates, digests)
             found.remarks += [] if remark is None else [remark]
             if prepared.comparison is not None and name == run.model.model_name_or_path:
@@ -300,7 +344,8 @@ def measure(prepared: Prepared) -> Measured:
                 found.reports.append(report)
                 if settings is run.evaluations[0]:
                     found.under_first.append(report)
-            if defence is None and found.examples is None and prepared.processes.is_main_process:
+            attacked = run.evaluations[0].attack.has_radii
+            if attacked and defence is None and found.examples is None and prepared.processes.is_main_process:
                 first = run.evaluations[0]
                 member, threat_model = first.attack.members(len(data.class_names))[0], first.threat_models()[-1]
                 pictures = partial(evaluation.adversarial_examples, model, data, first)
@@ -326,7 +371,7 @@ def digest_of(model: ZeroShotClassifier) -> str | None:
 def measure_one(
     prepared: Prepared,
     model: ZeroShotClassifier,
-    data: Any,
+    data: ImageDataset,
     settings: EvaluationSettings,
     name: str,
     task: str,
@@ -340,6 +385,8 @@ def measure_one(
     about = f"{len(data)} images, {attack}, {settings.precision_with(model)}, {prompt}"
     prepared.processes.print(f"{called} on {task}: {about}")
     state_dir = prepared.folder / "state"
+    save = prepared.save_as(name, task, attack, data)
+    kept = "" if save is None else f" kept as {save.pixels}"
     report = evaluation.evaluate_robustness(
         model,
         data,
@@ -348,9 +395,10 @@ def measure_one(
         task=task,
         model_id=name,
         processes=prepared.processes,
-        state_dir=state_dir / shared.slug(f"{name} {task} {attack}{through}"),
+        state_dir=state_dir / shared.slug(f"{name} {task} {attack}{through}{kept}"),
         progress=True,
         defence=defence,
+        save=save,
     )
     first = prepared.run.stream_poisoning
     if first is None or defence is None:
@@ -456,6 +504,8 @@ def write(prepared: Prepared, measured: Measured) -> None:
         "tradeoff.png",
     )
     written = [name for name in files if (folder / name).is_file()]
+    if run.save_adversarial is not None:
+        written += [path.parent.relative_to(folder).as_posix() for path in folder.glob(f"{ADVERSARIAL}/*/*/README.md")]
     if prepared.processes.is_main_process:
         line = f"saved to {folder}: {', '.join(written)}"
         saving.attempt("a line", lambda: prepared.processes.print(line))
@@ -465,6 +515,9 @@ def show(prepared: Prepared, measured: Measured) -> None:
     """Print the table, remarks, and whether the attack breaks the reference."""
     run, reports = prepared.run, measured.reports
     reporting.print_table(reporting.table(reports, prepared.called[run.model.model_name_or_path]))
+    for report in reports:
+        if (told := saved_figures(report)) is not None:
+            print(told)
     if (detected := reporting.detections(reports)) is not None:
         print()
         caption = (
@@ -475,7 +528,8 @@ def show(prepared: Prepared, measured: Measured) -> None:
     share = reporting.percent(max(report.zero_gradient_share for report in reports))
     print(f"exactly-zero input gradients in the attacks: at most {share}")
     remarks: list[str | None] = [*measured.remarks, *shared.suite_remarks(prepared.tasks, reports)]
-    if run.defence is not None and not any(report.view.goes_through for report in reports):
+    attacked = any(report.robust_accuracy for report in reports)
+    if attacked and run.defence is not None and not any(report.view.goes_through for report in reports):
         remarks.append(
             "no attack went through the defence: the figures say nothing of its strength; add AdaptiveWorst."
         )
@@ -486,8 +540,24 @@ def show(prepared: Prepared, measured: Measured) -> None:
     for line in filter(None, dict.fromkeys([*remarks, reporting.blind_warning(reports)])):
         print(f"\n{line}\n")
     for report in reports:
-        if report.model == run.reference:
+        if report.model == run.reference and report.robust_accuracy:
             print(self_check(report))
+
+
+def saved_figures(report: RobustnessReport) -> str | None:
+    """What rounding did to adversarial pictures that were saved, in a line; None where none were, or none rounded."""
+    rows = [row for row in report.measurements if row.metric.startswith(reporting.AS_SAVED)]
+    if not rows or rows[0].metric == reporting.as_saved("float32"):
+        return None
+    figures = [
+        f"{reporting.percent(row.value)} at {report.threat(row.eps).radius} "
+        f"(unrounded {reporting.percent(report.robust_accuracy[row.eps])})"
+        for row in rows
+    ]
+    pixels = rows[0].metric.removeprefix(reporting.AS_SAVED)
+    return (
+        f"{titled(report)} on {report.task} under {report.attack}, pictures as saved ({pixels}): {', '.join(figures)}"
+    )
 
 
 def show_published(comparison: published.Comparison, rows: Sequence[published.Row]) -> None:
@@ -503,9 +573,11 @@ def draw(prepared: Prepared, measured: Measured) -> None:
     """The plots, each of which may fail by itself."""
     run, folder, reports = prepared.run, prepared.folder, measured.reports
     plots = {"accuracy.png": partial(reporting.plot_accuracy, folder / "accuracy.png", reports)}
+    if not any(report.robust_accuracy for report in reports):  # nothing was attacked
+        plots = {}
     if measured.examples:
         plots["examples.png"] = partial(reporting.plot_examples, folder / "examples.png", *measured.examples)
-    if len(run.names) > 1:
+    if plots and len(run.names) > 1:
         radius = min(reports[0].robust_accuracy)
         first = partial(reporting.plot_tradeoff, folder / "tradeoff.png", measured.under_first, radius)
         plots["tradeoff.png"] = first

@@ -39,6 +39,8 @@ class DatasetSpec:
         checked: `"data"` if its files were seen, `"card"` if its columns, splits, counts and labels stand so on its
             card or its page on the Hub, `""` if they are taken from public programs that load it.
         source: who published it.
+        license: of the pictures, by the Hub's short name; `""` where nobody says.
+        forbids_copies: whether its terms forbid passing pictures on, changed ones too.
         note: how the Hub's splits differ from those of the papers.
     """
 
@@ -56,6 +58,8 @@ class DatasetSpec:
     revision: str | None = None
     checked: Literal["data", "card", ""] = ""
     source: str = ""
+    license: str = ""
+    forbids_copies: bool = False
     note: str = ""
 
     def names_in_label_order(self, label_names: Sequence[str] | None) -> list[str] | None:
