@@ -55,20 +55,20 @@ class SavedImage(NamedTuple):
     """What is known of one saved picture.
 
     Args:
+        file: digest of the file that holds it.
+        place: in that file.
         named: index of the class that was predicted of the unrounded picture.
         named_as_saved: of the picture as it is saved.
         right_as_saved: whether the verdict on the picture as it is saved is right.
         flagged: whether it raises an alarm as it is saved.
-        file: digest of the file that holds it.
-        place: in that file.
     """
 
+    file: str
+    place: int
     named: int
     named_as_saved: int
     right_as_saved: bool
     flagged: bool
-    file: str
-    place: int
 
 
 Saved = Mapping[tuple[int, int], SavedImage]  # by stage and image
@@ -92,8 +92,9 @@ def check_saving(defence: Defence, dataset_id: str) -> None:
 def rounded(adv_BCHW: Tensor, images_BCHW: Tensor, threat_model: ThreatModel, pixels: PixelFormat) -> Tensor:
     """Adversarial images (B, 3, H, W) as a format can hold them, in float32, still in the ball.
 
-    Each value is rounded to the nearest that the format holds; where this leaves the ball (of L2: in the whole image),
-    to the next one towards the clean image, so that |x' - x| only shrinks.
+    Each value is rounded to the nearest that the format holds; where this leaves the ball, to the next one towards the
+    clean image, so that |x' - x| only shrinks. Of an L2 ball, as few values of an image as it takes are rounded so:
+    those whose other neighbour would add most to its length.
 
     Raises ValueError where even that leaves the ball, since the clean image itself can't be held closely enough.
     """
@@ -106,9 +107,10 @@ def rounded(adv_BCHW: Tensor, images_BCHW: Tensor, threat_model: ThreatModel, pi
     inwards = torch.where(past.abs() > 1e-7, (past.sign() == outwards) * outwards, 0.0)  # of what was rounded outwards
     inner = _decoded(codes - inwards.to(codes.dtype), pixels)
     if threat_model.norm == "linf":
-        found = torch.where((nearest - images_BCHW).abs() <= threat_model.reach, nearest, inner)
+        outer = (nearest - images_BCHW).abs() <= threat_model.reach
     else:
-        found = torch.where(threat_model.contains(nearest, images_BCHW)[:, None, None, None], nearest, inner)
+        outer = _fit_into_length(nearest - images_BCHW, inner - images_BCHW, threat_model.reach)
+    found = torch.where(outer, nearest, inner)
     if not bool(threat_model.contains(found, images_BCHW).all()):
         furthest = float(threat_model.distance(found, images_BCHW).amax())
         raise ValueError(
@@ -116,6 +118,16 @@ def rounded(adv_BCHW: Tensor, images_BCHW: Tensor, threat_model: ThreatModel, pi
             f"{furthest:.4g}); take float32."
         )
     return found
+
+
+def _fit_into_length(outer_BCHW: Tensor, inner_BCHW: Tensor, length: float) -> Tensor:
+    """Where an image's change may be the outer one, of values that are never smaller than the inner, so that its L2
+    length stays within a limit: the values that add least to it first, (B, C, H, W).
+    """
+    outer_BN, inner_BN = (change.double().flatten(1).square() for change in (outer_BCHW, inner_BCHW))
+    added_BN, order_BN = (outer_BN - inner_BN).clamp_min(0).sort(dim=1)
+    fits_BN = added_BN.cumsum(dim=1) <= length**2 - inner_BN.sum(dim=1, keepdim=True)
+    return torch.zeros_like(fits_BN).scatter(1, order_BN, fits_BN).view_as(outer_BCHW)
 
 
 def _encoded(values: Tensor, pixels: PixelFormat) -> Tensor:

@@ -115,10 +115,10 @@ def evaluate_robustness(
     single class, labels beyond the classes, images outside [0, 1] or of wrong size, a state of another model, dataset,
     defence or setting, a view of a defence without one, a defence without such a view, with a model that lacks what it
     needs, with a stream state or coupled images on several processes, with coupled images under an attack that lets go
-    of some, or of other traits than it says, and `precision="fast"` for a model in half precision; so too for an attack
-    on pictures that are adversarial already, and for `save` without a `state_dir` or an attack, of a dataset whose
-    terms forbid it, in a format that leaves the ball, and as above. FloatingPointError for logits that are not finite,
-    naming the stage.
+    of some, or of other traits than it says, and `precision="fast"` for a model in half precision; for an attack on
+    pictures that are adversarial already; for `save` without a `state_dir` or an attack, of a dataset whose terms
+    forbid it, of a defence that meets a stream or couples images, in a format that can't stay in the ball, and without
+    a common folder of all processes. FloatingPointError for logits that are not finite, naming the stage.
     """
     defence = Undefended() if defence is None else defence
     if not isinstance(defence, Defence):
@@ -229,7 +229,8 @@ class _Evaluation:
         pixels = None if save is None else save.pixels
         fingerprint = {} if state_dir is None else fingerprint_of(model, dataset, settings, defence, pixels)
         self.state = State(state_dir, fingerprint, self.rank, processes)
-        self.saving, self.log = save, None
+        self.saving = save
+        self.log: AdversarialLog | None = None
         self.controls = controls_of(defence, model, settings.seed)
         self.blindness = Blindness()
         self.scene = Scene(
@@ -372,9 +373,8 @@ class _Evaluation:
         a radius the others too; of clean ones what is wrong.
         """
         assert self.log is not None
-        last = number > 0 and self.stages[number - 1].threat_model not in [
-            s.threat_model for s in self.stages[number:]
-        ]
+        later = [stage.threat_model for stage in self.stages[number:]]
+        last = number > 0 and self.stages[number - 1].threat_model not in later
         levels = self.state.found.levels
         stood = [number == 0 or levels[i][1] >= number for i in index]
         rows = [row for row, before in enumerate(stood) if before and (last or not stands[row][0])]

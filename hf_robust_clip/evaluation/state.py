@@ -81,7 +81,7 @@ class Found:
             self.alarms.setdefault(line["stage"], {})[index] = Alarm(*alarm)
         kept = line.get("saved") or {"file": None, "rows": []}
         for place, (index, *own) in enumerate(kept["rows"]):
-            self.saved[line["stage"], index] = SavedImage(*own, kept["file"], place)
+            self.saved[line["stage"], index] = SavedImage(kept["file"], place, *own)
         self.fallbacks += line.get("fallbacks", 0)
         self.seconds += line.get("seconds", 0.0) if line["stage"] == 0 else 0.0
 

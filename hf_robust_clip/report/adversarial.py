@@ -31,7 +31,7 @@ class SavedSplit(NamedTuple):
     Args:
         name: of the split.
         radius: as people write it.
-        count: how many pictures.
+        images: how many.
         withstood: how many were right when clean and under every attack up to the radius, unrounded.
         as_saved: how many are right as they are saved.
         wrong: how many were wrong as they were, and weren't attacked.
@@ -39,7 +39,7 @@ class SavedSplit(NamedTuple):
 
     name: str
     radius: str
-    count: int
+    images: int
     withstood: int
     as_saved: int
     wrong: int
@@ -58,7 +58,7 @@ def make_adversarial_card(
         plain: whether transformers alone can predict as the evaluation did.
     """
     source = hub_name(report.dataset)
-    folder = shown_folder(folder)
+    folder, model = shown_folder(folder), shown_folder(report.model)
     data = DatasetCardData(
         license=licence.name,
         pretty_name=f"{titled(report)} on {report.task} under {report.attack}",
@@ -70,7 +70,7 @@ def make_adversarial_card(
     )  # fmt: skip
     return str(
         _rendered(
-            data,  # type: ignore[arg-type]  # whose metadata are those of a dataset
+            data,
             "adversarial.md.jinja",
             title=f"{titled(report)} on {report.task} under {report.attack}",
             held=HELD[pixels],
@@ -78,18 +78,18 @@ def make_adversarial_card(
             pixels=pixels,
             norm="L-inf" if report.norm == "linf" else "L2",
             side=report.attack_resolution,
-            splits=[(own, percent(own.withstood / own.count), percent(own.as_saved / own.count)) for own in splits],
+            splits=[(own, percent(own.withstood / own.images), percent(own.as_saved / own.images)) for own in splits],
             made=_made(report),
             licence=licence,
             source=_span(shown_name(report.dataset)),
             folder=_code(folder),
             first=splits[0].name,
             split=_code(splits[-1].name),
-            command=_Written(_command(report, folder, splits[-1].name)),
+            command=_Written(_command(report, model, folder, splits[-1].name)),
             defended=report.defence is not None,
             plain=plain and report.defence is None and report.descriptions is None,
             embedded=report.model == EMBEDDED_MODEL,
-            model=_Written("digits_clip_path()") if report.model == EMBEDDED_MODEL else _code(report.model),
+            model=_Written("digits_clip_path()") if report.model == EMBEDDED_MODEL else _code(model),
             templates=_code(list(report.templates or ())),
         )
     )
@@ -98,7 +98,7 @@ def make_adversarial_card(
 def _made(report: RobustnessReport) -> dict[str, Any]:
     """The table of how the pictures were made."""
     told: dict[str, Any] = {
-        "model": f"{report.model}, revision {report.model_revision}",
+        "model": f"{shown_folder(report.model)}, revision {report.model_revision}",
         "clean pictures": f"{shown_name(report.dataset)}, revision {report.dataset_revision}, split {report.split}",
         "classes": f"{report.num_classes}, prompt hash {report.prompt_hash}",
         "prompts": " | ".join(report.templates or ()),
@@ -115,9 +115,9 @@ def _made(report: RobustnessReport) -> dict[str, Any]:
     return {name: str(value).replace("|", "\\|") for name, value in told.items() if value not in (None, "")}
 
 
-def _command(report: RobustnessReport, folder: str, split: str) -> str:
+def _command(report: RobustnessReport, model: str, folder: str, split: str) -> str:
     """What measures the model on the pictures of a split."""
-    words = ["hf-robust-clip", "evaluate", "--model_name_or_path", report.model, "--dataset_name", folder,
+    words = ["hf-robust-clip", "evaluate", "--model_name_or_path", model, "--dataset_name", folder,
              "--dataset_test_split", split, "--evaluation.attack", "none"]  # fmt: skip
     if len(report.templates or ()) == 1 and report.descriptions is None:
         words += ["--template", (report.templates or ("",))[0]]

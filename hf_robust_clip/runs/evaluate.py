@@ -22,7 +22,6 @@ from ..arguments import (
 )
 from ..attacks.suites import Suite
 from ..checkpoint_notes import (
-    holds_defence,
     known_descriptions,
     known_templates,
     other_prompt,
@@ -31,10 +30,8 @@ from ..checkpoint_notes import (
 )
 from ..command_line import ClassFlag, CommandLine, Given, read_command
 from ..defences.base import Defence
-from ..defences.defended import DefendedClassifier
 from ..defences.undefended import Undefended
 from ..evaluation import loop as evaluation
-from ..evaluation.adversarial import SaveAdversarial, check_saving, clear_adversarial
 from ..evaluation.attack_views import AttackView
 from ..evaluation.settings import EvaluationSettings
 from ..evaluation.streams import check_poisoning, stream_poisoning
@@ -48,13 +45,11 @@ from ..saving import Saving, left_by_evaluation
 from ..secrets import without_token_keys
 from ..storage import check_writable, write_text
 from ..threat_model import ThreatModel
-from ..zero_shot_data.fingerprint import dataset_digest
-from ..zero_shot_data.licences import licence_of
 from ..zero_shot_data.loading import ImageDataset
-from . import published, shared
+from . import published, saved_pictures, shared
+from .fitting import defence_for
 from .shared import SUITES
 
-ADVERSARIAL = "adversarial"  # folder of saved pictures, in which <task>/<attack>/ are datasets
 VIEW = ClassFlag(AttackView, ("hf_robust_clip.evaluation",))
 COMMAND = CommandLine(
     groups={
@@ -114,19 +109,6 @@ class Prepared:
     tasks: dict[str, Images]
     comparison: published.Comparison | None
 
-    def save_as(self, name: str, task: str, attack: str, data: ImageDataset) -> SaveAdversarial | None:
-        """Where the adversarial pictures of an evaluation are saved, if they are."""
-        pixels, own = self.run.save_adversarial, self.run.model.model_name_or_path
-        if pixels is None or name != own:
-            return None
-        if licence_of(data.dataset_id).forbids_copies:
-            told = f"{task}: no pictures are saved, since the terms of {data.dataset_id} forbid passing them on"
-            self.processes.print(told)
-            return None
-        attacks = [settings.attack.name(len(data.class_names)) for settings in self.run.evaluations]
-        place = shared.folder_named(task, self.tasks), shared.folder_named(attack, attacks)
-        return SaveAdversarial(self.folder.joinpath(ADVERSARIAL, *place), pixels)
-
 
 @dataclass
 class Measured:
@@ -160,7 +142,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
     unused.check_evaluation(given, evaluations)
     for how in evaluations:
         how.check_against(about.defence or Undefended())
-    check_without_attack(about, evaluations)
+    saved_pictures.check_without_attack(about, evaluations)
     if about.defence is not None:
         unused.check_defence(given, about.defence)
     if about.stream_poisoning is None:
@@ -168,7 +150,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
         unused.idle(given, "permutations", "without stream_poisoning", default)
     tasks = _tasks(given, data, about)
     shared.check_tasks(tasks, described=texts.descriptions is not None)
-    check_saved(about, tasks)
+    saved_pictures.check(about, tasks)
     return EvaluationRun(
         **{**vars(about), "reference": reference, "tasks": tasks},
         model=model,
@@ -180,24 +162,6 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
         source=without_token_keys(given.settings),
         comparison=published.asked_comparison(about, tasks, evaluations),
     )
-
-
-def check_without_attack(about: EvaluationRunArguments, evaluations: Sequence[EvaluationSettings]) -> None:
-    """Raise ValueError for what is about attacks where there is none."""
-    if any(how.attack.has_radii for how in evaluations):
-        return
-    for name in ("save_adversarial", "published", "stream_poisoning"):
-        if (value := getattr(about, name)) is not None:
-            raise ValueError(f"{name}={value!r} does nothing without an attack; choose one by evaluation.attack.")
-
-
-def check_saved(about: EvaluationRunArguments, tasks: Sequence[Images]) -> None:
-    """Raise ValueError for pictures that must not be saved, of any task, or that would mean something else when read
-    again.
-    """
-    if about.save_adversarial is not None:
-        allowed = next((task for task in tasks if not licence_of(task.dataset).forbids_copies), tasks[0])
-        check_saving(about.defence or Undefended(), allowed.dataset)
 
 
 def check_output(folder: str, model: ModelArguments, about: EvaluationRunArguments) -> None:
@@ -287,8 +251,7 @@ def prepare(run: EvaluationRun) -> Prepared:
     processes.print(f"evaluation: {what_runs(processes)}")
     if processes.is_local_main_process and run.overwrite:
         clear_states(folder)
-        for place in folder.glob(f"{ADVERSARIAL}/*/*"):
-            clear_adversarial(place)
+        saved_pictures.clear(folder)
     processes.wait_for_everyone()
     names = task_titles([(task.name, task.dataset) for task in run.tasks])
     tasks = dict(zip(names, run.tasks, strict=True))
@@ -385,7 +348,7 @@ def measure_one(
     about = f"{len(data)} images, {attack}, {settings.precision_with(model)}, {prompt}"
     prepared.processes.print(f"{called} on {task}: {about}")
     state_dir = prepared.folder / "state"
-    save = prepared.save_as(name, task, attack, data)
+    save = saved_pictures.place_of(prepared, name, task, attack, data)
     kept = "" if save is None else f" kept as {save.pixels}"
     report = evaluation.evaluate_robustness(
         model,
@@ -415,64 +378,6 @@ def measure_one(
     )
     prepared.processes.print(str(found))
     return found.noted_in(report)
-
-
-def defence_for(
-    prepared: Prepared, model: ZeroShotClassifier, name: str, texts: shared.Texts
-) -> tuple[Defence | None, dict[str, Any]]:
-    """The defence as it is evaluated on a checkpoint, and what reports say of it beside its own parameters: fitted on
-    the images that the run names, under their classes, or with what was saved beside the model.
-
-    Raises ValueError if these are the very images of a task.
-    """
-    run = prepared.run
-    if run.defence is None or run.fit_on is None:
-        return with_statistics(run, name, run.revision_of(name)), {}
-    data = shared.load_data(run.fit_on, model)
-    digest = dataset_digest(data)
-    for title, task in prepared.tasks.items():
-        if dataset_digest(shared.load_data(task, model)) == digest:
-            raise ValueError(f"fit_on.dataset={run.fit_on.dataset!r} has the very images of {title!r}; fit on others.")
-    called = prepared.called[name]
-    about = f"{len(data)} images of {data.dataset_id}, split {data.split}"
-    prepared.processes.print(f"{called}: {run.defence.name} is fitted on {about}")
-    how = run.evaluations[0]
-    templates = shared.templates_of(run.fit_on, data, texts.templates)
-    with model.prepared_for(data, templates, descriptions=texts.of(data.class_names, templates)):
-        defence = run.defence.fit(
-            model,
-            data,
-            batch_size=how.batch_size,
-            processes=prepared.processes,
-            state_dir=prepared.folder / "state/fit" / shared.slug(f"{name} {digest}"),
-            num_workers=how.num_workers,
-            progress=True,
-        )
-    facts = {"dataset": data.dataset_id, "dataset_revision": data.revision, "split": data.split}
-    return defence, {"fit_on": {**facts, "num_images": len(data), "digest": digest}}
-
-
-def with_statistics(run: EvaluationRun, name: str, revision: str | None) -> Defence | None:
-    """The defence, with what it was fitted with where the model's folder holds some, and where the same method was
-    saved there, with the settings of that one: what the run asks for goes before them.
-
-    Raises OSError where a defence must be fitted and there is nothing.
-    """
-    defence = run.defence
-    if defence is None or type(defence).fit is Defence.fit:
-        return defence
-    saved = (
-        DefendedClassifier.from_pretrained(name, revision=revision).adapter if holds_defence(name, revision) else None
-    )
-    parts = {} if saved is None else saved.fitted
-    fitted: dict[str, Any] = {
-        part: own for part, own in parts.items() if isinstance(own, defence.learns().get(part, ()))
-    }
-    if defence.learns() and not fitted:
-        raise OSError(f"{name!r} holds nothing that {defence.name} was fitted with; give fit_on, or train it so.")
-    if saved is not None and type(saved) is type(defence) and run.preset is None:
-        return replace(saved, **{name: getattr(defence, name) for name in run.defence_settings})
-    return replace(defence, **fitted)
 
 
 def write(prepared: Prepared, measured: Measured) -> None:
@@ -505,7 +410,7 @@ def write(prepared: Prepared, measured: Measured) -> None:
     )
     written = [name for name in files if (folder / name).is_file()]
     if run.save_adversarial is not None:
-        written += [path.parent.relative_to(folder).as_posix() for path in folder.glob(f"{ADVERSARIAL}/*/*/README.md")]
+        written += saved_pictures.written(folder)
     if prepared.processes.is_main_process:
         line = f"saved to {folder}: {', '.join(written)}"
         saving.attempt("a line", lambda: prepared.processes.print(line))
@@ -515,9 +420,8 @@ def show(prepared: Prepared, measured: Measured) -> None:
     """Print the table, remarks, and whether the attack breaks the reference."""
     run, reports = prepared.run, measured.reports
     reporting.print_table(reporting.table(reports, prepared.called[run.model.model_name_or_path]))
-    for report in reports:
-        if (told := saved_figures(report)) is not None:
-            print(told)
+    for told in filter(None, map(saved_pictures.figures, reports)):
+        print(told)
     if (detected := reporting.detections(reports)) is not None:
         print()
         caption = (
@@ -525,10 +429,10 @@ def show(prepared: Prepared, measured: Measured) -> None:
             "right when clean; flagged images of a wrong class (how many), and their AUROC"
         )
         reporting.print_table(as_text(detected, "detection", caption))
-    share = reporting.percent(max(report.zero_gradient_share for report in reports))
-    print(f"exactly-zero input gradients in the attacks: at most {share}")
+    if attacked := any(report.robust_accuracy for report in reports):
+        share = reporting.percent(max(report.zero_gradient_share for report in reports))
+        print(f"exactly-zero input gradients in the attacks: at most {share}")
     remarks: list[str | None] = [*measured.remarks, *shared.suite_remarks(prepared.tasks, reports)]
-    attacked = any(report.robust_accuracy for report in reports)
     if attacked and run.defence is not None and not any(report.view.goes_through for report in reports):
         remarks.append(
             "no attack went through the defence: the figures say nothing of its strength; add AdaptiveWorst."
@@ -542,22 +446,6 @@ def show(prepared: Prepared, measured: Measured) -> None:
     for report in reports:
         if report.model == run.reference and report.robust_accuracy:
             print(self_check(report))
-
-
-def saved_figures(report: RobustnessReport) -> str | None:
-    """What rounding did to adversarial pictures that were saved, in a line; None where none were, or none rounded."""
-    rows = [row for row in report.measurements if row.metric.startswith(reporting.AS_SAVED)]
-    if not rows or rows[0].metric == reporting.as_saved("float32"):
-        return None
-    figures = [
-        f"{reporting.percent(row.value)} at {report.threat(row.eps).radius} "
-        f"(unrounded {reporting.percent(report.robust_accuracy[row.eps])})"
-        for row in rows
-    ]
-    pixels = rows[0].metric.removeprefix(reporting.AS_SAVED)
-    return (
-        f"{titled(report)} on {report.task} under {report.attack}, pictures as saved ({pixels}): {', '.join(figures)}"
-    )
 
 
 def show_published(comparison: published.Comparison, rows: Sequence[published.Row]) -> None:

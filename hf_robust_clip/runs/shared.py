@@ -333,7 +333,7 @@ def quiet_loading() -> None:
 
 
 def folder_named(text: str, among: Iterable[str]) -> str:
-    """A text as a folder name that people can type: its letters and digits, unless another of some texts has the same."""
+    """A text as a folder name to be typed: its letters and digits, unless these are those of another text too."""
     names = [re.sub(r"[^A-Za-z0-9]+", "-", own).strip("-").casefold() for own in (text, *among)]
     plain = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
     return plain if 0 < len(plain) <= 80 and names[1:].count(names[0]) == 1 else slug(text)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..pictures import model_side
 from .dataset import ImageDataset
+from .errors import DatasetError
 
 PixelFormat = Literal["uint8", "float16", "float32"]
 IMAGE, PIXELS = "image", "pixels"  # the column of PNGs, or of arrays
@@ -53,7 +54,8 @@ class AdversarialImages(ImageDataset):
 
     def __post_init__(self) -> None:
         self._keep_undecoded()
-        side, most = self._side_of(0), model_side(self.processor)
+        most = model_side(self.processor)
+        side = self._side_of(0) if len(self.rows) else (self.attack_resolution or most)
         if side > most:
             raise ValueError(f"dataset {self.dataset_id!r} has pictures of {side} px, and the model takes {most}.")
         for name, given in (("attack_resolution", self.attack_resolution), ("resize", self.resize)):
@@ -73,7 +75,10 @@ class AdversarialImages(ImageDataset):
     def _side_of(self, index: int) -> int:
         if self.image_column == PIXELS:
             return int(self.rows.features[PIXELS].shape[-1])
-        return int(self._opened(self.rows[index][self.image_column]).width)
+        try:
+            return int(self._opened(self.rows[index][self.image_column]).width)
+        except (OSError, ValueError) as error:
+            raise DatasetError(self._fault([index], error)) from error
 
     def _opened(self, stored: Any) -> Any:
         if self.image_column != PIXELS:

@@ -189,11 +189,11 @@ def image_dataset(
     _check_settings(processor, resize, attack_resolution, background, templates)
     image_column = _image_column(rows.features, image_column, name)
     label_column = label_column_of(rows.features, label_column, name)
-    kind = AdversarialImages if is_adversarial(rows.features) else ImageDataset
+    made = AdversarialImages if is_adversarial(rows.features) else ImageDataset
     rows = rows.with_format(None).select_columns([image_column, label_column])
     check_files_of(rows, image_column, name, None)
     names, label_map = read_labels(rows, label_column, class_names, name)
-    return kind(
+    return made(
         rows,
         processor,
         names,
