@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checks import check_choice
 from ..defences.base import Defence
-from ..digests import file_digest
+from ..digests import digest, file_digest
 from ..prediction import Predict, Prediction
 from ..report import Measurement, RobustnessReport
 from ..report.adversarial import SavedSplit, make_adversarial_card
@@ -31,7 +31,7 @@ from ..zero_shot_data.licences import licence_of
 
 LARGEST_FILE = 2**28  # bytes of pixels in one parquet file
 AT_ONCE = 256  # pictures in memory
-OURS = re.compile(r"README\.md|data/\w+-\d{5}-of-\d{5}\.parquet")
+OURS = re.compile(r"README\.md|data/\w+-\d{5}-of-\d{5}-[0-9a-f]{16}\.parquet")
 
 
 @dataclass(frozen=True)
@@ -221,9 +221,9 @@ class AdversarialLog:
         return found
 
 
-def pictures_file(folder: Path, digest: str) -> Path:
+def pictures_file(folder: Path, file: str) -> Path:
     """Where pictures lie of which a line of state tells the digest."""
-    return folder / f"pictures-{digest}.arrow"
+    return folder / f"pictures-{file}.arrow"
 
 
 def has_pictures(folder: Path, line: Mapping[str, Any]) -> bool:
@@ -307,11 +307,11 @@ def save_adversarial(
             split = split_name(threat_model)
             table = _Table(kept, state, features, report, dataset)
             size = 3 * report.attack_resolution**2 * np.dtype(pixels).itemsize
-            _write_split(draft / "data", split, [keys[i : i + AT_ONCE] for i in range(0, len(keys), AT_ONCE)], table,
-                         max(1, LARGEST_FILE // (size * AT_ONCE)))  # fmt: skip
+            chunks = [keys[i : i + AT_ONCE] for i in range(0, len(keys), AT_ONCE)]
+            files = _write_split(draft / "data", split, chunks, table, max(1, LARGEST_FILE // (size * AT_ONCE)))
             wrong = sum(stage == 0 for stage, _ in keys)
             right = sum(kept.saved[key].right_as_saved for key in keys)
-            splits.append(SavedSplit(split, threat_model.radius, len(keys), stand, right, wrong))
+            splits.append(SavedSplit(split, files, threat_model.radius, len(keys), stand, right, wrong))
         card = make_adversarial_card(report, str(folder), pixels, splits, licence_of(report.dataset), plain=plain)
         (draft / "README.md").write_text(card, encoding="utf-8")
         clear_adversarial(folder)
@@ -329,14 +329,21 @@ def _detects(report: RobustnessReport) -> bool:
 
 def _write_split(
     folder: Path, split: str, chunks: Sequence[Sequence[tuple[int, int]]], table: _Table, per_file: int
-) -> None:
-    """Parquet files with the rows of some keys, so many chunks in each."""
+) -> str:
+    """Parquet files with the rows of some keys, so many chunks in each; returns the pattern of their names, which have
+    a digest of what they hold: `datasets` keeps what it read under the folder's own name and these patterns, and would
+    give the rows of another folder of that name.
+    """
     parts = [chunks[i : i + per_file] for i in range(0, len(chunks), per_file)]
-    for number, part in enumerate(parts):
-        path = folder / f"{split}-{number:05d}-of-{len(parts):05d}.parquet"
+    paths = [folder / f"{split}-{number:05d}-of-{len(parts):05d}" for number in range(len(parts))]
+    for path, part in zip(paths, parts, strict=True):
         with pq.ParquetWriter(path, table.features.arrow_schema) as writer:
             for keys in part:
                 writer.write_table(table.rows(keys).cast(table.features.arrow_schema))
+    found = digest("".join(map(file_digest, paths)).encode())
+    for path in paths:
+        path.replace(folder / f"{path.name}-{found}.parquet")
+    return f"data/{split}-*-{found}.parquet"
 
 
 class _Table:

@@ -30,6 +30,7 @@ class SavedSplit(NamedTuple):
 
     Args:
         name: of the split.
+        files: pattern of the names of its files.
         radius: as people write it.
         images: how many.
         withstood: how many were right when clean and under every attack up to the radius, unrounded.
@@ -38,6 +39,7 @@ class SavedSplit(NamedTuple):
     """
 
     name: str
+    files: str
     radius: str
     images: int
     withstood: int
@@ -66,7 +68,7 @@ def make_adversarial_card(
         tags=[LIBRARY, "adversarial-robustness", "adversarial-examples"],
         source_datasets=[source] if source is not None and is_repo_id(source) else None,
         configs=[{"config_name": "default",
-                  "data_files": [{"split": own.name, "path": f"data/{own.name}-*.parquet"} for own in splits]}],
+                  "data_files": [{"split": own.name, "path": own.files} for own in splits]}],
     )  # fmt: skip
     return str(
         _rendered(
