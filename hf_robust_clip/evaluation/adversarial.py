@@ -30,7 +30,7 @@ from ..zero_shot_data.adversarial import IMAGE, PIXELS, PixelFormat, columns
 from ..zero_shot_data.licences import licence_of
 
 LARGEST_FILE = 2**28  # bytes of pixels in one parquet file
-AT_ONCE = 256  # pictures in memory
+AT_ONCE = 64  # pictures in memory, and in a group of a file
 OURS = re.compile(r"README\.md|data/\w+-\d{5}-of-\d{5}-[0-9a-f]{16}\.parquet")
 
 
@@ -281,7 +281,13 @@ def split_name(threat_model: ThreatModel) -> str:
 
 
 def save_adversarial(
-    where: SaveAdversarial, kept: Kept, state: Path, report: RobustnessReport, dataset: Any, *, plain: bool
+    where: SaveAdversarial,
+    kept: Kept,
+    state: Path,
+    report: RobustnessReport,
+    dataset: Any,
+    *,
+    normalisation: tuple[list[float], list[float]] | None = None,
 ) -> None:
     """Write the pictures of an evaluation as a folder that `load_dataset` reads: a split for each radius, with a row
     for each image in the order of the dataset, in parquet files, and a card, which comes last.
@@ -289,7 +295,7 @@ def save_adversarial(
     Args:
         state: the folder of the state.
         dataset: the clean images.
-        plain: whether the model is a plain `CLIPModel`, so that the card can say how others predict without us.
+        normalisation: mean and std of a plain `CLIPModel`, of which the card says how others predict without us.
 
     Raises ValueError if the pictures don't add up to the report's figures, or lie on another machine; NotWritten where
     the disk is full.
@@ -312,7 +318,8 @@ def save_adversarial(
             wrong = sum(stage == 0 for stage, _ in keys)
             right = sum(kept.saved[key].right_as_saved for key in keys)
             splits.append(SavedSplit(split, files, threat_model.radius, len(keys), stand, right, wrong))
-        card = make_adversarial_card(report, str(folder), pixels, splits, licence_of(report.dataset), plain=plain)
+        licence = licence_of(report.dataset)
+        card = make_adversarial_card(report, str(folder), pixels, splits, licence, normalisation=normalisation)
         (draft / "README.md").write_text(card, encoding="utf-8")
         clear_adversarial(folder)
 

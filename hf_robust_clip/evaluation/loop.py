@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
@@ -297,6 +298,9 @@ class _Evaluation:
             balls = [stage.threat_model for stage in self.stages]
             self.log = log = AdversarialLog(self.state.folder, self.saving.pixels, balls)
             together(lambda: log.check(images_BCHW), self.processes)
+        if self.detects and getattr(self.dataset, "attacked", False):
+            told = f"{self.defence.name} flags images, and of attacked ones an alarm is right"
+            raise ValueError(f"{told}: saved pictures are not measured again; read their columns.")
         if self.detects and self.defence.traits.couples_images:
             raise ValueError(f"{self.defence.name} flags images by what is beside them: no attack here knows of that.")
 
@@ -485,9 +489,12 @@ class _Evaluation:
     def save(self, found: Found, report: RobustnessReport) -> None:
         """Write the adversarial pictures of all processes, on the first of them."""
         if self.rank == 0 and self.saving is not None:
-            plain = self.model.config.model_type == "clip" and not getattr(self.model, "peft_config", None)
-            kept = self.all_kept(found)
-            save_adversarial(self.saving, kept, self.state.folder, report, self.dataset, plain=plain)
+            adapted = any(isinstance(module, BaseTunerLayer) for module in self.model.modules())
+            plain = self.model.config.model_type == "clip" and not adapted and not self.defence.defends
+            normalisation = self.model.normalisation if plain else None
+            save_adversarial(
+                self.saving, self.all_kept(found), self.state.folder, report, self.dataset, normalisation=normalisation
+            )
 
     def per_class(self, found: Found) -> dict[str, tuple[int, int, int]]:
         """By class name: images, and how many of them the defence got right when clean and at the end."""

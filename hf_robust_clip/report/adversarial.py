@@ -12,7 +12,7 @@ from huggingface_hub import DatasetCardData
 from ..digits_clip import EMBEDDED_MODEL
 from ..names import hub_name, is_repo_id, shown_folder, shown_name
 from .card import LIBRARY, _code, _rendered, _span, _Written
-from .report import RobustnessReport, percent
+from .report import DETECTION, RobustnessReport, percent
 from .tables import titled
 
 if TYPE_CHECKING:
@@ -48,7 +48,13 @@ class SavedSplit(NamedTuple):
 
 
 def make_adversarial_card(
-    report: RobustnessReport, folder: str, pixels: str, splits: Sequence[SavedSplit], licence: Licence, *, plain: bool
+    report: RobustnessReport,
+    folder: str,
+    pixels: str,
+    splits: Sequence[SavedSplit],
+    licence: Licence,
+    *,
+    normalisation: tuple[list[float], list[float]] | None = None,
 ) -> str:
     """README.md of a folder of saved pictures.
 
@@ -57,7 +63,7 @@ def make_adversarial_card(
         folder: where they lie.
         pixels: `"uint8"`, `"float16"` or `"float32"`.
         licence: of the clean pictures.
-        plain: whether transformers alone can predict as the evaluation did.
+        normalisation: mean and std, where transformers alone can predict as the evaluation did.
     """
     source = hub_name(report.dataset)
     folder, model = shown_folder(folder), shown_folder(report.model)
@@ -89,7 +95,9 @@ def make_adversarial_card(
             split=_code(splits[-1].name),
             command=_Written(_command(report, model, folder, splits[-1].name)),
             defended=report.defence is not None,
-            plain=plain and report.defence is None and report.descriptions is None,
+            detects=any(row.metric in DETECTION for row in report.measurements),
+            plain=normalisation is not None and report.descriptions is None,
+            mean_and_std=_code(normalisation),
             embedded=report.model == EMBEDDED_MODEL,
             model=_Written("digits_clip_path()") if report.model == EMBEDDED_MODEL else _code(model),
             templates=_code(list(report.templates or ())),
@@ -125,4 +133,5 @@ def _command(report: RobustnessReport, model: str, folder: str, split: str) -> s
         words += ["--template", (report.templates or ("",))[0]]
     if report.defence:
         words += ["--defence", report.defence["name"]]
-    return shlex.join([*words, "--evaluation.seed", str(report.seed), "--output_dir", "out/again"])
+    words += ["--evaluation.seed", str(report.seed), "--output_dir", "out/again"]
+    return " ".join(shlex.join(words).split())  # one line, in which no block of code ends

@@ -12,7 +12,6 @@ import pytest
 import torch
 from datasets import load_dataset
 from PIL import Image
-from test_detection import Twin
 from tiny import make_clip, make_processor
 
 from hf_robust_clip import (
@@ -20,6 +19,8 @@ from hf_robust_clip import (
     BaFTA,
     CLIPForZeroShotClassification,
     Defence,
+    DefenceBlind,
+    Detector,
     EvaluationSettings,
     NoAttack,
     Prediction,
@@ -324,34 +325,63 @@ class Levels(Defence):
             return Prediction(classifier(pixel_values=coarse).logits)
 
 
-def test_attacks_through_a_defence_tell_their_views_and_are_judged_by_it_again(attacked, tmp_path):
-    model, data, _ = attacked
-    settings = EvaluationSettings(["8/255", "16/255"], attack=AdaptiveWorst(1, 1, 3), batch_size=6)
-    save, data = SaveAdversarial(tmp_path / "out", "float32"), data.first(12)
+@pytest.mark.parametrize(
+    ("attack", "views"),
+    [
+        (AdaptiveWorst(1, 1, 3), {("blind pgd", "defence_blind"), ("square", "queries")}),
+        (PGD(2), {("pgd", "defence_blind")}),
+    ],
+    ids=["worst", "blind"],
+)
+def test_attacks_on_a_defence_tell_their_views_and_are_judged_by_it_again(attack, views, attacked, tmp_path):
+    """A blind attack is made on those that the defence lost, too: their picture is the first that it fell to."""
+    model, whole, _ = attacked
+    view = {} if attack.about else {"view": DefenceBlind()}
+    settings = EvaluationSettings(["8/255", "16/255"], attack=attack, batch_size=6, **view)
+    save, data = SaveAdversarial(tmp_path / "out", "float32"), whole.first(12)
     report = evaluate_robustness(model, data, settings, **NAMES, defence=Levels(), state_dir=tmp_path / "s", save=save)
-    views = set()
+    found = set()
     for eps, robust in report.robust_accuracy.items():
         rows = load_dataset(str(tmp_path / "out"), split=split_name(ThreatModel(eps)))
-        views |= set(zip(rows["attack"], rows["view"], strict=True))
+        found |= set(zip(rows["attack"], rows["view"], strict=True))
+        assert [whole.rows[row]["label"] for row in rows["row"]] == rows["label"] and rows["row"] != list(range(12))
         again = load_image_dataset(str(tmp_path / "out"), split_name(ThreatModel(eps)), model.processor)
         pixels = torch.stack([again[i]["pixel_values"] for i in range(12)])
         right = Levels().predict(model, pixels).right(torch.tensor(rows["label"]))
         assert right.tolist() == rows["withstood_as_saved"] and float(right.double().mean()) == robust
-    assert {("blind pgd", "defence_blind"), ("square", "queries")} <= views
-    assert not (tmp_path / "out/README.md").read_text().count("CLIPModel")  # transformers alone knows no defence
+    assert views <= found
+    assert "CLIPModel" not in (tmp_path / "out/README.md").read_text()  # transformers alone knows no defence
 
 
-def test_alarms_of_a_detector_are_told(attacked, tmp_path):
+@dataclass(frozen=True, kw_only=True)
+class Bright(Detector):
+    """Flags images that are brighter than another."""
+
+    def scored(self, classifier, images_BCHW, seed, path):
+        with torch.set_grad_enabled(path != "none"):
+            return Prediction(classifier(images_BCHW).logits, score=images_BCHW.mean(dim=(1, 2, 3)))
+
+
+def test_an_alarm_on_an_attacked_picture_is_right_and_on_a_clean_one_wrong(attacked, tmp_path):
     model, data, _ = attacked
-    twin = Twin(threshold=2.0)
-    settings = EvaluationSettings(["16/255"], attack=AdaptiveWorst(2, 0, 0))
-    from test_detection import other_model
-
-    other_model().set_classes(data.class_names)
-    report = evaluate_robustness(model, data, settings, **NAMES, defence=twin, state_dir=tmp_path / "s",
-                                 save=SaveAdversarial(tmp_path / "out", "float32"))  # fmt: skip
+    brightness = sorted(float(data[i]["pixel_values"].mean()) for i in range(40))
+    defence, save = Bright(threshold=brightness[-4] + 1e-4), SaveAdversarial(tmp_path / "out", "float32")
+    settings = EvaluationSettings(["16/255"], attack=PGD(2), view=DefenceBlind())
+    report = evaluate_robustness(model, data, settings, **NAMES, defence=defence, state_dir=tmp_path / "s", save=save)
     rows = load_dataset(str(tmp_path / "out"), split="linf_16_255")
-    assert np.mean(rows["withstood"]) == report.robust_accuracy[16 / 255]
+    table = rows.remove_columns("pixels").to_pandas()
+    assert (
+        np.mean(rows["withstood"]) == report.robust_accuracy[16 / 255]
+        and rows["withstood"] == rows["withstood_as_saved"]
+    )
+    assert table[(table["attack"] != "none") & table["flagged"]]["withstood"].all()
+    wrong = table[(table["attack"] == "none") & table["flagged"]]
+    assert len(wrong) and not wrong["withstood"].any() and (wrong["label"] == wrong["clean_label"]).any()
+    again = load_image_dataset(str(tmp_path / "out"), "linf_16_255", model.processor)
+    clean = EvaluationSettings([], attack=NoAttack(), view=DefenceBlind())
+    with pytest.raises(ValueError, match="alarm"):
+        evaluate_robustness(model, again, clean, **NAMES, defence=defence)
+    assert "evaluation.attack none" not in (tmp_path / "out/README.md").read_text()
 
 
 def test_what_would_have_other_figures_or_no_place_is_refused(attacked, tmp_path):
