@@ -337,16 +337,16 @@ def test_attacks_on_a_defence_tell_their_views_and_are_judged_by_it_again(attack
     """A blind attack is made on those that the defence lost, too: their picture is the first that it fell to."""
     model, whole, _ = attacked
     view = {} if attack.about else {"view": DefenceBlind()}
-    settings = EvaluationSettings(["8/255", "16/255"], attack=attack, batch_size=6, **view)
-    save, data = SaveAdversarial(tmp_path / "out", "float32"), whole.first(12)
+    settings = EvaluationSettings(["8/255", "16/255"], attack=attack, batch_size=5, **view)
+    save, data = SaveAdversarial(tmp_path / "out", "float32"), whole.first(8)
     report = evaluate_robustness(model, data, settings, **NAMES, defence=Levels(), state_dir=tmp_path / "s", save=save)
     found = set()
     for eps, robust in report.robust_accuracy.items():
         rows = load_dataset(str(tmp_path / "out"), split=split_name(ThreatModel(eps)))
         found |= set(zip(rows["attack"], rows["view"], strict=True))
-        assert [whole.rows[row]["label"] for row in rows["row"]] == rows["label"] and rows["row"] != list(range(12))
+        assert [whole.rows[row]["label"] for row in rows["row"]] == rows["label"] and rows["row"] != list(range(8))
         again = load_image_dataset(str(tmp_path / "out"), split_name(ThreatModel(eps)), model.processor)
-        pixels = torch.stack([again[i]["pixel_values"] for i in range(12)])
+        pixels = torch.stack([again[i]["pixel_values"] for i in range(8)])
         right = Levels().predict(model, pixels).right(torch.tensor(rows["label"]))
         assert right.tolist() == rows["withstood_as_saved"] and float(right.double().mean()) == robust
     assert views <= found
@@ -363,17 +363,16 @@ class Bright(Detector):
 
 
 def test_an_alarm_on_an_attacked_picture_is_right_and_on_a_clean_one_wrong(attacked, tmp_path):
-    model, data, _ = attacked
-    brightness = sorted(float(data[i]["pixel_values"].mean()) for i in range(40))
+    model, whole, _ = attacked
+    data = whole.first(20)
+    brightness = sorted(float(data[i]["pixel_values"].mean()) for i in range(20))
     defence, save = Bright(threshold=brightness[-4] + 1e-4), SaveAdversarial(tmp_path / "out", "float32")
     settings = EvaluationSettings(["16/255"], attack=PGD(2), view=DefenceBlind())
     report = evaluate_robustness(model, data, settings, **NAMES, defence=defence, state_dir=tmp_path / "s", save=save)
     rows = load_dataset(str(tmp_path / "out"), split="linf_16_255")
     table = rows.remove_columns("pixels").to_pandas()
-    assert (
-        np.mean(rows["withstood"]) == report.robust_accuracy[16 / 255]
-        and rows["withstood"] == rows["withstood_as_saved"]
-    )
+    assert np.mean(rows["withstood"]) == report.robust_accuracy[16 / 255]
+    assert rows["withstood"] == rows["withstood_as_saved"]
     assert table[(table["attack"] != "none") & table["flagged"]]["withstood"].all()
     wrong = table[(table["attack"] == "none") & table["flagged"]]
     assert len(wrong) and not wrong["withstood"].any() and (wrong["label"] == wrong["clean_label"]).any()
@@ -420,7 +419,7 @@ def test_the_code_of_the_card_predicts_the_same_in_a_new_process(tmp_path):
     pictures = [Image.fromarray(generator.integers(0, 256, (13, 16, 3), dtype=np.uint8)) for _ in range(24)]
     names = ["cat", "dog", "bird"]
     script = ["import os"]
-    for side, pixels in ((None, "uint8"), (4, "float16"), (4, "uint8")):
+    for side, pixels in ((None, "uint8"), (4, "float16")):
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
         rows = datasets.Dataset.from_dict({"image": pictures, "label": [i % 3 for i in range(24)]}, features=features)
         data = image_dataset(rows, model.processor, attack_resolution=side)
@@ -446,4 +445,4 @@ def test_the_code_of_the_card_predicts_the_same_in_a_new_process(tmp_path):
     (tmp_path / "script.py").write_text("\n".join(script))
     found = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-2000:]
-    assert found.stdout.count("predictions as in the file 1.0000") == 3
+    assert found.stdout.count("predictions as in the file 1.0000") == 2
