@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from huggingface_hub import DatasetCard
 
 from .specs import find_spec
@@ -33,7 +34,7 @@ def licence_of(dataset_id: str) -> Licence:
     readme = Path(dataset_id) / "README.md"
     try:
         told = DatasetCard.load(readme).data.get("license") if readme.is_file() else None
-    except ValueError:  # no metadata, or damaged
+    except (ValueError, yaml.YAMLError):  # no metadata, or damaged
         told = None
     names = [told] if isinstance(told, str) else [name for name in told or () if isinstance(name, str)]
     name = names[0] if len(names) == 1 and names[0] not in ("unknown", "other") else None
