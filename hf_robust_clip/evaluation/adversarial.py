@@ -20,7 +20,7 @@ from torch import Tensor
 from ..checks import check_choice
 from ..defences.base import Defence
 from ..digests import digest, file_digest
-from ..prediction import Predict, Prediction
+from ..prediction import Predict, Prediction, withstood
 from ..report import Measurement, RobustnessReport
 from ..report.adversarial import SavedSplit, make_adversarial_card
 from ..report.report import as_saved
@@ -41,7 +41,8 @@ class SaveAdversarial:
     Args:
         folder: of one evaluation; pictures of another one that lie in it are replaced.
         pixels: `"uint8"`, PNGs; `"float16"` or `"float32"`, arrays. float32 is what attacks compute in. The others
-            are rounded to the nearest value they can hold that lies in the ball, else towards the clean image.
+            are rounded to the nearest value they can hold that lies in the ball, else towards the clean image; away
+            from it where that undoes an attack.
     """
 
     folder: str | Path
@@ -89,12 +90,20 @@ def check_saving(defence: Defence, dataset_id: str) -> None:
 # ---- rounding
 
 
-def rounded(adv_BCHW: Tensor, images_BCHW: Tensor, threat_model: ThreatModel, pixels: PixelFormat) -> Tensor:
+def rounded(
+    adv_BCHW: Tensor,
+    images_BCHW: Tensor,
+    threat_model: ThreatModel,
+    pixels: PixelFormat,
+    *,
+    away: bool = False,
+) -> Tensor:
     """Adversarial images (B, 3, H, W) as a format can hold them, in float32, still in the ball.
 
-    Each value is rounded to the nearest that the format holds; where this leaves the ball, to the next one towards the
-    clean image, so that |x' - x| only shrinks. Of an L2 ball, as few values of an image as it takes are rounded so:
-    those whose other neighbour would add most to its length.
+    Each value is rounded to the nearest that the format holds, or with `away` to the next one away from the clean
+    image; where this leaves the ball, to the next one towards the clean image, so that |x' - x| only shrinks. Of an L2
+    ball, as few values of an image as it takes are rounded so: those whose other neighbour would add most to its
+    length.
 
     Raises ValueError where even that leaves the ball, since the clean image itself can't be held closely enough.
     """
@@ -103,14 +112,17 @@ def rounded(adv_BCHW: Tensor, images_BCHW: Tensor, threat_model: ThreatModel, pi
         return adv_BCHW
     codes = _encoded(adv_BCHW, pixels)
     nearest = _decoded(codes, pixels)
-    past, outwards = nearest - adv_BCHW, (adv_BCHW - images_BCHW).sign()
-    inwards = torch.where(past.abs() > 1e-7, (past.sign() == outwards) * outwards, 0.0)  # of what was rounded outwards
-    inner = _decoded(codes - inwards.to(codes.dtype), pixels)
+    past, change = nearest - adv_BCHW, (adv_BCHW - images_BCHW).sign().to(codes.dtype)
+    rounded_by = torch.where(past.abs() > 1e-7, past.sign().to(codes.dtype), 0)
+    inner = _decoded(codes - change * (rounded_by == change), pixels)
+    outer = _decoded(codes + change * (rounded_by == -change), pixels) if away else nearest
     if threat_model.norm == "linf":
-        outer = (nearest - images_BCHW).abs() <= threat_model.reach
+        found = inner
+        for closer in (nearest, outer):
+            found = torch.where((closer - images_BCHW).abs() <= threat_model.reach, closer, found)
     else:
-        outer = _fit_into_length(nearest - images_BCHW, inner - images_BCHW, threat_model.reach)
-    found = torch.where(outer, nearest, inner)
+        fits = _fit_into_length(outer - images_BCHW, inner - images_BCHW, threat_model.reach)
+        found = torch.where(fits, outer, inner)
     if not bool(threat_model.contains(found, images_BCHW).all()):
         furthest = float(threat_model.distance(found, images_BCHW).amax())
         raise ValueError(
@@ -195,10 +207,9 @@ class AdversarialLog:
         """
         if not rows:
             return {"file": None, "rows": []}
-        attacked = stage > 0
-        threat_model = self.threat_models[max(0, stage - 1)]
-        chosen = torch.tensor(rows, device=adv_BCHW.device)
-        saved = rounded(adv_BCHW[chosen], images_BCHW[chosen], threat_model, self.pixels)
+        attacked, chosen = stage > 0, torch.tensor(rows, device=adv_BCHW.device)
+        fell = ~prediction.right(labels_B, attacked=attacked)[chosen] & attacked
+        saved = self._saved(stage, adv_BCHW[chosen], images_BCHW[chosen], labels_B[chosen], fell, predict)
         named = prediction.logits[chosen].argmax(dim=1)
         with torch.no_grad():
             again = predict(saved)
@@ -207,6 +218,28 @@ class AdversarialLog:
         told = zip(named.tolist(), again.logits.argmax(dim=1).tolist(), right.tolist(), flagged.tolist(), strict=True)
         file = self._write([_as_bytes(image, self.pixels) for image in saved.cpu()])
         return {"file": file, "rows": [(index[row], *own) for row, own in zip(rows, told, strict=True)]}
+
+    def _saved(
+        self,
+        stage: int,
+        adv_BCHW: Tensor,
+        images_BCHW: Tensor,
+        labels_B: Tensor,
+        fell_B: Tensor,
+        predict: Predict,
+    ) -> Tensor:
+        """Rounded images; away from the clean ones where the nearest values undo what an image fell to, and these
+        don't.
+        """
+        threat_model = self.threat_models[max(0, stage - 1)]
+        saved = rounded(adv_BCHW, images_BCHW, threat_model, self.pixels)
+        rows = fell_B.nonzero().squeeze(1) if self.pixels != "float32" else fell_B[:0]
+        rows = rows[withstood(predict, saved[rows], labels_B[rows])] if len(rows) else rows
+        if len(rows):
+            others = rounded(adv_BCHW[rows], images_BCHW[rows], threat_model, self.pixels, away=True)
+            fell = ~withstood(predict, others, labels_B[rows])
+            saved[rows[fell]] = others[fell]
+        return saved
 
     def _write(self, pictures: Sequence[bytes]) -> str:
         """The digest of a file that holds them, which is its name."""

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ..zero_shot_data.licences import Licence
 
 HELD = {
-    "uint8": "PNGs of 8 bits, rounded to the nearest grey level that lies in the ball, else towards the clean picture",
-    "float16": "arrays in float16, rounded to the nearest value that lies in the ball, else towards the clean picture",
+    "uint8": "PNGs of 8 bits, rounded to a grey level beside each value that lies in the ball",
+    "float16": "arrays in float16, rounded to a value beside each that lies in the ball",
     "float32": "arrays in float32, as the attack left them",
 }
 

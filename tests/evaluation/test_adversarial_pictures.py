@@ -61,12 +61,14 @@ def perturbed(side, threat_model, on_grid=True):
 def test_rounded_pictures_stay_in_the_ball_and_are_what_the_format_holds(pixels, norm, eps):
     threat_model = ThreatModel(eps, norm)
     images, adv = perturbed(32, threat_model)
-    found = rounded(adv, images, threat_model, pixels)
-    assert bool(threat_model.contains(found, images).all())
+    found, away = (rounded(adv, images, threat_model, pixels, away=away) for away in (False, True))
+    assert bool((threat_model.contains(found, images) & threat_model.contains(away, images)).all())
+    change, other = ((pictures - images).abs() for pictures in (found, away))
+    assert bool((other >= change - 1e-7).all()) or norm == "l2"
     again = found.half().float() if pixels == "float16" else (found * 255).round() / 255
     assert torch.equal(again, found)
     step = 1 / 255 if pixels == "uint8" else 2**-11
-    assert float((found - adv).abs().max()) < step  # of two neighbours one
+    assert float(torch.stack([found - adv, away - adv]).abs().max()) < step  # of two neighbours one
     nearest = adv.half().float() if pixels == "float16" else (adv * 255).round() / 255
     where = (nearest != found) & ((nearest - found).abs() > 1e-7)
     assert bool(((found - images).abs() <= (nearest - images).abs())[where].all())
