@@ -11,6 +11,7 @@ from huggingface_hub import DatasetCardData
 
 from ..digits_clip import EMBEDDED_MODEL
 from ..names import hub_name, is_repo_id, shown_folder, shown_name
+from ..zero_shot_data.specs import templates_key
 from .card import LIBRARY, _code, _rendered, _span, _Written
 from .report import DETECTION, RobustnessReport, percent
 from .tables import titled
@@ -67,6 +68,7 @@ def make_adversarial_card(
     """
     source = hub_name(report.dataset)
     folder, model = shown_folder(folder), shown_folder(report.model)
+    command = _command(report, model, folder, splits[-1].name)
     data = DatasetCardData(
         license=licence.name,
         pretty_name=f"{titled(report)} on {report.task} under {report.attack}",
@@ -93,7 +95,7 @@ def make_adversarial_card(
             folder=_code(folder),
             first=splits[0].name,
             split=_code(splits[-1].name),
-            command=_Written(_command(report, model, folder, splits[-1].name)),
+            command=None if command is None else _Written(command),
             defended=report.defence is not None,
             detects=any(row.metric in DETECTION for row in report.measurements),
             plain=normalisation is not None and report.descriptions is None,
@@ -125,13 +127,20 @@ def _made(report: RobustnessReport) -> dict[str, Any]:
     return {name: str(value).replace("|", "\\|") for name, value in told.items() if value not in (None, "")}
 
 
-def _command(report: RobustnessReport, model: str, folder: str, split: str) -> str:
-    """What measures the model on the pictures of a split."""
-    words = ["hf-robust-clip", "evaluate", "--model_name_or_path", model, "--dataset_name", folder,
-             "--dataset_test_split", split, "--evaluation.attack", "none"]  # fmt: skip
-    if len(report.templates or ()) == 1 and report.descriptions is None:
-        words += ["--template", (report.templates or ("",))[0]]
-    if report.defence:
-        words += ["--defence", report.defence["name"]]
+def _command(report: RobustnessReport, model: str, folder: str, split: str) -> str | None:
+    """What measures the model on the pictures of a split; None where no flag says the prompts, and where alarms would
+    count as errors.
+    """
+    detects = any(row.metric in DETECTION for row in report.measurements)
+    templates = list(report.templates or ())
+    key = templates_key(templates) if len(templates) != 1 else None
+    if detects or report.descriptions is not None or (len(templates) != 1 and key is None):
+        return None
+    words = ["hf-robust-clip", "evaluate", "--model_name_or_path", model]
+    if key is None:
+        words += ["--dataset_name", folder, "--dataset_test_split", split, "--template", templates[0]]
+    else:
+        words += ["--tasks", json.dumps([{"dataset": folder, "split": split, "template": key}])]
+    words += ["--evaluation.attack", "none", *(["--defence", report.defence["name"]] if report.defence else [])]
     words += ["--evaluation.seed", str(report.seed), "--output_dir", "out/again"]
     return " ".join(shlex.join(words).split())  # one line, in which no block of code ends

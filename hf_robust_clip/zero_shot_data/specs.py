@@ -131,6 +131,11 @@ def prompt_templates(key: str) -> tuple[str, ...]:
     return tuple(known[key])
 
 
+def templates_key(templates: Sequence[str]) -> str | None:
+    """The key of `templates.json` that has just these texts; None if there is none."""
+    return next((name for name, texts in _facts("templates.json").items() if texts == list(templates)), None)
+
+
 def known_descriptions(key: str) -> dict[str, list[str]] | None:
     """An entry of `descriptions.json`: texts by class name; None if there is none of that name."""
     found = _facts("descriptions.json").get(key)

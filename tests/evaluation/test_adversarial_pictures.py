@@ -34,9 +34,13 @@ from hf_robust_clip import (
 from hf_robust_clip.attacks.suites import PGD
 from hf_robust_clip.evaluation import adversarial
 from hf_robust_clip.evaluation.adversarial import clear_adversarial, rounded, split_name
+from hf_robust_clip.report import prompt_hash
+from hf_robust_clip.report.adversarial import SavedSplit, make_adversarial_card
 from hf_robust_clip.storage import NotWritten
 from hf_robust_clip.zero_shot_data.adversarial import AdversarialImages
 from hf_robust_clip.zero_shot_data.fingerprint import dataset_digest
+from hf_robust_clip.zero_shot_data.licences import Licence
+from hf_robust_clip.zero_shot_data.specs import prompt_templates
 
 NAMES = dict(name="name", task="task", model_id="id")
 ODD = [6.4 / 255, "16/255"]  # the first between grey levels
@@ -190,6 +194,24 @@ def test_the_columns_that_a_stranger_reads(attacked):
         assert features["image" if pixels == "uint8" else "pixels"] == picture
         told = "label clean_label attacked_label withstood withstood_as_saved view attack radius row seed"
         assert list(features)[1:] == told.split()
+
+
+@pytest.mark.parametrize(
+    ("templates", "told"),
+    [
+        (["an {}"], "--dataset_test_split linf_16_255 --template 'an {}' --evaluation.attack none"),
+        (prompt_templates("clip_cifar10"), '"template": "clip_cifar10"'),
+        (["a {}", "an {}"], "No flag holds the prompts"),
+    ],
+)
+def test_the_command_of_the_card_says_the_prompts(templates, told, attacked):
+    """Another prompt would give another figure."""
+    report, _ = attacked[2]["uint8"]
+    hashed = prompt_hash(report.class_names, templates)
+    report = replace(report, templates=tuple(templates), prompt_hash=hashed)
+    card = make_adversarial_card(report, "out", "uint8", [SavedSplit("linf_16_255", "data/*", "16/255", 40, 3, 3, 1)],
+                                 Licence())  # fmt: skip
+    assert told in card and "Nobody says under which licence `digits` is" in card
 
 
 def test_saved_pictures_are_not_attacked_again_nor_prepared_otherwise(attacked):
