@@ -28,6 +28,7 @@ from .modeling import PAPER_TEMPLATE
 from .modeling.layouts import KNOWN
 from .names import is_path, same_place
 from .objectives.base import Objective
+from .zero_shot_data.adversarial import PixelFormat
 
 SLICE = re.compile(r"[^\[]+\[(\d*)(%?):(\d*)(%?)\]")  # of a split: start, its unit, stop, its unit
 ACTIVATIONS = ("quick_gelu", "gelu")  # of OpenAI's CLIPs, of others
@@ -215,10 +216,11 @@ class EvaluationArguments:
     """How hard to attack: an `EvaluationSettings` whose attacks may be given by their short names.
 
     Args:
-        radii: radii in units of [0, 1], such as [1/255, 4/255].
+        radii: radii in units of [0, 1], such as [1/255, 4/255]; nothing with the attack none.
         norm: linf or l2.
         attack: pgd-N, cw-N, apgd (APGD-CE and APGD-T), autoattack, autoattack-rand, apgd-ce, apgd-dlr, apgd-t, fab-t,
-            square, or a class of attacks with its settings.
+            square, or a class of attacks with its settings; none for clean accuracy alone, as of pictures that were
+            attacked already.
         attacks: several, each of which gives a report.
         step_size: of PGD and CW by their short names; null takes 2.5 * eps / steps.
         view: what the attacks see of a defence: defence_blind (the default), transfer_from_adapted, bpda, adaptive,
@@ -253,6 +255,15 @@ class EvaluationArguments:
             raise ValueError("evaluation.attacks=[] names no attack.")
         given = [self.attack] if self.attacks is None else list(self.attacks)
         suites = [suite_named(own, self.step_size) if isinstance(own, str) else own for own in given]
+        still = [own for own, suite in zip(given, suites, strict=True) if not suite.has_radii]
+        if still and len(given) > 1:
+            raise ValueError(
+                f"evaluation.attacks={self.attacks!r} holds {still[0]!r}, which has no radii; run it alone."
+            )
+        if still and self.view is not None:
+            raise ValueError(f"evaluation.view={self.view!r} does nothing with attack={still[0]!r}; leave it out.")
+        if not still and not self.radii:
+            raise ValueError("missing: evaluation.radii; give at least one, such as [1/255].")
         if self.view is not None and all(suite.about is not None for suite in suites):
             raise ValueError(
                 f"evaluation.view={self.view!r} does nothing: these attacks bring their own; leave it out."
@@ -413,6 +424,10 @@ class EvaluationRunArguments:
         explain: of so many images of each task, the first, where the models look in them, clean and attacked by the
             first attack at the largest radius: a line each in explanations.csv, 8 of them in explanations.png. 0 for
             none. --resume makes them anew.
+        save_adversarial: save the adversarial pictures of the checkpoint in question, of each task and attack as a
+            dataset in <output_dir>/adversarial: uint8 (PNGs, which an attack may not survive), float16 or float32
+            (arrays; float32 is exact). Read again with --dataset_name and --evaluation.attack none they give the
+            robust accuracy of the report.
         use_cpu: evaluate on the CPU, whatever else is there.
         overwrite: begin anew in a folder that holds a run.
         resume: go on with a run that was stopped.
@@ -430,6 +445,7 @@ class EvaluationRunArguments:
     published: str | None = None
     published_anyway: bool = False
     explain: int = 0
+    save_adversarial: PixelFormat | None = None
     use_cpu: bool = False
     overwrite: bool = False
     resume: bool = False

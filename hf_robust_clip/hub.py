@@ -45,7 +45,7 @@ TRAINERS = ("training_args.bin", "pytorch_model*.bin", "adapter_model.bin", "opt
 RESUMED = ("trainer_state.json", "training_run.json", "weight_average.safetensors", "*.distcp", ".metadata")
 FITTED = re.compile(r"[\w-]+\.safetensors")  # what a defence learned, beside its settings
 STATE = re.compile(
-    r"[^/]+-[0-9a-f]{8}/(state-\d+\.jsonl|stream-[0-9a-f]{16}\.safetensors)|(statistics|fit/[^/]+-[0-9a-f]{8})/[^/]+/state-\d+\.safetensors"
+    r"[^/]+-[0-9a-f]{8}/(state-\d+\.jsonl|stream-[0-9a-f]{16}\.safetensors|pictures-(\d+\.part|[0-9a-f]{16}\.arrow))|(statistics|fit/[^/]+-[0-9a-f]{8})/[^/]+/state-\d+\.safetensors"
 )
 SEARCH = "tuning"  # folder of a hyperparameter search
 JOURNAL = ("journal.log", "journal.log.lock")

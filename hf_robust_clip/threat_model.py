@@ -139,6 +139,17 @@ class ThreatModel(Perturbation):
             return delta_BCHW.abs().amax(dim=(1, 2, 3))
         return _length(delta_BCHW).flatten()
 
+    @property
+    def reach(self) -> float:
+        """The radius, with what rounding in float32 may add."""
+        return self.eps * (1 + 1e-4) + 1e-7
+
+    def contains(self, adv_BCHW: Tensor, images_BCHW: Tensor) -> Tensor:
+        """Whether each image lies in the ball around its original and within `bounds`, up to rounding, (B,)."""
+        low, high = self.bounds
+        within_B = ((adv_BCHW >= low) & (adv_BCHW <= high)).flatten(1).all(dim=1)
+        return within_B & (self.distance(adv_BCHW, images_BCHW) <= self.reach)
+
     def start(self, images_BCHW: Tensor, seed: int) -> Tensor:
         """`random_start`."""
         return self.random_start(images_BCHW, seed)

@@ -1,6 +1,7 @@
 """recipes/evaluate.py as a user starts it: alone, by two processes, killed and resumed."""
 
 import csv
+import itertools
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from datasets import load_dataset
 from PIL import Image
 
 from hf_robust_clip.cli import main, run
@@ -23,7 +25,7 @@ TWO = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/
        "--main_process_port", "0"]  # fmt: skip
 WORDS = ["--dataset_name", "digits", "--max_images", "16", "--evaluation.attacks", "[pgd-5, apgd-ce]",
          "--evaluation.radii", "[8/255, 16/255]",
-         "--evaluation.batch_size", "4", "--reference", "digits-clip"]  # fmt: skip
+         "--evaluation.batch_size", "4", "--reference", "digits-clip", "--save_adversarial", "uint8"]  # fmt: skip
 
 
 def start(*words: str) -> subprocess.Popen:
@@ -71,7 +73,7 @@ def test_two_processes_write_report_table_and_plots(by_two):
     assert "PGD-5" in printed
 
 
-def test_killed_and_resumed_by_one_process_ends_with_the_same_report(by_two, tmp_path):
+def test_killed_and_resumed_by_one_process_ends_with_the_same_report(by_two, tmp_path, capsys):
     process = start(SCRIPT, *WORDS, "--output_dir", str(tmp_path / "out"))
     state = tmp_path / "out" / "state"
     deadline = time.monotonic() + 120
@@ -94,6 +96,18 @@ def test_killed_and_resumed_by_one_process_ends_with_the_same_report(by_two, tmp
     for file, text in done.items():
         assert file.read_text().startswith(text.rpartition("\n")[0])  # nothing finished was done again
     assert load_reports(tmp_path / "out" / "report.json") == load_reports(by_two[0] / "report.json")
+    own, other = (folder / "adversarial/digits" for folder in (tmp_path / "out", by_two[0]))
+    for attack, split in itertools.product(("PGD-5", "APGD-CE"), ("linf_8_255", "linf_16_255")):
+        rows = [load_dataset(str(folder / attack), split=split).remove_columns("image") for folder in (own, other)]
+        assert rows[0].to_dict() == rows[1].to_dict() and len(rows[0]) == 16
+    AcceleratorState._reset_state(reset_partial_state=True)
+    words = ["--dataset_name", str(own / "APGD-CE"), "--dataset_test_split", "linf_16_255"]
+    words += ["--evaluation.attack", "none", "--output_dir", str(tmp_path / "again")]
+    run("evaluate", ROOT / "recipes/configs/evaluate.yaml", "", words)
+    ((again,), _), ((_, first), _) = (load_reports(tmp_path / name / "report.json") for name in ("again", "out"))
+    saved = {row.eps: row.value for row in first.measurements if row.metric == "robust_accuracy_as_uint8"}
+    assert again.clean_accuracy == saved[16 / 255] and again.robust_accuracy == {}
+    assert "adversarial already" in capsys.readouterr().out
 
 
 def test_the_folder_of_a_checkpoint_is_not_written_to(tmp_path, capsys):

@@ -71,7 +71,15 @@ TRAIN = [
 TRAINED = "--fit_on.dataset digits --fit_on.split train"
 FITTED = "--defence PromptAlign --fit_on.dataset digits"
 EVALUATE = [
-    ("{}", r"missing: output_dir, evaluation\.radii"),
+    ("{}", "missing: output_dir"),
+    ("output_dir: a\nevaluation:", r"missing: evaluation\.radii"),
+    ("--save_adversarial png", "save_adversarial.*png"),
+    ("--save_adversarial uint8 --defence BaFTA", "save_adversarial.*bafta"),
+    ("--save_adversarial uint8 --dataset_name imagenet", "save_adversarial.*'imagenet'"),
+    ("--save_adversarial uint8 --evaluation.attack none", "save_adversarial='uint8' does nothing without an attack"),
+    ("--published pmg_aft --evaluation.attack none", "published='pmg_aft' does nothing without an attack"),
+    ("--evaluation.attack none --evaluation.radii [1/255]", r"radii=\['1/255'\] do nothing"),
+    ("--evaluation.attacks [none,pgd-3]", "evaluation.attacks=.*'none'"),
     ("evaluation: {radii: [1/255]}\noutput_dir: a\ntasks:", "missing: dataset_name, or tasks"),
     ("--dataset_name=", "missing: dataset_name"),
     ("--compare=", "compare=.*''"),

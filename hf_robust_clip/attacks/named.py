@@ -7,11 +7,11 @@ from typing import get_args
 
 from .auto_attack import AttackName, AutoAttack
 from .losses import cross_entropy, cw_margin
-from .suites import PGD, Suite
+from .suites import PGD, NoAttack, Suite
 
 
 def suite_named(name: str, step_size: float | str | None = None) -> Suite:
-    """The attacks of a name: pgd-N, cw-N, apgd, autoattack, autoattack-rand, or one member of AutoAttack.
+    """The attacks of a name: pgd-N, cw-N, apgd, autoattack, autoattack-rand, one member of AutoAttack, or none.
 
     Args:
         step_size: of PGD and CW.
@@ -26,6 +26,7 @@ def suite_named(name: str, step_size: float | str | None = None) -> Suite:
         "autoattack-rand": AutoAttack.rand(),
         "apgd": AutoAttack(("apgd-ce", "apgd-t")),
         **{member: AutoAttack((member,)) for member in get_args(AttackName)},
+        "none": NoAttack(),
     }
     if name.lower() not in suites:
         raise ValueError(

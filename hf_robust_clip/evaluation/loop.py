@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
@@ -30,6 +31,7 @@ from ..secrets import refuse_tokens
 from ..threat_model import ThreatModel
 from ..zero_shot_data.fingerprint import dataset_digest
 from ..zero_shot_data.loading import ImageDataset, collate_images
+from .adversarial import AdversarialLog, Kept, SaveAdversarial, check_saving, save_adversarial
 from .attack_views import AttackView, Scene
 from .controls import controls_of
 from .detection import Alarm, alarms_of, detection
@@ -63,6 +65,7 @@ def evaluate_robustness(
     state_dir: str | Path | None = None,
     progress: bool = False,
     defence: Defence | None = None,
+    save: SaveAdversarial | None = None,
 ) -> RobustnessReport:
     """Accuracy on clean images and under attack at every radius: white box on the classifier, or with a defence as
     `settings.view` says.
@@ -103,6 +106,9 @@ def evaluate_robustness(
             processes, without repeating finished images, and ends with the same report.
         progress: show a bar for each stage on the main process.
         defence: what predicts in the model's place; None is `Undefended()`.
+        save: where to save the adversarial pictures. They are written down with the state, in the folder of which all
+            processes must see one another's files, and put together at the end; the report gets a figure of them as
+            they are saved, `robust_accuracy_as_uint8` say.
 
     Where more than 5 % of the input gradients are zero, a warning says that the attack was partly blind.
 
@@ -110,8 +116,10 @@ def evaluate_robustness(
     single class, labels beyond the classes, images outside [0, 1] or of wrong size, a state of another model, dataset,
     defence or setting, a view of a defence without one, a defence without such a view, with a model that lacks what it
     needs, with a stream state or coupled images on several processes, with coupled images under an attack that lets go
-    of some, or of other traits than it says, and `precision="fast"` for a model in half precision; FloatingPointError
-    for logits that are not finite, naming the stage.
+    of some, or of other traits than it says, and `precision="fast"` for a model in half precision; for an attack on
+    pictures that are adversarial already; for `save` without a `state_dir` or an attack, of a dataset whose terms
+    forbid it, of a defence that meets a stream or couples images, in a format that can't stay in the ball, and without
+    a common folder of all processes. FloatingPointError for logits that are not finite, naming the stage.
     """
     defence = Undefended() if defence is None else defence
     if not isinstance(defence, Defence):
@@ -120,12 +128,19 @@ def evaluate_robustness(
         model = model.get_base_model()  # of a PeftModel
     settings.check_against(defence)
     check_data(dataset, name=name, task=task, model_id=model_id)
+    check_attacked(dataset, settings)
+    if save is not None:
+        if state_dir is None or not settings.attack.has_radii:
+            raise ValueError(f"save={save!r} needs {'an attack' if state_dir else 'a state_dir'}.")
+        check_saving(defence, dataset.dataset_id)
     if len(model.class_names) == 1:
         raise ValueError(f"there is one class, {model.class_names[0]!r}: nothing can go wrong; set_classes more.")
     with model.prepared_for(dataset), without_gradients(model), model.fixed_class_embeds():
-        evaluation = _Evaluation(model, dataset, settings, defence, processes, state_dir, progress)
-        evaluation.run()
-        report = evaluation.report(name, task, model_id)
+        evaluation = _Evaluation(model, dataset, settings, defence, processes, state_dir, progress, save)
+        found = evaluation.run()
+        report = evaluation.report(found, name, task, model_id)
+        if save is not None:
+            together(lambda: evaluation.save(found, report), processes)
     warning = blind_warning([report])
     if warning is not None and evaluation.rank == 0:
         logger.warning("%s", warning)
@@ -175,6 +190,15 @@ def check_data(dataset: ImageDataset, **told: str) -> None:
         raise ValueError("dataset.augment=True gives whole pictures; evaluate replace(data, augment=False).")
 
 
+def check_attacked(dataset: ImageDataset, settings: EvaluationSettings) -> None:
+    """Raise ValueError for an attack on pictures that are adversarial already: its ball would lie around them."""
+    if getattr(dataset, "attacked", False) and settings.attack.has_radii:
+        raise ValueError(
+            f"attack={settings.attack!r}: the pictures of {dataset.dataset_id!r} are adversarial already; take the "
+            "attack none, or the clean pictures."
+        )
+
+
 class _Evaluation:
     """Runs the stages on this process's images, and writes down each finished batch."""
 
@@ -187,6 +211,7 @@ class _Evaluation:
         processes: Processes,
         state_dir: str | Path | None,
         progress: bool,
+        save: SaveAdversarial | None = None,
     ):
         self.model, self.dataset, self.settings, self.defence = model, dataset, settings, defence
         self.processes = processes
@@ -202,10 +227,12 @@ class _Evaluation:
         self.remarks: tuple[str, ...] = ()
         self.tuned = 0
         self.detects = False
-        fingerprint = {}
+        pixels, fingerprint = None if save is None else save.pixels, {}
         if state_dir is not None or self.world > 1:  # several may lie on machines whose files differ
-            fingerprint = together(lambda: fingerprint_of(model, dataset, settings, defence), processes)
+            fingerprint = together(lambda: fingerprint_of(model, dataset, settings, defence, pixels), processes)
         self.state = State(state_dir, fingerprint, self.rank, processes)
+        self.saving = save
+        self.log: AdversarialLog | None = None
         self.controls = controls_of(defence, model, settings.seed)
         self.blindness = Blindness()
         self.scene = Scene(
@@ -217,8 +244,10 @@ class _Evaluation:
             on_gradient=self.blindness,
         )
 
-    def run(self) -> None:
-        """Every stage, on the images of this process that stand, or that its view attacks all the same."""
+    def run(self) -> Found:
+        """Every stage, on the images of this process that stand, or that its view attacks all the same; what all
+        processes found.
+        """
         own = range(self.rank, len(self.dataset), self.world)
         try:
             with self.defence.prepared(self.model):
@@ -230,6 +259,7 @@ class _Evaluation:
                     self.run_stage(number, stage, left)
         finally:
             self.state.close()
+        return self.state.gathered()
 
     def check_model(self, own: range) -> None:
         """Look for random numbers and for optimisation inside the classifier, on a few images; the defence must take
@@ -262,8 +292,16 @@ class _Evaluation:
                 size = self.settings.batch_size
                 self.remarks += (f"its figures are those of batches of {size}, whose images change one another",)
         self.stages = [stage for stage in self.stages if self.detects or not stage.member.of_detectors]
-        if not self.stages:
+        if not self.stages and self.settings.attack.has_radii:
             raise ValueError(f"attack={self.settings.attack!r} attacks detectors alone; nothing here flags images.")
+        if self.saving is not None:
+            self.state.check_shared()
+            balls = [stage.threat_model for stage in self.stages]
+            self.log = log = AdversarialLog(self.state.folder, self.saving.pixels, balls)
+            together(lambda: log.check(images_BCHW), self.processes)
+        if self.detects and getattr(self.dataset, "attacked", False):
+            told = f"{self.defence.name} flags images, and of attacked ones an alarm is right"
+            raise ValueError(f"{told}: saved pictures are not measured again; read their columns.")
         if self.detects and self.defence.traits.couples_images:
             raise ValueError(f"{self.defence.name} flags images by what is beside them: no attack here knows of that.")
 
@@ -306,7 +344,9 @@ class _Evaluation:
             index = todo[place : place + len(labels)]
             place += len(labels)
             try:
-                line = self.judge(stage, images, labels)
+                line, judged = self.judge(stage, images, labels)
+                if self.log is not None:
+                    line["saved"] = self.kept(number, index, images, labels, *judged, line["stands"])
             except FloatingPointError as error:
                 raise FloatingPointError(f"{title}: {error}") from error
             stands, alarms = line.pop("stands"), line.pop("alarms", None)
@@ -324,9 +364,34 @@ class _Evaluation:
         self.scene = replace(self.scene, state=first if kept is None else kept)
         return rows if kept is None else todo
 
-    def judge(self, stage: Stage | None, images_BCHW: Tensor, labels_B: Tensor) -> dict[str, Any]:
+    def kept(
+        self,
+        number: int,
+        index: list[int],
+        images_BCHW: Tensor,
+        labels_B: Tensor,
+        adv_BCHW: Tensor,
+        prediction: Prediction,
+        stands: list[list[int]],
+    ) -> dict[str, Any]:
+        """The pictures of a batch that are saved: of those that stood before, what fell, and after the last attack at
+        a radius the others too; of clean ones what is wrong.
+        """
+        assert self.log is not None
+        later = [stage.threat_model for stage in self.stages[number:]]
+        last = number > 0 and self.stages[number - 1].threat_model not in later
+        levels = self.state.found.levels
+        stood = [number == 0 or levels[i][1] >= number for i in index]
+        rows = [row for row, before in enumerate(stood) if before and (last or not stands[row][0])]
+        return self.log.keep(
+            number, index, images_BCHW, labels_B, adv_BCHW, prediction, rows, lambda pixels: self.scene.verdict(pixels)
+        )
+
+    def judge(
+        self, stage: Stage | None, images_BCHW: Tensor, labels_B: Tensor
+    ) -> tuple[dict[str, Any], tuple[Tensor, Prediction]]:
         """A batch as the stage attacks it (None: as it is): `stands`, whether the defence and each control is right,
-        (B, judges), and what is counted.
+        (B, judges), and what is counted; and the last images that were judged, the whole batch but in a stream.
         """
         self.blindness.reset()
         stands, fallbacks, seconds = [], 0, 0.0
@@ -349,7 +414,8 @@ class _Evaluation:
             "zeros": self.blindness.zeros,
             "total": self.blindness.total,
         } | ({"alarms": alarms} if alarms else {})
-        return line | ({"fallbacks": fallbacks, "seconds": seconds} if self.defence.defends else {})
+        line |= {"fallbacks": fallbacks, "seconds": seconds} if self.defence.defends else {}
+        return line, (images, prediction)
 
     def verdicts(self, prediction: Prediction, images_BCHW: Tensor, labels_B: Tensor, attacked: bool) -> Tensor:
         """Whether the defence, and each control, is right, (B, judges)."""
@@ -370,9 +436,9 @@ class _Evaluation:
             found.append(find_adversarial(stage.member, victim, images_BCHW[rows], labels_B[rows], stage.threat_model))
         return torch.cat(found)
 
-    def report(self, name: str, task: str, model_id: str) -> RobustnessReport:
+    def report(self, found: Found, name: str, task: str, model_id: str) -> RobustnessReport:
         """What all processes found together."""
-        found, model, settings, stages = self.state.gathered(), self.model, self.settings, self.stages
+        model, settings, stages = self.model, self.settings, self.stages
         everywhere = everyone(self.flags, self.processes)
         flags = {key: any(each[key] for each in everywhere) for key in self.flags}
         share, descriptions = found.accuracies(0, len(stages)), descriptions_digest(model.descriptions)
@@ -406,12 +472,30 @@ class _Evaluation:
             measurements=(
                 *accuracies(share[0], after_each, self.per_class(found), self.controls_found(found)),
                 *detection(found.alarms, [(stage.threat_model.eps, stage.member.name) for stage in stages]),
+                *(() if self.saving is None else self.all_kept(found).measurements()),
             ),
             defence=self.about_defence(found) if self.defence.defends else None,
             templates=tuple(model.templates),
             descriptions=descriptions,
             standard_attack=settings.attack.is_standard,
         )
+
+    def all_kept(self, found: Found) -> Kept:
+        """What all processes kept of adversarial pictures."""
+        assert self.saving is not None
+        stages = [(stage.threat_model, stage.member.name, stage.view.name) for stage in self.stages]
+        labels, withstood = ({index: row[i] for index, row in found.levels.items()} for i in (0, 1))
+        return Kept(withstood, labels, found.saved, stages, self.saving.pixels)
+
+    def save(self, found: Found, report: RobustnessReport) -> None:
+        """Write the adversarial pictures of all processes, on the first of them."""
+        if self.rank == 0 and self.saving is not None:
+            adapted = any(isinstance(module, BaseTunerLayer) for module in self.model.modules())
+            plain = self.model.config.model_type == "clip" and not adapted and not self.defence.defends
+            normalisation = self.model.normalisation if plain else None
+            save_adversarial(
+                self.saving, self.all_kept(found), self.state.folder, report, self.dataset, normalisation=normalisation
+            )
 
     def per_class(self, found: Found) -> dict[str, tuple[int, int, int]]:
         """By class name: images, and how many of them the defence got right when clean and at the end."""

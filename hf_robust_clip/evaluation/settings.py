@@ -23,7 +23,7 @@ class EvaluationSettings:
     """How hard to attack.
 
     Args:
-        radii: radii in units of [0, 1], floats or fractions such as `"1/255"`.
+        radii: radii in units of [0, 1], floats or fractions such as `"1/255"`; none with `NoAttack()`.
         norm: `"linf"` or `"l2"`.
         attack: the attacks: `PGD(...)`, `AutoAttack(...)`, or `AdaptiveWorst(...)`, which brings its own views.
         view: what the attacks see: `Static()`, the classifier alone, is for evaluations without a defence;
@@ -76,7 +76,13 @@ class EvaluationSettings:
         return own if self.precision == "fp32" else f"{own}, gradients in bfloat16"
 
     def threat_models(self) -> list[ThreatModel]:
-        """One for each radius, ascending. Raises ValueError if there is none, or a radius is 0."""
+        """One for each radius, ascending. Raises ValueError if there is none, or a radius is 0, and for any beside
+        what attacks nothing.
+        """
+        if not self.attack.has_radii:
+            if self.radii:
+                raise ValueError(f"radii={self.radii!r} do nothing: attack={self.attack!r} moves no image.")
+            return []
         if isinstance(self.radii, str) or not self.radii:
             raise ValueError(f"radii={self.radii!r} must be a list of at least one radius, such as ['1/255'].")
         threats = sorted({ThreatModel(r, self.norm) for r in self.radii}, key=lambda threat: threat.eps)  # type: ignore[arg-type]
@@ -91,6 +97,8 @@ class EvaluationSettings:
         """
         found = []
         members = self.attack.members(num_classes)
+        if not self.attack.has_radii:
+            return []
         if not members or len({member.name for member in members}) < len(members):
             names = [member.name for member in members]
             raise ValueError(f"attack={self.attack!r} has the members {names}; give at least one, each its own name.")

@@ -28,6 +28,7 @@ from ..report import prompt_hash
 from ..storage import disk_errors
 from ..zero_shot_data.fingerprint import dataset_digest
 from ..zero_shot_data.loading import ImageDataset
+from .adversarial import SavedImage, has_pictures
 from .detection import Alarm
 from .settings import EvaluationSettings
 
@@ -47,6 +48,7 @@ class Found:
     fallbacks: int = 0
     seconds: float = 0.0
     alarms: dict[int, dict[int, Alarm]] = field(default_factory=dict)  # of a detector, by stage and image
+    saved: dict[tuple[int, int], SavedImage] = field(default_factory=dict)  # by stage and image
 
     def right(self, judge: int, stages: int) -> np.ndarray:
         """Whether a judge (0: the defence) got each image right when clean and at each of `stages` attacks, as far as
@@ -65,7 +67,7 @@ class Found:
     def add(self, line: Line) -> None:
         """One finished batch: `stage`, `rows` of (index, label, whether it stands for each judge), `zeros`, `total`,
         and of a defence `fallbacks` and `seconds`, of a detector `alarms` of (index, score, whether flagged, whether
-        the class is right).
+        the class is right), and where pictures are saved what `AdversarialLog.keep` gives.
         """
         if any(self.done.get(row[0], 0) != line["stage"] for row in line["rows"]):
             return  # it is known already, or what came before it is lost
@@ -78,6 +80,9 @@ class Found:
         self.total += line["total"]
         for index, *alarm in line.get("alarms", ()):
             self.alarms.setdefault(line["stage"], {})[index] = Alarm(*alarm)
+        kept = line.get("saved") or {"file": None, "rows": []}
+        for place, (index, *own) in enumerate(kept["rows"]):
+            self.saved[line["stage"], index] = SavedImage(kept["file"], place, *own)
         self.fallbacks += line.get("fallbacks", 0)
         self.seconds += line.get("seconds", 0.0) if line["stage"] == 0 else 0.0
 
@@ -146,6 +151,16 @@ class State:
             return None
         return first.restored(read_tensors(path)[0])
 
+    def check_shared(self) -> None:
+        """Raise ValueError on every process unless each sees the state files of all the others."""
+        count = len(everyone(None, self.processes))  # by now all of them are open
+
+        def check() -> None:
+            if not all((self.folder / f"state-{rank}.jsonl").is_file() for rank in range(count)):
+                raise ValueError(f"save_adversarial: {str(self.folder)!r} isn't shared by all processes; share it.")
+
+        together(check, self.processes)
+
     def close(self) -> None:
         if self.file is not None:
             with suppress(OSError):  # each line was flushed
@@ -163,10 +178,17 @@ class State:
 
 
 def fingerprint_of(
-    model: ZeroShotClassifier, dataset: ImageDataset, settings: EvaluationSettings, defence: Defence
+    model: ZeroShotClassifier,
+    dataset: ImageDataset,
+    settings: EvaluationSettings,
+    defence: Defence,
+    pixels: str | None = None,
 ) -> dict[str, str]:
     """What must be the same for a state to be of use: weights, configuration and classes, images, attacks, the defence
     with its statistics, and what the attacks see of it.
+
+    Args:
+        pixels: how adversarial pictures are saved, if they are.
 
     Nothing that is computed by the model, since its rounding differs between devices and numbers of threads.
     """
@@ -191,6 +213,7 @@ def fingerprint_of(
         "attack": f"{attack} {settings.norm} {[t.eps for t in threats]} seed {settings.seed} {settings.precision}",
         "defence": f"{defence.name} {defence.parameters()} {_digest(_tensors(defence))} {views} eot "
         f"{settings.eot}{batches}",
+        **({} if pixels is None else {"pictures": pixels}),
     }
 
 
@@ -240,11 +263,11 @@ def _read_state(folder: Path, fingerprint: dict[str, str]) -> list[Line]:
                 what = "the file" if number == 1 else "this line"
                 raise ValueError(f"{file}, line {number} is damaged or of another format; delete {what}.") from error
             if number > 1:
-                lines.append(line)
-            elif other := [key for key in fingerprint if line.get(key) != fingerprint[key]]:
+                lines += [line] if has_pictures(folder, line) else []  # else they are made again
+            elif other := [key for key in {**fingerprint, **line} if line.get(key) != fingerprint.get(key)]:
                 raise ValueError(
                     f"{file} is the state of another evaluation: its {other[0]} is {line.get(other[0])!r}, now it "
-                    f"is {fingerprint[other[0]]!r}. Delete the folder, or choose another."
+                    f"is {fingerprint.get(other[0])!r}. Delete the folder, or choose another."
                 )
     return lines
 

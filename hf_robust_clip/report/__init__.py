@@ -4,10 +4,12 @@ from .card import CardInfo, load_card_info, make_card, make_unmeasured_card, reg
 from .files import load_reports, read_report_file, save_csv, save_reports
 from .plots import choose_examples, plot, plot_accuracy, plot_defences, plot_examples, plot_tradeoff
 from .report import (
+    AS_SAVED,
     CONTROLS,
     Measurement,
     RobustnessReport,
     accuracies,
+    as_saved,
     blind_warning,
     frame,
     percent,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CONTROLS = ("static prompts", "random prompts", "ensemble-64")
 CLEAN, ROBUST = "accuracy", "robust_accuracy"
+AS_SAVED = "robust_accuracy_as_"  # begins the metric of adversarial pictures that were saved in some format
 DETECTION = (  # of detectors: among clean images and those with a wrong class; among attacked ones
     "detection_fpr",
     "detection_fpr_of_errors",
@@ -37,7 +38,7 @@ class Measurement:
 
     Args:
         metric: `"accuracy"` on clean images, `"robust_accuracy"` under attack, or any other share, such as
-            `"attack_success_rate"`, `"detection_auroc"`.
+            `"attack_success_rate"`, `"detection_auroc"`, `"robust_accuracy_as_uint8"`.
         value: in [0, 1].
         n: images that it is of.
         eps: radius of the attack in units of [0, 1]; 0 for clean images.
@@ -83,6 +84,11 @@ class Measurement:
         return wilson_interval(round(self.value * self.n), self.n) if self.counted else None
 
 
+def as_saved(pixels: str) -> str:
+    """The metric of adversarial pictures as they are saved, in `"uint8"` say: the share that is right."""
+    return AS_SAVED + pixels
+
+
 def accuracies(
     clean: float,
     after_each: Mapping[float, Mapping[str, float]],
@@ -111,7 +117,7 @@ def accuracies(
     for judge, by_radius in (controls or {}).items():
         rows += [_accuracy(value, n, eps, judge=judge) for eps, value in sorted(by_radius.items())]
     for name, (images, *right) in per_class.items():
-        radii = (0.0, max(after_each, default=0.0)) if images else ()
+        radii = dict.fromkeys((0.0, max(after_each, default=0.0))) if images else ()
         rows += [
             _accuracy(count / images, images, eps, class_name=name) for eps, count in zip(radii, right, strict=False)
         ]

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from ..threat_model import ThreatModel
-from .report import CLEAN, CONTROLS, DETECTION, ROBUST, RobustnessReport, frame, percent, templates_told
+from .report import AS_SAVED, CLEAN, CONTROLS, DETECTION, ROBUST, RobustnessReport, frame, percent, templates_told
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -166,8 +166,8 @@ def detections(reports: Sequence[RobustnessReport]) -> Cells | None:
 
 
 def _of_accuracies(rows: DataFrame) -> DataFrame:
-    """Without the metrics of detectors."""
-    return rows[~rows["metric"].isin(DETECTION)]
+    """Without the metrics of detectors, and of pictures as they are saved."""
+    return rows[~rows["metric"].isin(DETECTION) & ~rows["metric"].str.startswith(AS_SAVED)]
 
 
 def defence_figures(rows: Mapping[str, Sequence[RobustnessReport]]) -> DataFrame:

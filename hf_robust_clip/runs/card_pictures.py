@@ -28,7 +28,7 @@ def licensed(tasks: Mapping[str, Images]) -> tuple[str, DatasetSpec] | None:
     """The first task whose pictures anybody may show, and its row; None where there is none that is known."""
     for title, task in tasks.items():
         spec = None if Path(task.dataset).is_dir() else find_spec(task.dataset)
-        if spec is not None and spec.license:
+        if spec is not None and spec.license and not spec.forbids_copies:
             return title, spec
     return None
 

@@ -22,7 +22,6 @@ from ..arguments import (
 )
 from ..attacks.suites import Suite
 from ..checkpoint_notes import (
-    holds_defence,
     known_descriptions,
     known_templates,
     other_prompt,
@@ -31,7 +30,6 @@ from ..checkpoint_notes import (
 )
 from ..command_line import ClassFlag, CommandLine, Given, read_command
 from ..defences.base import Defence
-from ..defences.defended import DefendedClassifier
 from ..defences.undefended import Undefended
 from ..evaluation import loop as evaluation
 from ..evaluation.attack_views import AttackView
@@ -48,9 +46,9 @@ from ..saving import Saving, left_by_evaluation
 from ..secrets import without_token_keys
 from ..storage import check_writable, write_text
 from ..threat_model import ThreatModel
-from ..zero_shot_data.fingerprint import dataset_digest
 from ..zero_shot_data.loading import ImageDataset
-from . import explanations, published, shared
+from . import explanations, published, saved_pictures, shared
+from .fitting import defence_for
 from .shared import SUITES
 
 VIEW = ClassFlag(AttackView, ("hf_robust_clip.evaluation",))
@@ -66,7 +64,7 @@ COMMAND = CommandLine(
         "evaluation.attacks": ClassFlag(Suite, SUITES, names=True, several=True),
         "evaluation.view": VIEW,
     },
-    required=("output_dir", "evaluation.radii"),
+    required=("output_dir",),
     skip=frozenset(
         ["use_peft", "lora_r", "lora_alpha", "dataset_train_split", "augment"]
         + [f"fit_on.{name}" for name in ("augment", "name", "suite")]
@@ -146,6 +144,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
     unused.check_evaluation(given, evaluations)
     for how in evaluations:
         how.check_against(about.defence or Undefended())
+    saved_pictures.check_without_attack(about, evaluations)
     if about.defence is not None:
         unused.check_defence(given, about.defence)
     if about.stream_poisoning is None:
@@ -153,6 +152,7 @@ def read(words: Sequence[str], default_config: Path, description: str = "") -> E
         unused.idle(given, "permutations", "without stream_poisoning", default)
     tasks = _tasks(given, data, about)
     shared.check_tasks(tasks, described=texts.descriptions is not None)
+    saved_pictures.check(about, tasks)
     return EvaluationRun(
         **{**vars(about), "reference": reference, "tasks": tasks},
         model=model,
@@ -181,6 +181,8 @@ def _prepare_settings(file: dict[str, Any], options: dict[str, str]) -> None:
     evaluation = file.get("evaluation")
     if "evaluation.attack" in options and isinstance(evaluation, dict):
         evaluation.pop("attacks", None)
+        if options["evaluation.attack"] == "none":
+            evaluation.pop("radii", None)
     if "dataset_name" in options and "tasks" not in options:
         file.pop("tasks", None)
     asked = shared.asks_for_texts(file, options, "template", "descriptions")
@@ -246,6 +248,7 @@ def prepare(run: EvaluationRun) -> Prepared:
     if processes.is_local_main_process and run.overwrite:
         clear_states(folder)
         explanations.clear_explanations(folder)
+        saved_pictures.clear(folder)
     processes.wait_for_everyone()
     names = task_titles([(task.name, task.dataset) for task in run.tasks])
     tasks = dict(zip(names, run.tasks, strict=True))
@@ -292,6 +295,9 @@ def measure(prepared: Prepared) -> Measured:
         for title, data in tasks.items():
             texts.set(model, data, shared.templates_of(prepared.tasks[title], data, texts.templates))
             digests = (known_descriptions(name, trained, data.class_names, revision), digest_of(model))
+            if data.attacked:
+                about = "its pictures are adversarial already, made against one model; clean means as they are"
+                found.remarks.append(f"{title}: {about}.")
             remark = other_prompt(prepared.called[name], trained, model.templates, digests)
             found.remarks += [] if remark is None else [remark]
             if prepared.comparison is not None and name == run.model.model_name_or_path:
@@ -303,7 +309,8 @@ def measure(prepared: Prepared) -> Measured:
                 found.reports.append(report)
                 if settings is run.evaluations[0]:
                     found.under_first.append(report)
-            if defence is None and found.examples is None and prepared.processes.is_main_process:
+            attacked = run.evaluations[0].attack.has_radii
+            if attacked and defence is None and found.examples is None and prepared.processes.is_main_process:
                 first = run.evaluations[0]
                 member, threat_model = first.attack.members(len(data.class_names))[0], first.threat_models()[-1]
                 pictures = partial(evaluation.adversarial_examples, model, data, first)
@@ -349,7 +356,7 @@ def digest_of(model: ZeroShotClassifier) -> str | None:
 def measure_one(
     prepared: Prepared,
     model: ZeroShotClassifier,
-    data: Any,
+    data: ImageDataset,
     settings: EvaluationSettings,
     name: str,
     task: str,
@@ -363,6 +370,8 @@ def measure_one(
     about = f"{len(data)} images, {attack}, {settings.precision_with(model)}, {prompt}"
     prepared.processes.print(f"{called} on {task}: {about}")
     state_dir = prepared.folder / "state"
+    save = saved_pictures.place_of(prepared, name, task, attack, data)
+    kept = "" if save is None else f" kept as {save.pixels}"
     report = evaluation.evaluate_robustness(
         model,
         data,
@@ -371,9 +380,10 @@ def measure_one(
         task=task,
         model_id=name,
         processes=prepared.processes,
-        state_dir=state_dir / shared.slug(f"{name} {task} {attack}{through}"),
+        state_dir=state_dir / shared.slug(f"{name} {task} {attack}{through}{kept}"),
         progress=True,
         defence=defence,
+        save=save,
     )
     first = prepared.run.stream_poisoning
     if first is None or defence is None:
@@ -390,70 +400,6 @@ def measure_one(
     )
     prepared.processes.print(str(found))
     return found.noted_in(report)
-
-
-def defence_for(
-    prepared: Prepared, model: ZeroShotClassifier, name: str, texts: shared.Texts
-) -> tuple[Defence | None, dict[str, Any]]:
-    """The defence as it is evaluated on a checkpoint, and what reports say of it beside its own parameters: fitted on
-    the images that the run names, under their classes, or with what was saved beside the model.
-
-    Raises ValueError if these are the very images of a task.
-    """
-    run = prepared.run
-    if run.defence is None or run.fit_on is None:
-        return together(lambda: with_statistics(run, name, run.revision_of(name)), prepared.processes), {}
-    data, digest = together(partial(fitting_images, prepared, run.fit_on, model), prepared.processes)
-    called = prepared.called[name]
-    about = f"{len(data)} images of {data.dataset_id}, split {data.split}"
-    prepared.processes.print(f"{called}: {run.defence.name} is fitted on {about}")
-    how = run.evaluations[0]
-    templates = shared.templates_of(run.fit_on, data, texts.templates)
-    with model.prepared_for(data, templates, descriptions=texts.of(data.class_names, templates)):
-        defence = run.defence.fit(
-            model,
-            data,
-            batch_size=how.batch_size,
-            processes=prepared.processes,
-            state_dir=prepared.folder / "state/fit" / shared.slug(f"{name} {digest}"),
-            num_workers=how.num_workers,
-            progress=True,
-        )
-    facts = {"dataset": data.dataset_id, "dataset_revision": data.revision, "split": data.split}
-    return defence, {"fit_on": {**facts, "num_images": len(data), "digest": digest}}
-
-
-def fitting_images(prepared: Prepared, asked: Images, model: ZeroShotClassifier) -> tuple[ImageDataset, str]:
-    """The images that a defence is fitted on, and their digest. Raises ValueError if they are those of a task."""
-    data = shared.load_data(asked, model)
-    digest = dataset_digest(data)
-    for title, task in prepared.tasks.items():
-        if dataset_digest(shared.load_data(task, model)) == digest:
-            raise ValueError(f"fit_on.dataset={asked.dataset!r} has the very images of {title!r}; fit on others.")
-    return data, digest
-
-
-def with_statistics(run: EvaluationRun, name: str, revision: str | None) -> Defence | None:
-    """The defence, with what it was fitted with where the model's folder holds some, and where the same method was
-    saved there, with the settings of that one: what the run asks for goes before them.
-
-    Raises OSError where a defence must be fitted and there is nothing.
-    """
-    defence = run.defence
-    if defence is None or type(defence).fit is Defence.fit:
-        return defence
-    saved = (
-        DefendedClassifier.from_pretrained(name, revision=revision).adapter if holds_defence(name, revision) else None
-    )
-    parts = {} if saved is None else saved.fitted
-    fitted: dict[str, Any] = {
-        part: own for part, own in parts.items() if isinstance(own, defence.learns().get(part, ()))
-    }
-    if defence.learns() and not fitted:
-        raise OSError(f"{name!r} holds nothing that {defence.name} was fitted with; give fit_on, or train it so.")
-    if saved is not None and type(saved) is type(defence) and run.preset is None:
-        return replace(saved, **{name: getattr(defence, name) for name in run.defence_settings})
-    return replace(defence, **fitted)
 
 
 def write(prepared: Prepared, measured: Measured) -> None:
@@ -489,6 +435,8 @@ def write(prepared: Prepared, measured: Measured) -> None:
         *explanations.pictures_of(list(prepared.tasks)).values(),
     )
     written = [name for name in files if (folder / name).is_file()]
+    if run.save_adversarial is not None:
+        written += saved_pictures.written(folder)
     if prepared.processes.is_main_process:
         line = f"saved to {folder}: {', '.join(written)}"
         saving.attempt("a line", lambda: prepared.processes.print(line))
@@ -498,6 +446,8 @@ def show(prepared: Prepared, measured: Measured) -> None:
     """Print the table, remarks, and whether the attack breaks the reference."""
     run, reports = prepared.run, measured.reports
     reporting.print_table(reporting.table(reports, prepared.called[run.model.model_name_or_path]))
+    for told in filter(None, map(saved_pictures.figures, reports)):
+        print(told)
     if (detected := reporting.detections(reports)) is not None:
         print()
         caption = (
@@ -505,10 +455,11 @@ def show(prepared: Prepared, measured: Measured) -> None:
             "right when clean; flagged images of a wrong class (how many), and their AUROC"
         )
         reporting.print_table(as_text(detected, "detection", caption))
-    share = reporting.percent(max(report.zero_gradient_share for report in reports))
-    print(f"exactly-zero input gradients in the attacks: at most {share}")
+    if attacked := any(report.robust_accuracy for report in reports):
+        share = reporting.percent(max(report.zero_gradient_share for report in reports))
+        print(f"exactly-zero input gradients in the attacks: at most {share}")
     remarks: list[str | None] = [*measured.remarks, *shared.suite_remarks(prepared.tasks, reports)]
-    if run.defence is not None and not any(report.view.goes_through for report in reports):
+    if attacked and run.defence is not None and not any(report.view.goes_through for report in reports):
         remarks.append(
             "no attack went through the defence: the figures say nothing of its strength; add AdaptiveWorst."
         )
@@ -519,7 +470,7 @@ def show(prepared: Prepared, measured: Measured) -> None:
     for line in filter(None, dict.fromkeys([*remarks, reporting.blind_warning(reports)])):
         print(f"\n{line}\n")
     for report in reports:
-        if report.model == run.reference:
+        if report.model == run.reference and report.robust_accuracy:
             print(self_check(report))
 
 
@@ -536,9 +487,11 @@ def draw(prepared: Prepared, measured: Measured) -> None:
     """The plots, each of which may fail by itself."""
     run, folder, reports = prepared.run, prepared.folder, measured.reports
     plots = {"accuracy.png": partial(reporting.plot_accuracy, folder / "accuracy.png", reports)}
+    if not any(report.robust_accuracy for report in reports):  # nothing was attacked
+        plots = {}
     if measured.examples:
         plots["examples.png"] = partial(reporting.plot_examples, folder / "examples.png", *measured.examples)
-    if len(run.names) > 1:
+    if plots and len(run.names) > 1:
         radius = min(reports[0].robust_accuracy)
         first = partial(reporting.plot_tradeoff, folder / "tradeoff.png", measured.under_first, radius)
         plots["tradeoff.png"] = first

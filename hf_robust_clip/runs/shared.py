@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -350,6 +350,13 @@ def quiet_loading() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def folder_named(text: str, among: Iterable[str]) -> str:
+    """A text as a folder name to be typed: its letters and digits, unless these are those of another text too."""
+    names = [re.sub(r"[^A-Za-z0-9]+", "-", own).strip("-").casefold() for own in (text, *among)]
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
+    return plain if 0 < len(plain) <= 80 and names[1:].count(names[0]) == 1 else slug(text)
 
 
 def slug(text: str) -> str:

@@ -63,6 +63,7 @@ class ImageDataset(Dataset):
     background: str | Sequence[int] = "white"
 
     answer: ClassVar[str] = "labels"  # what an example calls that which belongs to its picture
+    attacked: ClassVar[bool] = False  # whether its pictures are adversarial already
 
     def __repr__(self) -> str:
         about = f"{self.dataset_id!r}, split {self.split!r}: {len(self)} images of {len(self.class_names)} classes"
@@ -70,11 +71,14 @@ class ImageDataset(Dataset):
 
     def __post_init__(self) -> None:
         self.background = checked_colour(self.background)
+        self._keep_undecoded()
+        if self.resize is not None and not self.augment:
+            check_resize(self.resize, self.attack_resolution, model_side(self.processor))
+
+    def _keep_undecoded(self) -> None:
         as_stored = datasets.Image(decode=False)
         if self.rows.features.get(self.image_column, as_stored) != as_stored:
             self.rows = self.rows.cast_column(self.image_column, as_stored)
-        if self.resize is not None and not self.augment:
-            check_resize(self.resize, self.attack_resolution, model_side(self.processor))
 
     @property
     def resolution(self) -> int:
@@ -105,11 +109,19 @@ class ImageDataset(Dataset):
         return [{key: x, self.answer: value} for x, value in zip(pixels, answers, strict=True)]
 
     def _prepared(self, stored: Sequence[Any]) -> Sequence[Tensor] | Tensor:
-        pictures = [open_stored(picture) for picture in stored]
+        pictures = [self._opened(picture) for picture in stored]
         if self.augment:
             whole = [np.array(to_rgb(picture, self.background)) for picture in pictures]
             return [torch.from_numpy(array_HWC).permute(2, 0, 1).contiguous() for array_HWC in whole]
         return to_pixels(self.processor, pictures, self.resize, self.attack_resolution, self.background)
+
+    def _opened(self, stored: Any) -> Any:
+        """A picture, from what its column holds."""
+        return open_stored(stored)
+
+    def _look_at(self, stored: Any) -> None:
+        """Raise what opening a picture raises."""
+        to_rgb(self._opened(stored), self.background)
 
     def _answer(self, label: Any) -> Any:
         return int(label if self.label_map is None else self.label_map[label])
@@ -208,7 +220,7 @@ class ImageDataset(Dataset):
             what, mend = "read", "replace the file or leave the row out"
             try:
                 stored = self.rows[int(index)][self.image_column]
-                to_rgb(open_stored(stored), self.background)
+                self._look_at(stored)
                 what, mend = "prepared", "correct the settings of the image processor, or leave the row out"
                 self._prepared([stored])
             except Exception as of_row:
@@ -223,10 +235,14 @@ class ImageDataset(Dataset):
                 return f"{self._place(index)}: {label!r} in column {self.label_column!r} is no label of these classes."
         return f"rows {list(indices)} of dataset {self.dataset_id!r}, split {self.split!r}: {one_line(error)}"
 
+    def source_row(self, index: int) -> int:
+        """The row of an image in the table that this set was drawn from: its split as `datasets` gives it."""
+        number, drawn = int(index) % len(self), self.rows._indices
+        return number if drawn is None else int(drawn.column(0)[number].as_py())
+
     def _place(self, index: int) -> str:
         """The row in the table that this set was drawn from, and the picture's file where it has one."""
-        number, drawn = int(index) % len(self), self.rows._indices
-        row = number if drawn is None else drawn.column(0)[number].as_py()
+        number, row = int(index) % len(self), self.source_row(index)
         picture = self.rows.select_columns([self.image_column]).with_format("arrow")[number : number + 1]
         stored = picture[self.image_column][0].as_py()
         file = stored.get("path") if isinstance(stored, dict) else None

@@ -78,6 +78,9 @@ def _rows(data: ImageDataset) -> Iterator[bytes]:
 def stored_pictures(column: pa.ChunkedArray) -> list[tuple[bytes | Path, str | None]]:
     """Of each picture its bytes, or the file that holds them, and its name."""
     found: list[tuple[bytes | Path, str | None]] = []
+    if isinstance(column.type, pa.ExtensionType):  # arrays of pixels
+        arrays = (array for chunk in column.chunks for array in chunk.to_numpy(zero_copy_only=False))
+        return [(np.ascontiguousarray(array).tobytes(), None) for array in arrays]
     for value in column.to_pylist():
         if not isinstance(value, dict):
             found.append((repr(value).encode(), None))

@@ -25,6 +25,7 @@ import datasets
 from transformers import CLIPProcessor
 
 from ..pictures import check_processor, check_resize, checked_colour, model_side, to_pixels
+from .adversarial import PIXELS, AdversarialImages, is_adversarial
 from .dataset import ImageDataset, collate_images
 from .labels import ClassNames, class_names_of, names_of_spec, read_class_names, read_labels
 from .rows import (
@@ -117,7 +118,7 @@ def load_image_dataset(
     features = rows.features
     if features is None:  # some formats tell their columns only when they are read
         raise ValueError(f"the stream of dataset {dataset_id!r} doesn't tell its columns; use streaming=False.")
-    image_column = image_column_of(features, image_column or (spec.image_column if spec else None), dataset_id)
+    image_column = _image_column(features, image_column or (spec.image_column if spec else None), dataset_id)
     label_column = label_column_of(features, label_column or (spec.label_column if spec else None), dataset_id)
     if spec and spec.frames_of:
         if streaming:
@@ -126,7 +127,8 @@ def load_image_dataset(
             rows.select_columns([image_column, label_column, spec.frames_of, "frame"]), spec.frames_of
         )
     if isinstance(rows, datasets.IterableDataset):
-        rows = read_stream(rows.select_columns([image_column, label_column]), image_column, max_images, seed)
+        kept = list(features) if is_adversarial(features) else [image_column, label_column]
+        rows = read_stream(rows.select_columns(kept), image_column, max_images, seed)
     if len(rows):
         check_files_of(rows, image_column, dataset_id, places)
     if spec and len(rows):
@@ -189,12 +191,13 @@ def image_dataset(
     if len(rows) == 0:
         raise ValueError(f"dataset {name!r} has no rows in split {split!r}; check its files.")
     _check_settings(processor, resize, attack_resolution, background, templates)
-    image_column = image_column_of(rows.features, image_column, name)
+    image_column = _image_column(rows.features, image_column, name)
     label_column = label_column_of(rows.features, label_column, name)
+    made = AdversarialImages if is_adversarial(rows.features) else ImageDataset
     rows = rows.with_format(None).select_columns([image_column, label_column])
     check_files_of(rows, image_column, name, None)
     names, label_map = read_labels(rows, label_column, class_names, name)
-    return ImageDataset(
+    return made(
         rows,
         processor,
         names,
@@ -209,6 +212,13 @@ def image_dataset(
         templates=prompt_templates(templates or "pmg_aft"),
         background=background,
     )
+
+
+def _image_column(features: datasets.Features, asked: str | None, name: str) -> str:
+    """The column of pictures; of saved adversarial ones that of their arrays, where they have it."""
+    if asked in (None, PIXELS) and PIXELS in features and is_adversarial(features):
+        return PIXELS
+    return image_column_of(features, asked, name)
 
 
 def _check_settings(

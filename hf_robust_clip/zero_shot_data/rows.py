@@ -167,6 +167,8 @@ def check_files_of(rows: datasets.Dataset, column: str, name: str, places: Seque
     Args:
         places: beginnings of the paths that are the dataset's own; None takes every file on this disk.
     """
+    if isinstance(rows.features[column], datasets.Array3D):
+        return
     seen = 0
     stored = rows.cast_column(column, datasets.Image(decode=False)).select_columns([column])
     for batch in stored.with_format("arrow").iter(10_000):

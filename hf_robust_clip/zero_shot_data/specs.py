@@ -39,9 +39,9 @@ class DatasetSpec:
         revision: commit or branch on the Hub; None takes the newest, so that a report has to name what it found.
         checked: `"data"` if its files were seen, `"card"` if its columns, splits, counts and labels stand so on its
             card or its page on the Hub, `""` if they are taken from public programs that load it.
-        license: of its pictures, as the Hub writes it, where it lets anybody show them; empty where it doesn't, or
-            nobody here knows.
         source: who published it.
+        license: of the pictures, by the Hub's short name; `""` where nobody says.
+        forbids_copies: whether its terms forbid passing pictures on, changed ones too.
         note: how the Hub's splits differ from those of the papers.
     """
 
@@ -59,8 +59,9 @@ class DatasetSpec:
     frames_of: str | None = None
     revision: str | None = None
     checked: Literal["data", "card", ""] = ""
-    license: str = ""
     source: str = ""
+    license: str = ""
+    forbids_copies: bool = False
     note: str = ""
 
     def names_in_label_order(self, label_names: Sequence[str] | None) -> list[str] | None:
@@ -130,6 +131,11 @@ def prompt_templates(key: str) -> tuple[str, ...]:
     if key not in known:
         raise ValueError(f"templates={key!r} is not in templates.json; it has {sorted(known)}.")
     return tuple(known[key])
+
+
+def templates_key(templates: Sequence[str]) -> str | None:
+    """The key of `templates.json` that has just these texts; None if there is none."""
+    return next((name for name, texts in _facts("templates.json").items() if texts == list(templates)), None)
 
 
 def known_descriptions(key: str) -> dict[str, list[str]] | None:
