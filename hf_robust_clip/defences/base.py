@@ -113,6 +113,7 @@ class Defence(ABC):
     defends: ClassVar[bool] = True  # whether there is something to attack and to control beyond the classifier
     paper: ClassVar[Paper] = Unpublished()  # type: ignore[assignment]
     needs_prompts: ClassVar[bool] = False
+    masked: ClassVar[Mapping[GradientPath, str]] = {}  # paths along which its gradients vanish, each with the reason
 
     memory_budget: float | None = None
 

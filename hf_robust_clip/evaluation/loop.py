@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ..attacks.suites import Member, find_adversarial, is_optimising, is_randomised, plain_victim, run_member
-from ..checks import Blindness, check_logits, checked_labels
+from ..checks import BLIND_ABOVE, Blindness, check_logits, checked_labels
 from ..defences.base import Defence, Traits
 from ..defences.undefended import Undefended
 from ..environment import hardware, library_versions
@@ -25,7 +25,7 @@ from ..modeling import ZeroShotClassifier, descriptions_digest, without_gradient
 from ..names import check_shown
 from ..prediction import Prediction
 from ..processes import Processes, everyone
-from ..report import RobustnessReport, accuracies, blind_warning, choose_examples, prompt_hash
+from ..report import RobustnessReport, accuracies, blind_warning, choose_examples, percent, prompt_hash
 from ..secrets import refuse_tokens
 from ..threat_model import ThreatModel
 from ..zero_shot_data.fingerprint import dataset_digest
@@ -33,6 +33,7 @@ from ..zero_shot_data.loading import ImageDataset, collate_images
 from .attack_views import AttackView, Scene
 from .controls import controls_of
 from .detection import Alarm, alarms_of, detection
+from .gradients import blind_views
 from .settings import EvaluationSettings
 from .state import Found, State, fingerprint_of
 
@@ -264,6 +265,12 @@ class _Evaluation:
             raise ValueError(f"attack={self.settings.attack!r} attacks detectors alone; nothing here flags images.")
         if self.detects and self.defence.traits.couples_images:
             raise ValueError(f"{self.defence.name} flags images by what is beside them: no attack here knows of that.")
+        if self.defence.defends:
+            by_gradients = [stage.view for stage in self.stages if not stage.member.by_queries]
+            blind = blind_views(by_gradients, self.scene, images_BCHW)
+            self.remarks += blind
+            for remark in blind if self.rank == 0 else ():
+                logger.warning("%s.", remark)
 
     def check_traits(self, images_BCHW: Tensor) -> None:
         """Raise ValueError for a defence that draws or tunes without saying so: attacks would be chosen wrongly; and
@@ -396,7 +403,7 @@ class _Evaluation:
             attack_resolution=model.input_size,
             norm=settings.norm,
             model_flags=flags,
-            zero_gradient_share=found.zeros / found.total if found.total else 0.0,
+            zero_gradient_share=found.blindness(found.gradients),
             seed=settings.seed,
             precision=settings.precision_with(model),
             library_versions=library_versions(),
@@ -432,7 +439,7 @@ class _Evaluation:
 
     def about_defence(self, found: Found) -> dict[str, Any]:
         """What the report says of the defence."""
-        remarks = everyone(self.remarks, self.processes)[0]
+        remarks = (*everyone(self.remarks, self.processes)[0], *self.blind_attacks(found))
         return {
             **({"remarks": list(remarks)} if remarks else {}),
             "name": self.defence.name,
@@ -443,6 +450,18 @@ class _Evaluation:
             "ms_per_image": 1000 * found.seconds / len(found.levels),
             **({} if self.defence.traits.episodic else {"stream": self.about_stream(found)}),
         }
+
+    def blind_attacks(self, found: Found) -> tuple[str, ...]:
+        """Which of several attacks got too many gradients of zero: in the share of all of them it would drown."""
+        stages: dict[str, list[int]] = {}
+        for number, stage in enumerate(self.stages, start=1):
+            stages.setdefault(stage.member.name, []).append(number)
+        shares = {name: found.blindness(own) for name, own in stages.items() if len(stages) > 1}
+        return tuple(
+            f"{name} was (partly) blind, what it left may mean nothing: {percent(share)} of its gradients were zero"
+            for name, share in shares.items()
+            if share > BLIND_ABOVE
+        )
 
     def about_stream(self, found: Found) -> dict[str, Any]:
         """In which order the images came, and how often their class changed: sorted by class they make another stream

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -41,8 +41,7 @@ class Found:
 
     levels: dict[int, tuple[int, ...]] = field(default_factory=dict)  # (label, one level per judge)
     done: dict[int, int] = field(default_factory=dict)  # image to the number of stages it went through
-    zeros: int = 0
-    total: int = 0
+    gradients: dict[int, tuple[int, int]] = field(default_factory=dict)  # by stage: entries, and how many were zero
     fallbacks: int = 0
     seconds: float = 0.0
     alarms: dict[int, dict[int, Alarm]] = field(default_factory=dict)  # of a detector, by stage and image
@@ -56,6 +55,21 @@ class Found:
             for index, row in self.levels.items()
         ]
         return np.array(rows, dtype=bool)
+
+    @property
+    def zeros(self) -> int:
+        """How many entries of gradients were zero or not finite."""
+        return sum(zeros for _, zeros in self.gradients.values())
+
+    @property
+    def total(self) -> int:
+        """How many entries there were."""
+        return sum(total for total, _ in self.gradients.values())
+
+    def blindness(self, stages: Collection[int]) -> float:
+        """The share of zeros, in [0, 1], in some stages; 0 where no gradient was taken."""
+        total, zeros = (sum(own) for own in zip((0, 0), *(self.gradients.get(n, (0, 0)) for n in stages), strict=True))
+        return zeros / max(total, 1)
 
     def accuracies(self, judge: int, stages: int) -> list[float]:
         """The clean accuracy by a judge, and the robust accuracy after each of `stages` attacks."""
@@ -73,8 +87,8 @@ class Found:
             after = (n + (right and n == line["stage"]) for n, right in zip(before, stands, strict=True))
             self.levels[index] = (label, *after)
             self.done[index] = line["stage"] + 1
-        self.zeros += line["zeros"]
-        self.total += line["total"]
+        total, zeros = self.gradients.get(line["stage"], (0, 0))
+        self.gradients[line["stage"]] = total + line["total"], zeros + line["zeros"]
         for index, *alarm in line.get("alarms", ()):
             self.alarms.setdefault(line["stage"], {})[index] = Alarm(*alarm)
         self.fallbacks += line.get("fallbacks", 0)
