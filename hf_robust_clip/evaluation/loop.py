@@ -38,6 +38,7 @@ from .settings import EvaluationSettings
 from .state import Found, State, fingerprint_of
 
 logger = logging.getLogger(__name__)
+REMARKED = 16  # images by which a defence says what must be said of it
 
 
 @dataclass(frozen=True)
@@ -236,9 +237,7 @@ class _Evaluation:
         """
         if self.settings.precision == "fast" and self.model.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"precision='fast' confirms in float32, the model is in {self.model.dtype}.")
-        few = [self.dataset[i] for i in own[:4]] or [self.dataset[0]]
-        images_BCHW = collate_images(few)["pixel_values"].to(self.model.device)
-        self.model.check_pixels(images_BCHW, values=True)
+        images_BCHW = self.pixels(own[:4] or range(1))
         self.flags = {
             "randomised": is_randomised(self.scene.logits, images_BCHW),
             "optimising": is_optimising(self.scene.logits, images_BCHW),
@@ -253,9 +252,10 @@ class _Evaluation:
             )
         if self.defence.defends:
             self.check_traits(images_BCHW)
+            first_BCHW = self.pixels(range(min(REMARKED, len(self.dataset))))  # on every process the same
             found = self.defence.predict(self.model, images_BCHW, seed=self.settings.seed)
             self.tuned = sum(value[0].numel() for value in found.prompts.values())
-            self.remarks = self.defence.remarks(self.model, images_BCHW)
+            self.remarks = self.defence.remarks(self.model, first_BCHW)
             self.detects = found.flagged is not None
             if self.defence.traits.couples_images:
                 size = self.settings.batch_size
@@ -267,10 +267,17 @@ class _Evaluation:
             raise ValueError(f"{self.defence.name} flags images by what is beside them: no attack here knows of that.")
         if self.defence.defends:
             by_gradients = [stage.view for stage in self.stages if not stage.member.by_queries]
-            blind = blind_views(by_gradients, self.scene, images_BCHW)
+            blind = blind_views(by_gradients, self.scene, first_BCHW[:4])
             self.remarks += blind
             for remark in blind if self.rank == 0 else ():
                 logger.warning("%s.", remark)
+
+    def pixels(self, rows: range) -> Tensor:
+        """Some images, looked at."""
+        batch = collate_images([self.dataset[i] for i in rows])
+        images_BCHW: Tensor = batch["pixel_values"].to(self.model.device)
+        self.model.check_pixels(images_BCHW, values=True)
+        return images_BCHW
 
     def check_traits(self, images_BCHW: Tensor) -> None:
         """Raise ValueError for a defence that draws or tunes without saying so: attacks would be chosen wrongly; and
