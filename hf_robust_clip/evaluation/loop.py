@@ -464,11 +464,9 @@ class _Evaluation:
         for number, stage in enumerate(self.stages, start=1):
             stages.setdefault(stage.member.name, []).append(number)
         shares = {name: found.blindness(own) for name, own in stages.items() if len(stages) > 1}
-        return tuple(
-            f"{name} was (partly) blind, what it left may mean nothing: {percent(share)} of its gradients were zero"
-            for name, share in shares.items()
-            if share > BLIND_ABOVE
-        )
+        blind = [f"{name} {percent(share)}" for name, share in shares.items() if share > BLIND_ABOVE]
+        told = "attacks that were (partly) blind, with the share of their gradients that was exactly zero"
+        return (f"{told}: {', '.join(blind)}",) if blind else ()
 
     def about_stream(self, found: Found) -> dict[str, Any]:
         """In which order the images came, and how often their class changed: sorted by class they make another stream

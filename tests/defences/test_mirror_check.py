@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -245,27 +243,6 @@ def test_a_blind_attack_is_seen_and_an_encoder_that_is_the_victim_is_told_of(wor
     assert len(same.defence["remarks"]) == 1 and "digits-clip" in same.defence["remarks"][0]
     assert same.robust_accuracy[16 / 255] < own.robust_accuracy[16 / 255]
     assert all(row.n for row in own.measurements)
-
-
-@pytest.mark.slow
-def test_it_is_saved_and_loads_in_a_new_process_to_equal_predictions(world, tmp_path):
-    classifier, detector, images, _ = world
-    changed = replace(detector, noise=0.01, encoders_at_once=1)
-    changed = changed.calibrate(classifier, images, fpr=0.1)
-    DefendedClassifier(classifier, changed, base_model="digits-clip").save_pretrained(tmp_path / "out")
-    torch.save(images, tmp_path / "images.pt")
-    script = (
-        "import sys, torch, hf_robust_clip as rc\n"
-        "model = rc.DefendedClassifier.from_pretrained(sys.argv[1] + '/out')\n"
-        "found = model.predict(torch.load(sys.argv[1] + '/images.pt'))\n"
-        "torch.save([found.score, found.flagged, found.logits], sys.argv[1] + '/found.pt')\n"
-    )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
-    found, own = torch.load(tmp_path / "found.pt"), changed.predict(classifier, images)
-    assert all(map(torch.equal, found, (own.score, own.flagged, own.logits))) and own.flagged.sum() == 4
-    assert (tmp_path / "out/mirror.safetensors").stat().st_size < 1_000_000
-    restored = DefendedClassifier.from_pretrained(tmp_path / "out", method=MirrorCheck).adapter
-    assert restored.parameters() == changed.parameters()
 
 
 def test_given_parts_are_saved_by_their_settings(world, tmp_path):
