@@ -95,6 +95,20 @@ def holds_defence(name: str, revision: str | None = None) -> bool:
     return _content(name, "adaptation.json", revision) is not None
 
 
+def holds_defence_alone(name: str, revision: str | None = None) -> bool:
+    """Whether that is all: neither weights nor prompts of its own, so that its base model is what it defends. False
+    where nobody can be asked.
+    """
+    try:
+        defence = None if name == EMBEDDED_MODEL else _content(name, "adaptation.json", revision)
+        if not defence or defence.get("prompts"):
+            return False
+        weights = ("model.safetensors", "model.safetensors.index.json")
+        return not any(_found(name, file, revision) for file in weights)
+    except (OSError, ValueError):
+        return False
+
+
 def known_templates(name: str, revision: str | None = None) -> tuple[str, ...]:
     """`trained_templates`, for a remark alone: none where nobody can be asked."""
     try:

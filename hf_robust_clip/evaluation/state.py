@@ -31,6 +31,7 @@ from .detection import Alarm
 from .settings import EvaluationSettings
 
 Line = dict[str, Any]
+SHOWN = 120  # characters of what a state is of, in an error
 
 
 @dataclass
@@ -263,11 +264,26 @@ def _read_state(folder: Path, fingerprint: dict[str, str]) -> list[Line]:
             if number > 1:
                 lines.append(line)
             elif other := [key for key in fingerprint if line.get(key) != fingerprint[key]]:
+                then, now = _where_they_differ(str(line.get(other[0])), fingerprint[other[0]])
                 raise ValueError(
-                    f"{file} is the state of another evaluation: its {other[0]} is {line.get(other[0])!r}, now it "
-                    f"is {fingerprint[other[0]]!r}. Delete the folder, or choose another."
+                    f"{file} is the state of another evaluation: its {other[0]} is {then!r}, now it is {now!r}. "
+                    "Delete the folder, or choose another."
                 )
     return lines
+
+
+def _where_they_differ(one: str, other: str) -> tuple[str, str]:
+    """Both texts, of long ones the part where they differ."""
+    if max(len(one), len(other)) <= SHOWN:
+        return one, other
+    first = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    start = max(0, one.rfind(" ", 0, max(first - 20, 0)) + 1)
+    cut = [text[start : start + SHOWN] for text in (one, other)]
+    shown = [
+        ("..." if start else "") + part + ("..." if len(text) > start + SHOWN else "")
+        for text, part in zip((one, other), cut, strict=True)
+    ]
+    return shown[0], shown[1]
 
 
 def _open_state(folder: Path, rank: int, fingerprint: dict[str, str]) -> IO[str]:

@@ -23,6 +23,7 @@ from ..arguments import (
 from ..attacks.suites import Suite
 from ..checkpoint_notes import (
     holds_defence,
+    holds_defence_alone,
     known_descriptions,
     known_templates,
     other_prompt,
@@ -33,6 +34,7 @@ from ..command_line import ClassFlag, CommandLine, Given, read_command
 from ..defences.base import Defence
 from ..defences.defended import DefendedClassifier
 from ..defences.undefended import Undefended
+from ..digits_clip import EMBEDDED_MODEL
 from ..evaluation import loop as evaluation
 from ..evaluation.attack_views import AttackView
 from ..evaluation.settings import EvaluationSettings
@@ -238,7 +240,8 @@ def prepare(run: EvaluationRun) -> Prepared:
     """Join the processes, and clear what is to be overwritten."""
     folder = Path(run.output_dir)
     for name in run.names[1:]:  # before hours of the first
-        shared.check_model(name, run.revision_of(name))
+        if not holds_defence_alone(name, run.revision_of(name)):
+            shared.check_model(name, run.revision_of(name))
     name = run.model.model_name_or_path
     comparison = run.comparison and published.with_model(run.comparison, name, run.revision_of(name))
     check_writable(folder)
@@ -261,12 +264,16 @@ def check_figures_kept(run: EvaluationRun, folder: Path) -> None:
     except (OSError, ValueError):
         return  # none, or none that can be read
     titles_of_tasks = task_titles([(task.name, task.dataset) for task in run.tasks])
+    own = None if run.defence is None else run.defence.name
     for report in reports:
-        attacks = [settings.attack.name(report.num_classes) for settings in run.evaluations]
-        if report.attack not in attacks or report.task not in titles_of_tasks:
+        attacks = [(settings.attack.name(report.num_classes), settings.seen.name) for settings in run.evaluations]
+        defence = (report.defence or {}).get("name")
+        known = (report.attack, report.view.name) in attacks and report.task in titles_of_tasks
+        if not known or defence != own:
+            what = f"{report.full_attack} on {report.task}" + (f" with {defence}" if defence else "")
             raise ValueError(
-                f"output_dir={run.output_dir!r} holds figures of {report.attack} on {report.task}, which aren't asked "
-                "for and would be lost; ask for them too, or name another folder."
+                f"output_dir={run.output_dir!r} holds figures of {what}, which aren't asked for and would be lost; ask "
+                "for them too, or name another folder."
             )
 
 
@@ -276,7 +283,11 @@ def measure(prepared: Prepared) -> Measured:
     texts = run.texts
     for name in run.names:
         revision = run.revision_of(name)
-        model = shared.load_model(name, revision).to(prepared.processes.device)
+        model = load_model(name, revision).to(prepared.processes.device)
+        if run.defence is None and defends(name, revision):
+            found.remarks.append(
+                f"{name!r} holds a test-time defence, which was not asked for: these figures are without."
+            )
         if name == run.model.model_name_or_path and not texts.templates:
             texts = texts_of(texts, name, revision)
         tasks = shared.load_tasks(prepared.tasks, model)
@@ -308,6 +319,21 @@ def measure(prepared: Prepared) -> Measured:
                 about = f"{prepared.called[name]} on {title} under {member.name} alone at {threat_model}"
                 found.examples = (*drawn, about) if drawn else ()
     return found
+
+
+def load_model(name: str, revision: str | None) -> ZeroShotClassifier:
+    """A checkpoint, or of a folder with a defence alone what that stands in front of."""
+    if holds_defence_alone(name, revision):
+        return DefendedClassifier.from_pretrained(name, revision=revision).classifier
+    return shared.load_model(name, revision)
+
+
+def defends(name: str, revision: str | None) -> bool:
+    """Whether a checkpoint has a defence beside it; False where nobody can be asked."""
+    try:
+        return name != EMBEDDED_MODEL and holds_defence(name, revision)
+    except (OSError, ValueError):
+        return False
 
 
 def texts_of(asked: shared.Texts, name: str, revision: str | None) -> shared.Texts:
