@@ -272,8 +272,8 @@ def check_figures_kept(run: EvaluationRun, folder: Path) -> None:
         if not known or defence != own:
             what = f"{report.full_attack} on {report.task}" + (f" with {defence}" if defence else "")
             raise ValueError(
-                f"output_dir={run.output_dir!r} holds figures of {what}, which aren't asked for and would be lost; ask "
-                "for them too, or name another folder."
+                f"output_dir={run.output_dir!r} holds figures of {what}, which aren't asked for and would be lost; "
+                "ask for them too, or name another folder."
             )
 
 
@@ -286,7 +286,7 @@ def measure(prepared: Prepared) -> Measured:
         model = load_model(name, revision).to(prepared.processes.device)
         if run.defence is None and defends(name, revision):
             found.remarks.append(
-                f"{name!r} holds a test-time defence, which was not asked for: these figures are without."
+                f"{name!r} holds a test-time defence, which was not asked for: these figures are without it."
             )
         if name == run.model.model_name_or_path and not texts.templates:
             texts = texts_of(texts, name, revision)
