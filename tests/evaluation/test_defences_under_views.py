@@ -20,6 +20,13 @@ from hf_robust_clip.evaluation.attack_views import BPDA, VIEWS, AdaptiveWorst
 from hf_robust_clip.evaluation.loop import evaluate_robustness
 from hf_robust_clip.evaluation.settings import EvaluationSettings
 
+SAME = {
+    "tapt-V",
+    "tapt-VLJ",
+    "tpt-T",
+    "r_tpt-VLI",
+    "ttc-VLI",
+}  # as another row, with other prompts
 WORST = AdaptiveWorst(pgd_steps=2, apgd_steps=2, num_queries=0)
 OF_DEFENCES = {name: view for name, view in VIEWS.items() if view.of_defence}
 
@@ -32,10 +39,11 @@ def test_every_exported_defence_has_a_row():
     exported = [getattr(hf_robust_clip, name) for name in hf_robust_clip.__all__]
     exported = {one for one in exported if isinstance(one, type) and issubclass(one, Defence)}
     concrete = {one for one in exported if one.defends and not one.__abstractmethods__}
-    assert {*concrete, *defence_classes().values()} == {type(defence) for _, defence in ROWS.values()}
+    rows = {type(defence) for row, (_, defence) in ROWS.items() if row not in SAME}
+    assert {*concrete, *defence_classes().values()} == rows
 
 
-@pytest.mark.parametrize("row", list(ROWS))
+@pytest.mark.parametrize("row", [row for row in ROWS if row not in SAME])
 def test_every_view_attacks_every_defence(row):
     classifier, defence = make(row)
     images = grey_images(1 + defence.traits.couples_images)
@@ -120,7 +128,7 @@ def test_a_defence_that_breaks_its_gradients_is_caught(defence, views):
 # ---- what an evaluation says of a stranger's
 
 
-def judged(defence, attack=None, view=None, count=4):
+def judged(defence, attack=None, view=None, count=3):
     model = make_base()
     settings = EvaluationSettings(["4/255"], attack=attack or PGD(2), **({"view": view} if view else {}))
     return evaluate_robustness(model, Images(model, count), settings, defence=defence, **NAMES)
