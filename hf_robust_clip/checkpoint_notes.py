@@ -95,9 +95,21 @@ def holds_defence(name: str, revision: str | None = None) -> bool:
     return _content(name, "adaptation.json", revision) is not None
 
 
+def method_of_defence(name: str, revision: str | None = None) -> str | None:
+    """By what name the class of a test-time defence that was saved there is found; None where there is none, or nobody
+    can be asked.
+    """
+    try:
+        defence = None if name == EMBEDDED_MODEL else _content(name, "adaptation.json", revision)
+    except (OSError, ValueError):
+        return None
+    method = (defence or {}).get("method")
+    return method if isinstance(method, str) else None
+
+
 def holds_defence_alone(name: str, revision: str | None = None) -> bool:
-    """Whether that is all: neither weights nor prompts of its own, so that its base model is what it defends. False
-    where nobody can be asked.
+    """Whether a defence is all that was saved there: neither weights nor prompts of its own, so that its base model is
+    what it defends. False where nobody can be asked.
     """
     try:
         defence = None if name == EMBEDDED_MODEL else _content(name, "adaptation.json", revision)

@@ -9,6 +9,7 @@ import torch
 
 from hf_robust_clip import CLIPForZeroShotClassification, DefendedClassifier, digits_clip_path
 from hf_robust_clip.cli import main
+from hf_robust_clip.defences.bafta import BaFTA
 from hf_robust_clip.defences.encoders import SmallEncoder
 from hf_robust_clip.defences.mirror_check import MirrorCheck
 from hf_robust_clip.defences.rfi import RFI
@@ -51,7 +52,8 @@ def folders(tmp_path_factory):
     classifier = CLIPForZeroShotClassification.from_pretrained(digits_clip_path()).requires_grad_(False).eval()
     data = load_image_dataset("digits", "train", classifier.processor).first(80)
     classifier.set_classes(data.class_names, "a photo of a {}.")
-    for name, defence in {"rfi": RFI(top_k=1), "mirror": MirrorCheck(encoder_steps=1)}.items():
+    made = {"rfi": RFI(top_k=1), "mirror": MirrorCheck(encoder_steps=1), "bafta": BaFTA(num_views=2, beta=0)}
+    for name, defence in made.items():
         DefendedClassifier(classifier, defence.fit(classifier, data), base_model="digits-clip").save_pretrained(
             root / name
         )
@@ -72,6 +74,13 @@ def test_a_saved_defence_is_evaluated_by_its_folder(folders, capsys):
     (plain,) = evaluate(f"--model_name_or_path {folders / 'rfi'}", "plain")
     assert plain.defence is None and "not asked for" in capsys.readouterr().out
     assert plain.clean_accuracy == report.controls["static prompts"][0.0]
+
+
+def test_a_saved_defence_that_learned_nothing_keeps_its_settings(folders):
+    (report,) = evaluate(f"--model_name_or_path {folders / 'bafta'} --defence BaFTA --defence.alpha 0.7")
+    told = report.defence["parameters"]
+    assert (told["num_views"], told["beta"], told["alpha"]) == (2, 0.0, 0.7) and report.defence["name"] == "bafta_te"
+    evaluate(f"--model_name_or_path {folders / 'bafta'} --defence BaFTA --defence.alpha 0.7 --resume")
 
 
 def test_what_is_refused_leaves_nothing(folders, capsys):

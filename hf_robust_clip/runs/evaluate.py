@@ -26,15 +26,16 @@ from ..checkpoint_notes import (
     holds_defence_alone,
     known_descriptions,
     known_templates,
+    method_of_defence,
     other_prompt,
     trained_descriptions,
     trained_templates,
 )
 from ..command_line import ClassFlag, CommandLine, Given, read_command
+from ..defences import defence_key
 from ..defences.base import Defence
 from ..defences.defended import DefendedClassifier
 from ..defences.undefended import Undefended
-from ..digits_clip import EMBEDDED_MODEL
 from ..evaluation import loop as evaluation
 from ..evaluation.attack_views import AttackView
 from ..evaluation.settings import EvaluationSettings
@@ -264,12 +265,12 @@ def check_figures_kept(run: EvaluationRun, folder: Path) -> None:
     except (OSError, ValueError):
         return  # none, or none that can be read
     titles_of_tasks = task_titles([(task.name, task.dataset) for task in run.tasks])
-    own = None if run.defence is None else run.defence.name
+    own = None if run.defence is None else run.defence.paper.method  # some names say more, by settings
     for report in reports:
         attacks = [(settings.attack.name(report.num_classes), settings.seen.name) for settings in run.evaluations]
         defence = (report.defence or {}).get("name")
         known = (report.attack, report.view.name) in attacks and report.task in titles_of_tasks
-        if not known or defence != own:
+        if not known or (defence is None) != (own is None) or not str(defence).startswith(str(own)):
             what = f"{report.full_attack} on {report.task}" + (f" with {defence}" if defence else "")
             raise ValueError(
                 f"output_dir={run.output_dir!r} holds figures of {what}, which aren't asked for and would be lost; "
@@ -284,7 +285,7 @@ def measure(prepared: Prepared) -> Measured:
     for name in run.names:
         revision = run.revision_of(name)
         model = load_model(name, revision).to(prepared.processes.device)
-        if run.defence is None and defends(name, revision):
+        if run.defence is None and method_of_defence(name, revision) is not None:
             found.remarks.append(
                 f"{name!r} holds a test-time defence, which was not asked for: these figures are without it."
             )
@@ -326,14 +327,6 @@ def load_model(name: str, revision: str | None) -> ZeroShotClassifier:
     if holds_defence_alone(name, revision):
         return DefendedClassifier.from_pretrained(name, revision=revision).classifier
     return shared.load_model(name, revision)
-
-
-def defends(name: str, revision: str | None) -> bool:
-    """Whether a checkpoint has a defence beside it; False where nobody can be asked."""
-    try:
-        return name != EMBEDDED_MODEL and holds_defence(name, revision)
-    except (OSError, ValueError):
-        return False
 
 
 def texts_of(asked: shared.Texts, name: str, revision: str | None) -> shared.Texts:
@@ -437,8 +430,14 @@ def with_statistics(run: EvaluationRun, name: str, revision: str | None) -> Defe
     Raises OSError where a defence must be fitted and there is nothing.
     """
     defence = run.defence
-    if defence is None or type(defence).fit is Defence.fit:
-        return defence
+    if defence is None:
+        return None
+    if type(defence).fit is Defence.fit:
+        method = None if run.preset is not None else method_of_defence(name, revision)
+        if method is None or method != defence_key(defence):
+            return defence
+        alike = DefendedClassifier.from_pretrained(name, revision=revision).adapter
+        return replace(alike, **{name: getattr(defence, name) for name in run.defence_settings})
     saved = (
         DefendedClassifier.from_pretrained(name, revision=revision).adapter if holds_defence(name, revision) else None
     )
