@@ -115,7 +115,7 @@ def holds_defence_alone(name: str, revision: str | None = None) -> bool:
         defence = None if name == EMBEDDED_MODEL else _content(name, "adaptation.json", revision)
         if not defence or defence.get("prompts"):
             return False
-        weights = ("model.safetensors", "model.safetensors.index.json")
+        weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "adapter_config.json")
         return not any(_found(name, file, revision) for file in weights)
     except (OSError, ValueError):
         return False

@@ -106,14 +106,16 @@ def evaluate_robustness(
         progress: show a bar for each stage on the main process.
         defence: what predicts in the model's place; None is `Undefended()`.
 
-    Where more than 5 % of the input gradients are zero, a warning says that the attack was partly blind.
+    Where more than 5 % of the input gradients are zero, a warning says that the attack was partly blind. A view
+    through the defence whose gradients are zero on some of four images is warned of, and remarked in the report, as is
+    each of several attacks with more than 5 % of zeros.
 
     Raises ValueError for an empty or an augmented dataset, one whose classes aren't the model's in their order, a
     single class, labels beyond the classes, images outside [0, 1] or of wrong size, a state of another model, dataset,
     defence or setting, a view of a defence without one, a defence without such a view, with a model that lacks what it
     needs, with a stream state or coupled images on several processes, with coupled images under an attack that lets go
-    of some, or of other traits than it says, and `precision="fast"` for a model in half precision; FloatingPointError
-    for logits that are not finite, naming the stage.
+    of some, without a gradient for a view, or of other traits than it says, and `precision="fast"` for a model in half
+    precision; FloatingPointError for logits that are not finite, naming the stage.
     """
     defence = Undefended() if defence is None else defence
     if not isinstance(defence, Defence):
