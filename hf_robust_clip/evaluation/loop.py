@@ -206,8 +206,8 @@ class _Evaluation:
         self.remarks: tuple[str, ...] = ()
         self.tuned = 0
         self.detects = False
-        self.state_dir = state_dir
-        self.state = State(None, {}, self.rank, processes)
+        fingerprint = {} if state_dir is None else fingerprint_of(model, dataset, settings, defence)
+        self.state = State(state_dir, fingerprint, self.rank, processes)
         self.controls = controls_of(defence, model, settings.seed)
         self.blindness = Blindness()
         self.scene = Scene(
@@ -225,7 +225,6 @@ class _Evaluation:
         try:
             with self.defence.prepared(self.model):
                 self.check_model(own)
-                self.open_state()
                 self.run_stage(0, None, list(own))
                 for number, stage in enumerate(self.stages, start=1):
                     every = self.settings.view.attacks_the_fallen or self.in_order
@@ -233,14 +232,6 @@ class _Evaluation:
                     self.run_stage(number, stage, left)
         finally:
             self.state.close()
-
-    def open_state(self) -> None:
-        """Go on with what is done: only where the model and the defence were found fit, so that nothing is left of
-        those that weren't.
-        """
-        if self.state_dir is not None:
-            fingerprint = fingerprint_of(self.model, self.dataset, self.settings, self.defence)
-            self.state = State(self.state_dir, fingerprint, self.rank, self.processes)
 
     def check_model(self, own: range) -> None:
         """Look for random numbers and for optimisation inside the classifier, on a few images; the defence must take

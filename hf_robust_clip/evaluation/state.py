@@ -114,7 +114,8 @@ class State:
         self.old_lines: list[Line] = []
         self.new_lines: list[Line] = []
         self.file: IO[str] | None = None
-        self.folder = Path(folder or "")
+        self.folder, self.keeps = Path(folder or ""), folder is not None
+        self.fingerprint, self.rank = fingerprint, rank
         if folder is None:
             return
         _check_same_everywhere(fingerprint, processes)
@@ -123,12 +124,17 @@ class State:
         self.old_lines = sorted(read, key=lambda line: line["stage"])
         for line in self.old_lines:
             self.found.add(line)
-        with disk_errors(folder, "state_dir"):
-            self.file = _open_state(Path(folder), rank, fingerprint)
+
+    def _open(self) -> None:
+        """This process's file, from the first batch on: of a run that ends before it, nothing is left."""
+        if self.keeps and self.file is None:
+            with disk_errors(self.folder, "state_dir"):
+                self.file = _open_state(self.folder, self.rank, self.fingerprint)
 
     def note(self, line: Line, stream: Any = None) -> None:
         """One finished batch of this process, and the stream state after it, which is kept until the next is."""
         self.found.add(line)
+        self._open()
         if self.file is not None:
             if isinstance(stream, StreamState):
                 line = {**line, "stream": self._keep(stream)}
