@@ -108,14 +108,14 @@ def evaluate_robustness(
 
     Where more than 5 % of the input gradients are zero, a warning says that the attack was partly blind. A view
     through the defence whose gradients are zero on some of four images is warned of, and remarked in the report, as is
-    each of several attacks with more than 5 % of zeros.
+    each of several attacks with more than 5 % of zeros. One that gets no gradient at all is refused (ValueError).
 
     Raises ValueError for an empty or an augmented dataset, one whose classes aren't the model's in their order, a
     single class, labels beyond the classes, images outside [0, 1] or of wrong size, a state of another model, dataset,
     defence or setting, a view of a defence without one, a defence without such a view, with a model that lacks what it
     needs, with a stream state or coupled images on several processes, with coupled images under an attack that lets go
-    of some, without a gradient for a view, or of other traits than it says, and `precision="fast"` for a model in half
-    precision; FloatingPointError for logits that are not finite, naming the stage.
+    of some, or of other traits than it says, and `precision="fast"` for a model in half precision; FloatingPointError
+    for logits that are not finite, naming the stage.
     """
     defence = Undefended() if defence is None else defence
     if not isinstance(defence, Defence):
@@ -239,7 +239,9 @@ class _Evaluation:
         """
         if self.settings.precision == "fast" and self.model.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"precision='fast' confirms in float32, the model is in {self.model.dtype}.")
-        images_BCHW = self.pixels(own[:4] or range(1))
+        few = [self.dataset[i] for i in own[:4]] or [self.dataset[0]]
+        images_BCHW = collate_images(few)["pixel_values"].to(self.model.device)
+        self.model.check_pixels(images_BCHW, values=True)
         self.flags = {
             "randomised": is_randomised(self.scene.logits, images_BCHW),
             "optimising": is_optimising(self.scene.logits, images_BCHW),
@@ -254,7 +256,7 @@ class _Evaluation:
             )
         if self.defence.defends:
             self.check_traits(images_BCHW)
-            first_BCHW = self.pixels(range(min(REMARKED, len(self.dataset))))  # on every process the same
+            first_BCHW = self.first_images()
             found = self.defence.predict(self.model, images_BCHW, seed=self.settings.seed)
             self.tuned = sum(value[0].numel() for value in found.prompts.values())
             self.remarks = self.defence.remarks(self.model, first_BCHW)
@@ -274,9 +276,9 @@ class _Evaluation:
             for remark in blind if self.rank == 0 else ():
                 logger.warning("%s.", remark)
 
-    def pixels(self, rows: range) -> Tensor:
-        """Some images, looked at."""
-        batch = collate_images([self.dataset[i] for i in rows])
+    def first_images(self) -> Tensor:
+        """A few images, on every process the same."""
+        batch = collate_images([self.dataset[i] for i in range(min(REMARKED, len(self.dataset)))])
         images_BCHW: Tensor = batch["pixel_values"].to(self.model.device)
         self.model.check_pixels(images_BCHW, values=True)
         return images_BCHW
