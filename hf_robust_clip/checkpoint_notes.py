@@ -95,6 +95,32 @@ def holds_defence(name: str, revision: str | None = None) -> bool:
     return _content(name, "adaptation.json", revision) is not None
 
 
+def method_of_defence(name: str, revision: str | None = None) -> str | None:
+    """By what name the class of a test-time defence that was saved there is found; None where there is none, or nobody
+    can be asked.
+    """
+    try:
+        defence = None if name == EMBEDDED_MODEL else _content(name, "adaptation.json", revision)
+    except (OSError, ValueError):
+        return None
+    method = (defence or {}).get("method")
+    return method if isinstance(method, str) else None
+
+
+def holds_defence_alone(name: str, revision: str | None = None) -> bool:
+    """Whether a defence is all that was saved there: neither weights nor prompts of its own, so that its base model is
+    what it defends. False where nobody can be asked.
+    """
+    try:
+        defence = None if name == EMBEDDED_MODEL else _content(name, "adaptation.json", revision)
+        if not defence or defence.get("prompts"):
+            return False
+        weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "adapter_config.json")
+        return not any(_found(name, file, revision) for file in weights)
+    except (OSError, ValueError):
+        return False
+
+
 def known_templates(name: str, revision: str | None = None) -> tuple[str, ...]:
     """`trained_templates`, for a remark alone: none where nobody can be asked."""
     try:

@@ -99,7 +99,8 @@ class Defence(ABC):
     A new method is one file with one subclass that has `_predict`, `traits` unless it has none, and a `paper` if there
     is one. The classifier is an argument: `ZeroShotClassifier` with its classes set, and with the prompts
     in it that the method tunes (`needs_prompts`); methods that tune the words of a plain CLIP put them in for the time
-    being. Parameters, mode and class embeddings come back as they were.
+    being. Parameters, mode and class embeddings come back as they were. A method whose gradients vanish along a path
+    says so by `masked`, with the reason, which reports repeat; one without a graph can't be attacked along it.
 
     Args:
         memory_budget: GiB that activations may take; None takes the batch whole. A batch that doesn't fit (by
@@ -113,6 +114,7 @@ class Defence(ABC):
     defends: ClassVar[bool] = True  # whether there is something to attack and to control beyond the classifier
     paper: ClassVar[Paper] = Unpublished()  # type: ignore[assignment]
     needs_prompts: ClassVar[bool] = False
+    masked: ClassVar[Mapping[GradientPath, str]] = {}  # paths along which its gradients vanish, each with the reason
 
     memory_budget: float | None = None
 

@@ -70,6 +70,14 @@ class Detector(Defence):
             parts = [heard.predict(classifier, part, seed=seed).score for part in images_BCHW.split(batch_size)]
         return torch.cat([part for part in parts if part is not None])
 
+    def allowed(self, count: int) -> int:
+        """How many of so many clean images may be flagged. Raises ValueError for too few to tell that share."""
+        allowed = int(self.fpr * count + 1e-9)
+        if allowed < 1:
+            least = math.ceil(1 / self.fpr - 1e-9)
+            raise ValueError(f"fpr={self.fpr!r} needs at least {least} clean images, got {count}.")
+        return allowed
+
     def calibrate(
         self,
         classifier: ZeroShotClassifier,
@@ -91,10 +99,7 @@ class Detector(Defence):
         aren't finite.
         """
         aimed = replace(self, fpr=self.fpr if fpr is None else fpr)
-        allowed = int(aimed.fpr * len(images_BCHW) + 1e-9)
-        if allowed < 1:
-            least = math.ceil(1 / aimed.fpr - 1e-9)
-            raise ValueError(f"fpr={aimed.fpr!r} needs at least {least} clean images, got {len(images_BCHW)}.")
+        allowed = aimed.allowed(len(images_BCHW))
         scores = self.score(classifier, images_BCHW, seed=seed, batch_size=batch_size).double().sort().values
         if not scores.isfinite().all():
             raise ValueError(f"{self.name} gives clean images scores that aren't finite; there is no threshold.")

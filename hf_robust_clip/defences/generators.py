@@ -83,9 +83,14 @@ class ClasswiseSampler(Generator):
             bases.append(basis_KP.view(num_components, *images_BCHW.shape[1:]))
         return cls(tuple(texts), torch.stack(means).float().cpu(), torch.stack(bases).float().cpu())
 
-    def __call__(self, texts: Sequence[str], seed: int) -> Tensor:
-        if unknown := [text for text in texts if text not in self.texts]:
+    def check(self, texts: Sequence[str]) -> None:
+        """Raise ValueError for a text that it doesn't know."""
+        known = set(self.texts)
+        if unknown := [text for text in texts if text not in known]:
             raise ValueError(f"caption {unknown[0]!r} is none of the classes that were fitted; fit on these classes.")
+
+    def __call__(self, texts: Sequence[str], seed: int) -> Tensor:
+        self.check(texts)
         pictures = []
         for text in texts:
             generator = torch.Generator().manual_seed(text_seed(text, seed))

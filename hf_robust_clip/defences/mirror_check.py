@@ -251,6 +251,9 @@ class MirrorCheck(Detector):
         if self.mirror is None:
             return
         self.mirror.check(classifier)
+        texts = self.captioner.of_classes(classifier.class_names)
+        if self.mirror.sampler is not None and not self.generators and texts is not None:
+            self.mirror.sampler.check(texts)
         then = self.mirror.about.get("calibrated", {})
         now = self._calibrated()
         other = [name for name, value in now.items() if then.get(name, value) != value]
@@ -436,6 +439,7 @@ class MirrorCheck(Detector):
         images_BCHW, labels_B = (torch.cat(parts) for parts in zip(*batches, strict=True))
         order = torch.randperm(len(images_BCHW), generator=torch.Generator().manual_seed(self.fit_seed))
         held, train = order.tensor_split([round(self.held_out * len(order))])
+        self.allowed(len(held))  # before encoders are trained
         side = min(self.largest_side, images_BCHW.shape[-1])
         small_BCSS, labels_N = resized(images_BCHW[train], side).clamp(0, 1), labels_B[train]
         sampler = None

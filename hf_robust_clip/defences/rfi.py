@@ -236,7 +236,15 @@ class RFI(Defence):
         num_workers: int = 0,
         progress: bool = False,
     ) -> RFI:
-        """With the `moment` of the images of a dataset. Raises ValueError as `collect_statistics` does."""
+        """With the `moment` of the images of a dataset.
+
+        Raises ValueError as `collect_statistics` does, and for a top_k above the number of images or the embeddings'
+        width.
+        """
+        width = classifier.class_embeds.shape[1] if classifier.class_names else len(dataset)
+        most = min(len(dataset), width)
+        if self.top_k is not None and self.top_k > most > 0:
+            raise ValueError(f"top_k={self.top_k!r} is above {most}, the most directions there can be; set it lower.")
         found, record = over_images(
             classifier,
             dataset,

@@ -110,6 +110,7 @@ class AttackView(ABC):
     attacks_the_fallen: ClassVar[bool] = False  # every image at every radius, those that the defence lost too
     to_the_end: ClassVar[bool] = False  # PGD gives the iterate of highest loss: see `Victim`
     held_fixed: ClassVar[bool] = False  # the victim belongs to the very images that it was made for
+    path: ClassVar[GradientPath | None] = None  # along which gradients go through the defence, where they do
 
     def __init_subclass__(cls, about: views.View | None = None) -> None:
         super().__init_subclass__()

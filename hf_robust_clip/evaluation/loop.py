@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ..attacks.suites import Member, find_adversarial, is_optimising, is_randomised, plain_victim, run_member
-from ..checks import Blindness, check_logits, checked_labels
+from ..checks import BLIND_ABOVE, Blindness, check_logits, checked_labels
 from ..defences.base import Defence, Traits
 from ..defences.undefended import Undefended
 from ..environment import hardware, library_versions
@@ -26,7 +26,7 @@ from ..modeling import ZeroShotClassifier, descriptions_digest, without_gradient
 from ..names import check_shown
 from ..prediction import Prediction
 from ..processes import Processes, everyone, together
-from ..report import RobustnessReport, accuracies, blind_warning, choose_examples, prompt_hash
+from ..report import RobustnessReport, accuracies, blind_warning, choose_examples, percent, prompt_hash
 from ..secrets import refuse_tokens
 from ..threat_model import ThreatModel
 from ..zero_shot_data.fingerprint import dataset_digest
@@ -35,10 +35,12 @@ from .adversarial import AdversarialLog, Kept, SaveAdversarial, check_saving, sa
 from .attack_views import AttackView, Scene
 from .controls import controls_of
 from .detection import Alarm, alarms_of, detection
+from .gradients import blind_views
 from .settings import EvaluationSettings
 from .state import Found, State, fingerprint_of
 
 logger = logging.getLogger(__name__)
+REMARKED = 16  # images by which a defence says what must be said of it
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ def evaluate_robustness(
             processes must see one another's files, and put together at the end; the report gets a figure of them as
             they are saved, `robust_accuracy_as_uint8` say.
 
-    Where more than 5 % of the input gradients are zero, a warning says that the attack was partly blind.
+    Where more than 5 % of the input gradients are zero, a warning says that the attack was partly blind. A view
+    through the defence whose gradients are zero on some of four images is warned of, and remarked in the report, as is
+    each of several attacks with more than 5 % of zeros. One that gets no gradient at all is refused (ValueError).
 
     Raises ValueError for an empty or an augmented dataset, one whose classes aren't the model's in their order, a
     single class, labels beyond the classes, images outside [0, 1] or of wrong size, a state of another model, dataset,
@@ -284,9 +288,10 @@ class _Evaluation:
             )
         if self.defence.defends:
             self.check_traits(images_BCHW)
+            first_BCHW = self.first_images()
             found = self.defence.predict(self.model, images_BCHW, seed=self.settings.seed)
             self.tuned = sum(value[0].numel() for value in found.prompts.values())
-            self.remarks = self.defence.remarks(self.model, images_BCHW)
+            self.remarks = self.defence.remarks(self.model, first_BCHW)
             self.detects = found.flagged is not None
             if self.defence.traits.couples_images:
                 size = self.settings.batch_size
@@ -304,6 +309,19 @@ class _Evaluation:
             raise ValueError(f"{told}: saved pictures are not measured again; read their columns.")
         if self.detects and self.defence.traits.couples_images:
             raise ValueError(f"{self.defence.name} flags images by what is beside them: no attack here knows of that.")
+        if self.defence.defends:
+            by_gradients = [stage.view for stage in self.stages if not stage.member.by_queries]
+            blind = blind_views(by_gradients, self.scene, first_BCHW[:4])
+            self.remarks += blind
+            for remark in blind if self.rank == 0 else ():
+                logger.warning("%s.", remark)
+
+    def first_images(self) -> Tensor:
+        """A few images, on every process the same."""
+        batch = collate_images([self.dataset[i] for i in range(min(REMARKED, len(self.dataset)))])
+        images_BCHW: Tensor = batch["pixel_values"].to(self.model.device)
+        self.model.check_pixels(images_BCHW, values=True)
+        return images_BCHW
 
     def check_traits(self, images_BCHW: Tensor) -> None:
         """Raise ValueError for a defence that draws or tunes without saying so: attacks would be chosen wrongly; and
@@ -464,7 +482,7 @@ class _Evaluation:
             attack_resolution=model.input_size,
             norm=settings.norm,
             model_flags=flags,
-            zero_gradient_share=found.zeros / found.total if found.total else 0.0,
+            zero_gradient_share=found.blindness(found.gradients),
             seed=settings.seed,
             precision=settings.precision_with(model),
             library_versions=library_versions(),
@@ -518,7 +536,7 @@ class _Evaluation:
 
     def about_defence(self, found: Found) -> dict[str, Any]:
         """What the report says of the defence."""
-        remarks = everyone(self.remarks, self.processes)[0]
+        remarks = (*everyone(self.remarks, self.processes)[0], *self.blind_attacks(found))
         return {
             **({"remarks": list(remarks)} if remarks else {}),
             "name": self.defence.name,
@@ -529,6 +547,16 @@ class _Evaluation:
             "ms_per_image": 1000 * found.seconds / len(found.levels),
             **({} if self.defence.traits.episodic else {"stream": self.about_stream(found)}),
         }
+
+    def blind_attacks(self, found: Found) -> tuple[str, ...]:
+        """Which of several attacks got too many gradients of zero: in the share of all of them it would drown."""
+        stages: dict[str, list[int]] = {}
+        for number, stage in enumerate(self.stages, start=1):
+            stages.setdefault(stage.member.name, []).append(number)
+        shares = {name: found.blindness(own) for name, own in stages.items() if len(stages) > 1}
+        blind = [f"{name} {percent(share)}" for name, share in shares.items() if share > BLIND_ABOVE]
+        told = "attacks that were (partly) blind, with the share of their gradients that was exactly zero"
+        return (f"{told}: {', '.join(blind)}",) if blind else ()
 
     def about_stream(self, found: Found) -> dict[str, Any]:
         """In which order the images came, and how often their class changed: sorted by class they make another stream

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from .detection import Alarm
 from .settings import EvaluationSettings
 
 Line = dict[str, Any]
+SHOWN = 120  # characters of what a state is of, in an error
 
 
 @dataclass
@@ -43,8 +44,7 @@ class Found:
 
     levels: dict[int, tuple[int, ...]] = field(default_factory=dict)  # (label, one level per judge)
     done: dict[int, int] = field(default_factory=dict)  # image to the number of stages it went through
-    zeros: int = 0
-    total: int = 0
+    gradients: dict[int, tuple[int, int]] = field(default_factory=dict)  # by stage: entries, and how many were zero
     fallbacks: int = 0
     seconds: float = 0.0
     alarms: dict[int, dict[int, Alarm]] = field(default_factory=dict)  # of a detector, by stage and image
@@ -59,6 +59,21 @@ class Found:
             for index, row in self.levels.items()
         ]
         return np.array(rows, dtype=bool)
+
+    @property
+    def zeros(self) -> int:
+        """How many entries of gradients were zero or not finite."""
+        return sum(zeros for _, zeros in self.gradients.values())
+
+    @property
+    def total(self) -> int:
+        """How many entries there were."""
+        return sum(total for total, _ in self.gradients.values())
+
+    def blindness(self, stages: Collection[int]) -> float:
+        """The share of zeros, in [0, 1], in some stages; 0 where no gradient was taken."""
+        total, zeros = (sum(own) for own in zip((0, 0), *(self.gradients.get(n, (0, 0)) for n in stages), strict=True))
+        return zeros / max(total, 1)
 
     def accuracies(self, judge: int, stages: int) -> list[float]:
         """The clean accuracy by a judge, and the robust accuracy after each of `stages` attacks."""
@@ -76,8 +91,8 @@ class Found:
             after = (n + (right and n == line["stage"]) for n, right in zip(before, stands, strict=True))
             self.levels[index] = (label, *after)
             self.done[index] = line["stage"] + 1
-        self.zeros += line["zeros"]
-        self.total += line["total"]
+        total, zeros = self.gradients.get(line["stage"], (0, 0))
+        self.gradients[line["stage"]] = total + line["total"], zeros + line["zeros"]
         for index, *alarm in line.get("alarms", ()):
             self.alarms.setdefault(line["stage"], {})[index] = Alarm(*alarm)
         kept = line.get("saved") or {"file": None, "rows": []}
@@ -105,7 +120,8 @@ class State:
         self.old_lines: list[Line] = []
         self.new_lines: list[Line] = []
         self.file: IO[str] | None = None
-        self.folder = Path(folder or "")
+        self.folder, self.keeps = Path(folder or ""), folder is not None
+        self.fingerprint, self.rank = fingerprint, rank
         if processes is not None and processes.num_processes > 1:
             check_agreed({**fingerprint, "libraries": same_libraries()}, processes)
         if folder is None:
@@ -115,12 +131,17 @@ class State:
         self.old_lines = sorted(read, key=lambda line: line["stage"])
         for line in self.old_lines:
             self.found.add(line)
-        with disk_errors(folder, "state_dir"):
-            self.file = _open_state(Path(folder), rank, fingerprint)
+
+    def _open(self) -> None:
+        """This process's file, from the first batch on: of a run that ends before it, nothing is left."""
+        if self.keeps and self.file is None:
+            with disk_errors(self.folder, "state_dir"):
+                self.file = _open_state(self.folder, self.rank, self.fingerprint)
 
     def note(self, line: Line, stream: Any = None) -> None:
         """One finished batch of this process, and the stream state after it, which is kept until the next is."""
         self.found.add(line)
+        self._open()
         if self.file is not None:
             if isinstance(stream, StreamState):
                 line = {**line, "stream": self._keep(stream)}
@@ -265,11 +286,26 @@ def _read_state(folder: Path, fingerprint: dict[str, str]) -> list[Line]:
             if number > 1:
                 lines += [line] if has_pictures(folder, line) else []  # else they are made again
             elif other := [key for key in {**fingerprint, **line} if line.get(key) != fingerprint.get(key)]:
+                then, now = _where_they_differ(str(line.get(other[0])), str(fingerprint.get(other[0])))
                 raise ValueError(
-                    f"{file} is the state of another evaluation: its {other[0]} is {line.get(other[0])!r}, now it "
-                    f"is {fingerprint.get(other[0])!r}. Delete the folder, or choose another."
+                    f"{file} is the state of another evaluation: its {other[0]} is {then!r}, now it is {now!r}. "
+                    "Delete the folder, or choose another."
                 )
     return lines
+
+
+def _where_they_differ(one: str, other: str) -> tuple[str, str]:
+    """Both texts, of long ones the part where they differ."""
+    if max(len(one), len(other)) <= SHOWN:
+        return one, other
+    first = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    start = max(0, one.rfind(" ", 0, max(first - 20, 0)) + 1)
+    cut = [text[start : start + SHOWN] for text in (one, other)]
+    shown = [
+        ("..." if start else "") + part + ("..." if len(text) > start + SHOWN else "")
+        for text, part in zip((one, other), cut, strict=True)
+    ]
+    return shown[0], shown[1]
 
 
 def _open_state(folder: Path, rank: int, fingerprint: dict[str, str]) -> IO[str]:

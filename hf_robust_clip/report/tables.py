@@ -36,8 +36,13 @@ def table(reports: Sequence[RobustnessReport], title: str) -> RenderableType:
     caption = f"accuracy in percent; radii in {norm}"
     about = [caption, templates_told(reports)]
     if any(report.controls for report in reports):
-        about.append("controls: on the images made against the defence, not attacked themselves; ms per image")
-    return as_text(figures(reports), title, ", ".join(filter(None, about)))
+        about.append(
+            "controls: on the images made against the defence, not attacked themselves (static prompts: the model "
+            "as it is); ms per image"
+        )
+    views = {report.view.name: report.view.text for report in reports if report.view.of_defence}
+    told = [", ".join(filter(None, about)), *(f"{name}: {text}" for name, text in views.items())]
+    return as_text(figures(reports), title, "; ".join(told))
 
 
 def markdown(reports: Sequence[RobustnessReport]) -> str:

@@ -22,8 +22,10 @@ from ..arguments import (
 )
 from ..attacks.suites import Suite
 from ..checkpoint_notes import (
+    holds_defence_alone,
     known_descriptions,
     known_templates,
+    method_of_defence,
     other_prompt,
     trained_descriptions,
     trained_templates,
@@ -48,7 +50,7 @@ from ..storage import check_writable, write_text
 from ..threat_model import ThreatModel
 from ..zero_shot_data.loading import ImageDataset
 from . import explanations, published, saved_pictures, shared
-from .fitting import defence_for
+from .fitting import defence_for, load_model
 from .shared import SUITES
 
 VIEW = ClassFlag(AttackView, ("hf_robust_clip.evaluation",))
@@ -258,7 +260,8 @@ def prepare(run: EvaluationRun) -> Prepared:
 def check_before(run: EvaluationRun, folder: Path) -> published.Comparison | None:
     """What would fail after hours fails here. Published figures beside the model, where they are asked for."""
     for name in run.names[1:]:
-        shared.check_model(name, run.revision_of(name))
+        if not holds_defence_alone(name, run.revision_of(name)):
+            shared.check_model(name, run.revision_of(name))
     name = run.model.model_name_or_path
     comparison = run.comparison and published.with_model(run.comparison, name, run.revision_of(name))
     check_writable(folder)
@@ -274,12 +277,16 @@ def check_figures_kept(run: EvaluationRun, folder: Path) -> None:
     except (OSError, ValueError):
         return  # none, or none that can be read
     titles_of_tasks = task_titles([(task.name, task.dataset) for task in run.tasks])
+    own = None if run.defence is None else run.defence.paper.method  # some names say more, by settings
     for report in reports:
-        attacks = [settings.attack.name(report.num_classes) for settings in run.evaluations]
-        if report.attack not in attacks or report.task not in titles_of_tasks:
+        attacks = [(settings.attack.name(report.num_classes), settings.seen.name) for settings in run.evaluations]
+        defence = (report.defence or {}).get("name")
+        known = (report.attack, report.view.name) in attacks and report.task in titles_of_tasks
+        if not known or (defence is None) != (own is None) or not str(defence).startswith(str(own)):
+            what = f"{report.full_attack} on {report.task}" + (f" with {defence}" if defence else "")
             raise ValueError(
-                f"output_dir={run.output_dir!r} holds figures of {report.attack} on {report.task}, which aren't asked "
-                "for and would be lost; ask for them too, or name another folder."
+                f"output_dir={run.output_dir!r} holds figures of {what}, which aren't asked for and would be lost; "
+                "ask for them too, or name another folder."
             )
 
 
@@ -290,6 +297,9 @@ def measure(prepared: Prepared) -> Measured:
     for name in run.names:
         revision = run.revision_of(name)
         model, texts, tasks = together(partial(load, prepared, name, texts), prepared.processes)
+        if run.defence is None and method_of_defence(name, revision) is not None:
+            told = "holds a test-time defence, which was not asked for: these figures are without it"
+            found.remarks.append(f"{name!r} {told}.")
         defence, facts = defence_for(prepared, model, name, texts)
         trained = known_templates(name, revision)
         for title, data in tasks.items():
@@ -329,7 +339,7 @@ def load(
 ) -> tuple[ZeroShotClassifier, shared.Texts, dict[str, ImageDataset]]:
     """A checkpoint, the texts of classes from it on, and the pictures of all tasks by their titles."""
     run, revision = prepared.run, prepared.run.revision_of(name)
-    model = shared.load_model(name, revision).to(prepared.processes.device)
+    model = load_model(name, revision).to(prepared.processes.device)
     if name == run.model.model_name_or_path and not texts.templates:
         texts = texts_of(texts, name, revision)
     tasks = shared.load_tasks(prepared.tasks, model)

@@ -7,7 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import Images
-from ..checkpoint_notes import holds_defence
+from ..checkpoint_notes import holds_defence, holds_defence_alone, method_of_defence
+from ..defences import defence_key
 from ..defences.base import Defence
 from ..defences.defended import DefendedClassifier
 from ..modeling import ZeroShotClassifier
@@ -18,6 +19,13 @@ from . import shared
 
 if TYPE_CHECKING:
     from .evaluate import EvaluationRun, Prepared
+
+
+def load_model(name: str, revision: str | None) -> ZeroShotClassifier:
+    """A checkpoint, or of a folder with a defence alone what that stands in front of."""
+    if holds_defence_alone(name, revision):
+        return DefendedClassifier.from_pretrained(name, revision=revision).classifier
+    return shared.load_model(name, revision)
 
 
 def defence_for(
@@ -68,8 +76,14 @@ def with_statistics(run: EvaluationRun, name: str, revision: str | None) -> Defe
     Raises OSError where a defence must be fitted and there is nothing.
     """
     defence = run.defence
-    if defence is None or type(defence).fit is Defence.fit:
-        return defence
+    if defence is None:
+        return None
+    if type(defence).fit is Defence.fit:
+        method = None if run.preset is not None else method_of_defence(name, revision)
+        if method is None or method != defence_key(defence):
+            return defence
+        alike = DefendedClassifier.from_pretrained(name, revision=revision).adapter
+        return replace(alike, **{name: getattr(defence, name) for name in run.defence_settings})
     saved = (
         DefendedClassifier.from_pretrained(name, revision=revision).adapter if holds_defence(name, revision) else None
     )
