@@ -21,16 +21,26 @@ images/s and peak memory of each, and the ratio of their times.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
-import statistics
 import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from prompt_speed import GIB, NUM_TOKENS, Ours, Released, Task, resident_peak, timed
+from prompt_speed import (
+    NUM_TOKENS,
+    Ours,
+    Released,
+    Task,
+    exact_dtype,
+    figures_of,
+    print_figures,
+    print_table,
+    resident_peak,
+    timed,
+    told_if_failed,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -189,9 +199,10 @@ def compare(ours: OursAtTestTime, released: ReleasedAtTestTime) -> dict[str, flo
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse to time two ways that don't agree: at most 25 classes, 16 views and 2 images, always in fp32."""
+    """Refuse to time two ways that don't agree: at most 25 classes, 16 views and 2 images, without
+    autocast."""
     exact = argparse.Namespace(**vars(args) | {"dtype": "fp32", "views": min(args.views, 16), "selected": 0.25})
-    task = Task(exact, min(args.images, 2), min(args.classes, 25))
+    task = Task(exact, min(args.images, 2), min(args.classes, 25), exact_dtype(args.device))
     found = compare(OursAtTestTime(task, exact), ReleasedAtTestTime(task, exact))
     gc.collect()
     print("differences: " + ", ".join(f"{name} {value:.1e}" for name, value in found.items()), flush=True)
@@ -226,14 +237,12 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, list[tuple[float, float
     for name in args.only:
         count = 1 if name == "released" else args.images
         task = Task(args, count, args.classes)
-        with contextlib.suppress(torch.OutOfMemoryError):
+        with told_if_failed(f"{name}, {count} image(s), {args.classes} classes", {}):
             way = WAYS[name](task, args)
             run_once(way)
             torch.cuda.reset_peak_memory_stats()
             found = [timed(lambda way=way: run_once(way), args.device) for _ in range(args.repeats)]
             times[name] = [(wall * args.images / count, cpu * args.images / count) for wall, cpu in found]
-        if not times[name]:
-            print(f"{name}: out of memory with {count} images and {args.classes} classes", flush=True)
         peaks[name] = torch.cuda.max_memory_allocated()
         way = None
         gc.collect()
@@ -246,17 +255,8 @@ def run(args: argparse.Namespace) -> None:
     if len(args.only) == 2:
         check(args)
     times, peaks = measure(args)
-    print(f"{'':10}{'wall s':>10}{'cpu s':>10}{'images/s':>12}{'peak GiB':>10}")
-    for name, rows in times.items():
-        if rows:
-            wall, processor = (statistics.median(column) for column in zip(*rows, strict=True))
-            peak = f"{peaks[name] / GIB:10.2f}" if name in peaks else f"{'-':>10}"
-            print(f"{name:10}{wall:10.3f}{processor:10.3f}{args.images / wall:12.4f}{peak}", flush=True)
-    if all(times.get(name) for name in WAYS):
-        for i, clock in enumerate(("wall", "cpu")[: 1 if args.device == "cuda" else 2]):
-            ratios = [b[i] / a[i] for a, b in zip(times["ours"], times["released"], strict=True)]
-            spread = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} .. {max(ratios):.2f})"
-            print(f"ours is faster by {spread} in {clock} time")
+    print_table(args, times, peaks, args.images, "images/s")
+    print_figures(__file__, args, figures_of(args, times, peaks, args.images))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -38,9 +38,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -48,6 +50,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import __version__ as transformers_version
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import hf_robust_clip
@@ -65,6 +68,7 @@ TEMPLATE = "a photo of a {}."
 CONTEXT = "a photo of a"
 BOS, EOS = 49406, 49407
 GIB = 2**30
+Times = dict[str, list[tuple[float, float]]]
 UNITS = {"text": "prompts/s", "step": "images/s"}
 
 
@@ -311,10 +315,39 @@ def compare(ours: Ours, released: Released) -> dict[str, float]:
     }
 
 
+def exact_dtype(device: str) -> torch.dtype:
+    """What the ways are compared in: float64 on a card, whose convolutions round float32 to ten bits."""
+    return torch.float64 if device == "cuda" else torch.float32
+
+
+def print_figures(file: str, args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """One line of JSON, the last that a script prints: what was measured, where, and with which settings."""
+    place = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    settings = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float | list)}
+    about = {
+        "script": Path(file).stem,
+        "place": place,
+        "torch": torch.__version__,
+        "transformers": transformers_version,
+    }
+    print(json.dumps(about | {"settings": settings, "figures": figures}), flush=True)
+
+
+@contextmanager
+def told_if_failed(what: str, figures: dict[str, Any]) -> Iterator[None]:
+    """A way that fails on a card, by want of memory or otherwise, is told in one line and leaves the others alone."""
+    try:
+        yield
+    except Exception as error:  # of torch.compile there is no common class
+        message = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        figures["error"] = message
+        print(f"{what}: {message}", flush=True)
+
+
 def check(args: argparse.Namespace) -> None:
-    """Refuse to time two ways that don't agree. At most 125 classes and 8 images, always in fp32."""
+    """Refuse to time two ways that don't agree. At most 125 classes and 8 images, without autocast."""
     exact = argparse.Namespace(**vars(args) | {"dtype": "fp32"})
-    task = Task(exact, min(args.images, 8), min(args.classes, 125))
+    task = Task(exact, min(args.images, 8), min(args.classes, 125), exact_dtype(args.device))
     found = compare(Ours(task), Released(task))
     gc.collect()  # models hold cycles
     print("relative differences: " + ", ".join(f"{name} {value:.1e}" for name, value in found.items()), flush=True)
@@ -374,14 +407,12 @@ def measure_cuda(args: argparse.Namespace, name: str) -> tuple[list[tuple[float,
     """Times and peak bytes of one way alone on the card; no times if it doesn't fit."""
     task = Task(args, args.images, args.classes)
     times: list[tuple[float, float]] = []
-    try:
+    with told_if_failed(f"{name}, {args.images} images, {args.classes} classes", {}):
         way = WAYS[name](task)
-        for _ in range(3):
+        for _ in range(2):
             run_once(way)
         torch.cuda.reset_peak_memory_stats()
         times = [timed(lambda: run_once(way), args.device) for _ in range(args.repeats)]
-    except torch.OutOfMemoryError:
-        print(f"{name}: out of memory with {args.images} images and {args.classes} classes", flush=True)
     peak = torch.cuda.max_memory_allocated()
     way = None
     gc.collect()
@@ -401,19 +432,38 @@ def run(args: argparse.Namespace) -> None:
         gc.collect()
         peaks = {} if args.no_memory else {name: peak_memory(args, name) for name in args.only}
     count = args.classes if args.what == "text" else args.images
-    print(f"{'':10}{'wall s':>10}{'cpu s':>10}{UNITS[args.what]:>12}{'peak GiB':>10}")
+    print_table(args, times, peaks, count, UNITS[args.what])
+    if len(peaks) == 2:
+        print(f"released needs {peaks['released'] / peaks['ours']:.2f}x the memory")
+    print_figures(__file__, args, figures_of(args, times, peaks, count))
+
+
+def figures_of(args: argparse.Namespace, times: Times, peaks: dict[str, float], count: int) -> dict[str, Any]:
+    """The table as numbers."""
+    found: dict[str, Any] = {}
+    for name, rows in times.items():
+        wall = statistics.median(wall for wall, _ in rows) if rows else None
+        speed = {"wall_s": wall, "per_s": count / wall} if wall else {"wall_s": None}
+        found[name] = speed | ({"peak_gib": peaks[name] / GIB} if name in peaks else {})
+    if all(times.get(name) for name in WAYS):
+        ratios = [b[0] / a[0] for a, b in zip(times["ours"], times["released"], strict=True)]
+        found["ratio"] = [statistics.median(ratios), min(ratios), max(ratios)]
+    return found
+
+
+def print_table(args: argparse.Namespace, times: Times, peaks: dict[str, float], count: int, unit: str) -> None:
+    """Wall and processor time, speed and memory of each way, and the ratios of their times."""
+    print(f"{'':10}{'wall s':>10}{'cpu s':>10}{unit:>12}{'peak GiB':>10}")
     for name, rows in times.items():
         if rows:
             wall, processor = (statistics.median(column) for column in zip(*rows, strict=True))
             peak = f"{peaks[name] / GIB:10.2f}" if name in peaks else f"{'-':>10}"
-            print(f"{name:10}{wall:10.3f}{processor:10.3f}{count / wall:12.2f}{peak}", flush=True)
+            print(f"{name:10}{wall:10.3f}{processor:10.3f}{count / wall:12.4f}{peak}", flush=True)
     if all(times.get(name) for name in WAYS):
         for i, clock in enumerate(("wall", "cpu")[: 1 if args.device == "cuda" else 2]):
             ratios = [b[i] / a[i] for a, b in zip(times["ours"], times["released"], strict=True)]
             spread = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} .. {max(ratios):.2f})"
             print(f"ours is faster by {spread} in {clock} time")
-    if len(peaks) == 2:
-        print(f"released needs {peaks['released'] / peaks['ours']:.2f}x the memory")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

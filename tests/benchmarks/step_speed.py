@@ -31,9 +31,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
-from prompt_speed import resident_peak
+from prompt_speed import exact_dtype, print_figures, resident_peak, told_if_failed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -315,7 +316,7 @@ def spread(slow: list[float], fast: list[float], form: str = ".2f") -> str:
     return f"{statistics.median(ratios):{form}}x ({min(ratios):{form}} .. {max(ratios):{form}})"
 
 
-def run_cpu(args: argparse.Namespace, classes: int) -> None:
+def run_cpu(args: argparse.Namespace, classes: int) -> dict[str, Any]:
     """Times of both ways, turn by turn."""
     task = Task(args, args.images, classes)
     ways = {"ours": Ours, "released": Released}
@@ -325,6 +326,10 @@ def run_cpu(args: argparse.Namespace, classes: int) -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(f"{classes} classes: " + ", ".join(f"{name} {value:.3f} s" for name, value in medians.items()), end="")
     print("" if args.only else f"; ours is faster by {spread(times['released'], times['ours'])}", flush=True)
+    figures: dict[str, Any] = {name: {"s": value} for name, value in medians.items()}
+    if not args.only:
+        figures["ratio"] = statistics.median(b / a for a, b in zip(times["ours"], times["released"], strict=True))
+    return figures
 
 
 def peak_memory(args: argparse.Namespace, classes: int) -> None:
@@ -347,45 +352,48 @@ def own_peak_memory(args: argparse.Namespace) -> None:
     print(resident_peak())
 
 
-def run_cuda(args: argparse.Namespace, classes: int) -> None:
+def run_cuda(args: argparse.Namespace, classes: int) -> dict[str, Any]:
     """Times, memory and use of the card, one way after the other: together they may not fit."""
     task = Task(args, args.images, classes)
     own = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     other = torch.float16 if args.dtype == "bf16" else torch.float32
     ways: dict[str, Callable[[], Ours | Released]] = {f"ours {args.dtype}": lambda: Ours(task, own)}
-    if args.compile:
+    if args.compile and classes == args.classes[0]:
         ways[f"ours {args.dtype} compiled"] = lambda: Ours(task, own, compile=True)
     ways[f"released {'fp16' if args.dtype == 'bf16' else 'fp32'}"] = lambda: Released(task, other)
     if args.only:
         ways = {name: make for name, make in ways.items() if name.startswith(args.only)}
 
-    flops, medians = None, {}
+    flops, figures = None, {}
     for name, make in ways.items():
-        try:
+        figures[name] = found = {}
+        with told_if_failed(f"{classes} classes: {name}, {args.images} images", found):
             way = make()
             if flops is None and isinstance(way, Ours):
                 flops = count_flops(way)
             for _ in range(3):  # warm-up: kernels chosen, graphs compiled
                 way.step()
             torch.cuda.reset_peak_memory_stats()
-            median = medians[name] = statistics.median(seconds(way.step, args) for _ in range(args.repeats))
-            peak = torch.cuda.max_memory_allocated() / GIB
+            median = statistics.median(seconds(way.step, args) for _ in range(args.repeats))
+            found |= {"ms": 1000 * median, "images_per_s": args.images / median}
+            found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
             share = ""
             if flops is not None and isinstance(way, Ours):
-                tflops = flops / median / 1e12
-                share = f", {tflops:.0f} TFLOP/s = {tflops / args.peak_tflops:.1%} of peak"
-            speed = f"{1000 * median:.1f} ms, {args.images / median:.0f} images/s, {peak:.1f} GiB{share}"
+                found["tflops"] = flops / median / 1e12
+                share = f", {found['tflops']:.0f} TFLOP/s = {found['tflops'] / args.peak_tflops:.1%} of peak"
+            speed = f"{found['ms']:.1f} ms, {found['images_per_s']:.0f} images/s, {found['peak_gib']:.1f} GiB{share}"
             print(f"{classes} classes: {name}: {speed}", flush=True)
-        except torch.OutOfMemoryError:
-            print(f"{classes} classes: {name}: out of memory with {args.images} images", flush=True)
         way = None
         gc.collect()
         torch.compiler.reset()
         torch.cuda.empty_cache()
+    medians = {name: found["ms"] for name, found in figures.items() if "ms" in found}
     slow = [median for name, median in medians.items() if name.startswith("released")]
     for name, median in medians.items():
         if slow and name.startswith("ours"):
+            figures[name]["ratio"] = slow[0] / median
             print(f"{classes} classes: {name} is faster by {slow[0] / median:.2f}x", flush=True)
+    return figures
 
 
 def count_flops(way: Ours) -> int:
@@ -447,7 +455,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("bf16", "fp32"), help="autocast of ours; default fp32 on CPU, bf16 on CUDA"
     )
-    parser.add_argument("--compile", action="store_true", help="CUDA: also time ours through torch.compile")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="CUDA: also ours through torch.compile, for the first of the classes",
+    )
     parser.add_argument("--peak_tflops", type=float, default=989, help="dense matrix peak; default: H100 SXM, bf16")
     parser.add_argument(
         "--processor_time", action="store_true", help="CPU: clock processor time; for a busy machine, on one thread"
@@ -477,24 +489,27 @@ def main(argv: list[str] | None = None) -> None:
     size = "tiny CLIP" if args.tiny else "ViT-B/32"
     clock = "processor time" if args.processor_time else "wall time"
     print(f"{place}, torch {torch.__version__}, {size}, {args.images} images, {args.dtype}, PGD-{NUM_STEPS}, {clock}")
+    figures: dict[str, Any] = {}
     for classes in args.classes:
         gc.collect()
         if args.parts:
             run_parts(args, classes)
             continue
         if not args.only:
-            found = compare(Task(args, min(args.images, 32), min(classes, 125)))
+            found = compare(Task(args, min(args.images, 32), min(classes, 125), exact_dtype(args.device)))
             listed = ", ".join(f"{name} {value:.7g}" for name, value in found.items())
             print(f"{classes} classes: loss ours, released, share of other pixels, relative differences: {listed}")
             if not found["loss"] < 1e-4:
                 raise SystemExit("the two ways differ in their loss: their times can't be compared.")
             gc.collect()
         if args.device == "cuda":
-            run_cuda(args, classes)
+            figures[str(classes)] = run_cuda(args, classes)
             continue
-        run_cpu(args, classes)
+        figures[str(classes)] = run_cpu(args, classes)
         if args.memory:
             peak_memory(args, classes)
+    if not args.parts:
+        print_figures(__file__, args, figures)
 
 
 if __name__ == "__main__":
