@@ -36,6 +36,7 @@ from .batches import (
     as_objectives_call,
     count_images,
     gathering,
+    in_bfloat16,
     own_images_of_last_batch,
     share_of_update,
     with_further,
@@ -365,6 +366,8 @@ class RobustClipTrainer(ResumingTrainer):
         clean = batch.stacked
         rows = self.training_objective.attacked_rows(len(clean))
         part = batch.rows(rows)
+        if self.args.attack_bf16:  # the student alone: what is computed once for attack and loss is the loss's too
+            part.student = in_bfloat16(part.student)
         with self.attacking(core):
             loss_fn = self.training_objective.attack_loss(part)
             adv = self.perturb(loss_fn, part.images, self.attack.num_steps, self.seed_of_step())
