@@ -13,8 +13,8 @@ checked to give the same loss, adversarial images and weight gradients. What is 
             them by its scale). Left out, to its favour: tokenising the prompts in every step and DataParallel.
 
 On CPU, fp32: 32 images with 25 and 125 classes (256 with 200 and 1000, one eighth). With 125, `released` should take
-about 22 GiB; `--images 16 --classes 12 62` keeps the proportions and took 12.6 GiB. `--dtype bf16` times ours also with
-its attack alone, and with everything, in bf16 autocast. On CUDA the full sizes, `ours` in bf16 autocast (with
+about 22 GiB; `--images 16 --classes 12 62` keeps the proportions and took 12.6 GiB. `--dtype bf16` times ours also
+with its attack alone, and with everything, in bf16 autocast. On CUDA the full sizes, `ours` in bf16 autocast (with
 `--compile` also through torch.compile) and `released` in fp16 autocast with a GradScaler.
 `--parts` times sub-steps of `ours` and alternatives to them.
 """
