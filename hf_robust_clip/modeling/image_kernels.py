@@ -45,6 +45,13 @@ def use_patch_product(tower: nn.Module) -> None:
         embeddings.patch_embedding.__class__ = PatchProduct  # type: ignore[union-attr]
 
 
+def use_convolution(tower: nn.Module) -> None:
+    """Let a `PatchProduct` in a tower be the plain convolution again, in place: for what leaves this package."""
+    embeddings = getattr(tower, "embeddings", None)
+    if type(getattr(embeddings, "patch_embedding", None)) is PatchProduct:
+        embeddings.patch_embedding.__class__ = nn.Conv2d  # type: ignore[union-attr]
+
+
 def image_attention(tower: nn.Module, pixels_BCHW: Tensor, tokens: int) -> AbstractContextManager[object]:
     """The attention kernel for a forward of the image tower: on a CPU in half precision, where a gradient is wanted of
     at most `MATH_TOKENS` tokens, the plain one (a third of the fused one's time at 50 tokens); else torch's choice.
