@@ -77,6 +77,11 @@ class PromptTuning(Defence):
     def traits(self) -> Traits:
         return Traits(randomised=True, optimising=True)
 
+    def check(self, classifier: ZeroShotClassifier) -> None:
+        super().check(classifier)
+        if self.choose_bf16 and classifier.dtype == torch.float64:  # which autocast leaves alone
+            raise ValueError("choose_bf16=True does nothing with a classifier in float64; leave it out.")
+
     @property
     def num_kept(self) -> int:
         """K = floor(selected * num_views)."""

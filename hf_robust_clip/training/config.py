@@ -255,6 +255,12 @@ def check_start_of_attack(args: RobustClipConfig, objective: Objective) -> None:
         raise ValueError(f"attack_random_start=False: the attack of {type(objective).__name__} has no gradient there.")
 
 
+def check_attack_precision(args: RobustClipConfig, dtype: torch.dtype) -> None:
+    """Raise ValueError where attacks in bfloat16 would not be: autocast leaves weights of other types alone."""
+    if args.attack_bf16 and dtype != torch.float32:
+        raise ValueError(f"attack_bf16=True is for weights in float32, these are in {dtype}; leave it out.")
+
+
 def on_its_own(args: RobustClipConfig, folder: Path | None = None) -> RobustClipConfig:
     """The same settings for a run that evaluates and pushes nothing, and saves checkpoints only where it has a folder
     of its own.

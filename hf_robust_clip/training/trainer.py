@@ -45,6 +45,7 @@ from .batches import (
 from .checkpoints import NothingToResume
 from .config import (
     RobustClipConfig,
+    check_attack_precision,
     check_augmentation,
     check_images_together,
     check_start_of_attack,
@@ -202,6 +203,7 @@ class RobustClipTrainer(ResumingTrainer):
         found = prepare(model, args, self.training_objective, self._adapter, self._given_teacher)
         self.teacher, self._adapter_is_new, self._beginning = found.teacher, found.adapter_is_new, None
         check_defence(self.defence, found.student, self.training_objective)
+        check_attack_precision(args, classifier_in(found.student).dtype)
         return found.student
 
     def call_model_init(self, trial: Any = None) -> nn.Module:

@@ -58,6 +58,11 @@ def test_reports_say_so(tmp_path):
     assert training_settings(trainer)["precision"] == "float32, attack in bfloat16"
 
 
+def test_weights_that_autocast_leaves_alone_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="attack_bf16"):
+        RobustClipTrainer(tiny_model(), arguments(tmp_path, attack_bf16=True), PMGAFT(), train_dataset=tiny_data())
+
+
 def test_beside_mixed_precision_it_is_refused(tmp_path):
     with pytest.raises(ValueError, match="attack_bf16"):
         arguments(tmp_path, bf16=True, attack_bf16=True)
