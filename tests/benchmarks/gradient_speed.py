@@ -5,7 +5,7 @@
 
 `plain` cuts patches by a convolution and leaves the attention kernel to torch; `ours` is the classifier as it is. Both
 in float32 and in bfloat16 autocast, turn by turn; printed are times, ratios to plain float32, and how far each
-gradient is from that: relative distance, and share of equal signs. ViT-B/32 of random weights, 25 classes, random images.
+gradient is from that: relative distance, and share of equal signs. ViT-B/32 of random weights, 25 classes.
 """
 
 from __future__ import annotations
