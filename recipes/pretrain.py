@@ -53,13 +53,18 @@ class Settings:
         output_dir: where the checkpoint goes.
         sources: the sets of pictures.
         captions: templates with `{}` for the class name; in a batch each class has one of them.
-        image_size, patch_size, width, layers, heads, context_length, vocab_size: of the model; both towers are alike.
+        image_size, patch_size, width, layers, heads, context_length, vocab_size: of the model; both towers are alike,
+            but for those of the text tower that are given:
+        text_width, text_layers, text_heads: of the text tower; null takes the other's.
         steps: updates; a list: cycles, each with its own peak learning rate and fresh moments.
         learning_rate: peak after three tenths of a cycle, from which a cosine leads to zero.
         weight_decay, max_grad_norm: of AdamW; 0 clips no gradients.
         shift: pictures are moved by up to so many pixels, the edge filled with black.
         seed: of everything.
         save_every: updates between checkpoints.
+        bf16: forward and backward in bfloat16 where that is safe (autocast); weights and updates stay in float32.
+        workers: processes that make batches ahead.
+        float16: the checkpoint is stored in half precision, half the size.
     """
 
     output_dir: str
@@ -72,6 +77,9 @@ class Settings:
     heads: int
     context_length: int = 32
     vocab_size: int = 800
+    text_width: int | None = None
+    text_layers: int | None = None
+    text_heads: int | None = None
     steps: int | list[int] = 3000
     learning_rate: float | list[float] = 1e-3
     weight_decay: float = 0.1
@@ -79,6 +87,9 @@ class Settings:
     shift: int = 1
     seed: int = 0
     save_every: int = 500
+    bf16: bool = False
+    workers: int = 0
+    float16: bool = False
 
     @property
     def size(self) -> Size:
@@ -161,6 +172,8 @@ def train_cycle(model: CLIPForZeroShotClassification, data: CaptionedPictures, f
         save_steps=settings.save_every,
         save_total_limit=1,
         seed=settings.seed,
+        bf16=settings.bf16,
+        dataloader_num_workers=settings.workers,
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
     )
@@ -201,8 +214,18 @@ def pretrain(settings: Settings) -> CLIPForZeroShotClassification:
         test = load(source, "test", processor)
         share = accuracy(model, test, settings.captions[0])
         print(f"zero-shot accuracy on {len(test)} test pictures of {source.dataset}: {share:.1%}")
-    model.eval().save_pretrained(settings.output_dir)
+    save(model.eval(), settings)
     return model
+
+
+def save(model: CLIPForZeroShotClassification, settings: Settings) -> None:
+    """Write the checkpoint; one in half precision is read as float32 again."""
+    if not settings.float16:
+        return model.save_pretrained(settings.output_dir)
+    model.half().save_pretrained(settings.output_dir)
+    config = Path(settings.output_dir, "config.json")
+    config.write_text(config.read_text(encoding="utf-8").replace('"float16"', '"float32"'), encoding="utf-8")
+    model.float()
 
 
 def main() -> None:

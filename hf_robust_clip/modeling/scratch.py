@@ -13,7 +13,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 @dataclass(frozen=True)
 class Size:
-    """Of a model whose two towers are alike.
+    """Of a model whose two towers are alike, but for what is given of the text tower.
 
     Args:
         image_size: side of pictures in pixels.
@@ -22,6 +22,7 @@ class Size:
         layers, heads: of a tower.
         context_length: tokens that a text may have.
         vocab_size: tokens that the tokenizer may have, at least those of single bytes.
+        text_width, text_layers, text_heads: of the text tower; None takes the other's.
     """
 
     image_size: int = 8
@@ -31,6 +32,9 @@ class Size:
     heads: int = 4
     context_length: int = 32
     vocab_size: int = 800
+    text_width: int | None = None
+    text_layers: int | None = None
+    text_heads: int | None = None
 
 
 def make_tokenizer(corpus: Sequence[str], vocab_size: int, context_length: int) -> CLIPTokenizer:
@@ -51,18 +55,18 @@ def make_tokenizer(corpus: Sequence[str], vocab_size: int, context_length: int) 
 
 def make_model(tokenizer: CLIPTokenizer, size: Size) -> CLIPModel:
     """A CLIP with random weights, drawn from torch's global generator."""
-    tower = dict(
-        hidden_size=size.width,
-        intermediate_size=4 * size.width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-    )
+    own = size.text_width or size.width, size.text_layers or size.layers, size.text_heads or size.heads
     special = dict(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    text = dict(tower, vocab_size=len(tokenizer), max_position_embeddings=size.context_length, **special)
-    vision = dict(tower, image_size=size.image_size, patch_size=size.patch_size)
+    text = dict(_tower(*own), vocab_size=len(tokenizer), max_position_embeddings=size.context_length, **special)
+    vision = dict(_tower(size.width, size.layers, size.heads), image_size=size.image_size, patch_size=size.patch_size)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=size.width))
+
+
+def _tower(width: int, layers: int, heads: int) -> dict[str, int]:
+    """A tower's part of a config."""
+    return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads)
 
 
 def make_processor(size: Size, corpus: Sequence[str]) -> CLIPProcessor:

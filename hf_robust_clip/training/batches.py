@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,8 +55,14 @@ def with_further(
     if "captions" not in inputs:
         raise ValueError(f"{type(objective).__name__} needs captions; the dataset gives none.")
     texts = inputs["captions"], *objective.edited_captions(inputs["captions"], seed)
-    own, *others = (tokenize(text, whole=True).to(pixels_BCHW.device) for text in texts)
+    own, *others = (token_ids(text, tokenize).to(pixels_BCHW.device) for text in texts)
     return {**inputs, "captions": own, "further_captions": tuple(others)}
+
+
+def token_ids(texts: Sequence[str], tokenize: Callable[..., Tensor]) -> Tensor:
+    """Token ids (B, L), L the context length; of equal texts one is tokenised."""
+    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    return tokenize(list(places), whole=True)[[places[text] for text in texts]]
 
 
 def own_images_of_last_batch(images: int, batch_size: int, processes: int, process: int) -> int:

@@ -35,6 +35,7 @@ from .rows import (
     label_column_of,
     middle_frames,
     read_stream,
+    rows_where,
 )
 from .specs import find_spec, prompt_templates
 
@@ -110,6 +111,9 @@ def load_image_dataset(
     if spec and spec.test_every and asked in ("train", "test"):
         rows = every(rows, spec.test_every, asked == "test")
         split = f"{asked}, where every {spec.test_every}th row of {split} is test"
+    if spec and spec.where:
+        rows = rows_where(rows, *spec.where)
+        split = f"{split}, rows of {spec.where[0]} {' or '.join(spec.where[1])}"
     features = rows.features
     if features is None:  # some formats tell their columns only when they are read
         raise ValueError(f"the stream of dataset {dataset_id!r} doesn't tell its columns; use streaming=False.")

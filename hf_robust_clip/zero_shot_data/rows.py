@@ -246,6 +246,22 @@ def every(
     return rows.select([i for i in range(len(rows)) if (i % step == 0) == test])
 
 
+def rows_where(
+    rows: datasets.Dataset | datasets.IterableDataset, column: str, values: Sequence[str]
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The rows in which a column has one of these values; those of class labels go by name.
+
+    Raises ValueError for a column or value that the rows don't have.
+    """
+    feature = (rows.features or {}).get(column)
+    if not isinstance(feature, datasets.ClassLabel) or not set(values) <= set(feature.names):
+        raise ValueError(f"column {column!r} has no class labels {sorted(values)}; it is another dataset.")
+    wanted = {feature.str2int(value) for value in values}
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.filter(lambda value: value in wanted, input_columns=column)
+    return rows.select([i for i, value in enumerate(rows[column]) if value in wanted])
+
+
 def read_stream(stream: datasets.IterableDataset, image_column: str, count: int | None, seed: int) -> datasets.Dataset:
     """The first `count` rows of a shuffled stream, with their pictures' bytes as they are, in memory."""
     features = stream.features

@@ -33,6 +33,7 @@ class DatasetSpec:
         attack_resolution: side in pixels at which pictures are attacked, before the model scales them up; None is the
             model's input size.
         test_every: where the Hub has a single split: every n-th of its rows is `"test"`, the others are `"train"`.
+        where: a column and those of its values whose rows belong to the set; the others are left out.
         frames_of: for videos stored as frames: the column that names the video. Of each video only the middle frame
             by the column `frame` is kept.
         revision: commit or branch on the Hub; None takes the newest, so that a report has to name what it found.
@@ -52,6 +53,7 @@ class DatasetSpec:
     templates: str = "pmg_aft"
     attack_resolution: int | None = None
     test_every: int | None = None
+    where: tuple[str, Sequence[str]] | None = None
     frames_of: str | None = None
     revision: str | None = None
     checked: Literal["data", "card", ""] = ""
