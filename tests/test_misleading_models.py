@@ -160,10 +160,11 @@ def test_constant_logits_are_what_they_are(name, norm):
 # ---- precision
 
 
-def test_fast_gradients_need_a_float32_model(pair):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_fast_gradients_need_a_float32_model(dtype, pair):
     model, data = pair
     with pytest.raises(ValueError, match="precision"):
-        evaluate_robustness(model.half(), data.first(2), replace(SETTINGS, precision="fast"), **NAMES)
+        evaluate_robustness(model.to(dtype), data.first(2), replace(SETTINGS, precision="fast"), **NAMES)
 
 
 def test_tuning_in_half_precision_stays_finite_or_falls_back(pair):

@@ -80,6 +80,11 @@ class Run:
             self.first_embeds = embed_views(self.classifier, self.images, self.views, prompts, self.chunk_size)
         return self.first_embeds
 
+    def roughly_embedded(self, prompts: Prompts) -> Tensor:
+        """f of all views, (B, V, D), in bfloat16: to choose by, and kept for nothing else."""
+        with torch.autocast(self.images.device.type, torch.bfloat16):
+            return embed_views(self.classifier, self.images, self.views, prompts, self.chunk_size)
+
     def embed_image(self, prompts: Prompts) -> Tensor:
         """f of the images themselves, (B, D)."""
         if self.first_embeds is not None and not self.moves_vision and self.path == "none":
@@ -91,6 +96,9 @@ class Run:
         kept, through = self.views.take(kept_BK), self.path == "through"
         if not self.moves_vision and through:
             return embed_views(self.classifier, images, kept, {}, self.chunk_size)
+        if not self.moves_vision and self.first_embeds is None:
+            with torch.no_grad():
+                return embed_views(self.classifier, images, kept, {}, self.chunk_size)
         if not self.moves_vision:
             assert self.first_embeds is not None
             return self.first_embeds.take_along_dim(kept_BK[..., None], dim=1)

@@ -46,6 +46,8 @@ class PromptTuning(Defence):
         crop: how crops are drawn.
         chunk_size: at most so many views, and so many classes, in one forward; None takes all at once. The results
             are the same.
+        choose_bf16: choose the views by embeddings in bfloat16, all else stays in float32: a view at the margin may
+            be another. It pays where vision prompts are tuned; else what is embedded for the choice is embedded again.
 
     Raises ValueError for numbers out of range.
     """
@@ -57,6 +59,7 @@ class PromptTuning(Defence):
     num_steps: int = 1
     crop: RandomResizedCrop = field(default_factory=RandomResizedCrop)
     chunk_size: int | None = None
+    choose_bf16: bool = False
 
     aligns: ClassVar[bool] = False  # whether `loss` looks at the inputs of the encoder's layers
 
@@ -73,6 +76,11 @@ class PromptTuning(Defence):
     @property
     def traits(self) -> Traits:
         return Traits(randomised=True, optimising=True)
+
+    def check(self, classifier: ZeroShotClassifier) -> None:
+        super().check(classifier)
+        if self.choose_bf16 and classifier.dtype == torch.float64:  # which autocast leaves alone
+            raise ValueError("choose_bf16=True does nothing with a classifier in float64; leave it out.")
 
     @property
     def num_kept(self) -> int:
@@ -143,7 +151,8 @@ class PromptTuning(Defence):
     def choose(self, run: Run, start: Prompts) -> Tensor:
         """The views (B, K) of lowest entropy, most confident first."""
         with torch.no_grad():
-            logits_BVC = run.logits(run.embed_views(start), run.class_embeds(start))
+            embeds_BVD = run.roughly_embedded(start) if self.choose_bf16 else run.embed_views(start)
+            logits_BVC = run.logits(embeds_BVD, run.class_embeds(start))
             return entropy(logits_BVC).argsort(dim=1, stable=True)[:, : self.num_kept]
 
     def gradient(self, run: Run, kept: Tensor, prompts: Prompts, shared: Prompts | None) -> tuple[Tensor, Prompts]:

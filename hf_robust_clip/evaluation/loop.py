@@ -120,7 +120,7 @@ def evaluate_robustness(
     single class, labels beyond the classes, images outside [0, 1] or of wrong size, a state of another model, dataset,
     defence or setting, a view of a defence without one, a defence without such a view, with a model that lacks what it
     needs, with a stream state or coupled images on several processes, with coupled images under an attack that lets go
-    of some, or of other traits than it says, and `precision="fast"` for a model in half precision; for an attack on
+    of some, or of other traits than it says, and `precision="fast"` for a model that isn't in float32; for an attack on
     pictures that are adversarial already; for `save` without a `state_dir` or an attack, of a dataset whose terms
     forbid it, of a defence that meets a stream or couples images, in a format that can't stay in the ball, and without
     a common folder of all processes. FloatingPointError for logits that are not finite, naming the stage.
@@ -269,8 +269,8 @@ class _Evaluation:
         """Look for random numbers and for optimisation inside the classifier, on a few images; the defence must take
         them, and leaves what it tuned.
         """
-        if self.settings.precision == "fast" and self.model.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"precision='fast' confirms in float32, the model is in {self.model.dtype}.")
+        if self.settings.precision == "fast" and self.model.dtype != torch.float32:  # autocast leaves float64 alone
+            raise ValueError(f"precision='fast' is for models in float32, this one is in {self.model.dtype}.")
         few = [self.dataset[i] for i in own[:4]] or [self.dataset[0]]
         images_BCHW = collate_images(few)["pixel_values"].to(self.model.device)
         self.model.check_pixels(images_BCHW, values=True)

@@ -18,6 +18,7 @@ from ..pictures import normalisation_of
 from ..prompts import ClipPromptConfig
 from ..prompts.access import pixel_layer
 from .class_texts import ClassTexts
+from .image_kernels import image_attention, use_patch_product
 from .texts import check_same_classes, parts_of, resolution_of
 from .untrusted import check_sizes
 
@@ -79,6 +80,7 @@ class ZeroShotClassifier(ClassTexts):
         channels = config.vision_config.num_channels
         self.register_buffer("image_mean", torch.full((channels, 1, 1), torch.nan), persistent=False)
         self.register_buffer("image_std", torch.full((channels, 1, 1), torch.nan), persistent=False)
+        use_patch_product(self.image_modules[0])
         self.normalisation: tuple[list[float], list[float]] | None = None  # the same, as it was given
         self._base_normalisation: tuple[list[float], list[float]] | None = None  # that of the first processor
 
@@ -229,15 +231,23 @@ class ZeroShotClassifier(ClassTexts):
         the encoder takes; nothing of them is checked. Raises ValueError where quantised layers hide a gradient, and
         for class-wise prompts without a choice of them, (B,), and the other way round.
         """
-        return self.encode_pixels(self._normalised(pixel_values, class_prompts), interpolate_pos_encoding)[0]
+        return self._encoded(self._normalised(pixel_values, class_prompts), interpolate_pos_encoding)[0]
 
     def encode_patches(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, class_prompts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """f(x), (B, D), and the projected patch tokens (B, P, D); see `encode_images`."""
         pixels = self._normalised(pixel_values, class_prompts)
-        embeds_BD, hidden_BTW = self.encode_pixels(pixels, interpolate_pos_encoding)
+        embeds_BD, hidden_BTW = self._encoded(pixels, interpolate_pos_encoding)
         return embeds_BD, self.project_patches(hidden_BTW)
+
+    def _encoded(self, pixels_BCHW: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, Tensor]:
+        """What `encode_pixels` gives, by the kernels that are fast here."""
+        tower = self.image_modules[0]
+        if torch.compiler.is_compiling():
+            return self.encode_pixels(pixels_BCHW, interpolate_pos_encoding)
+        with image_attention(tower, pixels_BCHW, self.num_image_tokens):
+            return self.encode_pixels(pixels_BCHW, interpolate_pos_encoding)
 
     def _normalised(self, pixel_values: Tensor, class_prompts: Tensor | None) -> Tensor:
         if pixel_values.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():

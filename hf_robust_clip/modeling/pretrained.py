@@ -30,6 +30,7 @@ from .checkpoints import (
     take_normalisation,
 )
 from .classifier import ZeroShotClassifier
+from .image_kernels import use_patch_product
 from .untrusted import ADAPTER, ADAPTER_CONFIG, NO_CODE, check_adapter_file, check_config, check_weight_files
 
 WHERE = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
@@ -69,6 +70,7 @@ class PretrainedClassifier(ZeroShotClassifier):
             model = cls(plain.config)
         for name, child in plain.named_children():
             setattr(model, name, child)
+        use_patch_product(model.image_modules[0])
         for name, parameter in plain.named_parameters(recurse=False):
             setattr(model, name, parameter)
         for name in ("image_mean", "image_std"):

@@ -16,6 +16,7 @@ from ..pictures import FOLLOWED, normalisation_of
 from ..prompts.layer import ClipPromptLayer
 from .checkpoints import adapter_config, base_of, with_adapter
 from .clip import CLIPForZeroShotClassification
+from .image_kernels import use_convolution
 
 SAME = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "patch_size",
         "image_size", "hidden_act", "layer_norm_eps")  # fmt: skip
@@ -148,6 +149,7 @@ def _merged(tower: CLIPVisionModel) -> CLIPVisionModel:
             if not module.disable_adapters:
                 module.merge(safe_merge=True)
             tower.set_submodule(name, module.get_base_layer())
+    use_convolution(tower)
     with torch.device("meta"):
         plain = set(CLIPVisionModel(tower.config).state_dict())
     odd = sorted(plain ^ set(tower.state_dict()))

@@ -29,7 +29,7 @@ OF_SCORES = ("eps", "norm", "eval_attack_steps")
 OF_CHANCE = ("seed", "data_seed", "full_determinism")
 OF_EVALUATION = ("eval_attack_steps", "per_device_eval_batch_size")
 OF_LENGTH = ("max_steps", "num_train_epochs")
-OF_HARDWARE = ("bf16", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode")
+OF_HARDWARE = ("bf16", "fp16", "tf32", "attack_bf16", "torch_compile", "torch_compile_backend", "torch_compile_mode")
 WHOLE_FROM_ONE = ("warmup_steps",)  # a share below, updates from there on
 
 

@@ -139,6 +139,7 @@ def prepare(run: TrainingRun) -> Prepared:
     push = together(lambda: repository(run) if processes.is_main_process else run.push, processes)
     mixed = run.training.mixed_precision
     precision = mixed if mixed != "no" else str(model.dtype).removeprefix("torch.")
+    precision += ", attacks in bfloat16" if run.training.attack_bf16 else ""
     beside = "" if held_out is None else f" and {len(held_out)} held out"
     processes.print(f"{run.title}: {len(data)} images{beside}, {len(data.class_names)} classes, "
                     f"{what_runs(processes)}, {precision}")  # fmt: skip

@@ -102,6 +102,21 @@ def gathering(own: int, processes: Accelerator) -> Callable[[Tensor], Tensor]:
     return gather
 
 
+def in_bfloat16(student: Callable[..., ZeroShotOutput]) -> Callable[..., ZeroShotOutput]:
+    """A student whose forwards, and the gradients through them, are computed in bfloat16: matrix products are, while
+    weights stay as they are, and logits, losses and all that it gives are in float32 at least.
+    """
+
+    def call(pixels: Tensor, **captions: Tensor) -> ZeroShotOutput:
+        with torch.autocast(pixels.device.type, torch.bfloat16):
+            output = student(pixels, **captions)
+        if output.patch_embeds is not None:
+            output["patch_embeds"] = output.patch_embeds.to(output.logits.dtype)
+        return output
+
+    return call
+
+
 def as_objectives_call(
     model: nn.Module, classifier: ZeroShotClassifier, objective: Objective
 ) -> Callable[..., ZeroShotOutput]:

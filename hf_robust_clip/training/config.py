@@ -105,6 +105,10 @@ class RobustClipConfig(TrainingArguments):
     attack_steps: int = field(default=2, metadata={"help": "PGD steps in training."})
     attack_step_size: str = field(default="1/255", metadata={"help": "PGD step in units of [0, 1]."})
     attack_random_start: bool = field(default=True, metadata={"help": "Start PGD from a random point of the ball."})
+    attack_bf16: bool = field(
+        default=False,
+        metadata={"help": "Gradients of the training's attack in bfloat16; losses and updates stay in float32."},
+    )
     eval_attack_steps: int = field(default=10, metadata={"help": "PGD steps in evaluate() and predict()."})
     early_stopping_patience: int | None = field(
         default=None,
@@ -255,6 +259,12 @@ def check_start_of_attack(args: RobustClipConfig, objective: Objective) -> None:
         raise ValueError(f"attack_random_start=False: the attack of {type(objective).__name__} has no gradient there.")
 
 
+def check_attack_precision(args: RobustClipConfig, dtype: torch.dtype) -> None:
+    """Raise ValueError where attacks in bfloat16 would not be: autocast leaves weights of other types alone."""
+    if args.attack_bf16 and dtype != torch.float32:
+        raise ValueError(f"attack_bf16=True is for weights in float32, these are in {dtype}; leave it out.")
+
+
 def on_its_own(args: RobustClipConfig, folder: Path | None = None) -> RobustClipConfig:
     """The same settings for a run that evaluates, tracks and pushes nothing, and saves checkpoints only where it has a
     folder of its own.
@@ -381,6 +391,8 @@ def _check_accelerator(args: RobustClipConfig) -> None:
         raise ValueError(f"{args.n_gpu} GPUs in one process can't be used: start one for each by accelerate launch.")
     if args.mixed_precision == "fp16" and args.device.type == "cpu":
         raise ValueError("fp16=True does nothing on the CPU; take bf16, or leave it out.")
+    if args.attack_bf16 and args.mixed_precision != "no":
+        raise ValueError(f"attack_bf16=True is for losses in float32; leave out {args.mixed_precision}=True, or it.")
     if args.mixed_precision not in ("no", "fp16", "bf16"):
         raise ValueError(f"mixed_precision={args.mixed_precision!r} can't be used; take no, fp16 or bf16.")
 

@@ -72,7 +72,8 @@ def training_settings(trainer: RobustClipTrainer) -> dict[str, Any]:
         **({"skipped_updates": skipped} if skipped else {}),
         **({"weights_of_update": step_of(best)} if best else {}),
         **(averaged if args.ema_decay and not trainer.is_in_train else {}),
-        "precision": precision_of(core, trainer.accelerator.mixed_precision),
+        "precision": precision_of(core, trainer.accelerator.mixed_precision)
+        + (", attack in bfloat16" if args.attack_bf16 and objective.attacked else ""),
         "seed": args.seed,
     }
 

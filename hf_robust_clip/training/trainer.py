@@ -37,6 +37,7 @@ from .batches import (
     as_objectives_call,
     count_images,
     gathering,
+    in_bfloat16,
     own_images_of_last_batch,
     share_of_update,
     with_further,
@@ -45,6 +46,7 @@ from .batches import (
 from .checkpoints import NothingToResume
 from .config import (
     RobustClipConfig,
+    check_attack_precision,
     check_augmentation,
     check_images_together,
     check_start_of_attack,
@@ -190,6 +192,7 @@ class RobustClipTrainer(ResumingTrainer):
         found = prepare(model, args, self.training_objective, self._adapter, self._given_teacher)
         self.teacher, self._adapter_is_new, self._beginning = found.teacher, found.adapter_is_new, None
         check_defence(self.defence, found.student, self.training_objective)
+        check_attack_precision(args, classifier_in(found.student).dtype)
         return found.student
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -354,6 +357,8 @@ class RobustClipTrainer(ResumingTrainer):
         clean = batch.stacked
         rows = self.training_objective.attacked_rows(len(clean))
         part = batch.rows(rows)
+        if self.args.attack_bf16:  # the student alone: what is computed once for attack and loss is the loss's too
+            part.student = in_bfloat16(part.student)
         with self.attacking(core):
             loss_fn = self.training_objective.attack_loss(part)
             adv = self.perturb(loss_fn, part.images, self.attack.num_steps, self.seed_of_step())

@@ -83,6 +83,7 @@ def make_adapter(task: Task, args: argparse.Namespace) -> TAPT:
         align_reduction="mean",
         unbiased=False,
         chunk_size=args.our_chunk,
+        choose_bf16=args.choose_bf16,
     )
 
 
@@ -201,7 +202,8 @@ def compare(ours: OursAtTestTime, released: ReleasedAtTestTime) -> dict[str, flo
 def check(args: argparse.Namespace) -> None:
     """Refuse to time two ways that don't agree: at most 25 classes, 16 views and 2 images, without
     autocast."""
-    exact = argparse.Namespace(**vars(args) | {"dtype": "fp32", "views": min(args.views, 16), "selected": 0.25})
+    plain = {"dtype": "fp32", "choose_bf16": False, "views": min(args.views, 16), "selected": 0.25}
+    exact = argparse.Namespace(**vars(args) | plain)
     task = Task(exact, min(args.images, 2), min(args.classes, 25), exact_dtype(args.device))
     found = compare(OursAtTestTime(task, exact), ReleasedAtTestTime(task, exact))
     gc.collect()
@@ -270,6 +272,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1, help="timed runs of each way (default 1)")
     parser.add_argument("--vocab", type=Path, help="CLIP's bpe_simple_vocab_16e6.txt.gz; default: a stand-in")
     parser.add_argument("--chunk", type=int, help="classes that `released` holds at once; default all")
+    parser.add_argument("--choose_bf16", action="store_true", help="ours chooses the views in bfloat16")
     parser.add_argument("--our_chunk", type=int, help="`chunk_size` of ours; default all")
     parser.add_argument("--only", nargs=1, choices=tuple(WAYS), default=list(WAYS), help="time one way, unchecked")
     parser.add_argument("--no_memory", action="store_true", help="CPU: don't run each way once more for its memory")

@@ -164,9 +164,7 @@ def main(argv: list[str] | None = None) -> None:
             ratios = [spent[first][-1][k] / spent[name][-1][k] for k in (0, 1)]
             others = int((stands[name] != stands[first]).sum())
             robust = float(stands[name].double().mean())
-            row = figures.setdefault(
-                name, {"robust": robust, f"other_than_{first}": others, "wall_s": [], "ratio": []}
-            )
+            row = figures.setdefault(name, {"robust": robust, "judged_otherwise": others, "wall_s": [], "ratio": []})
             row["wall_s"].append(wall)
             row["ratio"].append(ratios[0])
             print(

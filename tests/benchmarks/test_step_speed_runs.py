@@ -56,8 +56,14 @@ def test_prompts_end_within_positions_6_to_12():
     assert eos_C.max() <= 12
 
 
-@pytest.mark.parametrize("wrong", [["--compile"], ["--dtype", "bf16"]])
-def test_cuda_options_are_refused_on_cpu(wrong, capsys):
+def test_bfloat16_on_cpu_is_timed_beside_float32(capsys):
+    step_speed.main([*TINY, "--dtype", "bf16"])
+    printed = capsys.readouterr().out
+    assert "ours, attack in bf16 is faster by" in printed
+    assert "ours bf16 is faster by" in printed
+
+
+def test_cuda_options_are_refused_on_cpu(capsys):
     with pytest.raises(SystemExit):
-        step_speed.parse_args(wrong)
+        step_speed.parse_args(["--compile"])
     assert "--device cuda" in capsys.readouterr().err

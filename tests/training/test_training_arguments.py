@@ -18,7 +18,7 @@ COMPARED = _names("""
     optim optim_args optim_target_modules weight_decay momentum adam_beta1 adam_beta2 adam_epsilon max_grad_norm
     bf16 fp16 tf32 torch_compile torch_compile_backend torch_compile_mode
     seed data_seed full_determinism dataloader_drop_last train_sampling_strategy
-    eps norm attack_steps attack_step_size attack_random_start trainable_layers crop_scale flip ema_decay
+    eps norm attack_steps attack_step_size attack_random_start attack_bf16 trainable_layers crop_scale flip ema_decay
     jitter brightness contrast saturation hue greyscale erasing
     load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience
     eval_strategy eval_steps eval_delay eval_attack_steps save_strategy save_steps
