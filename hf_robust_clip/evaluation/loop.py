@@ -120,8 +120,8 @@ def evaluate_robustness(
     single class, labels beyond the classes, images outside [0, 1] or of wrong size, a state of another model, dataset,
     defence or setting, a view of a defence without one, a defence without such a view, with a model that lacks what it
     needs, with a stream state or coupled images on several processes, with coupled images under an attack that lets go
-    of some, or of other traits than it says, and `precision="fast"` for a model that isn't in float32; for an attack on
-    pictures that are adversarial already; for `save` without a `state_dir` or an attack, of a dataset whose terms
+    of some, or of other traits than it says, and `precision="fast"` for a model that isn't in float32; for an attack
+    on pictures that are adversarial already; for `save` without a `state_dir` or an attack, of a dataset whose terms
     forbid it, of a defence that meets a stream or couples images, in a format that can't stay in the ball, and without
     a common folder of all processes. FloatingPointError for logits that are not finite, naming the stage.
     """
