@@ -204,6 +204,8 @@ def read_picture(path: str | Path | None, limits: Limits) -> Image.Image:
     try:
         picture = Image.open(BytesIO(content), formats=FORMATS)
         width, height = picture.size
+    except Image.DecompressionBombError:
+        raise ValueError(f"the picture is too large; give one of at most {limits.side} pixels a side.") from None
     except Exception:  # whatever a decoder brings up on bytes of strangers
         raise ValueError(f"the file is no picture that can be read; give one of {', '.join(FORMATS)}.") from None
     if max(width, height) > limits.side:

@@ -23,6 +23,8 @@ INTRODUCTION = """\
 Choose a picture, name some classes, and press **Attack**: each model is attacked by itself, white box, with no pixel
 changed by more than the radius. One picture is no measurement; `hf-robust-clip evaluate` measures."""
 READY = "Ready."
+WAITS = "Waiting for the models ..."
+REFUSED = "The request can't be read: choose radius, steps and attack again, or reload the page."
 KEPT_SECONDS = 3600  # of uploaded files
 LONGEST_ERROR = 400
 WAITING = 20  # visitors who may wait for their turn
@@ -131,7 +133,7 @@ class Page:
             self.look, asked, outputs, api_visibility="private", concurrency_limit=1, concurrency_id="models",
             show_progress="full", show_progress_on=[line], trigger_mode="once",
         )  # fmt: skip
-        ended.then(self.end, None, [run, stop], api_visibility="private", queue=False)
+        ended.then(self.end, line, [line, run, stop], api_visibility="private", queue=False)
         stop.click(self.stop, None, None, api_visibility="private", queue=False)
         self.blocks.unload(self.stop)
 
@@ -161,7 +163,7 @@ class Page:
     def begin(self, request: gr.Request) -> tuple[Any, ...]:
         """What was shown belongs to other settings: take it away, and let the visitor stop."""
         self.bench.begin(visitor_of(request))
-        return status("Waiting for the models ..."), "", "", gr.update(interactive=False), gr.update(interactive=True)
+        return status(WAITS), "", "", gr.update(interactive=False), gr.update(interactive=True)
 
     def look(
         self,
@@ -198,9 +200,10 @@ class Page:
         )
         return status(text), drawn(first, "Undefended"), drawn(second, "Robust")
 
-    def end(self) -> tuple[Any, Any]:
-        """Let the visitor ask again."""
-        return gr.update(interactive=True), gr.update(interactive=False)
+    def end(self, line: str) -> tuple[str, Any, Any]:
+        """Let the visitor ask again; where gradio itself refused the request, nothing was said yet."""
+        line = status(REFUSED, wrong=True) if line == status(WAITS) else line
+        return line, gr.update(interactive=True), gr.update(interactive=False)
 
     def stop(self, request: gr.Request) -> None:
         """End what a visitor asked for."""
