@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 # where it is set, each of the many processes that tests start would compile torch and transformers again
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: pmgaft test pytest test-slow test-newest test-browser demo lint lines benchmark clean
+.PHONY: pmgaft test pytest test-slow test-newest test-browser demo demo-picture lint lines benchmark clean
 
 # torch first and by its exact version: a range would let the resolver choose a CUDA build of several gigabytes
 # the rest by uv, in half the time; by pip where packages come from an index that only pip's configuration names
@@ -62,6 +62,10 @@ $(DEMO)/.ready: pyproject.toml constraints.txt
 demo: $(DEMO)/.ready
 	$(DEMO)/bin/hf-robust-clip demo --reference digits-clip $(if $(wildcard $(OUTPUT)/config.json),\
 		--model_name_or_path $(OUTPUT),--defence RTPT --radius 24/255) $(ARGS)
+
+# the picture of the page in recipes/README.md
+demo-picture: $(DEMO)/.ready
+	$(DEMO)/bin/python tests/demo/screenshot.py $(OUTPUT) recipes/demo.png $(ARGS)
 
 # clicks through the page in a browser without a window, which comes with the system's packages
 test-browser: $(DEMO)/.ready

@@ -85,10 +85,13 @@ class Bench:
         FloatingPointError for logits that aren't finite.
         """
         limits = self.limits
-        class_names = read_classes(asked.class_names, limits)
+        class_names, templates = read_classes(asked.class_names, limits), read_templates(asked.templates)
+        if len(class_names) * len(templates) > limits.texts:
+            told = f"{len(class_names)} class names in {len(templates)} prompts"
+            raise ValueError(f"{told} are more than {limits.texts} texts; give fewer of either.")
         question = Question(
             class_names,
-            read_templates(asked.templates),
+            templates,
             attack_named(asked.attack, asked.steps, limits),
             read_radius(asked.levels, self.most_levels),
             bool(asked.through),

@@ -36,6 +36,7 @@ class Limits:
     Args:
         seconds: of the models' time for one click.
         classes: names at once.
+        texts: names times prompts.
         steps: of attacks that take a number of them.
         side: of a picture, in pixels.
         megabytes: of a picture's file.
@@ -43,13 +44,14 @@ class Limits:
 
     seconds: float = 60.0
     classes: int = 200
+    texts: int = 1000
     steps: int = 100
     side: int = 4096
     megabytes: int = 10
 
     def __post_init__(self) -> None:
         check_whole(1, steps=self.steps, side=self.side, megabytes=self.megabytes)
-        check_whole(2, classes=self.classes)
+        check_whole(2, classes=self.classes, texts=self.texts)
         if not self.seconds > 0:
             raise ValueError(f"seconds={self.seconds!r} must be positive.")
 
@@ -114,13 +116,19 @@ def defences_of(classifier: ZeroShotClassifier, first: dict[str, Defence]) -> di
     """
     found = {**first, NO_DEFENCE: Undefended()}
     with classifier.same_classes_after():
-        classifier.set_classes(["one class", "another class"], "a photo of a {}.")
+        set_any_classes(classifier)
         for name, cls in defence_classes().items():
             if name not in found and cls.fit is Defence.fit:
                 defence = _working(cls, classifier)
                 if defence is not None:
                     found[name] = defence
     return found
+
+
+def set_any_classes(classifier: ZeroShotClassifier) -> None:
+    """Two classes, for a look at what a defence needs, where the model came with none."""
+    if not classifier.class_names:
+        classifier.set_classes(["one class", "another class"], "a photo of a {}.")
 
 
 def _working(cls: type[Defence], classifier: ZeroShotClassifier) -> Defence | None:

@@ -19,7 +19,7 @@ from ..runs import shared
 from ..secrets import without_token_keys
 from ..threat_model import ThreatModel, parse_radius
 from .bench import Bench
-from .choices import Limits, first_templates
+from .choices import Limits, first_templates, set_any_classes
 from .examples import Examples, examples_of
 
 if TYPE_CHECKING:
@@ -229,8 +229,7 @@ def with_fitted(defence: Defence, saved: Defence | None, name: str) -> Defence:
 def check_defence(defence: Defence, classifier: ZeroShotClassifier) -> None:
     """Raise ValueError for a defence that doesn't go with a classifier, whatever its classes."""
     with classifier.same_classes_after():
-        if not classifier.class_names:
-            classifier.set_classes(["one class", "another class"], "a photo of a {}.")
+        set_any_classes(classifier)
         defence.check(classifier)
 
 

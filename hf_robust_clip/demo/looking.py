@@ -220,7 +220,8 @@ def look(subject: Subject, picture: Image.Image, question: Question, turn: Turn 
     classifier, defence = subject.classifier, subject.defence
     with classifier.same_classes_after():
         classifier.set_classes(question.class_names, question.templates)
-        pixels_1CHW = to_pixels(classifier.require_processor(), [picture]).to(classifier.device, classifier.dtype)
+        dtype = torch.promote_types(classifier.dtype, torch.float32)  # half precision is too coarse for an attack
+        pixels_1CHW = to_pixels(classifier.require_processor(), [picture]).to(classifier.device, dtype)
         classifier.check_pixels(pixels_1CHW, values=True)
         plan = question.plan(defence) if question.eps > 0 else []
         turn.what = f"{subject.name}: the picture as it is"

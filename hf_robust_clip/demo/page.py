@@ -67,6 +67,12 @@ class Page:
         )
         return address
 
+    @property
+    def titles(self) -> tuple[str, str]:
+        """What stands above the columns: the same model twice is told apart by the defence alone."""
+        same = self.bench.undefended[1] is self.bench.robust[1]
+        return ("Without a defence", "With the defence") if same else ("Undefended", "Robust")
+
     def _build(self) -> None:
         prepared, bench, limits = self.prepared, self.bench, self.bench.limits
         gr.Markdown(INTRODUCTION)
@@ -198,7 +204,7 @@ class Page:
         text = (
             f"{second.attack} at {levels:g}/255, {len(second.class_names)} classes: {time.monotonic() - start:.1f} s."
         )
-        return status(text), drawn(first, "Undefended"), drawn(second, "Robust")
+        return status(text), drawn(first, self.titles[0]), drawn(second, self.titles[1])
 
     def end(self, line: str) -> tuple[str, Any, Any]:
         """Let the visitor ask again; where gradio itself refused the request, nothing was said yet."""

@@ -29,7 +29,7 @@ PACKAGE = "hf_robust_clip"
 SETTINGS = "demo.yaml"
 OURS = ("app.py", SETTINGS, "README.md", "requirements.txt")
 FOLDERS = ("models", PACKAGE)
-OF_MODELS = ("model_name_or_path", "reference")
+OF_MODELS = {"model_name_or_path": "robust", "reference": "undefended"}
 OF_THIS_RUN = ("export_space", "overwrite", "host", "port", "share")
 
 APP = '''\
@@ -43,7 +43,9 @@ sys.path.insert(0, str(HERE))
 
 from hf_robust_clip.demo.command import open_page  # noqa: E402
 
-page = open_page({words})
+page = open_page(
+    {words}
+)
 demo = page.blocks
 
 if __name__ == "__main__":
@@ -76,7 +78,7 @@ def export_space(run: Demo) -> None:
     copied = {name: Path(path) for name, path in models_of(run).items() if hub_name(path) is None}
     for path in copied.values():
         check_folder(path)
-    places = {name: f"models/{name}/{last_part(str(path.resolve()))}" for name, path in copied.items()}
+    places = {name: f"models/{OF_MODELS[name]}/{last_part(str(path.resolve()))}" for name, path in copied.items()}
     settings = dump_recipe(settings_of(run.source, copied))
     if told := paths_in(settings):
         raise ValueError(f"the settings name {told[0]!r}, which a Space doesn't have; push it to the Hub first.")
@@ -135,7 +137,8 @@ def _words(places: Mapping[str, str]) -> str:
     """The flags of the page, as Python."""
     words = [f'"--config", str(HERE / "{SETTINGS}")']
     words += [f'"--{name}", str(HERE / "{place}")' for name, place in places.items()]
-    return f"[{', '.join(words)}]"
+    lines = "".join(f"\n        {word}," for word in words)
+    return f"[{lines}\n    ]"
 
 
 def copy_published(source: Path, target: Path) -> None:

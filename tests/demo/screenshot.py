@@ -4,6 +4,7 @@ It takes the first example on which the undefended model is fooled and the other
 """
 
 import sys
+import time
 from io import BytesIO
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from browser import Browser, browsing
 
 from hf_robust_clip.demo.command import open_page
 
+WIDTH = 1200
 COLOURS = 200  # of the PNG, which is small then
 
 
@@ -29,9 +31,12 @@ def telling(browser: Browser) -> None:
 def main(model: str, picture: str, *flags: str) -> None:
     page = open_page(["--model_name_or_path", model, "--reference", "digits-clip", *flags])
     try:
-        with browsing(page.serve(wait=False), 1300, 1620) as browser:
+        with browsing(page.serve(wait=False), WIDTH, 1620) as browser:
             telling(browser)
             browser.driver.execute_script("window.scrollTo(0, 0); document.activeElement.blur()")
+            height = browser.driver.execute_script("return document.querySelector('gradio-app').scrollHeight")
+            browser.driver.set_window_size(WIDTH, height + 160)
+            time.sleep(2)  # what fades has faded
             browser.wait(lambda: not browser.all("[data-testid=status-tracker].translucent"))
             whole = Image.open(BytesIO(browser.driver.get_screenshot_as_png())).convert("RGB")
     finally:

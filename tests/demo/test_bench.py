@@ -84,6 +84,7 @@ def test_hundred_names_and_what_cannot_be(bench, asked):
     for changes, told in (
         ({"defence": "os.system"}, "defence"),
         ({"levels": 65}, "radius"),
+        ({"templates": "\n".join(f"{i} {{}}" for i in range(10)), "class_names": many.class_names}, "texts"),
         ({"picture": None}, "picture"),
     ):
         with pytest.raises(ValueError, match=told):
