@@ -10,7 +10,7 @@ import gradio as gr
 
 from ..names import paths_in
 from .bench import Asked
-from .choices import FORMATS, NO_DEFENCE, attack_names, shown_attack, takes_steps
+from .choices import NO_DEFENCE, attack_names, shown_attack, takes_steps
 from .command import Prepared
 from .drawing import CSS, drawn, status
 from .looking import Stopped
@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 TITLE = "What does CLIP see?"
 INTRODUCTION = """\
 # What does CLIP see?
-Choose a picture, name some classes, and press **Attack**: each model is attacked by itself, white box, with no pixel
-changed by more than the radius. One picture is no measurement; `hf-robust-clip evaluate` measures."""
+Choose a picture or upload one, name some classes, and press **Attack**: each model is attacked by itself, white box,
+with no pixel changed by more than the radius. One picture is no measurement; `hf-robust-clip evaluate` measures."""
 READY = "Ready."
 WAITS = "Waiting for the models ..."
 REFUSED = "The request can't be read: choose radius, steps and attack again, or reload the page."
@@ -79,7 +79,7 @@ class Page:
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=280):
                 picture = gr.Image(
-                    label=f"Picture ({', '.join(FORMATS)})", type="filepath", image_mode=None, format="png",
+                    label="Picture", type="filepath", image_mode=None, format="png",
                     sources=["upload", "clipboard"], height=260, elem_id="picture", buttons=[],
                 )  # fmt: skip
                 picture.preprocess = path_of  # a subclass would be a custom component
@@ -95,21 +95,18 @@ class Page:
                     templates = gr.Textbox(
                         "\n".join(prepared.templates), label="Prompt", elem_id="prompt", max_lines=4
                     )
-                with gr.Row():
-                    attack = gr.Dropdown(
-                        [(shown_attack(name), name) for name in attack_names()],
-                        value=attack_names()[0],
-                        label="Attack",
-                        elem_id="attack",
-                    )
-                    steps = gr.Slider(
-                        1, limits.steps, min(20, limits.steps), step=1, label="Steps", elem_id="steps",
-                        interactive=takes_steps(attack_names()[0]),
-                    )  # fmt: skip
+                attack = gr.Dropdown(
+                    [(shown_attack(name), name) for name in attack_names()], value=attack_names()[0], label="Attack",
+                    elem_id="attack",
+                )  # fmt: skip
             with gr.Column(scale=3, min_width=300):
                 levels = gr.Slider(
                     0, bench.most_levels, prepared.levels, step=0.5, label="Radius, in 255ths of the pixel range",
                     elem_id="radius",
+                )  # fmt: skip
+                steps = gr.Slider(
+                    1, limits.steps, min(20, limits.steps), step=1, label="Steps N", elem_id="steps",
+                    interactive=takes_steps(attack_names()[0]),
                 )  # fmt: skip
                 defence = gr.Dropdown(
                     list(bench.defences), value=prepared.defence, elem_id="defence",

@@ -15,7 +15,7 @@ from browser import Browser, browsing
 
 from hf_robust_clip.demo.command import open_page
 
-WIDTH = 1200
+WIDTH = 1300
 COLOURS = 200  # of the PNG, which is small then
 
 
