@@ -17,7 +17,7 @@ pytestmark = pytest.mark.browser
 def address():
     from hf_robust_clip.demo.command import open_page
 
-    page = open_page(["--reference", "digits-clip", "--radius", "24/255"])
+    page = open_page(["--reference", "digits-clip", "--radius", "24/255", "--limits.seconds", "600"])
     yield page.serve(wait=False)
     page.blocks.close()
 
@@ -43,11 +43,11 @@ def test_attack_and_defence(browser):
     clean, attacked = zip(*plain.values(), strict=True)
     assert sum(clean) <= 1.00001 and max(clean) > 0.9 and clean != attacked
     assert len(browser.all("#robust figure img")) == 7
-    browser.choose("#defence", "r_tpt")
+    browser.choose("#defence", "ttc")
     browser.choose("#attack", "apgd-ce")
     assert "APGD-CE at 24/255" in browser.attack()
     through = browser.shares("#robust")
-    assert "with r_tpt" in browser.one("#robust").text and browser.shares("#undefended") != plain
+    assert "with ttc" in browser.one("#robust").text and browser.shares("#undefended") != plain
     assert "through the whole defence" in browser.one("#robust").text
     browser.one("#through input").click()
     browser.choose("#attack", "pgd-N")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 DRIVER = shutil.which("chromedriver")
-PATIENCE = 120.0  # seconds
+PATIENCE = 600.0  # seconds
 
 
 class Browser:
