@@ -16,9 +16,9 @@ usage: hf-robust-clip train [CONFIG] [--config FILE] [--NAME VALUE ...]      fin
        hf-robust-clip evaluate [CONFIG] [--config FILE] [--NAME VALUE ...]   accuracy under attack
        hf-robust-clip poison [CONFIG] [--NAME VALUE ...]    put a backdoor into a model, on purpose, and measure it
        hf-robust-clip clean [CONFIG] --poisoned DIR [--NAME VALUE ...]   take it out, and measure what is left
+       hf-robust-clip demo [--model_name_or_path ID] [--reference ID] [--NAME VALUE ...]   a page to look at pictures
        hf-robust-clip convert SOURCE --base ID --output_dir DIR [--NAME VALUE ...]   weights of others to transformers
        hf-robust-clip leaderboard [FILE] [--NAME VALUE ...]   convert and evaluate many checkpoints, and rank them
-       hf-robust-clip demo [--model_name_or_path ID] [--reference ID] [--NAME VALUE ...]   a page to look at pictures
        hf-robust-clip card FOLDER                     write README.md again from report.json and recipe.yaml
        hf-robust-clip --version
 CONFIG is the name of a YAML file that comes with the package, such as pmg_aft (the default of train), tecoa, or
@@ -42,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             named = rest[:1] if rest and not rest[0].startswith("-") else []
             config = packaged_config(*named or [DEFAULTS[command]])
         run(command, config, "", rest[len(named) :])
+    elif command == "demo":
+        with one_line_errors():
+            from .demo import command as demo
+
+            demo.main(rest)
     elif command == "convert":
         with one_line_errors():
             from .runs import convert
@@ -49,11 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             convert.main(rest)
     elif command == "leaderboard":
         rank(rest)
-    elif command == "demo":
-        with one_line_errors():
-            from .demo import command as demo
-
-            demo.main(rest)
     elif command == "card" and len(rest) == 1 and not rest[0].startswith("-"):
         with one_line_errors():
             from .report.card import regenerate_card
