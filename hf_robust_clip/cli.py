@@ -16,6 +16,7 @@ usage: hf-robust-clip train [CONFIG] [--config FILE] [--NAME VALUE ...]      fin
        hf-robust-clip evaluate [CONFIG] [--config FILE] [--NAME VALUE ...]   accuracy under attack
        hf-robust-clip poison [CONFIG] [--NAME VALUE ...]    put a backdoor into a model, on purpose, and measure it
        hf-robust-clip clean [CONFIG] --poisoned DIR [--NAME VALUE ...]   take it out, and measure what is left
+       hf-robust-clip demo [--model_name_or_path ID] [--reference ID] [--NAME VALUE ...]   a page to look at pictures
        hf-robust-clip convert SOURCE --base ID --output_dir DIR [--NAME VALUE ...]   weights of others to transformers
        hf-robust-clip leaderboard [FILE] [--NAME VALUE ...]   convert and evaluate many checkpoints, and rank them
        hf-robust-clip card FOLDER [--NAME VALUE ...]  write README.md again from report.json and recipe.yaml
@@ -32,7 +33,7 @@ DEFAULTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`hf-robust-clip {train, evaluate, poison, clean, convert, leaderboard, card}`: see `USAGE`."""
+    """`hf-robust-clip {train, evaluate, poison, clean, convert, leaderboard, demo, card}`: see `USAGE`."""
     words = arguments_of(argv)
     command, rest = (words[0], words[1:]) if words else ("", [])
     if command in DEFAULTS:
@@ -42,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             named = rest[:1] if rest and not rest[0].startswith("-") else []
             config = packaged_config(*named or [DEFAULTS[command]])
         run(command, config, "", rest[len(named) :])
+    elif command == "demo":
+        with one_line_errors():
+            from .demo import command as demo
+
+            demo.main(rest)
     elif command == "convert":
         with one_line_errors():
             from .runs import convert
