@@ -8,11 +8,12 @@ complete checkpoint (config, safetensors, tokenizer, image processor) that plain
 
 import random
 import sys
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -22,12 +23,17 @@ from transformers import CLIPProcessor, set_seed
 from hf_robust_clip import (
     CLIPForZeroShotClassification,
     Contrastive,
+    EvaluationSettings,
+    NoAttack,
     RobustClipConfig,
     RobustClipTrainer,
+    evaluate_robustness,
     load_image_dataset,
 )
 from hf_robust_clip.command_line import CommandLine, read_command
 from hf_robust_clip.modeling.scratch import Size, make_model, make_processor
+from hf_robust_clip.report import CardInfo, RobustnessReport, make_card, save_reports
+from hf_robust_clip.report.card import FROM_SCRATCH
 from hf_robust_clip.runs.interruptions import one_line_errors
 from hf_robust_clip.training.checkpoints import NothingToResume
 from hf_robust_clip.training.logit_scale import LimitScale
@@ -184,13 +190,12 @@ def train_cycle(model: CLIPForZeroShotClassification, data: CaptionedPictures, f
         trainer.train()
 
 
-@torch.no_grad()
-def accuracy(model: CLIPForZeroShotClassification, data: ImageDataset, template: str) -> float:
-    """Zero-shot accuracy in [0, 1] on whole batches of pictures."""
-    images, labels = as_bytes(data)
-    with model.prepared_for(data, template):
-        logits = [model(block.to(model.device) / 255).logits.cpu() for block in images.split(500)]
-    return (torch.cat(logits).argmax(1) == torch.tensor(labels)).float().mean().item()
+def measure(model: CLIPForZeroShotClassification, data: ImageDataset, settings: Settings) -> RobustnessReport:
+    """Zero-shot accuracy on all pictures, as a report for the card."""
+    how = EvaluationSettings((), attack=NoAttack(), batch_size=500)
+    name, folder = Path(settings.output_dir).name, settings.output_dir
+    with model.prepared_for(data, settings.captions[0]):
+        return evaluate_robustness(model, data, how, name=name, task=data.dataset_id, model_id=f"./{folder}")
 
 
 def pretrain(settings: Settings) -> CLIPForZeroShotClassification:
@@ -210,11 +215,12 @@ def pretrain(settings: Settings) -> CLIPForZeroShotClassification:
     for number, (steps, rate) in enumerate(settings.cycles()):
         data = CaptionedPictures(settings, settings.seed + number, steps, sources)
         train_cycle(model, data, f"{settings.output_dir}/cycle-{number + 1}", rate)
-    for source in settings.sources:
-        test = load(source, "test", processor)
-        share = accuracy(model, test, settings.captions[0])
-        print(f"zero-shot accuracy on {len(test)} test pictures of {source.dataset}: {share:.1%}")
     save(model.eval(), settings)
+    reports = [measure(model, load(source, "test", processor), settings) for source in settings.sources]
+    for report in reports:
+        about = f"{report.num_images} test pictures of {report.task}"
+        print(f"zero-shot accuracy on {about}: {report.clean_accuracy:.1%}")
+    write_card(model, settings, reports, list(names))
     return model
 
 
@@ -226,6 +232,41 @@ def save(model: CLIPForZeroShotClassification, settings: Settings) -> None:
     config = Path(settings.output_dir, "config.json")
     config.write_text(config.read_text(encoding="utf-8").replace('"float16"', '"float32"'), encoding="utf-8")
     model.float()
+
+
+def write_card(
+    model: CLIPForZeroShotClassification,
+    settings: Settings,
+    reports: list[RobustnessReport],
+    class_names: list[str],
+) -> None:
+    """Card, report and recipe beside the weights."""
+    folder = Path(settings.output_dir)
+    steps = [f"{steps} of {rate:g}" for steps, rate in settings.cycles()]
+    told = {
+        "start": FROM_SCRATCH,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "images_per_update": sum(source.per_batch for source in settings.sources),
+        "updates_and_peak_learning_rate": ", ".join(steps),
+        "weight_decay": settings.weight_decay,
+        "training_precision": "bfloat16 autocast" if settings.bf16 else "float32",
+        "seed": settings.seed,
+    }
+    data = [f"{source.dataset}, split {source.split}" for source in settings.sources]
+    info = CardInfo(
+        repo_id=f"./{settings.output_dir}",
+        base_model="",
+        training_data="; ".join(data),
+        paper=Contrastive.paper,
+        settings={"method": "Contrastive", **told},
+        template=settings.captions[0],
+        class_names=class_names,
+        limits=f"It knows the {len(class_names)} classes of these sets and hardly any others.",
+        datasets=list(dict.fromkeys(report.dataset for report in reports if not Path(report.dataset).exists())),
+    )
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(asdict(settings), sort_keys=False), encoding="utf-8")
+    save_reports(folder / "report.json", reports, card=info)
+    make_card(reports, (), info).save(folder / "README.md")
 
 
 def main() -> None:

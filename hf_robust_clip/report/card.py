@@ -32,6 +32,7 @@ CardState = Literal["none", "draft", "unmeasured", "measured", "theirs"]
 DEFENDED = "test-time-defence"  # the tag
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 OPTIONAL = ("ancestor", "family", "described", "examples", "sample", "pictures", "defences")  # older files lack them
+FROM_SCRATCH = "random weights"  # where the settings say so of the start
 HIDDEN = ("attack", "threat_model", "text_tokens", "units")  # settings that stand elsewhere than in the card's table
 
 
@@ -352,6 +353,7 @@ def _about(info: CardInfo, holds: Holds, loads_defence: bool) -> dict[str, Any]:
         "bibtex": _Written(info.paper.bibtex.replace("```", "'''")),
         "attacked": info.settings.get("attack") is not None,
         "attack": info.settings.get("attack"),
+        "from_scratch": info.settings.get("start") == FROM_SCRATCH,
         "threat_model": info.settings.get("threat_model"),
         "training_data": cell(info.training_data),
         "training": _rows(info.settings),
