@@ -91,7 +91,8 @@ def test_what_can_not_be_is_refused_in_one_line_and_nothing_written(words, name,
 
 
 def test_only_pictures_whose_licence_is_known_are_shown():
-    assert {spec.key for spec in SPECS if spec.license} == {"digits", "coloured-digits", "fashion_mnist"}
+    assert {spec.license for spec in SPECS} == {"", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0", "mit"}
+    assert not any(spec.license and spec.forbids_copies for spec in SPECS)
     found = card_pictures.licensed({"a": Images(dataset="cifar10"), "b": Images(dataset="digits")})
     assert found is not None and (found[0], found[1].license) == ("b", "cc-by-4.0")
     assert card_pictures.licensed({"a": Images(dataset="my/pictures")}) is None

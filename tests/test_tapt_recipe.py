@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard
 from hf_robust_clip import TAPT
 from hf_robust_clip.cli import run as run_command
 from hf_robust_clip.report import CONTROLS, load_reports
-from hf_robust_clip.runs.evaluate import read, with_statistics
+from hf_robust_clip.runs.evaluate import read
+from hf_robust_clip.runs.fitting import with_statistics
 from hf_robust_clip.runs.shared import load_model
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

@@ -174,6 +174,7 @@ class State:
 
     def check_shared(self) -> None:
         """Raise ValueError on every process unless each sees the state files of all the others."""
+        self._open()
         count = len(everyone(None, self.processes))  # by now all of them are open
 
         def check() -> None:

@@ -370,6 +370,28 @@ def test_streaming_with_rows_of_the_table(tmp_path, processor):
         load_image_dataset("ucf101", "test", processor, data_root=tmp_path, streaming=True, max_images=3)
 
 
+@pytest.mark.parametrize("streaming", [{}, {"streaming": True, "max_images": 60}], ids=["whole", "stream"])
+def test_rows_of_some_domains(streaming, tmp_path, processor):
+    """PACS without its sketches, of which every fifth row of the whole is test, and the sketches alone."""
+    names = ["dog", "elephant", "giraffe", "guitar", "horse", "house", "person"]
+    domains = ["photo", "art_painting", "cartoon", "sketch"]
+    rows = many([6] * 40, ClassLabel(names=names)).add_column("domain", [i % 4 for i in range(40)])
+    write(tmp_path, "flwrlabs/pacs", "train", rows.cast_column("domain", ClassLabel(names=domains)))
+    found = {
+        key: load_image_dataset(key, split, processor, data_root=tmp_path, **streaming)
+        for key, split in (("pacs_sketch", "test"), ("pacs_without_sketch", "test"), ("pacs_without_sketch", "train"))
+        if not (streaming and split == "train")
+    }
+    assert sorted(numbers(found["pacs_sketch"])) == list(range(3, 40, 4))
+    assert "rows of domain sketch" in found["pacs_sketch"].split
+    rest = sorted(numbers(found["pacs_without_sketch"]))
+    test = [i for i in range(0, 40, 5) if i % 4 != 3]
+    assert rest == (test if streaming else [i for i in range(40) if i % 4 != 3 and i % 5])
+    write(tmp_path, "flwrlabs/pacs", "train", many([6] * 40, ClassLabel(names=names)))
+    with pytest.raises(ValueError, match="'domain' has no class labels"):
+        load_image_dataset("pacs_sketch", "test", processor, data_root=tmp_path, **streaming)
+
+
 def test_streaming_needs_a_number_of_images(tmp_path, processor):
     with pytest.raises(ValueError, match="streaming=True needs max_images"):
         load_image_dataset("user/colours", "train", processor, data_root=tmp_path, streaming=True)
