@@ -60,8 +60,9 @@ def attack_names() -> tuple[str, ...]:
     """All attacks that the command line knows and that can be made without settings: those with a short name, then
     classes. Suites that bring views of their own, for defences alone, are none for two models side by side.
     """
-    short = short_names()
-    known = {type(suite_named(name)) for name in short}
+    suites = {name: suite_named(name) for name in short_names()}
+    short = [name for name, suite in suites.items() if suite.has_radii]
+    known = {type(suite) for suite in suites.values()}
     found = []
     for name, cls in classes_in(ClassFlag(Suite, SUITES)).items():
         if cls not in known and getattr(cls, "about", None) is None and _makes(cls):
