@@ -49,8 +49,8 @@ class Row:
         return sum(report.clean_accuracy for report in self.reports.values()) / len(self.reports)
 
     def robust(self) -> float:
-        """The mean accuracy over tasks at the smallest radius."""
-        return sum(_values(report)[1] for report in self.reports.values()) / len(self.reports)
+        """The mean accuracy over tasks at the smallest radius; without an attack the clean one."""
+        return sum(map(_least, self.reports.values())) / len(self.reports)
 
 
 def read_collection(folder: str | Path) -> tuple[list[Entry], list[str]]:
@@ -149,6 +149,11 @@ def _values(report: RobustnessReport) -> list[float]:
     return [report.clean_accuracy, *(report.robust_accuracy[eps] for eps in sorted(report.robust_accuracy))]
 
 
+def _least(report: RobustnessReport) -> float:
+    """The accuracy at the smallest radius; without an attack the clean one."""
+    return _values(report)[1 if report.robust_accuracy else 0]
+
+
 def _first(rows: Sequence[Row]) -> RobustnessReport:
     return next(iter(rows[0].reports.values()))
 
@@ -161,25 +166,28 @@ def _section(rows: Sequence[Row], sort_by: str) -> list[str]:
     """Heading, what the figures are, and the table."""
     first, heads = _first(rows), list(rows[0].reports)
     radii = [first.threat(eps).radius for eps in sorted(first.robust_accuracy)]
-    mean = "mean " if len(heads) > 1 else ""
+    mean, at = "mean " if len(heads) > 1 else "", f" at {radii[0]}" if radii else ""
     task = next((head for head in heads if rows[0].reports[head].task == sort_by), None)
     orders: dict[str, tuple[str, Callable[[Row], Any]]] = {
         "model": ("model", lambda row: 0),
         "method": ("method", lambda row: row.name),
         "clean": (f"{mean}clean accuracy", lambda row: -row.clean()),
-        "robust": (f"{mean}accuracy at {radii[0]}", lambda row: -row.robust()),
+        "robust": (f"{mean}accuracy{at}", lambda row: -row.robust()),
     }
     if task is not None:
-        orders[sort_by] = f"{_as_text(task)} at {radii[0]}", lambda row: -_values(row.reports[task])[1]
+        orders[sort_by] = f"{_as_text(task)}{at}", lambda row: -_least(row.reports[task])
     by, order = orders.get(sort_by, orders["model"])
     lines = []
     for row in sorted(rows, key=lambda row: (order(row), row.link, row.name)):
         cells = [" / ".join(f"{100 * value:.1f}" for value in _values(row.reports[head])) for head in heads]
-        means = [f"{100 * row.clean():.1f} / {100 * row.robust():.1f}"] if mean else []
+        both = [row.clean(), *([row.robust()] if radii else [])]
+        means = [" / ".join(f"{100 * value:.1f}" for value in both)] if mean else []
         lines.append((row.link, row.name, *cells, *means))
-    last = [f"mean: clean / {radii[0]}"] if mean else []
+    figures = " / ".join(["clean", *radii])
+    last = [f"mean: {' / '.join(['clean', *radii[:1]])}"] if mean else []
     norm = "L-inf" if first.norm == "linf" else "L2"
-    about = f"In percent, clean / {' / '.join(radii)} ({norm}); attack: {first.view.text}. Sorted by {by}."
+    told = f"{figures} ({norm}); attack: {first.view.text}" if radii else figures
+    about = f"In percent, {told}. Sorted by {by}."
     blind = "**This attack doesn't know the defence and flatters it: quote the figures of an attack through it.**"
     table = as_markdown(Cells(("model", "", *map(_as_text, heads), *last), tuple(lines)))
     return [f"## {_as_text(first.full_attack)}", about, *([blind] if _is_blind(first) else []), table]

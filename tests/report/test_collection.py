@@ -84,6 +84,15 @@ def test_the_order_is_the_one_asked_for_and_said(root, sort_by, order):
     assert f"Sorted by {told.get(sort_by, sort_by)}." in page
 
 
+def test_figures_without_an_attack(tmp_path):
+    for name, clean in (("low", 0.6), ("high", 0.7)):
+        write(tmp_path, name, [make_report(clean_accuracy=clean, robust_accuracy={})])
+    page = make_collection("mine", read_collection(tmp_path)[0])
+    assert "In percent, clean. Sorted by accuracy." in page
+    ((_, rows),) = tables(page)
+    assert places(rows) == ["high", "low"] and rows[2][2:] == ["70.0"]
+
+
 def test_radii_ascend_whatever_their_order_in_the_file(tmp_path):
     write(tmp_path, "one", [make_report(robust_accuracy={4 / 255: 0.25, 1 / 255: 0.7})])
     page = make_collection("mine", read_collection(tmp_path)[0])

@@ -46,7 +46,8 @@ def make_report(
     robust_accuracy = {1 / 255: 0.7, 4 / 255: 0.25} if robust_accuracy is None else robust_accuracy
     after_each = {r: {"pgd": v} for r, v in robust_accuracy.items()} if after_each is None else after_each
     if per_class is None:  # as many right in all as the accuracies say
-        right = round(n * clean_accuracy), round(n * robust_accuracy[max(robust_accuracy)])
+        least = robust_accuracy[max(robust_accuracy)] if robust_accuracy else clean_accuracy
+        right = round(n * clean_accuracy), round(n * least)
         half = n // 2
         per_class = {"cat": (half, *(min(half, count) for count in right)),
                      "dog": (n - half, *(max(0, count - half) for count in right))}  # fmt: skip
