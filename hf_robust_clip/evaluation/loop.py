@@ -294,7 +294,7 @@ class _Evaluation:
             self.remarks = self.defence.remarks(self.model, first_BCHW)
             self.detects = found.flagged is not None
             if self.defence.traits.couples_images:
-                size = self.settings.batch_size
+                size = min(self.settings.batch_size, len(self.dataset))
                 self.remarks += (f"its figures are those of batches of {size}, whose images change one another",)
         self.stages = [stage for stage in self.stages if self.detects or not stage.member.of_detectors]
         if not self.stages and self.settings.attack.has_radii:

@@ -306,7 +306,7 @@ def measure(prepared: Prepared) -> Measured:
             texts.set(model, data, shared.templates_of(prepared.tasks[title], data, texts.templates))
             digests = (known_descriptions(name, trained, data.class_names, revision), digest_of(model))
             if data.attacked:
-                about = "its pictures are adversarial already, made against one model; clean means as they are"
+                about = "adversarial already, for one model: of that clean is the robust accuracy, of others it is not"
                 found.remarks.append(f"{title}: {about}.")
             remark = other_prompt(prepared.called[name], trained, model.templates, digests)
             found.remarks += [] if remark is None else [remark]
