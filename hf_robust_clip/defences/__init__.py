@@ -24,7 +24,9 @@ def defence_class(key: str) -> type[Defence]:
     found = _classes()
     if key not in found:
         mend = f"; import {key.rpartition('.')[0]} first, if it is yours" if "." in key else ""
-        raise ValueError(f"unknown test-time defence {key!r}{mend}; known: {', '.join(found)}.")
+        own = defence_classes()
+        further = f", and {len(found) - len(own)} of other modules" if len(found) > len(own) else ""
+        raise ValueError(f"unknown test-time defence {key!r}{mend}; known: {', '.join(own)}{further}.")
     return found[key]
 
 
