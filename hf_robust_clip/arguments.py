@@ -330,8 +330,8 @@ class TrainingRunArguments:
         held_out_images: share of the training images of each class, at least one, that is held out of the training
             and on which it is evaluated while it runs (eval_steps, by default save_steps); the weights with the best
             robust accuracy there are kept. Never the test split.
-        card_pictures: so many attacked test pictures on the card, of the first task whose licence lets anybody show
-            them (digits, coloured-digits, fashion_mnist); null takes 4 where the run is pushed to the Hub, 0 none.
+        card_pictures: so many attacked test pictures on the card, of the first task whose licence is known to let
+            anybody show them (digits, say); null takes 4 where the run is pushed to the Hub, 0 none.
         overwrite: begin anew in a folder that holds a run.
     """
 

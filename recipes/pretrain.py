@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -31,7 +30,9 @@ from hf_robust_clip import (
     load_image_dataset,
 )
 from hf_robust_clip.command_line import CommandLine, read_command
+from hf_robust_clip.hub import dump_recipe
 from hf_robust_clip.modeling.scratch import Size, make_model, make_processor
+from hf_robust_clip.names import is_path, shown_folder, shown_name, without_paths
 from hf_robust_clip.report import CardInfo, RobustnessReport, make_card, save_reports
 from hf_robust_clip.report.card import FROM_SCRATCH
 from hf_robust_clip.runs.interruptions import one_line_errors
@@ -192,10 +193,10 @@ def train_cycle(model: CLIPForZeroShotClassification, data: CaptionedPictures, f
 
 def measure(model: CLIPForZeroShotClassification, data: ImageDataset, settings: Settings) -> RobustnessReport:
     """Zero-shot accuracy on all pictures, as a report for the card."""
-    how = EvaluationSettings((), attack=NoAttack(), batch_size=500)
-    name, folder = Path(settings.output_dir).name, settings.output_dir
+    how, place = EvaluationSettings((), attack=NoAttack(), batch_size=500), shown_folder(settings.output_dir)
+    task = shown_name(data.dataset_id)
     with model.prepared_for(data, settings.captions[0]):
-        return evaluate_robustness(model, data, how, name=name, task=data.dataset_id, model_id=f"./{folder}")
+        return evaluate_robustness(model, data, how, name=Path(place).name, task=task, model_id=place)
 
 
 def pretrain(settings: Settings) -> CLIPForZeroShotClassification:
@@ -252,9 +253,9 @@ def write_card(
         "training_precision": "bfloat16 autocast" if settings.bf16 else "float32",
         "seed": settings.seed,
     }
-    data = [f"{source.dataset}, split {source.split}" for source in settings.sources]
+    data = [f"{shown_name(source.dataset)}, split {source.split}" for source in settings.sources]
     info = CardInfo(
-        repo_id=f"./{settings.output_dir}",
+        repo_id=shown_folder(settings.output_dir),
         base_model="",
         training_data="; ".join(data),
         paper=Contrastive.paper,
@@ -262,9 +263,9 @@ def write_card(
         template=settings.captions[0],
         class_names=class_names,
         limits=f"It knows the {len(class_names)} classes of these sets and hardly any others.",
-        datasets=list(dict.fromkeys(report.dataset for report in reports if not Path(report.dataset).exists())),
+        datasets=list(dict.fromkeys(report.dataset for report in reports if not is_path(report.dataset))),
     )
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(asdict(settings), sort_keys=False), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(dump_recipe(without_paths(asdict(settings))), encoding="utf-8")
     save_reports(folder / "report.json", reports, card=info)
     make_card(reports, (), info).save(folder / "README.md")
 

@@ -19,6 +19,7 @@ from hf_robust_clip import (
     evaluate_robustness,
     load_image_dataset,
 )
+from hf_robust_clip.report import regenerate_card
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE = [str(RECIPES / "pretrain.py"), "--config", str(RECIPES / "configs/digits-clip/pretrain.yaml")]
@@ -76,3 +77,17 @@ def test_a_few_steps_leave_a_checkpoint_and_going_on_changes_nothing(run, tmp_pa
     again = weights()
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
     CLIPModel.from_pretrained(tmp_path)
+    card, recipe = ((tmp_path / name).read_text() for name in ("README.md", "recipe.yaml"))
+    assert str(regenerate_card(tmp_path)) == card
+    assert "trained from random weights" in card and "fine-tuned" not in card
+    assert str(tmp_path) not in card + recipe
+
+
+def test_a_checkpoint_in_half_precision_is_read_as_float32(run, tmp_path):
+    for name, flags in (("whole", ()), ("half", ("--float16", "true"))):
+        run(tmp_path / name, "--steps", "1", *flags)
+    whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "half"))
+    assert {tensor.dtype for tensor in half.values()} == {torch.float16}
+    assert all(torch.equal(half[name], tensor.half()) for name, tensor in whole.items())
+    for family in (CLIPModel, CLIPForZeroShotClassification):
+        assert family.from_pretrained(tmp_path / "half").dtype == torch.float32

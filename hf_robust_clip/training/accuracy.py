@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from transformers import EvalPrediction
+from torch import Tensor
+from transformers import EvalPrediction, TrainerCallback
 
 from ..metrics import accuracy_after_each
 from ..prediction import Prediction
@@ -22,3 +25,16 @@ def robust_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     ]
     clean, robust = accuracy_after_each(torch.stack(right_2, dim=1))
     return {"clean_accuracy": clean, "robust_accuracy": robust}
+
+
+def show_so_far(callbacks: Sequence[TrainerCallback], right_N2: Tensor) -> None:
+    """Clean and robust accuracy of N images beside the progress bar, where there is one.
+
+    Args:
+        right_N2: whether each is right as it is, and under attack.
+    """
+    shares = zip(("clean", "robust"), accuracy_after_each(right_N2), strict=True)
+    so_far = {name: f"{share:.1%}" for name, share in shares}
+    for callback in callbacks:
+        if getattr(callback, "prediction_bar", None) is not None:
+            callback.prediction_bar.set_postfix(so_far)

@@ -23,7 +23,6 @@ from ..defences import judging
 from ..defences.base import Defence, Prediction
 from ..defences.defended import DefendedClassifier
 from ..hub import Kind
-from ..metrics import accuracy_after_each
 from ..modeling import ZeroShotClassifier, without_gradients
 from ..objectives.base import Batch, Objective
 from ..objectives.clean import Clean
@@ -31,7 +30,7 @@ from ..prompts.access import without_class_prompts
 from ..report.card import make_unmeasured_card
 from ..threat_model import ThreatModel
 from ..zero_shot_data.loading import collate_images
-from .accuracy import robust_accuracy
+from .accuracy import robust_accuracy, show_so_far
 from .batches import (
     VIEW,
     as_objectives_call,
@@ -471,11 +470,7 @@ class RobustClipTrainer(ResumingTrainer):
     def _show(self, right_B2: Tensor) -> None:
         """The accuracy so far of this process beside the bar: a defence takes its time."""
         self._right.append(right_B2.cpu())
-        shares = zip(("clean", "robust"), accuracy_after_each(torch.cat(self._right)), strict=True)
-        so_far = {name: f"{share:.1%}" for name, share in shares}
-        for callback in self.callback_handler.callbacks:
-            if getattr(callback, "prediction_bar", None) is not None:
-                callback.prediction_bar.set_postfix(so_far)
+        show_so_far(self.callback_handler.callbacks, torch.cat(self._right))
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """Batches of all images: `dataloader_drop_last` is for training."""
