@@ -90,7 +90,7 @@ def test_every_cell_finds_a_fresh_process():
 
     def act():
         drawn.append((random.random(), dict(os.environ)))
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+        os.environ |= {"ACCELERATE_MIXED_PRECISION": "bf16", "HOME": "elsewhere"}
 
     cells = [Cell(name, Path(name), act, lambda: False) for name in ("a", "b")]
     run_cells(cells, Path("seconds.csv"))
