@@ -29,6 +29,7 @@ from hf_robust_clip.report import (
     by_model,
     figures_by_task,
     figures_of_defences,
+    figures_of_differences,
     load_card_info,
     load_reports,
     make_card,
@@ -37,6 +38,7 @@ from hf_robust_clip.report import (
     plot_tradeoff,
     save_csv,
     save_reports,
+    without_outcomes,
 )
 from hf_robust_clip.runs import evaluate, train
 from hf_robust_clip.runs.interruptions import one_line_errors
@@ -102,11 +104,13 @@ class Benchmark:
         limits: what the models can't do, for cards and table.
         flags: of every training, beside its config; those of a model go before them.
         seeds: each model is trained once with each, and tables tell mean and standard deviation over them; none takes
-            the configs' own seed. Of several no cards are made, since a card is of one checkpoint.
+            the configs' own seed. Of several a card is of the first, since it is of one checkpoint.
         models: rows of the tables.
         evaluations: what makes their figures.
         tuning_steps: updates with each learning rate that is tried.
         tradeoff_radius: at which clean and robust accuracy are plotted against each other; null plots none.
+        baseline: title of the model that the others are compared with, image by image; null compares none.
+        groups: by name the titles of tasks whose figures are told together, as their mean.
         pictures: labels of imagenet-sample-images by class name, of which a set of pictures is made.
         only: names of models; the others, and the tables, are left to other runs.
     """
@@ -129,8 +133,15 @@ class Benchmark:
     evaluations: Sequence[Evaluation] = ()
     tuning_steps: int = 40
     tradeoff_radius: str | None = None
+    baseline: str | None = None
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     pictures: Mapping[str, Sequence[int]] = field(default_factory=dict)
     only: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        titles = [model.title for model in self.models]
+        if self.baseline is not None and self.baseline not in titles:
+            raise ValueError(f"baseline={self.baseline!r} is the title of no model; it must be one of {titles}.")
 
     @property
     def out(self) -> Path:
@@ -250,20 +261,27 @@ def write_pictures(benchmark: Benchmark) -> None:
 
 
 def write_cards(benchmark: Benchmark, reports: Sequence[RobustnessReport]) -> None:
-    """A folder for each model that was trained here."""
+    """A folder for each model that was trained here; `reports` are those of the first seed."""
     before = [report for report in reports if report.name == benchmark.start_title]
     for model in benchmark.models:
-        own = [report for report in reports if report.name == model.title]
+        own = [replace(report, model=benchmark.id_of(model)) for report in reports if report.name == model.title]
         if not model.config or not own:
             continue
-        folder = benchmark.cards / benchmark.id_of(model)
+        folder, trained = benchmark.cards / benchmark.id_of(model), benchmark.out / benchmark.runs_of(model)[0].name
         folder.mkdir(parents=True, exist_ok=True)
+        limits = benchmark.limits
+        if len(benchmark.seeds) > 1:
+            others = ", ".join(map(str, benchmark.seeds[1:]))
+            limits = (
+                f"{limits.rstrip()}\nThis is the model of seed {benchmark.seeds[0]}, and so are its figures; the "
+                f"benchmark's table tells the mean over {len(benchmark.seeds)} seeds (with {others})."
+            ).lstrip()
         info = replace(
-            load_card_info(benchmark.out / model.name / "report.json"), repo_id=benchmark.id_of(model),
-            base_model=benchmark.start_id, limits=benchmark.limits, plot=None, license="apache-2.0",
+            load_card_info(trained / "report.json"), repo_id=benchmark.id_of(model),
+            base_model=benchmark.start_id, limits=limits, plot=None, license="apache-2.0",
         )  # fmt: skip
         save_reports(folder / "report.json", own, before, card=info)
-        recipe = (benchmark.out / model.name / "recipe.yaml").read_text(encoding="utf-8")
+        recipe = (trained / "recipe.yaml").read_text(encoding="utf-8")
         (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
         make_card(own, before, info).save(folder / "README.md")
 
@@ -275,6 +293,7 @@ def write_tables(
     place = benchmark.cards / benchmark.name
     place.mkdir(parents=True, exist_ok=True)
     every = with_seeds(benchmark, runs)
+    check_compared(benchmark, every)
     save_reports(place / "report.json", every)
     save_csv(place / "report.csv", every)
     limits = "".join(f"- {line}\n" for line in benchmark.limits.splitlines())
@@ -289,6 +308,16 @@ def write_tables(
             parts.append(attack_part(benchmark, place, own, [run.get(attack, []) for run in further]))
     parts += [tuning_part(benchmark, chosen)] if any(chosen.values()) else []
     (place / "table.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def check_compared(benchmark: Benchmark, reports: Sequence[RobustnessReport]) -> None:
+    """Raise ValueError for groups of tasks that nothing was evaluated on, and for defences, which aren't compared."""
+    tasks = {report.task for report in reports}
+    for group, named in benchmark.groups.items():
+        if unknown := [task for task in named if task not in tasks]:
+            raise ValueError(f"groups[{group!r}] has {unknown[0]!r}; tasks are {sorted(tasks)}.")
+    if (benchmark.baseline or benchmark.groups) and any(report.defence for report in reports):
+        raise ValueError("baseline and groups are of models without a defence; leave them out.")
 
 
 def with_seeds(benchmark: Benchmark, runs: Sequence[Sequence[RobustnessReport]]) -> list[RobustnessReport]:
@@ -325,9 +354,47 @@ def attack_part(
         plot_accuracy(place / f"{file}.png", reports)
         plots = f"![accuracy against eps]({file}.png)\n"
     if benchmark.tradeoff_radius is not None:
-        plot_tradeoff(place / f"{file}_tradeoff.png", reports, benchmark.tradeoff_radius, further)
+        groups = benchmark.groups or None
+        plot_tradeoff(place / f"{file}_tradeoff.png", reports, benchmark.tradeoff_radius, further, groups)
         plots += f"\n![clean against robust]({file}_tradeoff.png)\n"
-    return f"## {attack}\n\n{about}.\n\n{as_markdown(figures_by_task(reports, further))}\n\n{plots}"
+    tables = f"{as_markdown(figures_by_task(reports, further))}\n\n{groups_part(benchmark, reports, further)}"
+    differences = differences_part(benchmark, reports, further)
+    return f"## {attack}\n\n{about}.\n\n{tables}{plots}{differences}"
+
+
+def groups_part(
+    benchmark: Benchmark, reports: Sequence[RobustnessReport], further: Sequence[Sequence[RobustnessReport]]
+) -> str:
+    """The means over groups of tasks under one attack, where there are groups."""
+    if not benchmark.groups:
+        return ""
+    about = "The same as unweighted mean over the tasks of a group"
+    about += "; the standard deviation is that of the seeds' means." if further else "."
+    return f"{about}\n\n{as_markdown(figures_by_task(reports, further, benchmark.groups))}\n\n"
+
+
+def differences_part(
+    benchmark: Benchmark, reports: Sequence[RobustnessReport], further: Sequence[Sequence[RobustnessReport]]
+) -> str:
+    """By how much models are better than the baseline under one attack, where there is one: groups of tasks, tasks."""
+    if benchmark.baseline is None:
+        return ""
+    head = f"\n### Paired differences to {benchmark.baseline}\n\n"
+    if lacking := without_outcomes([reports, *further]):
+        return f"{head}Left out: reports of {', '.join(lacking)} don't say which images were right.\n"
+    if benchmark.baseline not in {report.name for report in reports}:
+        return f"{head}Left out: {benchmark.baseline} has no figures under this attack.\n"
+    drawn = "images and, of a model with several, seeds" if further else "images: trainings may differ by more"
+    about = (
+        "Accuracy less the baseline's on the same images, in points, with 95 % intervals by a bootstrap over "
+        f"{drawn}. Bold where the interval excludes 0: of 20 differences that are none, one is bold by chance"
+    )
+    about += ", and more where so few seeds differ much from one another." if further else "."
+    tables = [
+        as_markdown(figures_of_differences(reports, further, baseline=benchmark.baseline, groups=groups))
+        for groups in ([benchmark.groups] if benchmark.groups else []) + [None]
+    ]
+    return f"{head}{about}\n\n" + "\n\n".join(tables) + "\n"
 
 
 def tuning_part(benchmark: Benchmark, chosen: Mapping[str, str | None]) -> str:
@@ -361,8 +428,7 @@ def run(benchmark: Benchmark) -> None:
             of_seed = [benchmark.runs_of(model)[number] for model in own if number < len(benchmark.runs_of(model))]
             reports += evaluate_models(benchmark, evaluation, of_seed)
     if not benchmark.only:
-        if len(runs) == 1:
-            write_cards(benchmark, runs[0])
+        write_cards(benchmark, runs[0])
         write_tables(benchmark, runs, chosen)
 
 

@@ -6,10 +6,14 @@ from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import numpy as np
 import pytest
+from reports import make_defence, make_report
 
+from hf_robust_clip import paired_difference
 from hf_robust_clip.command_line import packaged_config, read_command
 from hf_robust_clip.report import load_reports
+from hf_robust_clip.report.outcomes import make_outcomes
 from hf_robust_clip.runs import evaluate, train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -115,6 +119,7 @@ def test_a_model_is_trained_once_with_each_seed(monkeypatch):
     trained["flags"].pop("max_steps")
     trained["learning_rates"] = []
     small |= {"seeds": [3, 4], "flags": {"save_strategy": "no", "learning_rate": "1e-2"}}
+    small |= {"baseline": "before", "groups": {"all of them": ["digits"]}}
     Path("own.yaml").write_text(json.dumps(small).replace('"tecoa"', '"digits-clip/tecoa"'))
     seen = []
     real = train.train
@@ -127,10 +132,45 @@ def test_a_model_is_trained_once_with_each_seed(monkeypatch):
     mean = sum(report.clean_accuracy for report in runs[1:]) / 2
     text = Path("out/cards/small/table.md").read_text()
     assert f"| TeCoA | {100 * mean:.1f} ± " in text and "over the seeds 3, 4" in text
-    assert not Path("out/cards/hf-robust-clip").exists()
+    assert "### Paired differences to before" in text and "all of them: digits (n=4): clean / 8/255" in text
+    difference = paired_difference([[run] for run in runs[1:]], [[runs[0]]])
+    assert text.count(f"| TeCoA | {difference} / ") == 2, "of the group, and of its only task"
+    (of_first,), (start,) = load_reports("out/cards/hf-robust-clip/digits-te-coa/report.json")
+    assert (of_first.outcomes, start.outcomes) == (runs[1].outcomes, runs[0].outcomes)
+    assert of_first.model == "hf-robust-clip/digits-te-coa"
+    card = Path("out/cards/hf-robust-clip/digits-te-coa/README.md").read_text()
+    assert "One step." in card and "This is the model of seed 3" in card
     own = read("own.yaml")
     with pytest.raises(ValueError, match="seeds="):
         script.train_model(replace(own, seeds=(1, 1)), own.models[1])
+
+
+def test_differences_that_cannot_be_told_are_left_out_with_the_reason():
+    """And a baseline or a task that isn't there is refused."""
+    own = replace(read_small(), baseline="before")
+    reports = [make_report(name="before"), make_report()]
+    said = script.differences_part(own, reports, [])
+    assert "Left out" in said and "before, TeCoA" in said
+    assert "before" in script.differences_part(own, [with_outcomes(reports[1])], [])
+    assert script.differences_part(replace(own, baseline=None), reports, []) == ""
+    with pytest.raises(ValueError, match="baseline='after'"):
+        replace(own, baseline="after")
+    with pytest.raises(ValueError, match=r"groups\['a'\].*'cats'"):
+        script.write_tables(replace(own, groups={"a": ["cats"]}), [reports], {})
+    with pytest.raises(ValueError, match="baseline and groups"):
+        script.write_tables(own, [[make_report(attack_target="adaptive", defence=make_defence())]], {})
+
+
+def read_small():
+    Path("own.yaml").write_text(json.dumps(SMALL))
+    return read("own.yaml")
+
+
+def with_outcomes(report):
+    """A report with outcomes that are as good as it says."""
+    figures = {0.0: report.clean_accuracy, **report.robust_accuracy}
+    right = {eps: np.arange(report.num_images) < round(value * report.num_images) for eps, value in figures.items()}
+    return replace(report, outcomes=make_outcomes("images", right))
 
 
 def short(real):
