@@ -105,7 +105,7 @@ def test_what_was_measured_of_an_earlier_training_is_deleted(monkeypatch):
     old.parent.mkdir(parents=True)
     old.write_text("{}")
     monkeypatch.setattr(train, "train", lambda run: None)
-    script.run_training(own, own.models[1], own.out / "te_coa", {})
+    script.run_training(own, own.models[1], own.out / "te_coa", dict)
     assert not old.parent.exists()
 
 
@@ -130,7 +130,7 @@ def test_a_model_is_trained_once_with_each_seed(monkeypatch):
     assert not Path("out/cards/hf-robust-clip").exists()
     own = read("own.yaml")
     with pytest.raises(ValueError, match="seeds="):
-        script.train_model(replace(own, seeds=(1, 1)), own.models[1])
+        script.cells_of(replace(own, seeds=(1, 1)))
 
 
 def short(real):
