@@ -6,14 +6,12 @@ from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-import numpy as np
 import pytest
 from reports import make_defence, make_report
 
 from hf_robust_clip import paired_difference
 from hf_robust_clip.command_line import packaged_config, read_command
 from hf_robust_clip.report import load_reports
-from hf_robust_clip.report.outcomes import make_outcomes
 from hf_robust_clip.runs import evaluate, train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -109,7 +107,7 @@ def test_what_was_measured_of_an_earlier_training_is_deleted(monkeypatch):
     old.parent.mkdir(parents=True)
     old.write_text("{}")
     monkeypatch.setattr(train, "train", lambda run: None)
-    script.run_training(own, own.models[1], own.out / "te_coa", {})
+    script.run_training(own, own.models[1], own.out / "te_coa", dict)
     assert not old.parent.exists()
 
 
@@ -142,35 +140,19 @@ def test_a_model_is_trained_once_with_each_seed(monkeypatch):
     assert "One step." in card and "This is the model of seed 3" in card
     own = read("own.yaml")
     with pytest.raises(ValueError, match="seeds="):
-        script.train_model(replace(own, seeds=(1, 1)), own.models[1])
+        script.cells_of(replace(own, seeds=(1, 1)))
 
 
-def test_differences_that_cannot_be_told_are_left_out_with_the_reason():
-    """And a baseline or a task that isn't there is refused."""
-    own = replace(read_small(), baseline="before")
-    reports = [make_report(name="before"), make_report()]
-    said = script.differences_part(own, reports, [])
-    assert "Left out" in said and "before, TeCoA" in said
-    assert "before" in script.differences_part(own, [with_outcomes(reports[1])], [])
-    assert script.differences_part(replace(own, baseline=None), reports, []) == ""
-    with pytest.raises(ValueError, match="baseline='after'"):
-        replace(own, baseline="after")
-    with pytest.raises(ValueError, match=r"groups\['a'\].*'cats'"):
-        script.write_tables(replace(own, groups={"a": ["cats"]}), [reports], {})
-    with pytest.raises(ValueError, match="baseline and groups"):
-        script.write_tables(own, [[make_report(attack_target="adaptive", defence=make_defence())]], {})
-
-
-def read_small():
+def test_a_baseline_and_tasks_that_are_not_there_are_refused():
     Path("own.yaml").write_text(json.dumps(SMALL))
-    return read("own.yaml")
-
-
-def with_outcomes(report):
-    """A report with outcomes that are as good as it says."""
-    figures = {0.0: report.clean_accuracy, **report.robust_accuracy}
-    right = {eps: np.arange(report.num_images) < round(value * report.num_images) for eps, value in figures.items()}
-    return replace(report, outcomes=make_outcomes("images", right))
+    own = read("own.yaml")
+    with pytest.raises(ValueError, match="baseline: there is no model 'after'"):
+        script.run(replace(own, baseline="after"))
+    with pytest.raises(ValueError, match=r"groups\['a'\].*'cats'"):
+        script.check_compared(replace(own, groups={"a": ["cats"]}), [make_report()])
+    defended = make_report(attack_target="adaptive", defence=make_defence())
+    with pytest.raises(ValueError, match="baseline and groups"):
+        script.check_compared(replace(own, baseline="before"), [defended])
 
 
 def short(real):

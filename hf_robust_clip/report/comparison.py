@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .report import RobustnessReport
-from .tables import Cells, figure_heads, grouped_tasks
+from .tables import Cells, as_markdown, figure_heads, grouped_tasks
 
 RESAMPLES = 10_000
 DRAWN_AT_ONCE = 2**20  # images, over several draws
@@ -171,9 +171,32 @@ def _alike(report: RobustnessReport) -> dict[str, str]:
     return {name: json.dumps(value, sort_keys=True) for name, value in told.items()}
 
 
-def without_outcomes(runs: Runs) -> list[str]:
-    """The names of models with a report of which nobody noted single images."""
-    return list(dict.fromkeys(report.name for run in runs for report in run if report.outcomes is None))
+def differences_told(
+    reports: Sequence[RobustnessReport],
+    further: Runs = (),
+    *,
+    baseline: str,
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    """`figures_of_differences` in Markdown, of groups of tasks, where there are some, and of tasks, with what they
+    are; or why there are none: reports without outcomes, or of other images or attacks, or none of the baseline.
+    """
+    runs = [run for run in (reports, *further) if run]
+    lacking = dict.fromkeys(report.name for run in runs for report in run if report.outcomes is None)
+    if lacking:
+        return f"Left out: reports of {', '.join(lacking)} don't say which images were right."
+    try:
+        kinds = [groups, None] if groups else [None]
+        found = [figures_of_differences(reports, further, baseline=baseline, groups=own) for own in kinds]
+    except ValueError as error:
+        return f"Left out: {error}"
+    drawn = "images and, of a model with several, seeds" if len(runs) > 1 else "images: trainings may differ by more"
+    about = (
+        "Accuracy less the baseline's on the same images, in points, with 95 % intervals by a bootstrap over "
+        f"{drawn}. Bold where the interval excludes 0: of 20 differences that are none, one is bold by chance"
+    )
+    about += ", and more where so few seeds differ much from one another." if len(runs) > 1 else "."
+    return "\n\n".join([about, *map(as_markdown, found)])
 
 
 def figures_of_differences(

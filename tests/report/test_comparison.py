@@ -9,7 +9,7 @@ from reports import make_report
 from scipy.stats import bootstrap
 
 from hf_robust_clip import paired_difference
-from hf_robust_clip.report import Difference, as_markdown, figures_by_task, figures_of_differences
+from hf_robust_clip.report import Difference, as_markdown, differences_told, figures_by_task, figures_of_differences
 from hf_robust_clip.report.outcomes import make_outcomes
 
 EPS = 1 / 255
@@ -176,3 +176,14 @@ def test_means_over_groups_of_tasks_are_unweighted_and_over_runs():
     )
     with pytest.raises(ValueError, match="twice"):
         figures_by_task(first, [], {"others": ["digits", "digits"]})
+
+
+def test_differences_that_cannot_be_told_are_left_out_with_the_reason():
+    start, own = report([1, 0, 1, 0], name="before"), report([1, 1, 1, 0])
+    told = differences_told([start, own], baseline="before", groups={"all": ["digits"]})
+    assert told.count("| TeCoA | ") == 2 and "over images:" in told
+    assert "seeds" in differences_told([start, own], [[own]], baseline="before")
+    for reports, said in (([start, replace(own, outcomes=None)], "reports of TeCoA"), ([own], "'before'"),
+                          ([start, replace(own, attack_resolution=4)], "attack_resolution")):  # fmt: skip
+        assert differences_told(reports, baseline="before").startswith("Left out: ")
+        assert said in differences_told(reports, baseline="before")
