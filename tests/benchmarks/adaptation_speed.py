@@ -26,21 +26,22 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from prompt_speed import (
-    NUM_TOKENS,
-    Ours,
-    Released,
-    Task,
+from measuring import (
+    add_output,
+    card_told,
+    clear_card,
     exact_dtype,
-    figures_of,
+    keep,
+    on_card,
     print_figures,
-    print_table,
     resident_peak,
     timed,
     told_if_failed,
-)
+)  # fmt: skip
+from prompt_speed import NUM_TOKENS, Ours, Released, Task, compared_on_card, figures_of, print_table
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -223,39 +224,41 @@ def peak_memory(args: argparse.Namespace, name: str) -> float:
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, list[tuple[float, float]]], dict[str, float]]:
-    """Times turn by turn (on a card, where `released` is measured on one image: way by way), and peaks."""
-    cuda = args.device == "cuda"
+    """Times turn by turn on a CPU, and peaks."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in args.only}
-    peaks: dict[str, float] = {}
-    if not cuda:
-        task = Task(args, args.images, args.classes)
-        ways = {name: WAYS[name](task, args) for name in args.only}
-        for _ in range(args.repeats):
-            for name, way in ways.items():
-                times[name].append(timed(lambda way=way: run_once(way), args.device))
-        if not args.no_memory:
-            peaks = {name: peak_memory(args, name) for name in args.only}
-        return times, peaks
-    for name in args.only:
-        count = 1 if name == "released" else args.images
-        task = Task(args, count, args.classes)
-        with told_if_failed(f"{name}, {count} image(s), {args.classes} classes", {}):
-            way = WAYS[name](task, args)
-            run_once(way)
-            torch.cuda.reset_peak_memory_stats()
-            found = [timed(lambda way=way: run_once(way), args.device) for _ in range(args.repeats)]
-            times[name] = [(wall * args.images / count, cpu * args.images / count) for wall, cpu in found]
-        peaks[name] = torch.cuda.max_memory_allocated()
-        way = None
-        gc.collect()
-        torch.cuda.empty_cache()
-    return times, peaks
+    task = Task(args, args.images, args.classes)
+    ways = {name: WAYS[name](task, args) for name in args.only}
+    for _ in range(args.repeats):
+        for name, way in ways.items():
+            times[name].append(timed(lambda way=way: run_once(way), args.device))
+    return times, {} if args.no_memory else {name: peak_memory(args, name) for name in args.only}
+
+
+def measure_cuda(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What `on_card` finds of one way (of `released` on one image, since it takes one by one), or the error."""
+    count = 1 if name == "released" else args.images
+    task = Task(args, count, args.classes)
+    found: dict[str, Any] = {}
+    with told_if_failed(f"{name}, {count} image(s), {args.classes} classes", found):
+        way = WAYS[name](task, args)
+        found |= on_card(lambda: run_once(way), count, args.repeats, warm_ups=1) | {"images": count}
+        print(f"{name}, {count} image(s): {card_told(found, 'images/s')}", flush=True)
+    way = None
+    clear_card()
+    return found
 
 
 def run(args: argparse.Namespace) -> None:
     """Check, measure, and print the table."""
     if len(args.only) == 2:
         check(args)
+    if args.device == "cuda":
+        figures: dict[str, Any] = {}
+        for name in args.only:
+            figures[name] = measure_cuda(args, name)
+            keep(__file__, args, figures)
+        print_figures(__file__, args, compared_on_card(figures))
+        return
     times, peaks = measure(args)
     print_table(args, times, peaks, args.images, "images/s")
     print_figures(__file__, args, figures_of(args, times, peaks, args.images))
@@ -277,6 +280,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs=1, choices=tuple(WAYS), default=list(WAYS), help="time one way, unchecked")
     parser.add_argument("--no_memory", action="store_true", help="CPU: don't run each way once more for its memory")
     parser.add_argument("--tiny", action="store_true", help="a tiny CLIP: to try the script, not to measure")
+    add_output(parser)
     parser.add_argument("--own_peak", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     cuda = args.device == "cuda"
