@@ -12,7 +12,7 @@ images/s and peak memory of each, and the ratio of their times.
             again in the prediction. To its favour: its views are made beforehand, and not timed.
 
     python tests/benchmarks/adaptation_speed.py --design VLI --classes 100
-    python tests/benchmarks/adaptation_speed.py --design VLI --classes 1000 --images 32 --device cuda --dtype bf16
+    python tests/benchmarks/adaptation_speed.py --design VLI --classes 1000 --images 8 --device cuda
 
 `--vocab` and the stand-in for it: see prompt_speed.py. In fp32 the released way takes about 38 MB for each class:
 `--chunk 100` takes its text forward and back 100 classes at a time (what that needs to know beforehand isn't timed).
