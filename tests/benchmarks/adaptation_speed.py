@@ -13,6 +13,7 @@ images/s and peak memory of each, and the ratio of their times.
 
     python tests/benchmarks/adaptation_speed.py --design VLI --classes 100
     python tests/benchmarks/adaptation_speed.py --design VLI --classes 1000 --images 8 --device cuda
+    python tests/benchmarks/adaptation_speed.py --classes 1000 --chunk 100 --choose_bf16
 
 `--vocab` and the stand-in for it: see prompt_speed.py. In fp32 the released way takes about 38 MB for each class:
 `--chunk 100` takes its text forward and back 100 classes at a time (what that needs to know beforehand isn't timed).
@@ -25,6 +26,7 @@ import gc
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,17 @@ class ReleasedAtTestTime(Released):
         return loss.detach(), logits_C, [p.detach().clone() for p in self.prompts]
 
 
+def chosen_alike(way: OursAtTestTime) -> dict[str, float]:
+    """Views that are kept, and how many of an image's are the same if they are chosen without bfloat16, on average."""
+    run = way.adapter.run(way.core, way.task.images_BCHW, SEED, "none")
+    start = way.adapter.initial(way.core, run.own)
+    roughly_BK, exactly_BK = (
+        replace(way.adapter, choose_bf16=rough).choose(run, start) for rough in (True, False)
+    )  # fmt: skip
+    same = (roughly_BK[:, :, None] == exactly_BK[:, None]).any(dim=2).sum(dim=1).double().mean()
+    return {"kept": roughly_BK.shape[1], "same": float(same)}
+
+
 WAYS = {"ours": OursAtTestTime, "released": ReleasedAtTestTime}
 
 
@@ -260,8 +273,12 @@ def run(args: argparse.Namespace) -> None:
         print_figures(__file__, args, compared_on_card(figures))
         return
     times, peaks = measure(args)
+    alike = {}
+    if args.choose_bf16 and "ours" in args.only:
+        alike = chosen_alike(OursAtTestTime(Task(args, args.images, args.classes), args))
+        print(f"views chosen in bfloat16: {alike['same']:.2f} of {alike['kept']} are those of float32", flush=True)
     print_table(args, times, peaks, args.images, "images/s")
-    print_figures(__file__, args, figures_of(args, times, peaks, args.images))
+    print_figures(__file__, args, figures_of(args, times, peaks, args.images) | ({"chosen": alike} if alike else {}))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -275,7 +292,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1, help="timed runs of each way (default 1)")
     parser.add_argument("--vocab", type=Path, help="CLIP's bpe_simple_vocab_16e6.txt.gz; default: a stand-in")
     parser.add_argument("--chunk", type=int, help="classes that `released` holds at once; default all")
-    parser.add_argument("--choose_bf16", action="store_true", help="ours chooses the views in bfloat16")
+    parser.add_argument(
+        "--choose_bf16", action="store_true", help="ours chooses the views in bfloat16; on CPU told how many differ"
+    )
     parser.add_argument("--our_chunk", type=int, help="`chunk_size` of ours; default all")
     parser.add_argument("--only", nargs=1, choices=tuple(WAYS), default=list(WAYS), help="time one way, unchecked")
     parser.add_argument("--no_memory", action="store_true", help="CPU: don't run each way once more for its memory")
