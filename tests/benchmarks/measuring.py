@@ -207,12 +207,19 @@ def float32_told() -> str:
     return f"products in {products}, convolutions in {convolutions}"
 
 
+def write_whole(file: Path, text: str) -> None:
+    """The text in place of what the file held: whoever is stopped meanwhile leaves one or the other."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
 def keep(file: str, args: argparse.Namespace, figures: dict[str, Any], *, complete: bool = False) -> str:
     """What was measured so far, where, and with which settings, as a line of JSON; written where --output says."""
     line = json.dumps(about(file, args) | {"complete": complete, "figures": figures})
     if getattr(args, "output", None):
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(line + "\n", encoding="utf-8")
+        write_whole(args.output, line + "\n")
     return line
 
 

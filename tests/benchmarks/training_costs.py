@@ -46,6 +46,7 @@ from measuring import (
     told_if_failed,
     use_told,
     used,
+    write_whole,
 )  # fmt: skip
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -469,8 +470,7 @@ def load() -> dict[str, Any]:
 
 
 def save(costs: Mapping[str, Any], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(costs, indent=1) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(costs, indent=1) + "\n")
 
 
 def main(words: list[str] | None = None) -> None:
