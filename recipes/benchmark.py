@@ -644,7 +644,8 @@ def main(argv: Sequence[str]) -> None:
         given = read_command(COMMAND, argv, default, __doc__)
         benchmark: Benchmark = given.group(Benchmark, given.made())
         quiet_loading()
-        run(benchmark)
+        with one_line_errors(lambda: f"what is finished is in {benchmark.output_dir!r}; the same command goes on."):
+            run(benchmark)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`recipes/benchmark.py`: every config is read, and a small one ends with tables and cards, nothing done twice."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
@@ -11,6 +12,7 @@ from reports import make_defence, make_report
 
 from hf_robust_clip import paired_difference
 from hf_robust_clip.command_line import packaged_config, read_command
+from hf_robust_clip.hub import dump_recipe
 from hf_robust_clip.report import load_reports
 from hf_robust_clip.runs import evaluate, train
 
@@ -138,9 +140,56 @@ def test_a_model_is_trained_once_with_each_seed(monkeypatch):
     assert of_first.model == "hf-robust-clip/digits-te-coa"
     card = Path("out/cards/hf-robust-clip/digits-te-coa/README.md").read_text()
     assert "One step." in card and "This is the model of seed 3" in card
+    Path("out/pgd/te_coa-seed4/report.json").unlink()
+    script.main(["--config", "own.yaml", "--partial"])
+    text = Path("out/cards/small/table.md").read_text()
+    assert "Unfinished, and left out of the tables: pgd: TeCoA." in text
+    assert "| before |" in text and "| TeCoA |" not in text
+    assert len(seen) == 2 and not Path("out/pgd/te_coa-seed4/report.json").exists(), "nothing is run"
     own = read("own.yaml")
     with pytest.raises(ValueError, match="seeds="):
         script.cells_of(replace(own, seeds=(1, 1)))
+
+
+def test_other_weights_are_measured_anew():
+    Path("own.yaml").write_text(json.dumps(SMALL).replace('"tecoa"', '"digits-clip/tecoa"'))
+    own = read("own.yaml")
+    evaluation = next(cell for cell in script.cells_of(own) if cell.name == "pgd of te_coa")
+    weights = Path("out/te_coa/model.safetensors")
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"these")
+    run = script.asked_evaluation(own, own.evaluations[0], own.models[1])
+    evaluation.folder.mkdir(parents=True)
+    for name, text in (("report.json", "{}"), ("recipe.yaml", dump_recipe(run.source)),
+                       (script.MADE_OF, script.evaluated(own, own.models[1]))):  # fmt: skip
+        (evaluation.folder / name).write_text(text)
+    assert evaluation.finished()
+    weights.write_bytes(b"those")
+    os.utime(weights, ns=(1, 1))
+    assert not evaluation.finished()
+    weights.write_bytes(b"these")
+    assert evaluation.finished()
+    assert not script.is_evaluated(replace(own, pictures={"cat": [1]}), own.evaluations[0], own.models[1])
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--jobs", "0"], "jobs"),
+        (["--jobs", "x"], "jobs"),
+        (["--only", "[nobody]"], "nobody"),
+        (["--partial", "--only", "[te_coa]"], "partial"),
+        (["--models", "[{name: a, title: b}, {name: a, title: c}]", "--evaluations", "[{name: e, config: f}]"], "'a'"),
+        (["--models", "[{name: a, title: b}, {name: c, title: b}]", "--evaluations", "[{name: e, config: f}]"], "'b'"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_run(words, name, capsys):
+    Path("own.yaml").write_text(json.dumps(SMALL))
+    with pytest.raises(SystemExit) as end:
+        script.main(["--config", "own.yaml", *words])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("error: ") and name in line
+    assert not Path("out").exists()
 
 
 def test_a_baseline_and_tasks_that_are_not_there_are_refused():

@@ -120,6 +120,8 @@ def run_cells(cells: Sequence[Cell], times: Path, jobs: int = 1, keep_going: boo
             grid.hear(processes)
             if grid.failed and not keep_going and not grid.running:
                 break
+    if left := [cell.name for cell in cells if cell.name not in grid.done and cell.name not in grid.failed]:
+        say(f"not begun: {left[0]}" + (f" and {len(left) - 1} more" if len(left) > 1 else ""))
     return grid.failed
 
 
