@@ -35,6 +35,7 @@ from hf_robust_clip.report import (
     RobustnessReport,
     as_markdown,
     by_model,
+    differences_told,
     figures_by_task,
     figures_of_defences,
     load_card_info,
@@ -115,11 +116,13 @@ class Benchmark:
         limits: what the models can't do, for cards and table.
         flags: of every training, beside its config; those of a model go before them.
         seeds: each model is trained once with each, and tables tell mean and standard deviation over them; none takes
-            the configs' own seed. Of several no cards are made, since a card is of one checkpoint.
+            the configs' own seed. Of several a card is of the first, since it is of one checkpoint.
         models: rows of the tables.
         evaluations: what makes their figures.
         tuning_steps: updates with each learning rate that is tried.
         tradeoff_radius: at which clean and robust accuracy are plotted against each other; null plots none.
+        baseline: title of the model that the others are compared with, image by image; null compares none.
+        groups: by name the titles of tasks whose figures are told together, as their mean.
         pictures: labels of imagenet-sample-images by class name, of which a set of pictures is made.
         only: names of models; the others, and the tables, are left to other runs.
         jobs: processes that share the work.
@@ -145,6 +148,8 @@ class Benchmark:
     evaluations: Sequence[Evaluation] = ()
     tuning_steps: int = 40
     tradeoff_radius: str | None = None
+    baseline: str | None = None
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     pictures: Mapping[str, Sequence[int]] = field(default_factory=dict)
     only: Sequence[str] = ()
     jobs: int = 1
@@ -446,20 +451,27 @@ def write_pictures(benchmark: Benchmark) -> None:
 
 
 def write_cards(benchmark: Benchmark, reports: Sequence[RobustnessReport]) -> None:
-    """A folder for each model that was trained here."""
+    """A folder for each model that was trained here; `reports` are those of the first seed."""
     before = [report for report in reports if report.name == benchmark.start_title]
     for model in benchmark.models:
-        own = [report for report in reports if report.name == model.title]
+        own = [replace(report, model=benchmark.id_of(model)) for report in reports if report.name == model.title]
         if not model.config or not own:
             continue
-        folder = benchmark.cards / benchmark.id_of(model)
+        folder, trained = benchmark.cards / benchmark.id_of(model), benchmark.out / benchmark.runs_of(model)[0].name
         folder.mkdir(parents=True, exist_ok=True)
+        limits = benchmark.limits
+        if len(benchmark.seeds) > 1:
+            others = ", ".join(map(str, benchmark.seeds[1:]))
+            limits = (
+                f"{limits.rstrip()}\nThis is the model of seed {benchmark.seeds[0]}, and so are its figures; the "
+                f"benchmark's table tells the mean over {len(benchmark.seeds)} seeds (with {others})."
+            ).lstrip()
         info = replace(
-            load_card_info(benchmark.out / model.name / "report.json"), repo_id=benchmark.id_of(model),
-            base_model=benchmark.start_id, limits=benchmark.limits, plot=None, license="apache-2.0",
+            load_card_info(trained / "report.json"), repo_id=benchmark.id_of(model),
+            base_model=benchmark.start_id, limits=limits, plot=None, license="apache-2.0",
         )  # fmt: skip
         save_reports(folder / "report.json", own, before, card=info)
-        recipe = (benchmark.out / model.name / "recipe.yaml").read_text(encoding="utf-8")
+        recipe = (trained / "recipe.yaml").read_text(encoding="utf-8")
         (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
         make_card(own, before, info).save(folder / "README.md")
 
@@ -485,6 +497,16 @@ def write_tables(
             parts.append(attack_part(benchmark, place, own, [run.get(attack, []) for run in further]))
     parts += [tuning_part(benchmark, chosen)] if any(chosen.values()) else []
     (place / "table.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def check_compared(benchmark: Benchmark, reports: Sequence[RobustnessReport]) -> None:
+    """Raise ValueError for groups of tasks that nothing was evaluated on, and for defences, which aren't compared."""
+    tasks = {report.task for report in reports}
+    for group, named in benchmark.groups.items():
+        if unknown := [task for task in named if task not in tasks]:
+            raise ValueError(f"groups[{group!r}] has {unknown[0]!r}; tasks are {sorted(tasks)}.")
+    if (benchmark.baseline or benchmark.groups) and any(report.defence for report in reports):
+        raise ValueError("baseline and groups are of models without a defence; leave them out.")
 
 
 def with_seeds(benchmark: Benchmark, runs: Sequence[Sequence[RobustnessReport]]) -> list[RobustnessReport]:
@@ -521,9 +543,26 @@ def attack_part(
         plot_accuracy(place / f"{file}.png", reports)
         plots = f"![accuracy against eps]({file}.png)\n"
     if benchmark.tradeoff_radius is not None:
-        plot_tradeoff(place / f"{file}_tradeoff.png", reports, benchmark.tradeoff_radius, further)
+        groups = benchmark.groups or None
+        plot_tradeoff(place / f"{file}_tradeoff.png", reports, benchmark.tradeoff_radius, further, groups)
         plots += f"\n![clean against robust]({file}_tradeoff.png)\n"
-    return f"## {attack}\n\n{about}.\n\n{as_markdown(figures_by_task(reports, further))}\n\n{plots}"
+    tables = f"{as_markdown(figures_by_task(reports, further))}\n\n{groups_part(benchmark, reports, further)}"
+    differences = ""
+    if benchmark.baseline is not None:
+        told = differences_told(reports, further, baseline=benchmark.baseline, groups=benchmark.groups)
+        differences = f"\n### Paired differences to {benchmark.baseline}\n\n{told}\n"
+    return f"## {attack}\n\n{about}.\n\n{tables}{plots}{differences}"
+
+
+def groups_part(
+    benchmark: Benchmark, reports: Sequence[RobustnessReport], further: Sequence[Sequence[RobustnessReport]]
+) -> str:
+    """The means over groups of tasks under one attack, where there are groups."""
+    if not benchmark.groups:
+        return ""
+    about = "The same as unweighted mean over the tasks of a group"
+    about += "; the standard deviation is that of the seeds' means." if further else "."
+    return f"{about}\n\n{as_markdown(figures_by_task(reports, further, benchmark.groups))}\n\n"
 
 
 def tuning_part(benchmark: Benchmark, chosen: Mapping[str, str | None]) -> str:
@@ -549,6 +588,8 @@ def run(benchmark: Benchmark) -> None:
         raise ValueError("a benchmark is started as one process; --jobs says how many share its work.")
     if benchmark.data_root is not None:
         os.environ["HF_ROBUST_CLIP_DATA_ROOT"] = benchmark.data_root
+    if benchmark.baseline is not None:
+        check_known("baseline", [benchmark.baseline], [model.title for model in benchmark.models])
     cells = cells_of(benchmark)
     failed: dict[str, str] = {}
     if not benchmark.partial:
@@ -589,7 +630,8 @@ def write(benchmark: Benchmark, done: Iterable[str]) -> None:
         say(line)
         rows = tuple(model for model in benchmark.models if model in tried or not model.config)
         benchmark = replace(benchmark, models=rows, evaluations=(), limits=f"{line}\n{benchmark.limits}")
-    elif len(runs) == 1:
+    else:
+        check_compared(benchmark, [report for run in runs for report in run])
         write_cards(benchmark, runs[0])
     write_tables(benchmark, runs, chosen)
 

@@ -8,7 +8,9 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from reports import make_defence, make_report
 
+from hf_robust_clip import paired_difference
 from hf_robust_clip.command_line import packaged_config, read_command
 from hf_robust_clip.hub import dump_recipe
 from hf_robust_clip.report import load_reports
@@ -117,6 +119,7 @@ def test_a_model_is_trained_once_with_each_seed(monkeypatch):
     trained["flags"].pop("max_steps")
     trained["learning_rates"] = []
     small |= {"seeds": [3, 4], "flags": {"save_strategy": "no", "learning_rate": "1e-2"}}
+    small |= {"baseline": "before", "groups": {"all of them": ["digits"]}}
     Path("own.yaml").write_text(json.dumps(small).replace('"tecoa"', '"digits-clip/tecoa"'))
     seen = []
     real = train.train
@@ -129,7 +132,14 @@ def test_a_model_is_trained_once_with_each_seed(monkeypatch):
     mean = sum(report.clean_accuracy for report in runs[1:]) / 2
     text = Path("out/cards/small/table.md").read_text()
     assert f"| TeCoA | {100 * mean:.1f} ± " in text and "over the seeds 3, 4" in text
-    assert not Path("out/cards/hf-robust-clip").exists()
+    assert "### Paired differences to before" in text and "all of them: digits (n=4): clean / 8/255" in text
+    difference = paired_difference([[run] for run in runs[1:]], [[runs[0]]])
+    assert text.count(f"| TeCoA | {difference} / ") == 2, "of the group, and of its only task"
+    (of_first,), (start,) = load_reports("out/cards/hf-robust-clip/digits-te-coa/report.json")
+    assert (of_first.outcomes, start.outcomes) == (runs[1].outcomes, runs[0].outcomes)
+    assert of_first.model == "hf-robust-clip/digits-te-coa"
+    card = Path("out/cards/hf-robust-clip/digits-te-coa/README.md").read_text()
+    assert "One step." in card and "This is the model of seed 3" in card
     Path("out/pgd/te_coa-seed4/report.json").unlink()
     script.main(["--config", "own.yaml", "--partial"])
     text = Path("out/cards/small/table.md").read_text()
@@ -183,6 +193,18 @@ def test_wrong_input_is_refused_before_anything_is_run(words, name, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and line.startswith("error: ") and name in line
     assert not Path("out").exists()
+
+
+def test_a_baseline_and_tasks_that_are_not_there_are_refused():
+    Path("own.yaml").write_text(json.dumps(SMALL))
+    own = read("own.yaml")
+    with pytest.raises(ValueError, match="baseline: there is no model 'after'"):
+        script.run(replace(own, baseline="after"))
+    with pytest.raises(ValueError, match=r"groups\['a'\].*'cats'"):
+        script.check_compared(replace(own, groups={"a": ["cats"]}), [make_report()])
+    defended = make_report(attack_target="adaptive", defence=make_defence())
+    with pytest.raises(ValueError, match="baseline and groups"):
+        script.check_compared(replace(own, baseline="before"), [defended])
 
 
 def short(real):
