@@ -119,7 +119,8 @@ class Benchmark:
             the configs' own seed. Of several a card is of the first, since it is of one checkpoint.
         models: rows of the tables.
         evaluations: what makes their figures.
-        tuning_steps: updates with each learning rate that is tried.
+        tuning_steps: updates with each learning rate that is tried; null tries whole trainings, of which the best is
+            that of the first seed. Few updates favour low rates.
         tradeoff_radius: at which clean and robust accuracy are plotted against each other; null plots none.
         baseline: title of the model that the others are compared with, image by image; null compares none.
         groups: by name the titles of tasks whose figures are told together, as their mean.
@@ -146,7 +147,7 @@ class Benchmark:
     seeds: Sequence[int] = ()
     models: Sequence[Model] = ()
     evaluations: Sequence[Evaluation] = ()
-    tuning_steps: int = 40
+    tuning_steps: int | None = None
     tradeoff_radius: str | None = None
     baseline: str | None = None
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -261,17 +262,17 @@ def pictures_cell(benchmark: Benchmark) -> Cell:
 
 
 def try_cell(benchmark: Benchmark, model: Model, rate: str) -> Cell:
-    """A short training with a learning rate, by the first seed."""
+    """A training with a learning rate, by the first seed."""
     first, folder = benchmark.runs_of(model)[0], rate_folder(benchmark, model, rate)
-    flags: Callable[[], dict[str, Any]] = partial(dict, learning_rate=rate, max_steps=benchmark.tuning_steps)
-    return cell_of_training(f"learning rate {rate} of {model.name}", benchmark, first, folder, flags, ())
+    short = {} if benchmark.tuning_steps is None else {"max_steps": benchmark.tuning_steps}
+    flags: Callable[[], dict[str, Any]] = partial(dict, learning_rate=rate, **short)
+    return cell_of_training(f"learning rate {rate} of {model.name}", benchmark, first, folder, flags)
 
 
 def training_cell(benchmark: Benchmark, model: Model, run: Model, tries: Sequence[Cell]) -> Cell:
     """The training of a row with a seed, with the best of its learning rates."""
-    needs = [cell.name for cell in tries]
     folder, flags = benchmark.out / run.name, partial(best_flags, benchmark, model)
-    return cell_of_training(f"training {run.name}", benchmark, run, folder, flags, needs)
+    return cell_of_training(f"training {run.name}", benchmark, run, folder, flags, tries)
 
 
 def cell_of_training(
@@ -280,13 +281,14 @@ def cell_of_training(
     model: Model,
     folder: Path,
     flags: Callable[[], Mapping[str, Any]],
-    needs: Sequence[str],
+    tries: Sequence[Cell] = (),
 ) -> Cell:
-    """A training whose settings are right; some flags are known only when it begins."""
-    rates = {"learning_rate": model.learning_rates[0]} if needs else flags()
+    """A training whose settings are right; after tries some flags are known only when it begins."""
+    rates = {"learning_rate": model.learning_rates[0]} if tries else flags()
     asked_training(benchmark, model, folder, rates)
-    what = (benchmark, model, folder, flags)
-    return Cell(name, folder, partial(run_training, *what), partial(is_trained, *what), tuple(needs))
+    what, tried = (benchmark, model, folder, flags), [cell.folder for cell in tries]
+    needs = tuple(cell.name for cell in tries)
+    return Cell(name, folder, partial(run_training, *what, tried), partial(is_trained, *what), needs)
 
 
 def evaluation_cell(
@@ -336,8 +338,16 @@ def is_trained(benchmark: Benchmark, model: Model, folder: Path, flags: Callable
     return finished(folder, run.source, weights_digest(benchmark.start))
 
 
-def run_training(benchmark: Benchmark, model: Model, folder: Path, flags: Callable[[], Mapping[str, Any]]) -> None:
-    """One training; what was measured of another in its folder is deleted before."""
+def run_training(
+    benchmark: Benchmark,
+    model: Model,
+    folder: Path,
+    flags: Callable[[], Mapping[str, Any]],
+    tried: Sequence[Path] = (),
+) -> None:
+    """One training, or what a try by the same settings has left; what was measured of another in its folder is
+    deleted before.
+    """
     run, made_of = asked_training(benchmark, model, folder, flags()), weights_digest(benchmark.start)
     (folder / "report.json").unlink(missing_ok=True)
     for evaluation in benchmark.evaluations:
@@ -345,7 +355,13 @@ def run_training(benchmark: Benchmark, model: Model, folder: Path, flags: Callab
         if folder.parent == benchmark.out and place.exists():
             with held(place, patient=True):  # another run may measure it
                 shutil.rmtree(place)
-    train.train(run)
+    same = next((own for own in tried if finished(own, run.source, made_of)), None)
+    if same is None:
+        train.train(run)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(same, folder, ignore=shutil.ignore_patterns(MADE_OF, "checkpoint-*"))
+        write_text(folder / "recipe.yaml", dump_recipe(run.source))
     write_text(folder / MADE_OF, made_of)
 
 
@@ -568,15 +584,17 @@ def groups_part(
 def tuning_part(benchmark: Benchmark, chosen: Mapping[str, str | None]) -> str:
     """What each learning rate gave on held-out images."""
     tried = [model for model in benchmark.models if model.learning_rates]
-    rates = list(tried[0].learning_rates)
+    rates = sorted({rate for model in tried for rate in model.learning_rates}, key=float)
     lines = ["| | " + " | ".join(rates) + " | chosen |", "|---|" + "---|" * (len(rates) + 1)]
     for model in tried:
-        figures = [held_out(benchmark.out / "tuning" / f"{model.name}-{rate}") for rate in rates]
-        cells = " | ".join(f"{100 * clean:.1f} / {100 * robust:.1f}" for clean, robust in figures)
+        figures = {rate: held_out(rate_folder(benchmark, model, rate)) for rate in model.learning_rates}
+        told = {rate: f"{100 * clean:.1f} / {100 * robust:.1f}" for rate, (clean, robust) in figures.items()}
+        cells = " | ".join(told.get(rate, "-") for rate in rates)
         lines.append(f"| {model.title} | {cells} | {chosen[model.name]} |")
+    after = "" if benchmark.tuning_steps is None else f" after {benchmark.tuning_steps} updates"
     about = (
-        f"Clean accuracy / robust accuracy, in percent, on held-out training images after {benchmark.tuning_steps} "
-        "updates; the rate with the highest sum of both was taken."
+        f"Clean accuracy / robust accuracy, in percent, on held-out training images{after}; the rate with the highest "
+        "sum of both was taken."
         + (f" Tried with seed {benchmark.seeds[0]} alone." if len(benchmark.seeds) > 1 else "")
     )
     return f"## Learning rates\n\n{about}\n\n" + "\n".join(lines) + "\n"

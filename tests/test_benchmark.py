@@ -101,6 +101,15 @@ def test_a_small_benchmark_is_made_once(monkeypatch):
     assert len(seen) == 6 and seen[-1].training.attack_steps == 1, "other settings, another training"
     again, _ = load_reports(place / "hf-robust-clip/digits-te-coa/report.json")
     assert [report.num_images for report in again] == [5]
+    small["models"][1]["flags"]["attack_steps"] = 2
+    Path("own.yaml").write_text(json.dumps({**small, "tuning_steps": None}).replace('"tecoa"', '"digits-clip/tecoa"'))
+    script.main(["--config", "own.yaml"])
+    assert len(seen) == 8, "of whole trainings the best is not repeated"
+    weights = [path.read_bytes() for path in Path("out").glob("tuning/*/model.safetensors")]
+    assert weights[0] != weights[1] and Path("out/te_coa/model.safetensors").read_bytes() in weights
+    assert "output_dir: out/te_coa\n" in Path("out/te_coa/recipe.yaml").read_text()
+    script.main(["--config", "own.yaml"])
+    assert len(seen) == 8
 
 
 def test_what_was_measured_of_an_earlier_training_is_deleted(monkeypatch):
@@ -208,10 +217,10 @@ def test_a_baseline_and_tasks_that_are_not_there_are_refused():
 
 
 def short(real):
-    """Trainings of one step: that of the chosen rate has no number of its own."""
+    """Trainings of two steps: that of the chosen rate has no number of its own."""
 
     def read(words, config):
-        steps = [] if any(word.startswith("--max_steps") for word in words) else ["--max_steps=1"]
+        steps = [] if any(word.startswith("--max_steps") for word in words) else ["--max_steps=2"]
         return real([*words, *steps], config)
 
     return read
