@@ -13,7 +13,13 @@ from torch import Tensor
 from xxhash import xxh3_64
 
 CHUNK = 2**22  # bytes that are read at once
-PASSING = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "architectures")  # where and how it was stored
+PASSING = (
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "architectures",
+)  # where and how it was stored
 
 
 def digest(content: bytes) -> str:
