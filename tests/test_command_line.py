@@ -397,6 +397,18 @@ def test_help_lists_the_settings_of_the_classes_that_a_config_names(monkeypatch,
     assert not list(Path().iterdir())
 
 
+def test_help_tells_the_defaults_of_its_config(monkeypatch, capsys):
+    text = " ".join(printed(lambda: cli.main(["poison", "--help"]), capsys).split())
+    told = yaml.safe_load(packaged_config("coloured-digits/poison").read_text())
+    for wanted in (f"(type: float, default: {told['rate']})", f"default: {told['target']})",
+                   f"default: {told['scratch']['context_length']})", "default: BadNet, known"):  # fmt: skip
+        assert wanted in text
+    text = printed(lambda: cli.main(["train", "clip-vit-base-patch32/pmg_aft_imagenet", "--help"]), capsys)
+    assert "(default: [0.485, 0.456, 0.406])" in text, "which the preset says"
+    plain = poison.COMMAND.parser.get_defaults()
+    assert plain.rate is None and plain.learning_rate == 5e-5, "a help leaves what is read afterwards alone"
+
+
 def test_every_packaged_config_is_read_by_its_name(monkeypatch):
     monkeypatch.syspath_prepend(RECIPES)
     scripts = {"models": "benchmark", "sources": "pretrain"}
