@@ -218,7 +218,7 @@ def test_saved_pictures_are_not_attacked_again_nor_prepared_otherwise(attacked):
     model, _, found = attacked
     folder = str(found["uint8"][1].folder)
     data = load_image_dataset(folder, "linf_16_255", model.processor)
-    with pytest.raises(ValueError, match="attack='PGD-1': .* adversarial already"):
+    with pytest.raises(ValueError, match=r"attack='PGD-1': .* adversarial already"):
         evaluate_robustness(model, data, EvaluationSettings(["1/255"], attack=PGD(1)), **NAMES)
     with pytest.raises(ValueError, match="attack_resolution=4"):
         load_image_dataset(folder, "linf_16_255", model.processor, attack_resolution=4)
