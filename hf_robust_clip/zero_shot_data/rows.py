@@ -67,8 +67,8 @@ def find_rows(
         _check_unused(f"the folder {str(folder)!r}", revision=revision)
     is_place = is_absolute(key) or key.startswith(".") or key.count("/") > 1 or "\\" in key or Path(key).exists()
     if folder is None and is_place:
-        meant = _meant(key) or "check the path."
-        raise OSError(f"dataset {key!r} is no folder that holds files, nor the name of a dataset; {meant}")
+        told = _meant(key) or "check the path."
+        raise OSError(f"dataset {key!r} is no folder that holds files, nor the name of a dataset; {told}")
     if folder is not None and (sign := re.search(r"[*?\[]|::", str(folder.resolve()))):
         raise OSError(f"the path of dataset {str(folder)!r} has {sign[0]!r}, a sign of patterns; rename its folder.")
     revision = revision or (spec.revision if spec else None)
