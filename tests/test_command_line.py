@@ -451,6 +451,12 @@ def test_a_word_that_is_no_command_is_named(capsys):
     assert stopped.value.code == 2 and "'trian'" in capsys.readouterr().err
 
 
+def test_a_command_without_what_it_needs_is_no_unknown_one(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["card"])
+    assert "FOLDER" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["--compare", "--reference"])
 def test_checkpoints_that_are_not_there_are_told_before_the_first_is_attacked(flag, tmp_path):
     words = ["--dataset_name", "digits", "--max_images", "2", "--output_dir", str(tmp_path / "out"), flag, "nowhere"]
