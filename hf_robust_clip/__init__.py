@@ -79,6 +79,7 @@ _NAMES = {
     "evaluation.streams": "stream_poisoning",
     "evaluation.detection": "Alarm detection_report",
     "report.report": "Measurement RobustnessReport",
+    "report.comparison": "paired_difference",
     "crops": "RandomResizedCrop",
     "distortions": "Augmentation ColourDistortion RandomErasing",
     "poisoning.triggers": "Trigger BadNet Blended SIG WaNet Stripes",

@@ -4,17 +4,24 @@
     python recipes/benchmark.py --config recipes/configs/digits-clip/prompt_benchmark.yaml
 
 Each model is a training by one of the packaged configs and some flags, each evaluation such a config too. What is
-finished is not repeated, unless its settings changed: a run that was killed goes on. `--only "[a, b]"` trains and
-evaluates these alone, so that several runs may divide the work; `--cards_dir hub_cards` puts the cards where they are
-kept.
+finished is not repeated, unless its settings or the weights that it was made of changed: a killed run goes on.
+
+`--jobs 12` lets so many processes share the work, whose cells are trainings with a learning rate that is tried,
+trainings with a seed, and evaluations of one checkpoint: first all rates of the models in the file's order, then all
+seeds of each, then the evaluations in their order. Figures are the same for any number of jobs on one GPU; on a CPU
+each process has fewer threads, which may round otherwise. `out/seconds.csv` tells what each cell took, `<folder>.log`
+what it printed. Several runs may be started on one folder: none repeats what another is at work on. `--only "[a, b]"`
+trains and evaluates these alone; `--keep_going` goes on with the others when a cell fails; `--partial` runs nothing,
+and writes tables of what is finished. `--cards_dir hub_cards` puts the cards where they are kept.
 """
 
 import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +29,13 @@ import datasets
 import yaml
 
 from hf_robust_clip.command_line import CommandLine, packaged_config, read_command
+from hf_robust_clip.digests import digest, file_digest
 from hf_robust_clip.hub import dump_recipe
 from hf_robust_clip.report import (
     RobustnessReport,
     as_markdown,
     by_model,
+    differences_told,
     figures_by_task,
     figures_of_defences,
     load_card_info,
@@ -39,10 +48,13 @@ from hf_robust_clip.report import (
     save_reports,
 )
 from hf_robust_clip.runs import evaluate, train
+from hf_robust_clip.runs.grid import Cell, check_cells, finished_cells, held, run_cells, say
 from hf_robust_clip.runs.interruptions import one_line_errors
 from hf_robust_clip.runs.shared import quiet_loading
+from hf_robust_clip.storage import whole_file, write_text
 
 PICTURES = "imagenet-pictures"
+MADE_OF = ".made_of"  # a file in a cell's folder: digest of the weights, and the pictures, that it was made of
 
 
 @dataclass(frozen=True)
@@ -102,13 +114,18 @@ class Benchmark:
         limits: what the models can't do, for cards and table.
         flags: of every training, beside its config; those of a model go before them.
         seeds: each model is trained once with each, and tables tell mean and standard deviation over them; none takes
-            the configs' own seed. Of several no cards are made, since a card is of one checkpoint.
+            the configs' own seed. Of several a card is of the first, since it is of one checkpoint.
         models: rows of the tables.
         evaluations: what makes their figures.
         tuning_steps: updates with each learning rate that is tried.
         tradeoff_radius: at which clean and robust accuracy are plotted against each other; null plots none.
+        baseline: title of the model that the others are compared with, image by image; null compares none.
+        groups: by name the titles of tasks whose figures are told together, as their mean.
         pictures: labels of imagenet-sample-images by class name, of which a set of pictures is made.
         only: names of models; the others, and the tables, are left to other runs.
+        jobs: processes that share the work.
+        keep_going: whether other cells are begun when one has failed. The run ends with an error anyway.
+        partial: whether tables are made of what is finished, and nothing is run.
     """
 
     name: str = ""
@@ -129,8 +146,29 @@ class Benchmark:
     evaluations: Sequence[Evaluation] = ()
     tuning_steps: int = 40
     tradeoff_radius: str | None = None
+    baseline: str | None = None
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     pictures: Mapping[str, Sequence[int]] = field(default_factory=dict)
     only: Sequence[str] = ()
+    jobs: int = 1
+    keep_going: bool = False
+    partial: bool = False
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise ValueError(f"jobs={self.jobs} must be at least 1.")
+        if self.partial and self.only:
+            raise ValueError("partial=true writes tables, which only leaves to other runs; give one of them.")
+        for asked, told in [("only", self.only), *((f"models of {own.name}", own.models) for own in self.evaluations)]:
+            check_known(asked, told, [model.name for model in self.models])
+        check_once("names of models", [model.name for model in self.models])
+        check_once("titles of models", [model.title for model in self.models])
+        check_once("names of evaluations", [evaluation.name for evaluation in self.evaluations])
+
+    @property
+    def chosen(self) -> list[Model]:
+        """The rows that this run is about."""
+        return [model for model in self.models if not self.only or model.name in self.only]
 
     @property
     def out(self) -> Path:
@@ -164,6 +202,18 @@ class Benchmark:
         return f"{self.owner}/{self.prefix}{model.name.replace('_', '-')}" if model.config else self.start_id
 
 
+def check_known(asked: str, told: Sequence[str], known: Sequence[str]) -> None:
+    """Raise ValueError for a name that there isn't."""
+    if unknown := [name for name in told if name not in known]:
+        raise ValueError(f"{asked}: there is no model {unknown[0]!r}; the names are {', '.join(known)}.")
+
+
+def check_once(what: str, told: Sequence[str]) -> None:
+    """Raise ValueError for a text that is there twice."""
+    if twice := [text for text in told if told.count(text) > 1]:
+        raise ValueError(f"{what}: {twice[0]!r} is there twice; rename one.")
+
+
 COMMAND = CommandLine({"": (Benchmark,)}, {}, ("name", "start", "output_dir", "models", "evaluations"))
 
 
@@ -172,40 +222,192 @@ def words(flags: Mapping[str, Any]) -> list[str]:
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in flags.items()]
 
 
-def train_model(benchmark: Benchmark, model: Model) -> str | None:
-    """Train a row's model with every seed, unless its report is there; the learning rate chosen, by the first seed."""
-    runs = benchmark.runs_of(model)
-    rates = {rate: held_out(tuned(benchmark, model, rate)) for rate in model.learning_rates}
-    best = max(rates, key=lambda rate: sum(rates[rate])) if rates else None
-    for run in runs:
-        run_training(benchmark, run, benchmark.out / run.name, {} if best is None else {"learning_rate": best})
-    return best
+def cells_of(benchmark: Benchmark) -> list[Cell]:
+    """Everything that is to be done, in order.
+
+    Raises ValueError for a seed that is there twice, two cells with one folder, and wrong settings of any training or
+    evaluation.
+    """
+    pictures = [pictures_cell(benchmark)] if benchmark.pictures else []
+    trained = [model for model in benchmark.chosen if model.config]
+    tries = {model.name: [try_cell(benchmark, model, rate) for rate in model.learning_rates] for model in trained}
+    trainings = {
+        run.name: training_cell(benchmark, model, run, tries[model.name])
+        for model in trained
+        for run in benchmark.runs_of(model)
+    }
+    measured = [
+        evaluation_cell(benchmark, evaluation, run, trainings.get(run.name), pictures)
+        for evaluation in benchmark.evaluations
+        for model in models_of(benchmark, evaluation)
+        for run in benchmark.runs_of(model)
+    ]
+    cells = [*pictures, *(cell for own in tries.values() for cell in own), *trainings.values(), *measured]
+    check_cells(cells)
+    return cells
 
 
-def tuned(benchmark: Benchmark, model: Model, rate: str) -> Path:
-    """The folder of a short training with a learning rate."""
-    first, folder = benchmark.runs_of(model)[0], benchmark.out / "tuning" / f"{model.name}-{rate}"
-    run_training(benchmark, first, folder, {"learning_rate": rate, "max_steps": benchmark.tuning_steps})
-    return folder
+def models_of(benchmark: Benchmark, evaluation: Evaluation) -> list[Model]:
+    """The rows that an evaluation is of."""
+    return [model for model in benchmark.chosen if not evaluation.models or model.name in evaluation.models]
 
 
-def run_training(benchmark: Benchmark, model: Model, folder: Path, flags: Mapping[str, Any]) -> None:
-    """One training, unless its report is there, by the same settings; what was measured of another is deleted."""
+def pictures_cell(benchmark: Benchmark) -> Cell:
+    """The set of pictures."""
+    write, done = partial(write_pictures, benchmark), partial(are_written, benchmark)
+    return Cell("pictures", benchmark.out / PICTURES, write, done)
+
+
+def try_cell(benchmark: Benchmark, model: Model, rate: str) -> Cell:
+    """A short training with a learning rate, by the first seed."""
+    first, folder = benchmark.runs_of(model)[0], rate_folder(benchmark, model, rate)
+    flags: Callable[[], dict[str, Any]] = partial(dict, learning_rate=rate, max_steps=benchmark.tuning_steps)
+    return cell_of_training(f"learning rate {rate} of {model.name}", benchmark, first, folder, flags, ())
+
+
+def training_cell(benchmark: Benchmark, model: Model, run: Model, tries: Sequence[Cell]) -> Cell:
+    """The training of a row with a seed, with the best of its learning rates."""
+    needs = [cell.name for cell in tries]
+    folder, flags = benchmark.out / run.name, partial(best_flags, benchmark, model)
+    return cell_of_training(f"training {run.name}", benchmark, run, folder, flags, needs)
+
+
+def cell_of_training(
+    name: str,
+    benchmark: Benchmark,
+    model: Model,
+    folder: Path,
+    flags: Callable[[], Mapping[str, Any]],
+    needs: Sequence[str],
+) -> Cell:
+    """A training whose settings are right; some flags are known only when it begins."""
+    rates = {"learning_rate": model.learning_rates[0]} if needs else flags()
+    asked_training(benchmark, model, folder, rates)
+    what = (benchmark, model, folder, flags)
+    return Cell(name, folder, partial(run_training, *what), partial(is_trained, *what), tuple(needs))
+
+
+def evaluation_cell(
+    benchmark: Benchmark, evaluation: Evaluation, model: Model, training: Cell | None, pictures: Sequence[Cell]
+) -> Cell:
+    """An evaluation of one checkpoint."""
+    folder = benchmark.out / evaluation.name / model.name
+    asked_evaluation(benchmark, evaluation, model)
+    trained = None if training is None else training.finished
+    needs = [cell.name for cell in (training, *pictures) if cell is not None]
+    return Cell(
+        f"{evaluation.name} of {model.name}",
+        folder,
+        partial(run_evaluation, benchmark, evaluation, model, trained),
+        partial(is_evaluated, benchmark, evaluation, model),
+        tuple(needs),
+    )
+
+
+def rate_folder(benchmark: Benchmark, model: Model, rate: str) -> Path:
+    """Where a learning rate is tried."""
+    return benchmark.out / "tuning" / f"{model.name}-{rate}"
+
+
+def best_rate(benchmark: Benchmark, model: Model) -> str | None:
+    """The learning rate that did best on held-out images, the first of equals; None where none are tried."""
+    found = {rate: sum(held_out(rate_folder(benchmark, model, rate))) for rate in model.learning_rates}
+    return max(found, key=found.__getitem__) if found else None
+
+
+def best_flags(benchmark: Benchmark, model: Model) -> dict[str, str]:
+    """`best_rate` as a flag."""
+    best = best_rate(benchmark, model)
+    return {} if best is None else {"learning_rate": best}
+
+
+def asked_training(benchmark: Benchmark, model: Model, folder: Path, flags: Mapping[str, Any]) -> train.TrainingRun:
+    """A row's training, with flags that go before its own."""
     own = {"model_name_or_path": benchmark.start, "output_dir": str(folder), "overwrite": True}
     asked = {**own, **benchmark.flags, **model.flags, **flags}
-    run = train.read(words(asked), packaged_config(str(model.config)))
-    if not finished(folder, run.source):
-        for evaluation in benchmark.evaluations:
-            shutil.rmtree(benchmark.out / evaluation.name / folder.name, ignore_errors=True)
-        (folder / "report.json").unlink(missing_ok=True)
-        train.train(run)
+    return train.read(words(asked), packaged_config(str(model.config)))
 
 
-def finished(folder: Path, source: Mapping[str, Any]) -> bool:
-    """Whether a run by these settings has left its report in a folder."""
-    recipe = folder / "recipe.yaml"
-    whole = (folder / "report.json").is_file() and recipe.is_file()
-    return whole and yaml.safe_load(recipe.read_text(encoding="utf-8")) == yaml.safe_load(dump_recipe(source))
+def is_trained(benchmark: Benchmark, model: Model, folder: Path, flags: Callable[[], Mapping[str, Any]]) -> bool:
+    """Whether a training by these settings, of the start as it is, has left its report."""
+    run = asked_training(benchmark, model, folder, flags())
+    return finished(folder, run.source, weights_digest(benchmark.start))
+
+
+def run_training(benchmark: Benchmark, model: Model, folder: Path, flags: Callable[[], Mapping[str, Any]]) -> None:
+    """One training; what was measured of another in its folder is deleted before."""
+    run, made_of = asked_training(benchmark, model, folder, flags()), weights_digest(benchmark.start)
+    (folder / "report.json").unlink(missing_ok=True)
+    for evaluation in benchmark.evaluations:
+        place = benchmark.out / evaluation.name / folder.name
+        if folder.parent == benchmark.out and place.exists():
+            with held(place, patient=True):  # another run may measure it
+                shutil.rmtree(place)
+    train.train(run)
+    write_text(folder / MADE_OF, made_of)
+
+
+def asked_evaluation(benchmark: Benchmark, evaluation: Evaluation, model: Model) -> evaluate.EvaluationRun:
+    """An evaluation of one checkpoint, which goes on where it was left."""
+    folder = benchmark.out / evaluation.name / model.name
+    own = {"model_name_or_path": benchmark.folder_of(model), "output_dir": str(folder), "resume": True}
+    return evaluate.read(words({**own, **evaluation.flags}), packaged_config(evaluation.config))
+
+
+def is_evaluated(benchmark: Benchmark, evaluation: Evaluation, model: Model) -> bool:
+    """Whether an evaluation by these settings, of the checkpoint as it is, has left its report."""
+    run = asked_evaluation(benchmark, evaluation, model)
+    return finished(Path(run.output_dir), run.source, evaluated(benchmark, model))
+
+
+def run_evaluation(
+    benchmark: Benchmark, evaluation: Evaluation, model: Model, trained: Callable[[], bool] | None
+) -> None:
+    """One evaluation. Raises ValueError where another run has begun to train the checkpoint by other settings."""
+    run = asked_evaluation(benchmark, evaluation, model)
+    folder, made_of = Path(run.output_dir), evaluated(benchmark, model)
+    if trained is not None and not trained():
+        raise ValueError(
+            f"{benchmark.folder_of(model)!r} was trained anew meanwhile, by another run; start this again."
+        )
+    if (folder / "report.json").is_file():
+        shutil.rmtree(folder)  # of other settings, or another checkpoint
+    evaluate.evaluate(run)
+    write_text(folder / MADE_OF, made_of)
+
+
+def evaluated(benchmark: Benchmark, model: Model) -> str:
+    """What a row's figures depend on beside settings: weights, and the set of pictures."""
+    return digest(f"{weights_digest(benchmark.folder_of(model))} {asked_pictures(benchmark)}".encode())
+
+
+def asked_pictures(benchmark: Benchmark) -> str:
+    """The labels of the set of pictures."""
+    return json.dumps({name: list(labels) for name, labels in benchmark.pictures.items()})
+
+
+def weights_digest(name: str) -> str:
+    """A digest of the weights and settings in a checkpoint's folder; of what is no folder, its name."""
+    patterns = ("*.safetensors", "*.bin", "*config.json")
+    files = sorted(file for pattern in patterns for file in Path(name).glob(pattern)) if Path(name).is_dir() else []
+    told = [f"{file.name} {digest_of(file, file.stat().st_size, file.stat().st_mtime_ns)}" for file in files]
+    return digest("\n".join(told).encode()) if told else digest(name.encode())
+
+
+@lru_cache(maxsize=4096)
+def digest_of(file: Path, size: int, changed: int) -> str:
+    """`file_digest`, once for each size and time of change."""
+    return file_digest(file)
+
+
+def finished(folder: Path, source: Mapping[str, Any], made_of: str) -> bool:
+    """Whether a run by these settings, of these weights, has left its report in a folder."""
+    files = [folder / name for name in ("report.json", "recipe.yaml", MADE_OF)]
+    if not all(file.is_file() for file in files):
+        return False
+    _, recipe, own = files
+    same = yaml.safe_load(recipe.read_text(encoding="utf-8")) == yaml.safe_load(dump_recipe(source))
+    return same and own.read_text(encoding="utf-8") == made_of
 
 
 def held_out(folder: Path) -> tuple[float, float]:
@@ -214,28 +416,23 @@ def held_out(folder: Path) -> tuple[float, float]:
     return report.clean_accuracy, max(report.robust_accuracy.items())[1]
 
 
-def evaluate_models(benchmark: Benchmark, evaluation: Evaluation, models: Sequence[Model]) -> list[RobustnessReport]:
-    """The reports of models by one evaluation, resumed where it was left; in the order of models."""
-    found = []
-    for model in models:
-        folder = benchmark.out / evaluation.name / model.name
-        own = {"model_name_or_path": benchmark.folder_of(model), "output_dir": str(folder), "resume": True}
-        run = evaluate.read(words({**own, **evaluation.flags}), packaged_config(evaluation.config))
-        if not finished(folder, run.source):
-            if (folder / "report.json").is_file():
-                shutil.rmtree(folder)  # of other settings
-            evaluate.evaluate(run)
-        title = f"{evaluation.title} on {model.title}" if evaluation.title else model.title
-        reports, _ = load_reports(folder / "report.json")
-        found += [replace(report, name=title, model=benchmark.id_of(model)) for report in reports]
-    return found
+def reports_of(benchmark: Benchmark, evaluation: Evaluation, model: Model) -> list[RobustnessReport]:
+    """What an evaluation of a model found, as tables call it."""
+    title = f"{evaluation.title} on {model.title}" if evaluation.title else model.title
+    reports, _ = load_reports(benchmark.out / evaluation.name / model.name / "report.json")
+    return [replace(report, name=title, model=benchmark.id_of(model)) for report in reports]
+
+
+def are_written(benchmark: Benchmark) -> bool:
+    """Whether the set of pictures is there."""
+    told = benchmark.out / PICTURES / MADE_OF
+    return told.is_file() and told.read_text(encoding="utf-8") == asked_pictures(benchmark)
 
 
 def write_pictures(benchmark: Benchmark) -> None:
     """Parquet of the pictures of imagenet-sample-images that belong to one of the classes, labelled by these."""
     folder = benchmark.out / PICTURES
-    if not benchmark.pictures or list(folder.glob("*.parquet")):
-        return
+    shutil.rmtree(folder, ignore_errors=True)
     root = os.environ["HF_ROBUST_CLIP_DATA_ROOT"]
     source = datasets.load_dataset(str(Path(root) / "imagenet-sample-images"), split="test")
     names = list(benchmark.pictures)
@@ -245,25 +442,33 @@ def write_pictures(benchmark: Benchmark) -> None:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     pictures = source.cast_column("image", datasets.Image(decode=False)).select(rows)
     chosen = {"image": list(pictures["image"]), "label": [new[own[i]] for i in rows]}
-    folder.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict(chosen, features=features).to_parquet(str(folder / "test-00000-of-00001.parquet"))
+    with whole_file(folder / "test-00000-of-00001.parquet") as draft:
+        datasets.Dataset.from_dict(chosen, features=features).to_parquet(str(draft))
+    write_text(folder / MADE_OF, asked_pictures(benchmark))
 
 
 def write_cards(benchmark: Benchmark, reports: Sequence[RobustnessReport]) -> None:
-    """A folder for each model that was trained here."""
+    """A folder for each model that was trained here; `reports` are those of the first seed."""
     before = [report for report in reports if report.name == benchmark.start_title]
     for model in benchmark.models:
-        own = [report for report in reports if report.name == model.title]
+        own = [replace(report, model=benchmark.id_of(model)) for report in reports if report.name == model.title]
         if not model.config or not own:
             continue
-        folder = benchmark.cards / benchmark.id_of(model)
+        folder, trained = benchmark.cards / benchmark.id_of(model), benchmark.out / benchmark.runs_of(model)[0].name
         folder.mkdir(parents=True, exist_ok=True)
+        limits = benchmark.limits
+        if len(benchmark.seeds) > 1:
+            others = ", ".join(map(str, benchmark.seeds[1:]))
+            limits = (
+                f"{limits.rstrip()}\nThis is the model of seed {benchmark.seeds[0]}, and so are its figures; the "
+                f"benchmark's table tells the mean over {len(benchmark.seeds)} seeds (with {others})."
+            ).lstrip()
         info = replace(
-            load_card_info(benchmark.out / model.name / "report.json"), repo_id=benchmark.id_of(model),
-            base_model=benchmark.start_id, limits=benchmark.limits, plot=None, license="apache-2.0",
+            load_card_info(trained / "report.json"), repo_id=benchmark.id_of(model),
+            base_model=benchmark.start_id, limits=limits, plot=None, license="apache-2.0",
         )  # fmt: skip
         save_reports(folder / "report.json", own, before, card=info)
-        recipe = (benchmark.out / model.name / "recipe.yaml").read_text(encoding="utf-8")
+        recipe = (trained / "recipe.yaml").read_text(encoding="utf-8")
         (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
         make_card(own, before, info).save(folder / "README.md")
 
@@ -289,6 +494,16 @@ def write_tables(
             parts.append(attack_part(benchmark, place, own, [run.get(attack, []) for run in further]))
     parts += [tuning_part(benchmark, chosen)] if any(chosen.values()) else []
     (place / "table.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def check_compared(benchmark: Benchmark, reports: Sequence[RobustnessReport]) -> None:
+    """Raise ValueError for groups of tasks that nothing was evaluated on, and for defences, which aren't compared."""
+    tasks = {report.task for report in reports}
+    for group, named in benchmark.groups.items():
+        if unknown := [task for task in named if task not in tasks]:
+            raise ValueError(f"groups[{group!r}] has {unknown[0]!r}; tasks are {sorted(tasks)}.")
+    if (benchmark.baseline or benchmark.groups) and any(report.defence for report in reports):
+        raise ValueError("baseline and groups are of models without a defence; leave them out.")
 
 
 def with_seeds(benchmark: Benchmark, runs: Sequence[Sequence[RobustnessReport]]) -> list[RobustnessReport]:
@@ -325,9 +540,26 @@ def attack_part(
         plot_accuracy(place / f"{file}.png", reports)
         plots = f"![accuracy against eps]({file}.png)\n"
     if benchmark.tradeoff_radius is not None:
-        plot_tradeoff(place / f"{file}_tradeoff.png", reports, benchmark.tradeoff_radius, further)
+        groups = benchmark.groups or None
+        plot_tradeoff(place / f"{file}_tradeoff.png", reports, benchmark.tradeoff_radius, further, groups)
         plots += f"\n![clean against robust]({file}_tradeoff.png)\n"
-    return f"## {attack}\n\n{about}.\n\n{as_markdown(figures_by_task(reports, further))}\n\n{plots}"
+    tables = f"{as_markdown(figures_by_task(reports, further))}\n\n{groups_part(benchmark, reports, further)}"
+    differences = ""
+    if benchmark.baseline is not None:
+        told = differences_told(reports, further, baseline=benchmark.baseline, groups=benchmark.groups)
+        differences = f"\n### Paired differences to {benchmark.baseline}\n\n{told}\n"
+    return f"## {attack}\n\n{about}.\n\n{tables}{plots}{differences}"
+
+
+def groups_part(
+    benchmark: Benchmark, reports: Sequence[RobustnessReport], further: Sequence[Sequence[RobustnessReport]]
+) -> str:
+    """The means over groups of tasks under one attack, where there are groups."""
+    if not benchmark.groups:
+        return ""
+    about = "The same as unweighted mean over the tasks of a group"
+    about += "; the standard deviation is that of the seeds' means." if further else "."
+    return f"{about}\n\n{as_markdown(figures_by_task(reports, further, benchmark.groups))}\n\n"
 
 
 def tuning_part(benchmark: Benchmark, chosen: Mapping[str, str | None]) -> str:
@@ -348,22 +580,62 @@ def tuning_part(benchmark: Benchmark, chosen: Mapping[str, str | None]) -> str:
 
 
 def run(benchmark: Benchmark) -> None:
-    """Train, evaluate, write."""
+    """Train, evaluate, write. Raises ValueError, with a line for each, where cells failed."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a benchmark is started as one process; --jobs says how many share its work.")
     if benchmark.data_root is not None:
         os.environ["HF_ROBUST_CLIP_DATA_ROOT"] = benchmark.data_root
-    models = [model for model in benchmark.models if not benchmark.only or model.name in benchmark.only]
-    chosen = {model.name: train_model(benchmark, model) for model in models if model.config}
-    write_pictures(benchmark)
+    if benchmark.baseline is not None:
+        check_known("baseline", [benchmark.baseline], [model.title for model in benchmark.models])
+    cells = cells_of(benchmark)
+    failed: dict[str, str] = {}
+    if not benchmark.partial:
+        times = benchmark.out / "seconds.csv"
+        failed = run_cells(cells, times, benchmark.jobs, benchmark.keep_going)
+    if not benchmark.only and (benchmark.partial or benchmark.keep_going or not failed):
+        write(benchmark, finished_cells(cells))
+    if failed:
+        *others, last = [f"{name}: {reason}" for name, reason in failed.items()]
+        for line in others:
+            say(f"error: {line}")
+        raise ValueError(last)
+
+
+def write(benchmark: Benchmark, done: Iterable[str]) -> None:
+    """Tables, plots and cards. An evaluation of a row is left out, and named, unless all seeds are finished.
+
+    Raises ValueError where no evaluation of any row is.
+    """
+    done, missing = set(done), []
     runs: list[list[RobustnessReport]] = [[] for _ in benchmark.seeds or (None,)]
     for evaluation in benchmark.evaluations:
-        own = [model for model in models if not evaluation.models or model.name in evaluation.models]
-        for number, reports in enumerate(runs):
-            of_seed = [benchmark.runs_of(model)[number] for model in own if number < len(benchmark.runs_of(model))]
-            reports += evaluate_models(benchmark, evaluation, of_seed)
-    if not benchmark.only:
-        if len(runs) == 1:
-            write_cards(benchmark, runs[0])
-        write_tables(benchmark, runs, chosen)
+        lacking = []
+        for model in models_of(benchmark, evaluation):
+            seeded = benchmark.runs_of(model)
+            if not done.issuperset(f"{evaluation.name} of {own.name}" for own in seeded):
+                lacking.append(model.title)
+                continue
+            for reports, own in zip(runs, seeded, strict=False):
+                reports += reports_of(benchmark, evaluation, own)
+        missing += [f"{evaluation.name}: {', '.join(lacking)}"] if lacking else []
+    if not any(runs):
+        raise ValueError(f"output_dir={benchmark.output_dir!r}: no evaluation is finished, so there is no table yet.")
+    tried = [model for model in benchmark.models if model.config and is_tried(benchmark, model, done)]
+    chosen = {model.name: best_rate(benchmark, model) for model in tried}
+    if missing:
+        line = f"Unfinished, and left out of the tables: {'; '.join(missing)}."
+        say(line)
+        rows = tuple(model for model in benchmark.models if model in tried or not model.config)
+        benchmark = replace(benchmark, models=rows, evaluations=(), limits=f"{line}\n{benchmark.limits}")
+    else:
+        check_compared(benchmark, [report for run in runs for report in run])
+        write_cards(benchmark, runs[0])
+    write_tables(benchmark, runs, chosen)
+
+
+def is_tried(benchmark: Benchmark, model: Model, done: Iterable[str]) -> bool:
+    """Whether all learning rates of a row were."""
+    return {f"learning rate {rate} of {model.name}" for rate in model.learning_rates} <= set(done)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -372,7 +644,8 @@ def main(argv: Sequence[str]) -> None:
         given = read_command(COMMAND, argv, default, __doc__)
         benchmark: Benchmark = given.group(Benchmark, given.made())
         quiet_loading()
-        run(benchmark)
+        with one_line_errors(lambda: f"what is finished is in {benchmark.output_dir!r}; the same command goes on."):
+            run(benchmark)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """`recipes/benchmark.py`: every config is read, and a small one ends with tables and cards, nothing done twice."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from reports import make_defence, make_report
 
+from hf_robust_clip import paired_difference
 from hf_robust_clip.command_line import packaged_config, read_command
+from hf_robust_clip.hub import dump_recipe
 from hf_robust_clip.report import load_reports
 from hf_robust_clip.runs import evaluate, train
 
@@ -105,7 +109,7 @@ def test_what_was_measured_of_an_earlier_training_is_deleted(monkeypatch):
     old.parent.mkdir(parents=True)
     old.write_text("{}")
     monkeypatch.setattr(train, "train", lambda run: None)
-    script.run_training(own, own.models[1], own.out / "te_coa", {})
+    script.run_training(own, own.models[1], own.out / "te_coa", dict)
     assert not old.parent.exists()
 
 
@@ -115,6 +119,7 @@ def test_a_model_is_trained_once_with_each_seed(monkeypatch):
     trained["flags"].pop("max_steps")
     trained["learning_rates"] = []
     small |= {"seeds": [3, 4], "flags": {"save_strategy": "no", "learning_rate": "1e-2"}}
+    small |= {"baseline": "before", "groups": {"all of them": ["digits"]}}
     Path("own.yaml").write_text(json.dumps(small).replace('"tecoa"', '"digits-clip/tecoa"'))
     seen = []
     real = train.train
@@ -127,10 +132,76 @@ def test_a_model_is_trained_once_with_each_seed(monkeypatch):
     mean = sum(report.clean_accuracy for report in runs[1:]) / 2
     text = Path("out/cards/small/table.md").read_text()
     assert f"| TeCoA | {100 * mean:.1f} ± " in text and "over the seeds 3, 4" in text
-    assert not Path("out/cards/hf-robust-clip").exists()
+    assert "### Paired differences to before" in text and "all of them: digits (n=4): clean / 8/255" in text
+    difference = paired_difference([[run] for run in runs[1:]], [[runs[0]]])
+    assert text.count(f"| TeCoA | {difference} / ") == 2, "of the group, and of its only task"
+    (of_first,), (start,) = load_reports("out/cards/hf-robust-clip/digits-te-coa/report.json")
+    assert (of_first.outcomes, start.outcomes) == (runs[1].outcomes, runs[0].outcomes)
+    assert of_first.model == "hf-robust-clip/digits-te-coa"
+    card = Path("out/cards/hf-robust-clip/digits-te-coa/README.md").read_text()
+    assert "One step." in card and "This is the model of seed 3" in card
+    Path("out/pgd/te_coa-seed4/report.json").unlink()
+    script.main(["--config", "own.yaml", "--partial"])
+    text = Path("out/cards/small/table.md").read_text()
+    assert "Unfinished, and left out of the tables: pgd: TeCoA." in text
+    assert "| before |" in text and "| TeCoA |" not in text
+    assert len(seen) == 2 and not Path("out/pgd/te_coa-seed4/report.json").exists(), "nothing is run"
     own = read("own.yaml")
     with pytest.raises(ValueError, match="seeds="):
-        script.train_model(replace(own, seeds=(1, 1)), own.models[1])
+        script.cells_of(replace(own, seeds=(1, 1)))
+
+
+def test_other_weights_are_measured_anew():
+    Path("own.yaml").write_text(json.dumps(SMALL).replace('"tecoa"', '"digits-clip/tecoa"'))
+    own = read("own.yaml")
+    evaluation = next(cell for cell in script.cells_of(own) if cell.name == "pgd of te_coa")
+    weights = Path("out/te_coa/model.safetensors")
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"these")
+    run = script.asked_evaluation(own, own.evaluations[0], own.models[1])
+    evaluation.folder.mkdir(parents=True)
+    for name, text in (("report.json", "{}"), ("recipe.yaml", dump_recipe(run.source)),
+                       (script.MADE_OF, script.evaluated(own, own.models[1]))):  # fmt: skip
+        (evaluation.folder / name).write_text(text)
+    assert evaluation.finished()
+    weights.write_bytes(b"those")
+    os.utime(weights, ns=(1, 1))
+    assert not evaluation.finished()
+    weights.write_bytes(b"these")
+    assert evaluation.finished()
+    assert not script.is_evaluated(replace(own, pictures={"cat": [1]}), own.evaluations[0], own.models[1])
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--jobs", "0"], "jobs"),
+        (["--jobs", "x"], "jobs"),
+        (["--only", "[nobody]"], "nobody"),
+        (["--partial", "--only", "[te_coa]"], "partial"),
+        (["--models", "[{name: a, title: b}, {name: a, title: c}]", "--evaluations", "[{name: e, config: f}]"], "'a'"),
+        (["--models", "[{name: a, title: b}, {name: c, title: b}]", "--evaluations", "[{name: e, config: f}]"], "'b'"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_run(words, name, capsys):
+    Path("own.yaml").write_text(json.dumps(SMALL))
+    with pytest.raises(SystemExit) as end:
+        script.main(["--config", "own.yaml", *words])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("error: ") and name in line
+    assert not Path("out").exists()
+
+
+def test_a_baseline_and_tasks_that_are_not_there_are_refused():
+    Path("own.yaml").write_text(json.dumps(SMALL))
+    own = read("own.yaml")
+    with pytest.raises(ValueError, match="baseline: there is no model 'after'"):
+        script.run(replace(own, baseline="after"))
+    with pytest.raises(ValueError, match=r"groups\['a'\].*'cats'"):
+        script.check_compared(replace(own, groups={"a": ["cats"]}), [make_report()])
+    defended = make_report(attack_target="adaptive", defence=make_defence())
+    with pytest.raises(ValueError, match="baseline and groups"):
+        script.check_compared(replace(own, baseline="before"), [defended])
 
 
 def short(real):

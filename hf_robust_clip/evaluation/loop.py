@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -22,14 +23,16 @@ from ..checks import BLIND_ABOVE, Blindness, check_logits, checked_labels
 from ..defences.base import Defence, Traits
 from ..defences.undefended import Undefended
 from ..environment import hardware, library_versions
+from ..metrics import right_throughout
 from ..modeling import ZeroShotClassifier, descriptions_digest, without_gradients
 from ..names import check_shown
 from ..prediction import Prediction
 from ..processes import Processes, everyone, together
 from ..report import RobustnessReport, accuracies, blind_warning, choose_examples, percent, prompt_hash
+from ..report.outcomes import Outcomes, make_outcomes
 from ..secrets import refuse_tokens
 from ..threat_model import ThreatModel
-from ..zero_shot_data.fingerprint import dataset_digest
+from ..zero_shot_data.fingerprint import dataset_digest, pictures_digest
 from ..zero_shot_data.loading import ImageDataset, collate_images
 from .adversarial import AdversarialLog, Kept, SaveAdversarial, check_saving, save_adversarial
 from .attack_views import AttackView, Scene
@@ -496,7 +499,16 @@ class _Evaluation:
             templates=tuple(model.templates),
             descriptions=descriptions,
             standard_attack=settings.attack.is_standard,
+            outcomes=self.outcomes(found),
         )
+
+    def outcomes(self, found: Found) -> Outcomes | None:
+        """On which images the defence was right, clean and up to each radius; None where not all were judged."""
+        if sorted(found.levels) != list(range(len(self.dataset))):
+            return None
+        right_NS = right_throughout(found.right(0, len(self.stages)))[np.argsort(list(found.levels))]
+        last = {0.0: 0} | {stage.threat_model.eps: number for number, stage in enumerate(self.stages, start=1)}
+        return make_outcomes(pictures_digest(self.dataset), {eps: right_NS[:, stage] for eps, stage in last.items()})
 
     def all_kept(self, found: Found) -> Kept:
         """What all processes kept of adversarial pictures."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..attacks.views import View
 from ..digests import digests
 from ..storage import read_json, whole_file, write_text
+from .outcomes import Outcomes
 from .report import Measurement, RobustnessReport, frame
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def _report(row: Any, path: str | Path) -> RobustnessReport:
     try:
         values["view"] = View(**_checked(View, row["view"], path))
         values["measurements"] = [Measurement(**_checked(Measurement, own, path)) for own in row["measurements"]]
+        if values.get("outcomes") is not None:
+            values["outcomes"] = Outcomes(**_checked(Outcomes, row["outcomes"], path))
         return RobustnessReport(**values)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds a value of another kind ({error}); evaluate the model again.") from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..storage import whole_file
 from ..threat_model import ThreatModel, parse_radius
 from .report import CLEAN, CONTROLS, ROBUST, RobustnessReport
-from .tables import by_model, defence_figures, headlines, one_norm, over_runs, titled
+from .tables import by_model, defence_figures, each_run, headlines, one_norm, over_runs, titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", "#7A4FBF")
+FRONT = "no model is better in both"
 _MARKERS, _DASHES = "osD^vP>X", ("-", "--", "-.", ":")
 
 
@@ -83,6 +84,7 @@ def plot_tradeoff(
     reports: Sequence[RobustnessReport],
     radius: float | str,
     further: Sequence[Sequence[RobustnessReport]] = (),
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Write a PNG of robust against clean accuracy: a panel for each task, a point for each model, 95 % intervals.
 
@@ -91,7 +93,9 @@ def plot_tradeoff(
         reports: of several models, one for each model and task, under one norm.
         radius: in units of [0, 1], such as `"4/255"`; every report must have it.
         further: the same of models that were trained again; see `over_runs`. A point is then the mean over the runs of
-            a model, and the bars are their standard deviation.
+            a model, among a small point for each run with their convex hull, in place of intervals; a line leads from
+            one to the next of the models than which no other is better in both means.
+        groups: by name their tasks; a panel is then of the mean over the tasks of a group. See `each_run`.
 
     Raises ValueError for no reports, several norms, a report without the radius, and as `over_runs` does.
     """
@@ -99,28 +103,82 @@ def plot_tradeoff(
 
     eps = parse_radius(radius, "radius")
     every = [report for run in (reports, *further) for report in run]
-    norm, rows = one_norm(every), over_runs(reports, further)
+    norm, rows = one_norm(every), over_runs(reports, further, groups)
     for report in every:
         if not any(math.isclose(own, eps) for own in report.robust_accuracy):
             raise ValueError(f"the report of {report.name}, {report.task} has no radius {radius}.")
-    styles = _styles(rows["name"])
+    several = bool(further)
+    single = _both(each_run(reports, further, groups), eps) if several else {}
+    styles, points = _styles(rows["name"]), _both(rows, eps)
     attacks = " or ".join(sorted(set(rows["full_attack"])))
-    panels = list(rows[rows["metric"].isin([CLEAN, ROBUST])].groupby("task", sort=False))
+    panels = list(dict.fromkeys(rows["task"]))
     threat = ThreatModel(eps, norm)  # type: ignore[arg-type]
-    figure, axes = make_panels([task for task, _ in panels], f"accuracy under {attacks}\n{threat}")
-    for axis, (_, panel) in zip(axes, panels, strict=True):
-        for name, own in panel.groupby("name", sort=False):
-            near = own["eps"].map(lambda radius: math.isclose(radius, eps))
-            ends = [own[own["eps"] == 0].iloc[0], own[near].iloc[0]]
+    figure, axes = make_panels(panels, f"accuracy under {attacks}\n{threat}")
+    for axis, task in zip(axes, panels, strict=True):
+        means: list[tuple[float, float]] = []
+        for (name, of), (ends,) in points.items():
+            if of != task:
+                continue
             x, y = (end["value"] for end in ends)
-            bar_x, bar_y = ([[end["value"] - end["low"]], [end["high"] - end["value"]]] for end in ends)
-            style = {**styles[name], "linestyle": "none", "markersize": 8, "elinewidth": 0.8}
-            axis.errorbar([x], [y], xerr=bar_x, yerr=bar_y, label=name, **style)
+            means.append((x, y))
+            style = {**styles[name], "linestyle": "none", "markersize": 7 if several else 8, "elinewidth": 0.8}
+            bars: Any = [[[end["value"] - end["low"]], [end["high"] - end["value"]]] for end in ends]
+            if several or any(end["low"] != end["low"] for end in ends):  # nothing is known of a group's mean
+                bars = [None, None]
+            axis.errorbar([x], [y], xerr=bars[0], yerr=bars[1], label=name, zorder=3, **style)
+            runs = [(clean["value"], robust["value"]) for clean, robust in single.get((name, of), [])]
+            if len(runs) > 1:
+                hull, colour = _hull(runs), styles[name]["color"]
+                axis.fill(*zip(*hull, strict=True), facecolor=colour, alpha=0.15, linewidth=0, zorder=1)
+                axis.plot(*zip(*hull, hull[0], strict=True), color=colour, alpha=0.4, linewidth=0.6, zorder=1)
+                style |= {"markersize": 3, "alpha": 0.6, "markeredgewidth": 0}
+                style.pop("elinewidth")
+                axis.plot(*zip(*runs, strict=True), zorder=2, **style)
+        if several:
+            front: dict[str, Any] = {"color": "grey", "linewidth": 0.8, "zorder": 0, "label": FRONT}
+            axis.step(*zip(*_front(means), strict=True), where="pre", **front)
         axis.set_xlabel("clean accuracy")
         axis.xaxis.set_major_formatter(_percent_label)
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), prune="both"))
     save_figure(figure, axes, path)
+
+
+def _both(rows: DataFrame, eps: float) -> dict[tuple[str, str], list[tuple[Any, Any]]]:
+    """By name and task its clean row and that at a radius, in a list of one pair for each run."""
+    rows = rows[rows["metric"].isin([CLEAN, ROBUST])]
+    found: dict[tuple[str, str], list[tuple[Any, Any]]] = {}
+    for (task, name, _), own in rows.groupby(["task", "name", "run"], sort=False):
+        near = own["eps"].map(lambda radius: math.isclose(radius, eps))
+        found.setdefault((name, task), []).append((own[own["eps"] == 0].iloc[0], own[near].iloc[0]))
+    return found
+
+
+def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points than which no other is as good in both and better in one, from left to right."""
+    found: list[tuple[float, float]] = []
+    for point in sorted(set(points), reverse=True):
+        if not found or point[1] > found[-1][1]:
+            found.append(point)
+    return found[::-1]
+
+
+def _hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The corners of the convex hull of points, in turn (Andrew's monotone chain); of points on a line its ends."""
+    found: list[tuple[float, float]] = []
+    for one_way in (sorted(set(points)), sorted(set(points), reverse=True)):
+        side: list[tuple[float, float]] = []
+        for point in one_way:
+            while len(side) > 1 and not _turns_left(side[-2], side[-1], point):
+                side.pop()
+            side.append(point)
+        found += side
+    return list(dict.fromkeys(found))
+
+
+def _turns_left(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    """Whether the way from a over b to c bends to the left."""
+    return (b[0] - a[0]) * (c[1] - a[1]) > (b[1] - a[1]) * (c[0] - a[0])
 
 
 def _panel_rows(reports: Sequence[RobustnessReport]) -> tuple[DataFrame, str]:
@@ -291,8 +349,8 @@ def _percent_label(value: float, _: float) -> str:
 def save_figure(figure: Figure, axes: Sequence[Axes], path: str | Path) -> None:
     """Write the figure with one legend for all panels, below them."""
     handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    if "chance" in handles:
-        handles["chance"] = handles.pop("chance")  # last
+    for last in {"chance", FRONT} & set(handles):
+        handles[last] = handles.pop(last)
     columns = max(1, int(figure.get_figwidth() * 13 / (max(map(len, handles)) + 8)))
     figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(handles) // columns))
     figure.legend(

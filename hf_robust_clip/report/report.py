@@ -15,8 +15,10 @@ from ..metrics import wilson_interval
 from ..modeling import DESCRIPTION
 from ..secrets import refuse_tokens
 from ..threat_model import ThreatModel
+from .outcomes import Outcomes
 
 if TYPE_CHECKING:
+    import numpy as np
     from pandas import DataFrame
 
 CONTROLS = ("static prompts", "random prompts", "ensemble-64")
@@ -132,7 +134,7 @@ def _accuracy(
 
 @dataclass(frozen=True)
 class RobustnessReport:
-    """What was measured of one model on one set of images, and how. Every field but the last three is mandatory.
+    """What was measured of one model on one set of images, and how. Every field but the last five is mandatory.
 
     Args:
         name: what tables call the model, e.g. `"PMG-AFT"`.
@@ -163,6 +165,8 @@ class RobustnessReport:
         templates: the texts, with `{}` for the class name, that class names were put in; None where nobody noted them.
         standard_attack: whether the attack is the standard one that others quote (AutoAttack), not one of many.
         descriptions: SHA-256 (16 digits) of the texts that templates with `{description}` took; None without any.
+        outcomes: on which images the model (behind its defence, if it has one) was right, clean and at each radius, by
+            which models are compared image by image; None where nobody noted them. They must give the accuracies.
 
     Raises ValueError for a field that is empty, unknown, out of range, at odds with another, or holds an access token,
     TypeError for attack parameters that JSON can't hold. So too for a randomised or optimising defence under a view of
@@ -195,6 +199,7 @@ class RobustnessReport:
     templates: tuple[str, ...] | None = None
     standard_attack: bool = False
     descriptions: str | None = None
+    outcomes: Outcomes | None = None
 
     def __post_init__(self) -> None:
         for name in ("class_names", "measurements", "templates"):
@@ -220,6 +225,7 @@ class RobustnessReport:
         self._check_defence()
         self._check_figures()
         self._check_classes()
+        self._check_outcomes()
 
     def _check_view(self) -> None:
         if self.view != (known := KNOWN_VIEWS.get(self.view.name, self.view)):
@@ -280,6 +286,33 @@ class RobustnessReport:
                 raise ValueError(
                     f"per_class counts {count:.0f} of {images} correct at eps={total.eps:g}, but it is {total.value}."
                 )
+
+    def _check_outcomes(self) -> None:
+        if self.outcomes is None:
+            return
+        figures = {0.0: self.clean_accuracy, **self.robust_accuracy}
+        if not self.outcomes.images:
+            raise ValueError("outcomes.images is missing; outcomes must say of which images they are.")
+        if self.outcomes.radii != list(figures):
+            raise ValueError(f"outcomes have the radii {self.outcomes.radii}, not those of the report.")
+        before_N = None
+        for eps, value in figures.items():
+            right_N = self.outcomes_at(eps)
+            if abs(int(right_N.sum()) - value * self.num_images) > 1e-6:
+                raise ValueError(f"outcomes at eps={eps:g} have {right_N.mean()} right, but it is {value}.")
+            if before_N is not None and (right_N & ~before_N).any():
+                raise ValueError(f"outcomes at eps={eps:g} have images right that are wrong at a smaller radius.")
+            before_N = right_N
+
+    def outcomes_at(self, eps: float) -> np.ndarray:
+        """Whether the model was right on each image, in the order of the dataset, at a radius in units of [0, 1], as
+        the accuracy there counts it, 0 for clean: (N,) bool.
+
+        Raises ValueError for a radius without outcomes, and for a report without any.
+        """
+        if self.outcomes is None:
+            raise ValueError(f"the report of {self.name}, {self.task} has no outcomes; evaluate the model again.")
+        return self.outcomes.at(eps, self.num_images)
 
     def _of(self, metric: str, judge: str | None = None) -> dict[float, float]:
         """A metric by radius, ascending."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
 from ..threat_model import ThreatModel
@@ -84,38 +84,107 @@ def figures(reports: Sequence[RobustnessReport]) -> Cells:
     return Cells(heads[:columns], tuple(row[:columns] for own in groups.values() for row in own), grouped=True)
 
 
-def figures_by_task(reports: Sequence[RobustnessReport], further: Sequence[Sequence[RobustnessReport]] = ()) -> Cells:
+def figures_by_task(
+    reports: Sequence[RobustnessReport],
+    further: Sequence[Sequence[RobustnessReport]] = (),
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> Cells:
     """A row for each model, a column for each task, with clean and robust accuracies in percent, divided by " / ".
 
     Args:
         reports: of several models, one for each model and task.
         further: the same of models that were trained again; see `over_runs`. Where there are several of a model, its
             figures are means, each with "±" and the standard deviation.
+        groups: by name their tasks; a column is then of the mean over the tasks of a group. See `grouped_tasks`.
 
     Raises ValueError for no reports, several norms, and as `over_runs` does.
     """
-    norm = one_norm([report for run in (reports, *further) for report in run])
-    rows = _of_accuracies(over_runs(reports, further))
+    every = [report for run in (reports, *further) for report in run]
+    norm = one_norm(every)
+    rows = _of_accuracies(over_runs(reports, further, groups))
     spread = rows["std"].map(lambda value: "" if value != value else f" ± {_number(value)}")
     values = by_column(rows, rows["value"].map(_number) + spread, ["name", "task"])
     told = " / ".join(head(metric, eps, norm) for metric, eps in values)
     of = {key: " / ".join(texts) for key, texts in zip(values.index, values.to_numpy().tolist(), strict=True)}
-    sizes = dict(zip(rows["task"], rows["num_images"], strict=True))
-    lines = [(name, *(of.get((name, task), "-") for task in sizes)) for name in dict.fromkeys(rows["name"])]
-    return Cells(("", *(f"{task} (n={size}): {told}" for task, size in sizes.items())), tuple(lines))
+    columns = grouped_tasks(every, groups)
+    names = dict.fromkeys(report.name for report in every)
+    lines = [(name, *(of.get((name, column), "-") for column in columns)) for name in names]
+    return Cells(("", *figure_heads(every, columns, told)), tuple(lines))
 
 
-def over_runs(reports: Sequence[RobustnessReport], further: Sequence[Sequence[RobustnessReport]] = ()) -> DataFrame:
+def grouped_tasks(
+    reports: Sequence[RobustnessReport], groups: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, list[str]]:
+    """By the title of a column its tasks: each task of the reports alone, or those of them that a group has; a group
+    without any has no column. Raises ValueError for a group that has a task twice.
+    """
+    tasks = dict.fromkeys(report.task for report in reports)
+    if not groups:
+        return {task: [task] for task in tasks}
+    found = {}
+    for group, named in groups.items():
+        if len(set(named)) < len(named):
+            raise ValueError(f"groups[{group!r}]={list(named)!r} has a task twice.")
+        if own := [task for task in named if task in tasks]:
+            found[f"{group}: {', '.join(own)}"] = own
+    return found
+
+
+def figure_heads(
+    reports: Sequence[RobustnessReport], columns: Mapping[str, Sequence[str]], told: str | None = None
+) -> list[str]:
+    """The heads of columns of tasks: how many images they are of, and what is told, by default the accuracies."""
+    sizes = {report.task: report.num_images for report in reports}
+    if told is None:
+        radii = sorted({eps for report in reports for eps in report.robust_accuracy})
+        norm = one_norm(reports)
+        told = " / ".join([head(CLEAN, 0.0, norm), *(head(ROBUST, eps, norm) for eps in radii)])
+    return [f"{column} (n={sum(sizes[task] for task in tasks)}): {told}" for column, tasks in columns.items()]
+
+
+def over_runs(
+    reports: Sequence[RobustnessReport],
+    further: Sequence[Sequence[RobustnessReport]] = (),
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> DataFrame:
     """The headlines of models, one row by name, task, metric and radius, where a model was trained several times.
 
     Args:
         reports: of several models, one for each model and task.
         further: the same of models that were trained again, with other seeds.
+        groups: see `each_run`.
 
     Of several runs `value` is the mean, `std` the standard deviation of a sample (divided by their number less 1),
     `low` and `high` lie one of it to either side; of a single one `std` is NaN and `low` and `high` are its 95 %
-    interval. Raises ValueError for a model twice on a task, runs of other images or attacks, and for one that lacks a
-    figure.
+    interval, or those of `each_run`. Raises ValueError as this does, and for a run that lacks a figure which another
+    of the model has.
+    """
+    key = ["name", "task", "metric", "eps"]
+    rows = each_run(reports, further, groups)
+    counts = rows.groupby(key, sort=False)["value"].agg(["mean", "std", "count"]).reset_index()
+    for name, own in counts.groupby("name"):
+        if own["count"].nunique() > 1:
+            raise ValueError(f"a run of {name} lacks a figure that another has; finish all of them.")
+    found = rows.drop_duplicates(key).merge(counts, on=key)
+    several = found["count"] > 1
+    found["value"] = found["mean"].where(several, found["value"])
+    found["low"] = (found["mean"] - found["std"]).where(several, found["low"])
+    found["high"] = (found["mean"] + found["std"]).where(several, found["high"])
+    return found
+
+
+def each_run(
+    reports: Sequence[RobustnessReport],
+    further: Sequence[Sequence[RobustnessReport]] = (),
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> DataFrame:
+    """The headlines of models, one row by `run` (0 for `reports`), name, task, metric and radius.
+
+    Args:
+        groups: by name their tasks; see `grouped_tasks`. `task` is then the title of a group, and `value` the
+            unweighted mean over its tasks, without an interval (NaN), of what all of them have.
+
+    Raises ValueError for a model twice on a task, and runs of other images or attacks.
     """
     from pandas import concat
 
@@ -130,16 +199,21 @@ def over_runs(reports: Sequence[RobustnessReport], further: Sequence[Sequence[Ro
                 raise ValueError(
                     f"the runs of {name}, {task} differ in {field}: {list(found)}; compare like with like."
                 )
-    counts = rows.groupby(key, sort=False)["value"].agg(["mean", "std", "count"]).reset_index()
-    for name, own in counts.groupby("name"):
-        if own["count"].nunique() > 1:
-            raise ValueError(f"a run of {name} lacks a figure that another has; finish all of them.")
-    found = rows.drop_duplicates(key).merge(counts, on=key)
-    several = found["count"] > 1
-    found["value"] = found["mean"].where(several, found["value"])
-    found["low"] = (found["mean"] - found["std"]).where(several, found["low"])
-    found["high"] = (found["mean"] + found["std"]).where(several, found["high"])
-    return found
+    return _means_over_tasks(rows, grouped_tasks([*reports, *chain(*further)], groups)) if groups else rows
+
+
+def _means_over_tasks(rows: DataFrame, columns: Mapping[str, Sequence[str]]) -> DataFrame:
+    """A row for each group of tasks in which no task is missing."""
+    from pandas import concat
+
+    key, parts = ["run", "name", "metric", "eps"], [rows.head(0)]
+    for title, tasks in columns.items():
+        own = rows[rows["task"].isin(tasks)]
+        means = own.groupby(key)["value"].agg(["mean", "count"]).reset_index()
+        whole = means[means["count"] == len(tasks)]
+        first = own.drop_duplicates(key).merge(whole, on=key)
+        parts.append(first.assign(task=title, value=first["mean"], low=float("nan"), high=float("nan")))
+    return concat(parts)[rows.columns]
 
 
 def detections(reports: Sequence[RobustnessReport]) -> Cells | None:

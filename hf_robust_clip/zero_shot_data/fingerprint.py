@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,22 @@ def dataset_digest(dataset: Dataset, every: bool = False) -> str:
     Args:
         every: look at every example of such a dataset.
     """
+    return _digest(_parts(dataset, every))
+
+
+def pictures_digest(dataset: Dataset) -> str:
+    """16 hexadecimal digits that change when a picture, a label or their order does, and not with what prepares them:
+    models that take other sizes see the same pictures. Of other datasets than an `ImageDataset` all examples count.
+    """
+    if not isinstance(dataset, ImageDataset):
+        return dataset_digest(dataset, every=True)
+    meaning = None if dataset.label_map is None else sorted(dataset.label_map.items(), key=str)
+    return _digest(itertools.chain([repr(meaning).encode()], _rows(dataset)))
+
+
+def _digest(parts: Iterable[bytes]) -> str:
     found = blake2b(digest_size=8)
-    for part in _parts(dataset, every):
+    for part in parts:
         found.update(len(part).to_bytes(8, "little") + part)
     return found.hexdigest()
 

@@ -12,7 +12,8 @@ images/s and peak memory of each, and the ratio of their times.
             again in the prediction. To its favour: its views are made beforehand, and not timed.
 
     python tests/benchmarks/adaptation_speed.py --design VLI --classes 100
-    python tests/benchmarks/adaptation_speed.py --design VLI --classes 1000 --images 32 --device cuda --dtype bf16
+    python tests/benchmarks/adaptation_speed.py --design VLI --classes 1000 --images 8 --device cuda
+    python tests/benchmarks/adaptation_speed.py --classes 1000 --chunk 100 --choose_bf16
 
 `--vocab` and the stand-in for it: see prompt_speed.py. In fp32 the released way takes about 38 MB for each class:
 `--chunk 100` takes its text forward and back 100 classes at a time (what that needs to know beforehand isn't timed).
@@ -25,22 +26,24 @@ import gc
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from prompt_speed import (
-    NUM_TOKENS,
-    Ours,
-    Released,
-    Task,
+from measuring import (
+    add_output,
+    card_told,
+    clear_card,
     exact_dtype,
-    figures_of,
+    keep,
+    on_card,
     print_figures,
-    print_table,
     resident_peak,
     timed,
     told_if_failed,
-)
+)  # fmt: skip
+from prompt_speed import NUM_TOKENS, Ours, Released, Task, compared_on_card, figures_of, print_table
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -179,6 +182,17 @@ class ReleasedAtTestTime(Released):
         return loss.detach(), logits_C, [p.detach().clone() for p in self.prompts]
 
 
+def chosen_alike(way: OursAtTestTime) -> dict[str, float]:
+    """Views that are kept, and how many of an image's are the same if they are chosen without bfloat16, on average."""
+    run = way.adapter.run(way.core, way.task.images_BCHW, SEED, "none")
+    start = way.adapter.initial(way.core, run.own)
+    roughly_BK, exactly_BK = (
+        replace(way.adapter, choose_bf16=rough).choose(run, start) for rough in (True, False)
+    )  # fmt: skip
+    same = (roughly_BK[:, :, None] == exactly_BK[:, None]).any(dim=2).sum(dim=1).double().mean()
+    return {"kept": roughly_BK.shape[1], "same": float(same)}
+
+
 WAYS = {"ours": OursAtTestTime, "released": ReleasedAtTestTime}
 
 
@@ -223,42 +237,48 @@ def peak_memory(args: argparse.Namespace, name: str) -> float:
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, list[tuple[float, float]]], dict[str, float]]:
-    """Times turn by turn (on a card, where `released` is measured on one image: way by way), and peaks."""
-    cuda = args.device == "cuda"
+    """Times turn by turn on a CPU, and peaks."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in args.only}
-    peaks: dict[str, float] = {}
-    if not cuda:
-        task = Task(args, args.images, args.classes)
-        ways = {name: WAYS[name](task, args) for name in args.only}
-        for _ in range(args.repeats):
-            for name, way in ways.items():
-                times[name].append(timed(lambda way=way: run_once(way), args.device))
-        if not args.no_memory:
-            peaks = {name: peak_memory(args, name) for name in args.only}
-        return times, peaks
-    for name in args.only:
-        count = 1 if name == "released" else args.images
-        task = Task(args, count, args.classes)
-        with told_if_failed(f"{name}, {count} image(s), {args.classes} classes", {}):
-            way = WAYS[name](task, args)
-            run_once(way)
-            torch.cuda.reset_peak_memory_stats()
-            found = [timed(lambda way=way: run_once(way), args.device) for _ in range(args.repeats)]
-            times[name] = [(wall * args.images / count, cpu * args.images / count) for wall, cpu in found]
-        peaks[name] = torch.cuda.max_memory_allocated()
-        way = None
-        gc.collect()
-        torch.cuda.empty_cache()
-    return times, peaks
+    task = Task(args, args.images, args.classes)
+    ways = {name: WAYS[name](task, args) for name in args.only}
+    for _ in range(args.repeats):
+        for name, way in ways.items():
+            times[name].append(timed(lambda way=way: run_once(way), args.device))
+    return times, {} if args.no_memory else {name: peak_memory(args, name) for name in args.only}
+
+
+def measure_cuda(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What `on_card` finds of one way (of `released` on one image, since it takes one by one), or the error."""
+    count = 1 if name == "released" else args.images
+    task = Task(args, count, args.classes)
+    found: dict[str, Any] = {}
+    with told_if_failed(f"{name}, {count} image(s), {args.classes} classes", found):
+        way = WAYS[name](task, args)
+        found |= on_card(lambda: run_once(way), count, args.repeats, warm_ups=1) | {"images": count}
+        print(f"{name}, {count} image(s): {card_told(found, 'images/s')}", flush=True)
+    way = None
+    clear_card()
+    return found
 
 
 def run(args: argparse.Namespace) -> None:
     """Check, measure, and print the table."""
     if len(args.only) == 2:
         check(args)
+    if args.device == "cuda":
+        figures: dict[str, Any] = {}
+        for name in args.only:
+            figures[name] = measure_cuda(args, name)
+            keep(__file__, args, figures)
+        print_figures(__file__, args, compared_on_card(figures))
+        return
     times, peaks = measure(args)
+    alike = {}
+    if args.choose_bf16 and "ours" in args.only:
+        alike = chosen_alike(OursAtTestTime(Task(args, args.images, args.classes), args))
+        print(f"views chosen in bfloat16: {alike['same']:.2f} of {alike['kept']} are those of float32", flush=True)
     print_table(args, times, peaks, args.images, "images/s")
-    print_figures(__file__, args, figures_of(args, times, peaks, args.images))
+    print_figures(__file__, args, figures_of(args, times, peaks, args.images) | ({"chosen": alike} if alike else {}))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -272,11 +292,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1, help="timed runs of each way (default 1)")
     parser.add_argument("--vocab", type=Path, help="CLIP's bpe_simple_vocab_16e6.txt.gz; default: a stand-in")
     parser.add_argument("--chunk", type=int, help="classes that `released` holds at once; default all")
-    parser.add_argument("--choose_bf16", action="store_true", help="ours chooses the views in bfloat16")
+    parser.add_argument(
+        "--choose_bf16", action="store_true", help="ours chooses the views in bfloat16; on CPU told how many differ"
+    )
     parser.add_argument("--our_chunk", type=int, help="`chunk_size` of ours; default all")
     parser.add_argument("--only", nargs=1, choices=tuple(WAYS), default=list(WAYS), help="time one way, unchecked")
     parser.add_argument("--no_memory", action="store_true", help="CPU: don't run each way once more for its memory")
     parser.add_argument("--tiny", action="store_true", help="a tiny CLIP: to try the script, not to measure")
+    add_output(parser)
     parser.add_argument("--own_peak", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     cuda = args.device == "cuda"

@@ -33,24 +33,32 @@ import gc
 import gzip
 import json
 import re
-import resource
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from measuring import (
+    GIB,
+    add_output,
+    card_told,
+    clear_card,
+    exact_dtype,
+    keep,
+    on_card,
+    print_figures,
+    resident_peak,
+    timed,
+    told_if_failed,
+)  # fmt: skip
 from peft import get_peft_model
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-from transformers import __version__ as transformers_version
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import hf_robust_clip
@@ -67,7 +75,6 @@ SEED = 0
 TEMPLATE = "a photo of a {}."
 CONTEXT = "a photo of a"
 BOS, EOS = 49406, 49407
-GIB = 2**30
 Times = dict[str, list[tuple[float, float]]]
 UNITS = {"text": "prompts/s", "step": "images/s"}
 
@@ -133,7 +140,8 @@ class Task:
 
     def clip(self) -> CLIPModel:
         torch.manual_seed(SEED)
-        return CLIPModel(self.config).to(self.device, self.dtype).requires_grad_(False)
+        with self.device:  # on a card in a hundredth of the time
+            return CLIPModel(self.config).to(self.dtype).requires_grad_(False)
 
     def depth(self, tower: str) -> int:
         return min(9, getattr(self.config, f"{tower}_config").num_hidden_layers)
@@ -315,35 +323,6 @@ def compare(ours: Ours, released: Released) -> dict[str, float]:
     }
 
 
-def exact_dtype(device: str) -> torch.dtype:
-    """What the ways are compared in: float64 on a card, whose convolutions round float32 to ten bits."""
-    return torch.float64 if device == "cuda" else torch.float32
-
-
-def print_figures(file: str, args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """One line of JSON, the last that a script prints: what was measured, where, and with which settings."""
-    place = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    settings = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float | list)}
-    about = {
-        "script": Path(file).stem,
-        "place": place,
-        "torch": torch.__version__,
-        "transformers": transformers_version,
-    }
-    print(json.dumps(about | {"settings": settings, "figures": figures}), flush=True)
-
-
-@contextmanager
-def told_if_failed(what: str, figures: dict[str, Any]) -> Iterator[None]:
-    """A way that fails on a card, by want of memory or otherwise, is told in one line and leaves the others alone."""
-    try:
-        yield
-    except Exception as error:  # of torch.compile there is no common class
-        message = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        figures["error"] = message
-        print(f"{what}: {message}", flush=True)
-
-
 def check(args: argparse.Namespace) -> None:
     """Refuse to time two ways that don't agree. At most 125 classes and 8 images, without autocast."""
     exact = argparse.Namespace(**vars(args) | {"dtype": "fp32"})
@@ -353,17 +332,6 @@ def check(args: argparse.Namespace) -> None:
     print("relative differences: " + ", ".join(f"{name} {value:.1e}" for name, value in found.items()), flush=True)
     if not (found["values"] < 1e-5 and found["gradients"] < 1e-2):  # pixels whose gradient is almost 0 turn its sign
         raise SystemExit("the two ways differ: their times can't be compared.")
-
-
-def timed(function: Callable[[], object], device: str) -> tuple[float, float]:
-    """Wall and processor time of one call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    wall, processor = time.perf_counter(), time.process_time()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - wall, time.process_time() - processor
 
 
 def measure_cpu(args: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
@@ -395,29 +363,28 @@ def own_peak_memory(args: argparse.Namespace) -> int:
     return resident_peak()
 
 
-def resident_peak() -> int:
-    """This process's highest resident size in bytes. On Linux `ru_maxrss` would begin at the peak of the parent."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def measure_cuda(args: argparse.Namespace, name: str) -> tuple[list[tuple[float, float]], float]:
-    """Times and peak bytes of one way alone on the card; no times if it doesn't fit."""
+def measure_cuda(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What `on_card` finds of one way, or the error."""
     task = Task(args, args.images, args.classes)
-    times: list[tuple[float, float]] = []
-    with told_if_failed(f"{name}, {args.images} images, {args.classes} classes", {}):
+    count = args.classes if args.what == "text" else args.images
+    found: dict[str, Any] = {}
+    with told_if_failed(f"{name}, {args.images} images, {args.classes} classes", found):
         way = WAYS[name](task)
-        for _ in range(2):
-            run_once(way)
-        torch.cuda.reset_peak_memory_stats()
-        times = [timed(lambda: run_once(way), args.device) for _ in range(args.repeats)]
-    peak = torch.cuda.max_memory_allocated()
+        found |= on_card(lambda: run_once(way), count, args.repeats)
+        print(f"{name}: {card_told(found, UNITS[args.what])}", flush=True)
     way = None
-    gc.collect()
-    torch.cuda.empty_cache()
-    return times, peak
+    clear_card()
+    return found
+
+
+def compared_on_card(figures: dict[str, Any]) -> dict[str, Any]:
+    """What was found of ours and released on a card, with the ratios of time and memory where both fitted."""
+    ours, released = figures.get("ours", {}), figures.get("released", {})
+    if "wall_s" in ours and "wall_s" in released:
+        figures["ratio"] = ours["per_s"] / released["per_s"]
+        figures["memory_ratio"] = released["peak_gib"] / ours["peak_gib"]
+        print(f"ours is faster by {figures['ratio']:.2f}x; released needs {figures['memory_ratio']:.2f}x the memory")
+    return figures
 
 
 def run(args: argparse.Namespace) -> None:
@@ -425,12 +392,15 @@ def run(args: argparse.Namespace) -> None:
     if len(args.only) == 2:
         check(args)
     if args.device == "cuda":
-        found = {name: measure_cuda(args, name) for name in args.only}
-        times, peaks = ({name: row[i] for name, row in found.items()} for i in (0, 1))
-    else:
-        times = measure_cpu(args)
-        gc.collect()
-        peaks = {} if args.no_memory else {name: peak_memory(args, name) for name in args.only}
+        figures: dict[str, Any] = {}
+        for name in args.only:
+            figures[name] = measure_cuda(args, name)
+            keep(__file__, args, figures)
+        print_figures(__file__, args, compared_on_card(figures))
+        return
+    times = measure_cpu(args)
+    gc.collect()
+    peaks = {} if args.no_memory else {name: peak_memory(args, name) for name in args.only}
     count = args.classes if args.what == "text" else args.images
     print_table(args, times, peaks, count, UNITS[args.what])
     if len(peaks) == 2:
@@ -460,7 +430,7 @@ def print_table(args: argparse.Namespace, times: Times, peaks: dict[str, float],
             peak = f"{peaks[name] / GIB:10.2f}" if name in peaks else f"{'-':>10}"
             print(f"{name:10}{wall:10.3f}{processor:10.3f}{count / wall:12.4f}{peak}", flush=True)
     if all(times.get(name) for name in WAYS):
-        for i, clock in enumerate(("wall", "cpu")[: 1 if args.device == "cuda" else 2]):
+        for i, clock in enumerate(("wall", "cpu")):
             ratios = [b[i] / a[i] for a, b in zip(times["ours"], times["released"], strict=True)]
             spread = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} .. {max(ratios):.2f})"
             print(f"ours is faster by {spread} in {clock} time")
@@ -479,6 +449,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs=1, choices=tuple(WAYS), default=list(WAYS), help="time one way, unchecked")
     parser.add_argument("--no_memory", action="store_true", help="CPU: don't run each way once more for its memory")
     parser.add_argument("--tiny", action="store_true", help="a tiny CLIP: to try the script, not to measure")
+    add_output(parser)
     parser.add_argument("--own_peak", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     cuda = args.device == "cuda"

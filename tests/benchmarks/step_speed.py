@@ -27,7 +27,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,10 +35,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from prompt_speed import exact_dtype, print_figures, resident_peak, told_if_failed
+from measuring import (
+    GIB,
+    add_output,
+    card_told,
+    clear_card,
+    exact_dtype,
+    keep,
+    on_card,
+    print_figures,
+    resident_peak,
+    timed,
+    told_if_failed,
+)  # fmt: skip
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 import hf_robust_clip
@@ -54,7 +64,6 @@ EPS = 1 / 255
 NUM_STEPS = 2
 SEED = 0
 OBJECTIVE = PMGAFT.released_preset()
-GIB = 2**30
 
 
 def clip_config(tiny: bool) -> CLIPConfig:
@@ -93,15 +102,16 @@ def random_token_ids(prompts: list[str], config: CLIPConfig) -> Tensor:
     return ids_CL
 
 
-def random_clip(config: CLIPConfig, *, teacher: bool) -> CLIPModel:
+def random_clip(config: CLIPConfig, device: torch.device, *, teacher: bool) -> CLIPModel:
     """A CLIP of random weights; student and teacher share the text side and differ in the vision side."""
     torch.manual_seed(SEED)
-    model = CLIPModel(config)
+    with device:  # on a card in a hundredth of the time
+        model = CLIPModel(config)
     if not teacher:
-        generator = torch.Generator().manual_seed(SEED + 1)
+        generator = torch.Generator(device).manual_seed(SEED + 1)
         with torch.no_grad():
             for parameter in [*model.vision_model.parameters(), *model.visual_projection.parameters()]:
-                noise = torch.randn(parameter.shape, generator=generator)
+                noise = torch.randn(parameter.shape, generator=generator, device=device)
                 parameter.add_(0.2 * parameter.std(correction=0) * noise)
     return model
 
@@ -149,7 +159,7 @@ class Ours:
         mean, std = OBJECTIVE.normalisation
         image_processor = CLIPImageProcessorPil(image_mean=mean, image_std=std)
         processor = SimpleNamespace(image_processor=image_processor)  # no tokenizer
-        clip = random_clip(task.config, teacher=teacher).to(task.device, task.dtype)
+        clip = random_clip(task.config, task.device, teacher=teacher).to(task.dtype)
         model = CLIPForZeroShotClassification.from_clip(clip, processor)
         eos_C = (task.token_ids_CL == task.config.text_config.eos_token_id).int().argmax(dim=1)
         model.class_names, model.templates = tuple(task.names), (PAPER_TEMPLATE,)
@@ -196,7 +206,7 @@ class Released:
         self.std = torch.tensor(std, device=task.device, dtype=task.dtype).view(-1, 1, 1)
 
     def build(self, *, teacher: bool) -> CLIPModel:
-        return random_clip(self.task.config, teacher=teacher).to(self.task.device, self.task.dtype)
+        return random_clip(self.task.config, self.task.device, teacher=teacher).to(self.task.dtype)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.task.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -300,18 +310,8 @@ def compare(task: Task) -> dict[str, float]:
 
 def seconds(function: Callable[[], object], args: argparse.Namespace) -> float:
     """Time of one call."""
-    if args.device != "cuda":
-        clock = time.process_time if args.processor_time else time.perf_counter
-        start = clock()
-        function()
-        return clock() - start
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
-    function()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1000
+    wall, processor = timed(function, args.device)
+    return processor if args.processor_time else wall
 
 
 def alternate(functions: dict[str, Callable[[], object]], args: argparse.Namespace) -> dict[str, list[float]]:
@@ -374,8 +374,12 @@ def own_peak_memory(args: argparse.Namespace) -> None:
     print(resident_peak())
 
 
-def run_cuda(args: argparse.Namespace, classes: int) -> dict[str, Any]:
-    """Times, memory and use of the card, one way after the other: together they may not fit."""
+def run_cuda(
+    args: argparse.Namespace, classes: int, written: Callable[[dict[str, Any]], object]
+) -> dict[str, Any]:  # fmt: skip
+    """Times, memory and use of the card, one way after the other: together they may not fit. After each, `written` is
+    given what is known.
+    """
     task = Task(args, args.images, classes)
     own = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     other = torch.float16 if args.dtype == "bf16" else torch.float32
@@ -386,46 +390,26 @@ def run_cuda(args: argparse.Namespace, classes: int) -> dict[str, Any]:
     if args.only:
         ways = {name: make for name, make in ways.items() if name.startswith(args.only)}
 
-    flops, figures = None, {}
+    operations, figures = None, {}
     for name, make in ways.items():
         figures[name] = found = {}
         with told_if_failed(f"{classes} classes: {name}, {args.images} images", found):
             way = make()
-            if flops is None and isinstance(way, Ours):
-                flops = count_flops(way)
-            for _ in range(3):  # warm-up: kernels chosen, graphs compiled
-                way.step()
-            torch.cuda.reset_peak_memory_stats()
-            median = statistics.median(seconds(way.step, args) for _ in range(args.repeats))
-            found |= {"ms": 1000 * median, "images_per_s": args.images / median}
-            found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-            share = ""
-            if flops is not None and isinstance(way, Ours):
-                found["tflops"] = flops / median / 1e12
-                share = f", {found['tflops']:.0f} TFLOP/s = {found['tflops'] / args.peak_tflops:.1%} of peak"
-            speed = f"{found['ms']:.1f} ms, {found['images_per_s']:.0f} images/s, {found['peak_gib']:.1f} GiB{share}"
-            print(f"{classes} classes: {name}: {speed}", flush=True)
+            known = operations if getattr(way, "compile", False) else None
+            found |= on_card(way.step, args.images, args.repeats, operations=known)
+            operations = found["operations"]
+            print(f"{classes} classes: {name}: {card_told(found, 'images/s')}", flush=True)
         way = None
-        gc.collect()
         torch.compiler.reset()
-        torch.cuda.empty_cache()
-    medians = {name: found["ms"] for name, found in figures.items() if "ms" in found}
-    slow = [median for name, median in medians.items() if name.startswith("released")]
-    for name, median in medians.items():
+        clear_card()
+        written(figures)
+    speeds = {name: found["per_s"] for name, found in figures.items() if "per_s" in found}
+    slow = [speed for name, speed in speeds.items() if name.startswith("released")]
+    for name, speed in speeds.items():
         if slow and name.startswith("ours"):
-            figures[name]["ratio"] = slow[0] / median
-            print(f"{classes} classes: {name} is faster by {slow[0] / median:.2f}x", flush=True)
+            figures[name]["ratio"] = speed / slow[0]
+            print(f"{classes} classes: {name} is faster by {speed / slow[0]:.2f}x", flush=True)
     return figures
-
-
-def count_flops(way: Ours) -> int:
-    """Floating-point operations of the matrix products, convolutions and attention of one step, backward included."""
-    models = way.classifiers
-    way.classifiers = [lambda images_BCHW, model=model: model(images_BCHW.clone()) for model in models]
-    with FlopCounterMode(display=False) as counter:  # its module hooks refuse leaf inputs under autograd.grad: clones
-        way.step()
-    way.classifiers = models
-    return counter.get_total_flops()
 
 
 def run_parts(args: argparse.Namespace, classes: int) -> None:
@@ -482,7 +466,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="CUDA: also ours through torch.compile, for the first of the classes",
     )
-    parser.add_argument("--peak_tflops", type=float, default=989, help="dense matrix peak; default: H100 SXM, bf16")
     parser.add_argument(
         "--processor_time", action="store_true", help="CPU: clock processor time; for a busy machine, on one thread"
     )
@@ -490,6 +473,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="CPU: also the peak memory of each way")
     parser.add_argument("--parts", action="store_true", help="time sub-steps of ours instead")
     parser.add_argument("--tiny", action="store_true", help="a tiny CLIP: to try the script, not to measure")
+    add_output(parser)
     args = parser.parse_args(argv)
     cuda = args.device == "cuda"
     args.images = args.images or (256 if cuda else 32)
@@ -497,6 +481,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.dtype = args.dtype or ("bf16" if cuda else "fp32")
     if cuda and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device here.")
+    if cuda and args.processor_time:
+        parser.error("--processor_time is for --device cpu.")
     if not cuda and args.compile:
         parser.error("--compile is for --device cuda.")
     return args
@@ -510,24 +496,35 @@ def main(argv: list[str] | None = None) -> None:
     place = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU with {torch.get_num_threads()} threads"
     size = "tiny CLIP" if args.tiny else "ViT-B/32"
     clock = "processor time" if args.processor_time else "wall time"
-    print(f"{place}, torch {torch.__version__}, {size}, {args.images} images, {args.dtype}, PGD-{NUM_STEPS}, {clock}")
+    print(
+        f"{place}, torch {torch.__version__}, {size}, {args.images} images, {args.dtype}, PGD-{NUM_STEPS}, {clock}",
+        flush=True,
+    )
     figures: dict[str, Any] = {}
     for classes in args.classes:
         gc.collect()
         if args.parts:
             run_parts(args, classes)
             continue
-        if not args.only:
+        if not args.only and not (args.device == "cuda" and figures):  # there both comparisons would be the same
             found = compare(Task(args, min(args.images, 32), min(classes, 125), exact_dtype(args.device)))
             listed = ", ".join(f"{name} {value:.7g}" for name, value in found.items())
-            print(f"{classes} classes: loss ours, released, share of other pixels, relative differences: {listed}")
+            print(
+                f"{classes} classes: loss ours, released, share of other pixels, relative differences: {listed}",
+                flush=True,
+            )
             if not found["loss"] < 1e-4:
                 raise SystemExit("the two ways differ in their loss: their times can't be compared.")
             gc.collect()
         if args.device == "cuda":
-            figures[str(classes)] = run_cuda(args, classes)
+
+            def written(of_classes: dict[str, Any], key: str = str(classes)) -> None:
+                keep(__file__, args, figures | {key: of_classes})
+
+            figures[str(classes)] = run_cuda(args, classes, written)
             continue
         figures[str(classes)] = run_cpu(args, classes)
+        keep(__file__, args, figures)
         if args.memory:
             peak_memory(args, classes)
     if not args.parts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import adaptation_speed
 import pytest
 import torch
@@ -38,3 +40,10 @@ def test_script_reports_differences_and_ratio(capsys):
     printed = capsys.readouterr().out
     assert "differences: loss" in printed
     assert "ours is faster by" in printed
+
+
+def test_views_chosen_in_bfloat16_are_compared(capsys):
+    adaptation_speed.main([*TINY, "--no_memory", "--choose_bf16", "--only", "ours"])
+    chosen = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]["chosen"]
+    assert chosen["kept"] == 2
+    assert 0 < chosen["same"] <= 2

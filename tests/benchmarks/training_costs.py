@@ -37,7 +37,17 @@ from typing import Any
 
 import torch
 import yaml
-from prompt_speed import resident_peak
+from measuring import (
+    clear_card,
+    float32_told,
+    kernels_seen,
+    profiler,
+    resident_peak,
+    told_if_failed,
+    use_told,
+    used,
+    write_whole,
+)  # fmt: skip
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, TrainerCallback
@@ -61,6 +71,7 @@ MEASURED_SIZES, TOLD_SIZES = ("tiny", "S/32", "B/32", "B/16", "L/14"), ("B/32", 
 ADAMW, FLOAT32, GIB = 8, 4, 2**30
 RADIUS = 24 / 255
 IN_MEMORY_TABLE = 64  # images
+DISTINCT = 32  # a multiple of the number of classes
 
 
 @dataclass(frozen=True)
@@ -115,15 +126,21 @@ def read_run(title: str) -> train.TrainingRun:
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Random pictures: tensors, or whole pictures where a method takes several crops of each."""
+    """Random pictures, `DISTINCT` of them in turn: tensors, or whole pictures where a method takes several crops of
+    each.
+    """
 
     def __init__(self, count: int, side: int, whole: bool):
         self.count, self.side, self.whole = count, side, whole
+        self.rows = [self.row(index) for index in range(min(count, DISTINCT))]
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index % DISTINCT]
+
+    def row(self, index: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(index)
         if self.whole:
             picture = torch.randint(0, 256, (3, self.side, self.side), generator=generator, dtype=torch.uint8)
@@ -145,7 +162,8 @@ def make_trainer(
     tokenizer = processor.tokenizer
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     torch.manual_seed(0)
-    clip = CLIPModel(sizes.config(**special))
+    with torch.device(device):  # on a card in a hundredth of the time
+        clip = CLIPModel(sizes.config(**special))
     model = CLIPForZeroShotClassification.from_clip(clip, processor)
     several = "texts" in run.method.objective.needs
     model.set_classes(NAMES, run.template, TEXTS if several else None)
@@ -254,10 +272,11 @@ def memory(counted: Mapping[str, Any], size: Mapping[str, int]) -> tuple[float, 
 
 
 class Clock(TrainerCallback):
-    """Seconds of each update: of the processor on a CPU, by the clock on a GPU."""
+    """Seconds of each update: of the processor on a CPU, by the clock on a GPU, where the last one is profiled."""
 
     def __init__(self, device: str):
         self.cuda, self.seconds, self.began = device == "cuda", [], 0.0
+        self.record: torch.profiler.profile | None = None
 
     def now(self) -> float:
         if self.cuda:
@@ -265,31 +284,46 @@ class Clock(TrainerCallback):
             return time.perf_counter()
         return time.process_time()
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.cuda and state.global_step == state.max_steps - 1:
+            self.record = profiler()
+            self.record.start()
         self.began = self.now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.seconds.append(self.now() - self.began)
+        if self.record is not None:
+            self.record.stop()
 
 
-def measured(title: str, args: argparse.Namespace) -> dict[str, float]:
+def measured(title: str, args: argparse.Namespace) -> dict[str, Any]:
     """Median seconds of an update after a first one, and peak memory in bytes: on a CPU what the process took beyond
-    what it had before the model was made.
+    what it had before the model was made, on a GPU of tensors; there also the use of the card.
     """
-    before = resident_peak()
-    clock = Clock(args.device)
+    cuda, clock = args.device == "cuda", Clock(args.device)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else resident_peak()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
-            title, args.size, args.images, folder, device=args.device, dtype=args.dtype, updates=1 + args.repeats,
-            callbacks=[clock],
+            title, args.size, args.images, folder, device=args.device, dtype=args.dtype,
+            updates=1 + args.repeats + cuda, callbacks=[clock],
         )  # fmt: skip
-        if args.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         trainer.train()
-    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else resident_peak() - before
+    peak = torch.cuda.max_memory_allocated() if cuda else resident_peak()
     del trainer
     gc.collect()
-    return {"seconds": statistics.median(clock.seconds[1:]), "peak_bytes": peak}
+    seconds = statistics.median(clock.seconds[1 : 1 + args.repeats])
+    found: dict[str, Any] = {"seconds": seconds, "peak_bytes": peak - before}
+    if cuda:
+        costs = load()
+        of_image = costs["passes"][title]["forward_passes"] * costs["sizes"][f"{args.size} {args.dtype}"]["operations"]
+        found |= {"images_per_s": args.images / seconds, "before_bytes": before}
+        found |= used(args.images * of_image, seconds)
+        with told_if_failed(f"{title}: time in kernels", {}):
+            found |= kernels_seen(clock.record, 1)
+            found["kernel_share"] = min(1.0, found["kernels_s"] / seconds)
+    return found
 
 
 def threads() -> int:
@@ -297,23 +331,44 @@ def threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS", "1"))
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Every method, each in a process of its own, so that none has the memory of another; one that doesn't fit is
-    left out.
+def measured_apart(title: str, args: argparse.Namespace) -> dict[str, Any]:
+    """`measured` in a process of its own, so that no method has the memory of another."""
+    own = ["--one", title, "--size", args.size, "--images", str(args.images), "--dtype", args.dtype,
+           "--device", args.device, "--repeats", str(args.repeats)]  # fmt: skip
+    done = subprocess.run([sys.executable, __file__, *own], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(next(iter(done.stderr.splitlines()[-1:]), f"status {done.returncode}"))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(args: argparse.Namespace, written: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """Every method, one after the other (on a GPU in one process, whose memory is cleared between them); one that
+    doesn't fit is told and left out. After each, `written` is given what is known.
     """
-    found = {}
-    for title in args.methods or methods():
-        own = ["--one", title, "--size", args.size, "--images", str(args.images), "--dtype", args.dtype,
-               "--device", args.device, "--repeats", str(args.repeats)]  # fmt: skip
-        done = subprocess.run([sys.executable, __file__, *own], capture_output=True, text=True)
-        if done.returncode:
-            print(title, done.stderr.splitlines()[-1:], flush=True)
-            continue
-        found[title] = json.loads(done.stdout.splitlines()[-1])
-        print(title, found[title], flush=True)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, threads: {threads()}"
-    about = {"size": args.size, "images": args.images, "dtype": args.dtype, "device": name, "repeats": args.repeats}
-    return {**about, "methods": found}
+    cuda = args.device == "cuda"
+    name = torch.cuda.get_device_name() if cuda else f"CPU, threads: {threads()}"
+    found: dict[str, Any] = {}
+    whole = {"size": args.size, "images": args.images, "dtype": args.dtype, "device": name, "repeats": args.repeats}
+    whole |= {"float32": float32_told()} if cuda else {}
+    whole["methods"] = found
+    for title in sorted(args.methods or methods(), key=lambda title: title != BASELINE):
+        with told_if_failed(title, {}):
+            found[title] = measured(title, args) if cuda else measured_apart(title, args)
+            print(title, cost_told(found[title], found.get(BASELINE), args.images), flush=True)
+        if cuda:
+            clear_card()
+        written(whole)
+    return whole
+
+
+def cost_told(own: Mapping[str, Any], base: Mapping[str, Any] | None, images: int) -> str:
+    """Seconds of an update, images/s, memory and, where they are known, the ratio to TeCoA and the use of the card."""
+    line = f"{own['seconds']:.3f} s, {images / own['seconds']:.1f} images/s, peak {own['peak_bytes'] / GIB:.2f} GiB"
+    if base:
+        line += f", {own['seconds'] / base['seconds']:.2f} times {BASELINE}'s time"
+    if own.get("before_bytes", 0) > GIB / 4:
+        line += f" ({own['before_bytes'] / GIB:.2f} GiB were there before)"
+    return f"{line}; {use_told(own)}" if "tflops" in own else line
 
 
 # ---- tables
@@ -414,6 +469,10 @@ def load() -> dict[str, Any]:
     return json.loads(COSTS.read_text(encoding="utf-8")) if COSTS.is_file() else {}
 
 
+def save(costs: Mapping[str, Any], file: Path) -> None:
+    write_whole(file, json.dumps(costs, indent=1) + "\n")
+
+
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", action="store_true", help="count passes, compute memory")
@@ -440,8 +499,8 @@ def main(words: list[str] | None = None) -> None:
             f"{size} {dtype}": size_of(size, dtype) for size in MEASURED_SIZES for dtype in ("fp32", "bf16")
         }
     if args.measure:
-        costs["measured"] = measure(args)
-    args.output.write_text(json.dumps(costs, indent=1) + "\n", encoding="utf-8")
+        costs["measured"] = measure(args, lambda found: save({**costs, "measured": found}, args.output))
+    save(costs, args.output)
     if args.write:
         write(costs)
 

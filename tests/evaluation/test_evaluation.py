@@ -85,6 +85,8 @@ def test_counts_equal_an_attack_written_out(undefended):
     assert report.robust_accuracy == {12 / 255: float(robust.double().mean())}
     assert report.after_each == {12 / 255: {"pgd": report.robust_accuracy[12 / 255]}}
     assert 0.1 < report.robust_accuracy[12 / 255] < 0.9
+    assert report.outcomes_at(0).tolist() == clean.tolist()
+    assert report.outcomes_at(12 / 255).tolist() == robust.tolist()
     for index, name in enumerate(model.class_names):
         own = labels == index
         expected = tuple(int(x.sum()) for x in (own, own & clean, own & robust))
@@ -309,9 +311,10 @@ class Rank:
 
 
 def test_files_of_two_ranks_are_read_by_one_process_and_by_three(tmp_path):
-    """Also where a file was copied: what is known already counts once, gradients included."""
+    """Also where a file was copied: what is known already counts once, gradients included; outcomes are by image."""
     model, data = digits(9)
     expected = asdict(evaluate_robustness(model, data, SETTINGS, **NAMES))
+    assert len(set(expected["outcomes"]["right"].values())) == 3
     for rank in range(2):
         evaluate_robustness(model, data, SETTINGS, processes=Rank(rank, 2), state_dir=tmp_path, **NAMES)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["state-0.jsonl", "state-1.jsonl"]

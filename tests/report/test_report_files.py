@@ -1,12 +1,14 @@
 import json
 from dataclasses import MISSING, fields
 
+import numpy as np
 import pandas
 import pytest
 from reports import make_defence, make_report
 
 from hf_robust_clip.metrics import wilson_interval
 from hf_robust_clip.report import RobustnessReport, load_reports, save_csv, save_reports
+from hf_robust_clip.report.outcomes import Outcomes, make_outcomes
 
 FIELDS = [field.name for field in fields(RobustnessReport) if field.default is MISSING]
 
@@ -136,6 +138,55 @@ def test_csv_has_a_line_for_each_figure(tmp_path):
     with pytest.raises(ValueError, match="reports is empty"):
         save_csv(tmp_path / "b.csv", [])
     assert not (tmp_path / "b.csv").exists()
+
+
+RIGHT = {0.0: [1, 1, 1, 1, 0, 0, 1, 1, 0, 1], 1 / 255: [1, 1, 0, 1, 0, 0, 0, 0, 0, 1]}
+TEN = dict(num_images=10, clean_accuracy=0.7, robust_accuracy={1 / 255: 0.4})
+
+
+def outcomes(right=RIGHT, images="0123"):
+    return make_outcomes(images, {eps: np.array(own, dtype=bool) for eps, own in right.items()})
+
+
+def test_outcomes_go_through_files_and_not_into_csv(tmp_path):
+    told, other = make_report(**TEN, outcomes=outcomes()), make_report(**TEN)
+    save_reports(tmp_path / "report.json", [told], [other])
+    assert load_reports(tmp_path / "report.json") == ([told], [other])
+    first, second = (json.loads((tmp_path / "report.json").read_text())[key][0] for key in ("reports", "compared"))
+    assert first["outcomes"] == {"images": "0123", "right": {"0.0": "f340", repr(1 / 255): "d040"}}
+    assert "outcomes" not in second
+    for eps, right in RIGHT.items():
+        assert told.outcomes_at(eps).tolist() == list(map(bool, right))
+    with pytest.raises(ValueError, match=r"eps=0\.5"):
+        told.outcomes_at(0.5)
+    with pytest.raises(ValueError, match="no outcomes"):
+        other.outcomes_at(0)
+    for name, report in (("a.csv", told), ("b.csv", other)):
+        save_csv(tmp_path / name, [report])
+    assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(outcomes=outcomes(images="")), "outcomes.images"),
+        (dict(outcomes=outcomes({0.0: RIGHT[0.0]})), "radii"),
+        (dict(clean_accuracy=0.8, outcomes=outcomes()), "eps=0 "),
+        (dict(robust_accuracy={1 / 255: 0.3}, outcomes=outcomes()), "eps=0.0039"),
+        (dict(outcomes=outcomes({**RIGHT, 1 / 255: [1, 0, 0, 1, 1, 0, 0, 0, 0, 1]})), "smaller radius"),
+        (dict(outcomes=outcomes({eps: [*own, *[0] * 8] for eps, own in RIGHT.items()})), "10 images"),
+        (dict(outcomes=outcomes({eps: [*own, 1] for eps, own in RIGHT.items()})), "10 images"),
+    ],
+)
+def test_outcomes_of_another_report_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        make_report(**{**TEN, **changes})
+
+
+@pytest.mark.parametrize("right", [{"0.0": "f3g0"}, {"0.0": "f34"}, {"clean": "f340"}, {"-1": "f340"}, {"0.0": 4}])
+def test_outcomes_that_are_none_are_refused(right):
+    with pytest.raises(ValueError, match=r"outcomes\.right"):
+        Outcomes("0123", right)
 
 
 def test_templates_go_through_files(tmp_path):

@@ -8,7 +8,7 @@ from reports import defence_rows, make_report
 
 from hf_robust_clip.metrics import wilson_interval
 from hf_robust_clip.report import plot, plot_accuracy, plot_defences, plot_examples, plot_tradeoff, table
-from hf_robust_clip.report.plots import choose_examples
+from hf_robust_clip.report.plots import FRONT, _hull, choose_examples
 
 
 @pytest.mark.parametrize("norms", [(), ("l2", "linf")])
@@ -123,15 +123,57 @@ def test_tradeoff_of_eight_models_and_six_tasks(tmp_path, monkeypatch):
     assert "PGD-20\nL-inf eps=4/255" in figures[0].axes[0].get_ylabel()
 
 
-def test_a_tradeoff_of_several_seeds_has_their_mean_and_deviation(tmp_path, monkeypatch):
+def test_a_tradeoff_of_several_seeds_has_each_their_mean_and_their_hull(tmp_path, monkeypatch):
+    """And the front of the models than which no mean is better in both."""
     figures = drawn(monkeypatch)
-    runs = [[make_report(clean_accuracy=clean, robust_accuracy={4 / 255: 0.25})] for clean in (0.9, 0.8, 0.7)]
+    own = [(0.9, 0.25), (0.8, 0.5), (0.7, 0.3), (0.8, 0.35)]
+    others = {"worse": (0.775, 0.3), "start": (0.95, 0.05), "robust": (0.5, 0.45)}
+    runs = [[make_report(clean_accuracy=x, robust_accuracy={4 / 255: y})] for x, y in own]
+    runs[0] += [
+        make_report(name=name, clean_accuracy=x, robust_accuracy={4 / 255: y}) for name, (x, y) in others.items()
+    ]
     plot_tradeoff(tmp_path / "a.png", runs[0], "4/255", runs[1:])
-    (container,) = figures[0].axes[0].containers
-    assert (container[0].get_xdata()[0], container[0].get_ydata()[0]) == pytest.approx((0.8, 0.25))
-    horizontal, vertical = (bar.get_segments()[0] for bar in container[2])
-    assert tuple(horizontal[:, 0]) == pytest.approx((0.7, 0.9))
-    assert tuple(vertical[:, 1]) == pytest.approx((0.25, 0.25))
+    (axis,) = figures[0].axes
+    points = {c.get_label(): (c[0].get_xdata()[0], c[0].get_ydata()[0]) for c in axis.containers}
+    assert points == {name: pytest.approx(at) for name, at in {**others, "TeCoA": (0.8, 0.35)}.items()}
+    assert not any(container[2] for container in axis.containers)
+    (hull,) = axis.patches
+    assert {tuple(corner) for corner in hull.get_xy()} == set(own[:3]), "the fourth lies inside"
+    lines = [list(zip(*line.get_data(), strict=True)) for line in axis.lines]
+    assert own in lines
+    front = next(line for line in axis.lines if line.get_label() == FRONT)
+    expected = [others["robust"], (0.8, 0.35), others["start"]]
+    assert list(zip(*front.get_data(), strict=True)) == [pytest.approx(at) for at in expected]
+    assert front.get_drawstyle() == "steps-pre"
+    texts = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert texts == ["TeCoA", *others, FRONT]
+
+
+def test_a_tradeoff_of_groups_has_a_panel_for_each(tmp_path, monkeypatch):
+    """With the means over their tasks; of two seeds and of one."""
+    figures = drawn(monkeypatch)
+    tasks = {"a": (0.9, 0.25), "b": (0.8, 0.5), "c": (0.7, 0.3)}
+    run = [make_report(task=task, clean_accuracy=x, robust_accuracy={4 / 255: y}) for task, (x, y) in tasks.items()]
+    groups = {"seen": ["a"], "other": ["b", "c"]}
+    for further in ([], [run]):
+        plot_tradeoff(tmp_path / "a.png", run, "4/255", further, groups)
+        check_layout(figures[-1])
+        assert [axis.get_title() for axis in figures[-1].axes] == ["seen: a", "other: b, c"]
+        (container,) = figures[-1].axes[1].containers
+        assert (container[0].get_xdata()[0], container[0].get_ydata()[0]) == pytest.approx((0.75, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("points", "corners"),
+    [
+        ([(0, 0)], {(0, 0)}),
+        ([(1, 1), (0, 0), (2, 2)], {(0, 0), (2, 2)}),
+        ([(0, 0), (0, 2), (2, 0), (2, 2), (1, 1), (1, 2), (0, 0)], {(0, 0), (0, 2), (2, 0), (2, 2)}),
+    ],
+)
+def test_a_hull_has_the_outermost_points_alone(points, corners):
+    found = _hull(points)
+    assert set(found) == corners and len(found) == len(corners)
 
 
 def test_a_tradeoff_needs_one_point_for_each_model(tmp_path):

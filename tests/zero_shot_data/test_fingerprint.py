@@ -11,7 +11,7 @@ from tiny import make_processor
 from torch.utils.data import Subset
 
 from hf_robust_clip.zero_shot_data import fingerprint
-from hf_robust_clip.zero_shot_data.fingerprint import dataset_digest
+from hf_robust_clip.zero_shot_data.fingerprint import dataset_digest, pictures_digest
 from hf_robust_clip.zero_shot_data.loading import ImageDataset
 
 COUNT = 9
@@ -58,6 +58,14 @@ OTHERS = {
 @pytest.mark.parametrize("other", list(OTHERS.values()), ids=list(OTHERS))
 def test_every_change_shows(other):
     assert dataset_digest(make()) == dataset_digest(make()) != dataset_digest(other())
+
+
+PREPARATION = ("names", "resize", "resolution", "processor")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_pictures_are_the_same_whatever_prepares_them(name):
+    assert (pictures_digest(make()) == pictures_digest(OTHERS[name]())) == (name in PREPARATION)
 
 
 def test_a_large_set_is_sampled_but_every_size_and_name_counts(monkeypatch, tmp_path):
