@@ -54,6 +54,8 @@ from hf_robust_clip.runs.shared import quiet_loading
 from hf_robust_clip.storage import whole_file, write_text
 
 PICTURES = "imagenet-pictures"
+WEIGHTS = (".safetensors", ".bin", ".json", ".txt")  # of files in a checkpoint's folder
+PLACES = ("output_dir", "model_name_or_path")  # settings that no figure depends on: of the model, its weights tell
 MADE_OF = ".made_of"  # a file in a cell's folder: digest of the weights, and the pictures, that it was made of
 
 
@@ -388,9 +390,9 @@ def asked_pictures(benchmark: Benchmark) -> str:
 
 def weights_digest(name: str) -> str:
     """A digest of the weights and settings in a checkpoint's folder; of what is no folder, its name."""
-    patterns = ("*.safetensors", "*.bin", "*config.json")
-    files = sorted(file for pattern in patterns for file in Path(name).glob(pattern)) if Path(name).is_dir() else []
-    told = [f"{file.name} {digest_of(file, file.stat().st_size, file.stat().st_mtime_ns)}" for file in files]
+    files = sorted(Path(name).iterdir()) if Path(name).is_dir() else []
+    kept = [file for file in files if file.suffix in WEIGHTS and file.name != "report.json"]
+    told = [f"{file.name} {digest_of(file, file.stat().st_size, file.stat().st_mtime_ns)}" for file in kept]
     return digest("\n".join(told).encode()) if told else digest(name.encode())
 
 
@@ -401,12 +403,13 @@ def digest_of(file: Path, size: int, changed: int) -> str:
 
 
 def finished(folder: Path, source: Mapping[str, Any], made_of: str) -> bool:
-    """Whether a run by these settings, of these weights, has left its report in a folder."""
+    """Whether a run by these settings, of these weights, has left its report in a folder; this may have been moved."""
     files = [folder / name for name in ("report.json", "recipe.yaml", MADE_OF)]
     if not all(file.is_file() for file in files):
         return False
     _, recipe, own = files
-    same = yaml.safe_load(recipe.read_text(encoding="utf-8")) == yaml.safe_load(dump_recipe(source))
+    left, asked = yaml.safe_load(recipe.read_text(encoding="utf-8")), yaml.safe_load(dump_recipe(source))
+    same = all(left.get(key) == asked.get(key) for key in {*left, *asked} - {*PLACES})
     return same and own.read_text(encoding="utf-8") == made_of
 
 

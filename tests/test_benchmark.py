@@ -169,7 +169,10 @@ def test_other_weights_are_measured_anew():
     assert not evaluation.finished()
     weights.write_bytes(b"these")
     assert evaluation.finished()
-    assert not script.is_evaluated(replace(own, pictures={"cat": [1]}), own.evaluations[0], own.models[1])
+    Path("out").rename("elsewhere")
+    moved = replace(own, output_dir="elsewhere")
+    assert script.is_evaluated(moved, moved.evaluations[0], moved.models[1]), "what is moved is still finished"
+    assert not script.is_evaluated(replace(moved, pictures={"cat": [1]}), moved.evaluations[0], moved.models[1])
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ class Work:
         self.ran.append(name)
 
 
-def seconds():
-    with open("seconds.csv") as file:
+def seconds(path="seconds.csv"):
+    with open(path) as file:
         return list(csv.DictReader(file))
 
 
@@ -90,7 +90,7 @@ def test_every_cell_finds_a_fresh_process():
 
     def act():
         drawn.append((random.random(), dict(os.environ)))
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+        os.environ |= {"ACCELERATE_MIXED_PRECISION": "bf16", "HOME": "elsewhere"}
 
     cells = [Cell(name, Path(name), act, lambda: False) for name in ("a", "b")]
     run_cells(cells, Path("seconds.csv"))
@@ -126,9 +126,9 @@ def is_running(process):
 def test_several_processes_make_the_same_table_though_they_are_killed():
     small = json.loads(json.dumps(SMALL).replace('"tecoa"', '"digits-clip/tecoa"'))
     trained = small["models"][1]
-    trained["flags"].pop("max_steps")
+    trained["flags"]["max_steps"] = 2
     small["models"].append({"name": "fare", "title": "FARE", "config": "digits-clip/fare", "flags": trained["flags"]})
-    small |= {"seeds": [3, 4], "flags": {"save_strategy": "no", "num_train_epochs": 2}}
+    small |= {"seeds": [3, 4], "flags": {"save_strategy": "no"}}
     Path("own.yaml").write_text(json.dumps(small))
     alone = ended(start("alone"), "alone")
     for lines in (1, 4, 8):
@@ -144,10 +144,8 @@ def test_several_processes_make_the_same_table_though_they_are_killed():
         assert len(children) >= 2 and not any(map(is_running, children))
     assert ended(start("killed", "--jobs", "2"), "killed") == alone
     assert "TeCoA: 8 images" in Path("killed/te_coa-seed3.log").read_text()
-    assert len(Path("killed/seconds.csv").read_text().splitlines()) == 1 + 2 + 2 * 2 + 5
     first, second = start("shared"), start("shared")
     ended(first, "shared")
     assert ended(second, "shared") == alone
-    with open("shared/seconds.csv") as file:
-        cells = [row["cell"] for row in csv.DictReader(file)]
+    cells = [row["cell"] for row in seconds("shared/seconds.csv")]
     assert len(cells) == len(set(cells)) == 11, "none was done twice"

@@ -54,8 +54,9 @@ def paired_difference(
     so that each task, each image in it and each run counts alike. The interval is the percentile bootstrap's (Efron &
     Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13): the 2.5th and the 97.5th percentile of d
     over `resamples` draws with replacement of N_t images of every task, the same for both models and all runs, and
-    independently of S of our runs and R of theirs, the same for all tasks, since a run is one trained model. Where
-    there is one run of each, images alone are drawn, and the interval says nothing of other trainings.
+    independently of S of our runs and R of theirs, the same for all tasks, since a run is one trained model. Tasks on
+    the very same images draw the same of them. Where there is one run of each, images alone are drawn, and the
+    interval says nothing of other trainings.
 
     The interval of several runs is not exact. Few tell little of how trainings vary: the spread that is drawn of
     three is too small by a factor of sqrt(2/3). And what is peculiar to one run on one image is counted up to three

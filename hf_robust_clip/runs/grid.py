@@ -55,14 +55,12 @@ class Outcome:
 
     Args:
         seconds: that it took; None where nothing was done.
-        device: that it ran on.
         error: why it failed, in one line.
         spoilt: whether the process may be unable to go on.
         held_by: who is at work on it.
     """
 
     seconds: float | None = None
-    device: str = ""
     error: str | None = None
     spoilt: bool = False
     held_by: str | None = None
@@ -110,8 +108,8 @@ def run_cells(cells: Sequence[Cell], times: Path, jobs: int = 1, keep_going: boo
     Raises ValueError for cells that would write into one folder.
     """
     check_cells(cells)
-    grid = Grid(cells, times, jobs)
-    with workers(jobs) as processes:
+    grid = Grid(cells, jobs)
+    with workers(jobs, times) as processes:
         while True:
             if keep_going or not grid.failed:
                 grid.begin(processes)
@@ -135,7 +133,6 @@ class Grid:
     """
 
     cells: Sequence[Cell]
-    times: Path
     jobs: int
     begun: set[str] = field(default_factory=set)
     done: set[str] = field(default_factory=set)
@@ -197,9 +194,6 @@ class Grid:
             say(f"{count} {cell.name} FAILED: {outcome.error}")
         elif outcome.seconds is not None:
             say(f"{count} {cell.name}: {outcome.seconds:.0f} s")
-            add_line(
-                self.times, cell=cell.name, seconds=f"{outcome.seconds:.1f}", device=outcome.device, jobs=self.jobs
-            )
 
 
 def say(line: str) -> None:
@@ -209,8 +203,7 @@ def say(line: str) -> None:
 
 def add_line(path: Path, **values: object) -> None:
     """Add a line to a CSV file, which has a head."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
+    with held(path, patient=True), path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         if not file.tell():
             writer.writerow(values)
@@ -220,21 +213,21 @@ def add_line(path: Path, **values: object) -> None:
 class Workers:
     """Processes by number, each started when it gets its first cell; one alone is this process."""
 
-    def __init__(self, jobs: int):
-        self.jobs = jobs
+    def __init__(self, jobs: int, times: Path):
+        self.jobs, self.times = jobs, times
         self.pools: dict[int, ProcessPoolExecutor] = {}
 
     def submit(self, number: int, cell: Cell) -> Future[Outcome]:
         """Let a process run a cell."""
         if self.jobs == 1:
             future: Future[Outcome] = Future()
-            future.set_result(run_cell(cell, log=False))
+            future.set_result(run_cell(cell, self.times, self.jobs))
             return future
         if number not in self.pools:
             self.pools[number] = ProcessPoolExecutor(
                 1, get_context("spawn"), initializer=begin_worker, initargs=(number, self.jobs, visible_gpus())
             )
-        return self.pools[number].submit(run_cell, cell, log=True)
+        return self.pools[number].submit(run_cell, cell, self.times, self.jobs)
 
     def replace(self, number: int) -> None:
         """End a process; another begins in its place."""
@@ -243,9 +236,9 @@ class Workers:
 
 
 @contextmanager
-def workers(jobs: int) -> Iterator[Workers]:
+def workers(jobs: int, times: Path) -> Iterator[Workers]:
     """Processes that are killed if this one is interrupted, and end with it however it ends."""
-    found, before = Workers(jobs), active_children()
+    found, before = Workers(jobs, times), active_children()
     try:
         yield found
     except BaseException:
@@ -287,12 +280,13 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
-def run_cell(cell: Cell, log: bool) -> Outcome:
-    """Run a cell in this process, unless it is finished.
+def run_cell(cell: Cell, times: Path, jobs: int) -> Outcome:
+    """Run a cell in this process, unless it is finished; add a line to `times`.
 
     Args:
-        log: whether what it prints goes to a file beside its folder.
+        jobs: processes that share the work. What several print goes to files beside folders.
     """
+    log = jobs > 1
     try:
         with held(cell.folder), as_if_first():
             if cell.finished():
@@ -305,7 +299,9 @@ def run_cell(cell: Cell, log: bool) -> Outcome:
                     if log or not isinstance(error, MENDABLE) or os.environ.get("HF_ROBUST_CLIP_TRACEBACK") == "1":
                         print(without_tokens(traceback.format_exc()), file=sys.stderr)
                     raise
-            return Outcome(time.monotonic() - began, hardware())
+            seconds = time.monotonic() - began
+            add_line(times, cell=cell.name, seconds=f"{seconds:.1f}", device=hardware(), jobs=jobs)
+            return Outcome(seconds)
     except Held as error:
         return Outcome(held_by=str(error))
     except Exception as error:

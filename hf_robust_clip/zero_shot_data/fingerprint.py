@@ -35,7 +35,8 @@ def dataset_digest(dataset: Dataset, every: bool = False) -> str:
 
 def pictures_digest(dataset: Dataset) -> str:
     """16 hexadecimal digits that change when a picture, a label or their order does, and not with what prepares them:
-    models that take other sizes see the same pictures. Of other datasets than an `ImageDataset` all examples count.
+    models that take other sizes see the same pictures. They are read as `dataset_digest` does; of other datasets than
+    an `ImageDataset` all examples count.
     """
     if not isinstance(dataset, ImageDataset):
         return dataset_digest(dataset, every=True)
