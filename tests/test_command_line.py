@@ -34,6 +34,7 @@ EVALUATIONS = (
     "evaluate",
     *(f"mini-clip/{name}" for name in ("pgd", "apgd", "auto_attack")),
     *(f"{model}/prompts_{name}" for model in ("digits-clip", "mini-clip") for name in ("pgd", "auto_attack")),
+    "mini-clip/prompts_apgd",
 )
 EVALUATION_CONFIGS = [RECIPES / f"configs/{name}.yaml" for name in EVALUATIONS]
 ACCELERATE_CONFIGS = sorted((RECIPES / "accelerate").glob("*.yaml"))
@@ -746,11 +747,7 @@ OWN = {  # what a method has of its own beside its loss: texts, views, a schedul
 
 def test_methods_of_the_mini_benchmark_share_everything_but_themselves():
     """The same data, attack and budget for all; each learning rate is one of those that are tried for all."""
-    own = [
-        path
-        for path in METHOD_CONFIGS
-        if path.parent.name == "mini-clip" and method_of(path) not in ("apt", "tapt", "coop", "c_avp")
-    ]
+    own = [path for path in METHOD_CONFIGS if path.parent.name == "mini-clip" and method_of(path) not in PROMPTS]
     weights = {"clean", "pmg_aft_paper", "pmg_aft_released"} | {*METHODS} - {"pmg_aft", *PROMPTS}
     assert {path.stem for path in own} == weights - WITHOUT_CONFIGS
     plain = yaml.safe_load((RECIPES / "configs/mini-clip/tecoa.yaml").read_text())
