@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         asked = not words or bool({"-h", "--help"} & set(words))
         if not asked:
-            print(f"error: unknown command {command!r}", file=sys.stderr)
+            lacking = "card needs a FOLDER, or --collection FOLDER" if command == "card" else None
+            print(f"error: {lacking or f'unknown command {command!r}'}", file=sys.stderr)
         print(USAGE)
         raise SystemExit(0 if words and asked else 2)
 

@@ -484,23 +484,34 @@ def preset_of(cls: type, preset: str, flag: str) -> Any:
 
 
 def show_help(command: CommandLine, config: Path | None, description: str) -> NoReturn:
-    """Print all flags with their meaning, and those of the classes that a config names; and end."""
-    command.parser.description = description.strip()
-    command.parser.print_help()
+    """Print all flags with their meaning, and those of the classes that a config names; and end. Defaults are those
+    of the config, where it says something.
+    """
     file = {} if config is None else read_file(config)
+    parser = replace(command).parser  # one of its own, whose defaults may be others
+    for action in parser._actions:
+        told = _inner(file, action.dest)
+        if told is not None:
+            action.default = (
+                told.get("class_path") if action.dest in command.classes and isinstance(told, dict) else told
+            )
+    parser.description = description.strip()
+    parser.print_help()
     for flag, kind in command.classes.items():
         spec = _inner(file, flag)
         spec = None if spec is None or kind.several else resolved(spec, kind, flag)
         if isinstance(spec, dict):
-            print(f"\n{settings_of(flag, class_at(spec['class_path'], flag))}", end="")
+            print(f"\n{settings_of(flag, class_at(spec['class_path'], flag), spec.get('init_args'))}", end="")
     raise SystemExit(0)
 
 
-def settings_of(flag: str, cls: type) -> str:
-    """The settings of a class as flags, with their meaning."""
-    lines, helps = [f"{cls.__name__}: {said_of(cls)}"], helps_of(cls)
+def settings_of(flag: str, cls: type, told: Mapping[str, Any] | None = None) -> str:
+    """The settings of a class as flags, with their meaning; `told` are those that a config gives, a preset too."""
+    lines, helps, told = [f"{cls.__name__}: {said_of(cls)}"], helps_of(cls), told or {}
+    start = vars(preset_of(cls, told["preset"], flag)) if told.get("preset") else {}
     for name, parameter in inspect.signature(cls).parameters.items():
-        default = "" if parameter.default is parameter.empty else f" (default: {parameter.default})"
+        value = {name: parameter.default, **start, **told}[name]
+        default = "" if value is parameter.empty else f" (default: {value})"
         text = f"{helps.get(name, '')}{default}".strip()
         lines += [f"  --{flag}.{name}", *textwrap.wrap(text, 79, initial_indent=" " * 24, subsequent_indent=" " * 24)]
     return "\n".join(lines) + "\n"

@@ -13,6 +13,13 @@ from torch import Tensor
 from xxhash import xxh3_64
 
 CHUNK = 2**22  # bytes that are read at once
+PASSING = (
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "architectures",
+)  # where and how it was stored
 
 
 def digest(content: bytes) -> str:
@@ -73,3 +80,14 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's configuration, sorted, without what says where it was loaded from, how it was stored and by which
+    version: what else of a model its weights don't tell, heads and activations among it.
+    """
+    return {
+        name: without_places(value) if isinstance(value, Mapping) else value
+        for name, value in sorted(config.items())
+        if name not in PASSING
+    }

@@ -7,6 +7,7 @@ complete checkpoint (config, safetensors, tokenizer, image processor) that plain
 """
 
 import random
+import re
 import sys
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -29,8 +30,10 @@ from hf_robust_clip import (
     evaluate_robustness,
     load_image_dataset,
 )
+from hf_robust_clip.checks import check_whole
 from hf_robust_clip.command_line import CommandLine, read_command
 from hf_robust_clip.hub import dump_recipe
+from hf_robust_clip.modeling import check_classes
 from hf_robust_clip.modeling.scratch import Size, make_model, make_processor
 from hf_robust_clip.names import is_path, shown_folder, shown_name, without_paths
 from hf_robust_clip.report import CardInfo, RobustnessReport, make_card, save_reports
@@ -43,13 +46,18 @@ from hf_robust_clip.zero_shot_data.dataset import ImageDataset
 
 @dataclass(frozen=True)
 class Source:
-    """One set of labelled pictures, and how many of them each batch holds."""
+    """One set of labelled pictures, and how many of them each batch holds; its split test is what is measured."""
 
     dataset: str
     per_batch: int
     class_names: list[str] | None = None
     flip: bool = False
     split: str = "train"
+
+    def __post_init__(self) -> None:
+        check_whole(1, per_batch=self.per_batch)
+        if {"test", "all"} & set(re.split(r"\[.*?\]|\+", self.split)):
+            raise ValueError(f"split={self.split!r} of {self.dataset!r} holds what is measured; train on another.")
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,16 @@ class Settings:
     workers: int = 0
     float16: bool = False
 
+    def __post_init__(self) -> None:
+        check_classes(["a class"], self.captions)
+        check_whole(0, shift=self.shift, workers=self.workers)
+        rates = self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
+        if isinstance(self.steps, list) and len(self.steps) != len(rates):
+            raise ValueError(
+                f"steps={self.steps!r} are cycles; learning_rate={self.learning_rate!r} must give as many."
+            )
+        self.size  # noqa: B018  # which refuses what no model can have
+
     @property
     def size(self) -> Size:
         """Of the model."""
@@ -141,7 +159,7 @@ class CaptionedPictures(Dataset):
             image = image.flip(-1)
         name = self.names[source][labels[row]]
         caption = random.Random(f"{self.seed} {batch} {name}").choice(self.settings.captions)
-        return {"pixel_values": image.float() / 255, "captions": caption.format(name)}
+        return {"pixel_values": image.float() / 255, "captions": caption.replace("{}", name)}
 
 
 def as_bytes(data: ImageDataset) -> tuple[Tensor, list[int]]:
@@ -209,10 +227,10 @@ def pretrain(settings: Settings) -> CLIPForZeroShotClassification:
     letters_only = make_processor(settings.size, ["a"])
     sources = [load(source, source.split, letters_only) for source in settings.sources]
     names = dict.fromkeys(name.lower() for data in sources for name in data.class_names)
-    processor = make_processor(
-        settings.size, [caption.format(name) for name in names for caption in settings.captions]
-    )
+    texts = [caption.replace("{}", name) for name in names for caption in settings.captions]
+    processor = make_processor(settings.size, texts)
     model = CLIPForZeroShotClassification.from_clip(make_model(processor.tokenizer, settings.size), processor)
+    model.tokenize(texts)  # a training would cut those that are too long
     for number, (steps, rate) in enumerate(settings.cycles()):
         data = CaptionedPictures(settings, settings.seed + number, steps, sources)
         train_cycle(model, data, f"{settings.output_dir}/cycle-{number + 1}", rate)

@@ -34,6 +34,7 @@ EVALUATIONS = (
     "evaluate",
     *(f"mini-clip/{name}" for name in ("pgd", "apgd", "auto_attack")),
     *(f"{model}/prompts_{name}" for model in ("digits-clip", "mini-clip") for name in ("pgd", "auto_attack")),
+    "mini-clip/prompts_apgd",
 )
 EVALUATION_CONFIGS = [RECIPES / f"configs/{name}.yaml" for name in EVALUATIONS]
 ACCELERATE_CONFIGS = sorted((RECIPES / "accelerate").glob("*.yaml"))
@@ -397,6 +398,18 @@ def test_help_lists_the_settings_of_the_classes_that_a_config_names(monkeypatch,
     assert not list(Path().iterdir())
 
 
+def test_help_tells_the_defaults_of_its_config(monkeypatch, capsys):
+    text = " ".join(printed(lambda: cli.main(["poison", "--help"]), capsys).split())
+    told = yaml.safe_load(packaged_config("coloured-digits/poison").read_text())
+    for wanted in (f"(type: float, default: {told['rate']})", f"default: {told['target']})",
+                   f"default: {told['scratch']['context_length']})", "default: BadNet, known"):  # fmt: skip
+        assert wanted in text
+    text = printed(lambda: cli.main(["train", "clip-vit-base-patch32/pmg_aft_imagenet", "--help"]), capsys)
+    assert "(default: [0.485, 0.456, 0.406])" in text, "which the preset says"
+    plain = poison.COMMAND.parser.get_defaults()
+    assert plain.rate is None and plain.learning_rate == 5e-5, "a help leaves what is read afterwards alone"
+
+
 def test_every_packaged_config_is_read_by_its_name(monkeypatch):
     monkeypatch.syspath_prepend(RECIPES)
     scripts = {"models": "benchmark", "sources": "pretrain"}
@@ -437,6 +450,12 @@ def test_a_word_that_is_no_command_is_named(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["trian"])
     assert stopped.value.code == 2 and "'trian'" in capsys.readouterr().err
+
+
+def test_a_command_without_what_it_needs_is_no_unknown_one(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["card"])
+    assert "FOLDER" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--compare", "--reference"])
@@ -728,11 +747,7 @@ OWN = {  # what a method has of its own beside its loss: texts, views, a schedul
 
 def test_methods_of_the_mini_benchmark_share_everything_but_themselves():
     """The same data, attack and budget for all; each learning rate is one of those that are tried for all."""
-    own = [
-        path
-        for path in METHOD_CONFIGS
-        if path.parent.name == "mini-clip" and method_of(path) not in ("apt", "tapt", "coop", "c_avp")
-    ]
+    own = [path for path in METHOD_CONFIGS if path.parent.name == "mini-clip" and method_of(path) not in PROMPTS]
     weights = {"clean", "pmg_aft_paper", "pmg_aft_released"} | {*METHODS} - {"pmg_aft", *PROMPTS}
     assert {path.stem for path in own} == weights - WITHOUT_CONFIGS
     plain = yaml.safe_load((RECIPES / "configs/mini-clip/tecoa.yaml").read_text())

@@ -13,10 +13,11 @@ import pytest
 from accelerate.state import AcceleratorState
 from datasets import load_dataset
 from PIL import Image
+from reports import make_report
 
 from hf_robust_clip.cli import main, run
 from hf_robust_clip.report import load_reports
-from hf_robust_clip.runs.evaluate import read
+from hf_robust_clip.runs.evaluate import other_sizes, read
 from hf_robust_clip.runs.shared import load_data, load_model
 
 ROOT = Path(__file__).parents[1]
@@ -151,3 +152,11 @@ def test_wrong_input_is_one_line_and_leaves_nothing(words, message, tmp_path, mo
     assert error.count("\n") == 1
     assert message in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_were_attacked_at_several_sizes_are_no_comparison():
+    own, large = make_report(), make_report(name="Large", attack_resolution=32)
+    assert other_sizes([own, make_report(name="Other")]) is None
+    assert other_sizes([own, make_report(name="Large", attack_resolution=32, robust_accuracy={})]) is None
+    told = other_sizes([own, large])
+    assert "TeCoA at 8 px, Large at 32 px" in told and told.endswith("attack_resolution: 8.")

@@ -91,3 +91,25 @@ def test_a_checkpoint_in_half_precision_is_read_as_float32(run, tmp_path):
     assert all(torch.equal(half[name], tensor.half()) for name, tensor in whole.items())
     for family in (CLIPModel, CLIPForZeroShotClassification):
         assert family.from_pretrained(tmp_path / "half").dtype == torch.float32
+
+
+REFUSED = [
+    ("captions", '["a {}", "a picture"]', "a picture"),
+    ("captions", '["{0} {1}"]', "{0} {1}"),
+    ("steps", "[2, 2]", "learning_rate"),
+    ("shift", "-1", "shift=-1"),
+    ("width", "15", "width=15"),
+    ("text_heads", "3", "text_heads=3"),
+    ("image_size", "9", "image_size=9"),
+    ("context_length", "8", "tokens"),
+    ("sources", "[{dataset: digits, per_batch: 0}]", "per_batch=0"),
+    ("sources", "[{dataset: digits, per_batch: 8, split: 'train+test[:9]'}]", "split='train+test[:9]'"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "told"), REFUSED)
+def test_what_would_train_something_else_is_refused_before(name, value, told, run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path / "model", f"--{name}", value)
+    assert ended.value.code == 2 and told in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "model").exists()

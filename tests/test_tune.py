@@ -275,7 +275,7 @@ def test_without_optuna_or_in_several_processes_nothing_is_begun(monkeypatch):
         tune.space_of(run, lambda args, objective: None)
     monkeypatch.undo()
     monkeypatch.setattr(tune.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"tune.trials=3 needs Optuna.*\[tune\]"):
+    with pytest.raises(ValueError, match=r"tune.trials=3 needs Optuna; pip install 'optuna"):
         tune.space_of(run, lambda args, objective: None)
 
 

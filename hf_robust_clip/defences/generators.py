@@ -146,7 +146,7 @@ def _diffusion_pipeline(name: str, revision: str | None, device: str) -> Any:
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
-        raise ImportError("diffusers is missing; pip install 'hf_robust_clip[generate]'.") from error
+        raise ImportError("diffusers is missing; pip install diffusers.") from error
     pipeline = DiffusionPipeline.from_pretrained(name, revision=revision, use_safetensors=True).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -79,8 +79,8 @@ class PromptTuning(Defence):
 
     def check(self, classifier: ZeroShotClassifier) -> None:
         super().check(classifier)
-        if self.choose_bf16 and classifier.dtype == torch.float64:  # which autocast leaves alone
-            raise ValueError("choose_bf16=True does nothing with a classifier in float64; leave it out.")
+        if self.choose_bf16 and classifier.dtype in (torch.float64, torch.bfloat16):  # autocast leaves both alone
+            raise ValueError(f"choose_bf16=True does nothing with a classifier in {classifier.dtype}; leave it out.")
 
     @property
     def num_kept(self) -> int:

@@ -135,7 +135,6 @@ class Prepared:
 def main(words: Sequence[str]) -> None:
     """A page as a command."""
     run = read(words)
-    check_extra()
     shared.quiet_loading()
     if run.about.export_space is not None:
         from .space import export_space
@@ -143,6 +142,7 @@ def main(words: Sequence[str]) -> None:
         export_space(run)
         print(f"wrote {run.about.export_space}: try it by `python {run.about.export_space}/app.py`")
         return
+    check_extra()
     page = open_page(words)
     page.serve(run.about.host, run.about.port, run.about.share)
 
@@ -158,7 +158,7 @@ def read(words: Sequence[str]) -> Demo:
 def check_extra() -> None:
     """Raise OSError where gradio isn't installed."""
     if find_spec("gradio") is None:
-        raise OSError("gradio is not installed; the page needs it: pip install 'hf_robust_clip[demo]'.")
+        raise OSError("gradio is not installed; the page needs it: pip install 'gradio>=6.31,<7'.")
 
 
 def open_page(words: Sequence[str]) -> Page:

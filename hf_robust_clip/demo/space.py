@@ -161,7 +161,7 @@ def requirements() -> list[str]:
         names = [own.name for own in told if own.marker is None or own.marker.evaluate({"extra": ""})]
         return [f"{name}=={Version(version(name)).public}" for name in sorted({*names, "gradio"}, key=str.lower)]
     except PackageNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed; install hf_robust_clip[demo], then export.") from None
+        raise ValueError(f"{error.name} is not installed, whose version a Space names; install it first.") from None
 
 
 def card(run: Demo, places: Mapping[str, str]) -> SpaceCard:

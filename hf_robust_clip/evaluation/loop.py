@@ -201,8 +201,8 @@ def check_attacked(dataset: ImageDataset, settings: EvaluationSettings) -> None:
     """Raise ValueError for an attack on pictures that are adversarial already: its ball would lie around them."""
     if getattr(dataset, "attacked", False) and settings.attack.has_radii:
         raise ValueError(
-            f"attack={settings.attack!r}: the pictures of {dataset.dataset_id!r} are adversarial already; take the "
-            "attack none, or the clean pictures."
+            f"attack={settings.attack.name(len(dataset.class_names))!r}: the pictures of {dataset.dataset_id!r} are "
+            "adversarial already; take the attack none, or the clean pictures."
         )
 
 

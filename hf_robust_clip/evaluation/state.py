@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..defences.base import Defence, StreamState
 from ..defences.fit import read_tensors, write_tensors
-from ..digests import file_digest, signed, unsigned
+from ..digests import file_digest, signed, unsigned, without_places
 from ..environment import library_versions, same_libraries
 from ..metrics import accuracy_after_each
 from ..modeling import ZeroShotClassifier, descriptions_digest
@@ -220,7 +220,7 @@ def fingerprint_of(
         for layer in model.modules()
         if isinstance(layer, BaseTunerLayer)
     ]
-    text = f"{_without_places(model.config.to_dict())} {adapters}"
+    text = f"{without_places(model.config.to_dict())} {adapters}"
     threats, num_classes = settings.threat_models(), len(model.class_names)
     own = library_versions()["hf_robust_clip"]  # another version may attack otherwise
     attack = own, settings.attack.name(num_classes), settings.attack.parameters(threats, num_classes)
@@ -253,16 +253,6 @@ def _tensors(value: Any) -> list[Tensor]:
     elif isinstance(value, dict):
         value = [value[key] for key in sorted(value)]
     return [t for v in value for t in _tensors(v)] if isinstance(value, list | tuple) else []
-
-
-def _without_places(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration, sorted, without what says where it was loaded from, how it was stored and by which version."""
-    passing = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "architectures")
-    return {
-        name: _without_places(value) if isinstance(value, dict) else value
-        for name, value in sorted(config.items())
-        if name not in passing
-    }
 
 
 def _digest(tensors: Sequence[Tensor]) -> str:

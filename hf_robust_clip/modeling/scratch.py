@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from ..checks import check_whole
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Size:
         context_length: tokens that a text may have.
         vocab_size: tokens that the tokenizer may have, at least those of single bytes.
         text_width, text_layers, text_heads: of the text tower; None takes the other's.
+
+    Raises ValueError for a number below 1, a width that its heads don't divide, and patches that don't fill a picture.
     """
 
     image_size: int = 8
@@ -35,6 +39,18 @@ class Size:
     text_width: int | None = None
     text_layers: int | None = None
     text_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_whole(1, **{name: value for name, value in asdict(self).items() if value is not None})
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size={self.image_size} must be whole patches of patch_size={self.patch_size}.")
+        for name, width, heads in (("", self.width, self.heads), ("text_", *self.of_texts()[::2])):
+            if width % heads:
+                raise ValueError(f"{name}width={width} must be a multiple of {name}heads={heads}.")
+
+    def of_texts(self) -> tuple[int, int, int]:
+        """Width, layers and heads of the text tower."""
+        return self.text_width or self.width, self.text_layers or self.layers, self.text_heads or self.heads
 
 
 def make_tokenizer(corpus: Sequence[str], vocab_size: int, context_length: int) -> CLIPTokenizer:
@@ -55,11 +71,12 @@ def make_tokenizer(corpus: Sequence[str], vocab_size: int, context_length: int) 
 
 def make_model(tokenizer: CLIPTokenizer, size: Size) -> CLIPModel:
     """A CLIP with random weights, drawn from torch's global generator."""
-    own = size.text_width or size.width, size.text_layers or size.layers, size.text_heads or size.heads
     special = dict(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    text = dict(_tower(*own), vocab_size=len(tokenizer), max_position_embeddings=size.context_length, **special)
+    text = dict(
+        _tower(*size.of_texts()), vocab_size=len(tokenizer), max_position_embeddings=size.context_length, **special
+    )
     vision = dict(_tower(size.width, size.layers, size.heads), image_size=size.image_size, patch_size=size.patch_size)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=size.width))
 

@@ -314,10 +314,11 @@ def _span(name: str) -> str:
     return f"`{name.replace('`', '')}`"
 
 
-def _linked(name: str) -> _Written:
-    """A name between backticks, with a link where it is a repository of the Hub."""
-    told = _as_text(_span(name))
-    return _Written(f"[{told}](https://huggingface.co/{name})" if is_repo_id(name) else told)
+def _named(name: str) -> _Written:
+    """A name between backticks. Without a link: whether there is such a repository, nobody here knows, and the Hub
+    links the `base_model` of the metadata by itself.
+    """
+    return _Written(_as_text(_span(name)))
 
 
 def _source(*told: str) -> str:
@@ -327,8 +328,8 @@ def _source(*told: str) -> str:
 
 def _about(info: CardInfo, holds: Holds, loads_defence: bool) -> dict[str, Any]:
     """What the template says of a repository whether or not anything was measured."""
-    base = _linked(info.base_model) if info.base_model else "a checkpoint that isn't published"
-    start = f"a checkpoint made from {_linked(info.ancestor)}" if info.ancestor and not info.base_model else base
+    base = _named(info.base_model) if info.base_model else "a checkpoint that isn't published"
+    start = f"a checkpoint made from {_named(info.ancestor)}" if info.ancestor and not info.base_model else base
     family = FAMILIES[info.family]
     plain = f"loads as a plain `{family.plain}`: weights, tokenizer and image processor are all here."
     shown = info.class_names if info.settings.get("units") == "class-wise" else info.class_names[:3]
@@ -343,7 +344,7 @@ def _about(info: CardInfo, holds: Holds, loads_defence: bool) -> dict[str, Any]:
         "started": _Written(
             f"It started from {start} and {plain}" if info.base_model or info.ancestor else f"It {plain}"
         ),
-        "defended_by": _Written(", ".join(map(_linked, info.defences))),
+        "defended_by": _Written(", ".join(map(_named, info.defences))),
         "base_code": _Written("hf_robust_clip.digits_clip_path()")
         if info.base_model == EMBEDDED_MODEL
         else _code(info.base_model or "path/to/the/base/model"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from .card import CardInfo, _as_text, _by_defence, _linked, _parameters, load_card_info
+from .card import FROM_SCRATCH, CardInfo, _as_text, _by_defence, _named, _parameters, load_card_info
 from .files import load_reports, read_report_file
 from .report import RobustnessReport
 from .tables import Cells, as_markdown, titled
@@ -96,17 +96,20 @@ def make_collection(title: str, entries: Sequence[Entry], sort_by: str = "robust
         raise ValueError(f"sort_by={sort_by!r} must be {', '.join(SORTS)}, or a task: {', '.join(sorted(tasks))}.")
     ordered = sorted(entries, key=lambda own: (own.info.paper.method if sort_by == "method" else "", own.place))
     heads = ("model", "method", "started from", "trained on", "licence")
-    models = as_markdown(Cells(heads, tuple(map(_about, ordered))))
+    links = {entry.info.repo_id: entry.link for entry in ordered}
+    models = as_markdown(Cells(heads, tuple(_about(entry, links) for entry in ordered)))
     parts = [MADE, f"# {_as_text(title)}", f"{len(entries)} models. {NOTE}", models]
     for rows in _measured_alike(entries):
         parts += _section(rows, sort_by)
     return "\n\n".join(parts) + "\n"
 
 
-def _about(entry: Entry) -> tuple[str, ...]:
+def _about(entry: Entry, links: Mapping[str, str]) -> tuple[str, ...]:
+    """Its line in the list of models; `links` are those of repositories that lie in the collection."""
     info = entry.info
     start = info.base_model or info.ancestor
-    told = _linked(start) if start else "not published"
+    told = FROM_SCRATCH if info.settings.get("start") == FROM_SCRATCH else "not published"
+    told = links.get(start) or _named(start) if start else told
     return entry.link, _as_text(info.paper.method), told, _as_text(", ".join(info.datasets)), info.license or ""
 
 
@@ -123,7 +126,7 @@ def _measured_alike(entries: Sequence[Entry]) -> list[list[Row]]:
     for entry in entries:
         own = [(entry.link, report) for report in entry.reports]
         lines: dict[tuple[str, ...], list[Row]] = {}
-        for link, report in [*own, *((_linked(report.model), report) for report in entry.start)]:
+        for link, report in [*own, *((_named(report.model), report) for report in entry.start)]:
             radii = json.dumps([report.norm, *sorted(report.robust_accuracy)])
             defence = json.dumps(report.defence and report.defence["parameters"], sort_keys=True)
             rows = lines.setdefault((link, titled(report), report.full_attack, radii, defence), [])

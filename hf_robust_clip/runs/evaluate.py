@@ -334,6 +334,18 @@ def measure(prepared: Prepared) -> Measured:
     return found
 
 
+def other_sizes(reports: Sequence[RobustnessReport]) -> str | None:
+    """What is to be said of a task whose pictures were attacked at several sizes: a ball at one is another one at the
+    other.
+    """
+    sides = {titled(report): report.attack_resolution for report in reports if report.robust_accuracy}
+    if len(set(sides.values())) < 2:
+        return None
+    told = ", ".join(f"{name} at {side} px" for name, side in sides.items())
+    mend = f"to compare them, give the task attack_resolution: {min(sides.values())}"
+    return f"{reports[0].task}: attacked {told}, where one radius is not the same; {mend}."
+
+
 def load(
     prepared: Prepared, name: str, texts: shared.Texts
 ) -> tuple[ZeroShotClassifier, shared.Texts, dict[str, ImageDataset]]:
@@ -469,6 +481,7 @@ def show(prepared: Prepared, measured: Measured) -> None:
         share = reporting.percent(max(report.zero_gradient_share for report in reports))
         print(f"exactly-zero input gradients in the attacks: at most {share}")
     remarks: list[str | None] = [*measured.remarks, *shared.suite_remarks(prepared.tasks, reports)]
+    remarks += [other_sizes([report for report in reports if report.task == task]) for task in prepared.tasks]
     if attacked and run.defence is not None and not any(report.view.goes_through for report in reports):
         remarks.append(
             "no attack went through the defence: the figures say nothing of its strength; add AdaptiveWorst."

@@ -108,7 +108,7 @@ def space_of(run: TrainingRun, check: Callable[[RobustClipConfig, Any], None]) -
     """
     told = run.tune
     if importlib.util.find_spec("optuna") is None:
-        raise ValueError(f"tune.trials={told.trials!r} needs Optuna; pip install 'hf_robust_clip[tune]'.")
+        raise ValueError(f"tune.trials={told.trials!r} needs Optuna; pip install 'optuna>=4'.")
     if run.training.world_size > 1:
         raise ValueError(
             f"tune.trials={told.trials!r} runs in one process, {run.training.world_size} were launched; search in one."

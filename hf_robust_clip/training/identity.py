@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from ..digests import plain
+from ..digests import plain, without_places
 from ..modeling import descriptions_digest
 from ..processes import Processes, everyone
 from ..threat_model import parse_radius
@@ -37,7 +37,8 @@ _NOT_OF_THE_ADAPTER = ("base_model_name_or_path", "revision", "inference_mode", 
 def model_identity(
     student: nn.Module, core: ZeroShotClassifier, teacher: nn.Module | None, new_adapter: bool
 ) -> dict[str, Any]:
-    """What a training starts from: a digest of the weights, normalisation, class prompts, and the adapter's settings.
+    """What a training starts from: a digest of the weights, configuration, normalisation, class prompts, and the
+    adapter's settings.
 
     Args:
         student: the model that is trained, `core` or a `PeftModel` around it.
@@ -48,6 +49,7 @@ def model_identity(
     return {
         "model": {
             "weights": weights_digest(student, without_trained=new_adapter),
+            "config": without_places(core.config.to_dict()),
             "image_mean": core.image_mean.flatten().tolist(),
             "image_std": core.image_std.flatten().tolist(),
             "classes": list(core.class_names),

@@ -47,7 +47,7 @@ class AdversarialImages(ImageDataset):
     processor, and enlarged inside the model where the attack was made on smaller ones.
 
     Raises ValueError for pictures of several sizes, larger ones than the model takes, another resolution than theirs,
-    and crops of arrays.
+    crops of arrays, and other labels than the true ones: that of what was predicted would be right by definition.
     """
 
     attacked: ClassVar[bool] = True
@@ -63,6 +63,8 @@ class AdversarialImages(ImageDataset):
                 raise ValueError(f"{name}={given!r}: {self.dataset_id!r} was attacked at {side} px, and stays so.")
         if self.augment and self.image_column == PIXELS:
             raise ValueError(f"augment=True crops pictures, and {self.dataset_id!r} holds arrays of pixels.")
+        if self.label_column != "label":
+            raise ValueError(f"label_column={self.label_column!r} of {self.dataset_id!r} is no truth; leave it out.")
         self.attack_resolution, self.resize = side, side if side == most else None
         super().__post_init__()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .coloured_digits import coloured_digits_split
 from .digits import digits_split
 from .errors import DatasetError, cut, one_line
 from .files import folder_rows
-from .specs import DatasetSpec, plain, words_of
+from .specs import SPECS, DatasetSpec, plain, words_of
 
 EMBEDDED: dict[str, Callable[[str], datasets.Dataset]] = {
     "digits": digits_split,
@@ -64,8 +65,10 @@ def find_rows(
     folder = next((place for place in places if _holds_files(place)), None)
     if folder is not None:
         _check_unused(f"the folder {str(folder)!r}", revision=revision)
-    if folder is None and (is_absolute(key) or key.startswith(".") or key.count("/") > 1):
-        raise OSError(f"dataset {key!r} is no folder that holds files, nor the name of a dataset; check the path.")
+    is_place = is_absolute(key) or key.startswith(".") or key.count("/") > 1 or "\\" in key or Path(key).exists()
+    if folder is None and is_place:
+        told = _meant(key) or "check the path."
+        raise OSError(f"dataset {key!r} is no folder that holds files, nor the name of a dataset; {told}")
     if folder is not None and (sign := re.search(r"[*?\[]|::", str(folder.resolve()))):
         raise OSError(f"the path of dataset {str(folder)!r} has {sign[0]!r}, a sign of patterns; rename its folder.")
     revision = revision or (spec.revision if spec else None)
@@ -91,6 +94,8 @@ def find_rows(
                 )
             raise OSError(f"can't read dataset {key!r} in {str(folder)!r} ({reason}); {mend}.") from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if spec is None and (meant := _meant(key)):
+            raise OSError(f"dataset {key!r} is no folder here, and can't be loaded ({reason}); {meant}") from error
         raise OSError(
             f"can't load dataset {key!r}{unseen} ({reason}). Put its parquet files in <data root>/{key}/ (hf download "
             f"--repo-type dataset {key} --local-dir <data root>/{key}) and name the root by data_root or "
@@ -100,6 +105,20 @@ def find_rows(
 
 def _holds_files(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
+
+
+def _meant(name: str) -> str | None:
+    """What a name may be meant for that is neither a folder with files nor a dataset: the nearest known one, or folder
+    beside it; None where nothing is near, and no such folder is to be expected.
+    """
+    place = Path(name).expanduser()
+    if place.exists():
+        return "it is a file; give its folder." if place.is_file() else "that folder is empty."
+    beside = [str(place.parent / path.name) for path in place.parent.iterdir()] if place.parent.is_dir() else []
+    near = get_close_matches(name.removeprefix("./"), [*(spec.key for spec in SPECS), *beside], n=1, cutoff=0.75)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"check the path: {str(place.parent)!r} holds no {place.name!r}." if beside and "/" in name else None
 
 
 def _check_clash(name: str, spec: DatasetSpec, root: str | Path | None) -> None:

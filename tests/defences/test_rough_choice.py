@@ -49,11 +49,12 @@ def test_only_the_choice_is_rough(row, make, path, monkeypatch):
     torch.testing.assert_close(rough.logits[agree], wanted.logits[agree], rtol=1e-5, atol=1e-4)
 
 
-def test_a_classifier_in_float64_is_refused():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_classifier_that_it_leaves_alone_is_refused(dtype):
     classifier = make_prompted("VLI").get_base_model()
     tapt = replace(TAPT.released_preset(targets_of(classifier)), **FEW, choose_bf16=True)
     with pytest.raises(ValueError, match="choose_bf16"):
-        tapt.predict(classifier, make_images(2))
+        tapt.predict(classifier.to(dtype), make_images(2).to(dtype))
 
 
 def test_the_choice_is_made_in_bfloat16(monkeypatch):

@@ -1,5 +1,6 @@
 """Flags of `hf-robust-clip demo`, and what they load."""
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,9 +61,18 @@ def test_a_defence_that_learns_needs_what_it_learned():
 def test_without_gradio_the_command_says_how_to_get_it(capsys):
     if find_spec("gradio") is not None:
         pytest.skip("gradio is installed")
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    needed = re.search(r'^demo = \["(.*)"\]', project, re.MULTILINE)[1]
     with pytest.raises(SystemExit) as ended:
         main(["demo", *EMBEDDED])
-    assert ended.value.code == 2 and "hf_robust_clip[demo]" in capsys.readouterr().err
+    assert ended.value.code == 2 and f"pip install '{needed}'" in capsys.readouterr().err
+
+
+def test_a_wrong_folder_of_a_space_is_told_before_what_is_not_installed(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", *EMBEDDED, "--export_space", str(tmp_path / "file")])
+    assert ended.value.code == 2 and "export_space" in capsys.readouterr().err
 
 
 def test_a_space_takes_no_place_that_holds_something_else(tmp_path):

@@ -218,10 +218,12 @@ def test_saved_pictures_are_not_attacked_again_nor_prepared_otherwise(attacked):
     model, _, found = attacked
     folder = str(found["uint8"][1].folder)
     data = load_image_dataset(folder, "linf_16_255", model.processor)
-    with pytest.raises(ValueError, match="adversarial already"):
+    with pytest.raises(ValueError, match=r"attack='PGD-1': .* adversarial already"):
         evaluate_robustness(model, data, EvaluationSettings(["1/255"], attack=PGD(1)), **NAMES)
     with pytest.raises(ValueError, match="attack_resolution=4"):
         load_image_dataset(folder, "linf_16_255", model.processor, attack_resolution=4)
+    with pytest.raises(ValueError, match="label_column='attacked_label'"):
+        load_image_dataset(folder, "linf_16_255", model.processor, label_column="attacked_label")
     with pytest.raises(ValueError, match="8 px, and the model takes 4"):
         load_image_dataset(folder, "linf_16_255", make_processor(4))
     assert len(data.only(["one", "two"]).first(3)) == 3 and isinstance(data.first(3), AdversarialImages)

@@ -7,6 +7,7 @@ import pytest
 from reports import BEFORE, INFO, OWN, make_controls, make_defence, make_report
 
 from hf_robust_clip.report import make_card, save_reports
+from hf_robust_clip.report.card import FROM_SCRATCH
 from hf_robust_clip.report.collection import make_collection, read_collection
 
 START = replace(BEFORE[0], model=INFO.base_model)
@@ -63,6 +64,16 @@ def test_what_was_measured_alike_stands_in_one_table(root):
     assert both[2][2:] == ["90.0 / 60.0 / 30.0", "90.0 / 50.0 / 10.0", "90.0 / 55.0"]
     assert "[other images](other%20images/README.md)" in page
     assert page.count("undefended") == 1, "the start of several cards is one line"
+
+
+def test_a_start_is_a_link_where_it_lies_beside_and_else_a_name(root):
+    write(root, "further", [robust("Further", 0.5, 0.4)], base_model="user/strong")
+    write(root, "first", [robust("First", 0.5, 0.1)], base_model="", settings={"start": FROM_SCRATCH})
+    page = make_collection("mine", read_collection(root)[0])
+    starts = {row.split("|")[1].strip().partition("]")[0]: row.split("|")[3].strip() for row in page.splitlines()
+              if row.startswith("| [") and "| PMG-AFT |" in row}  # fmt: skip
+    assert starts["[further"] == "[strong](strong/README.md)" and starts["[first"] == FROM_SCRATCH
+    assert starts["[weak"] == f"`{INFO.base_model}`"
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,13 @@ def other_weights():
     return model
 
 
+def other_heads():
+    """The same weights, read by twice as many heads."""
+    model = tiny_model()
+    model.vision_model.config.num_attention_heads *= 2
+    return model
+
+
 OTHERS = {
     "method": (dict(objective=TeCoA()), "method was 'PMG-AFT', is 'TeCoA' now"),
     "fare": (dict(objective=FARE()), "method was 'PMG-AFT', is 'FARE' now"),
@@ -102,6 +109,7 @@ OTHERS = {
     "classes": (lambda: dict(model=other_classes()), "model.classes"),
     "descriptions": (lambda: dict(model=with_descriptions("b")), "model.templates was"),
     "weights": (lambda: dict(model=other_weights()), "model.weights"),
+    "heads": (lambda: dict(model=other_heads()), r"vision_config.num_attention_heads was 2, is 4 now"),
     "teacher": (lambda: dict(teacher=tiny_model(seed=5)), "teacher was None"),
     "adapter": (lambda: dict(lora=LoraConfig(r=2, target_modules=["q_proj"])), "adapter"),
     "own optimizer": (

@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 
 import datasets
@@ -250,6 +251,27 @@ def test_a_path_that_is_not_there_is_no_name_on_the_hub(name, tmp_path, processo
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, **settings: pytest.fail("nothing is to be asked for"))
     with pytest.raises(OSError, match=f"'{name}'.*path") as caught:
         load_image_dataset(name, "train", processor, data_root=tmp_path)
+    assert "data root" not in str(caught.value)
+
+
+MISTYPED = {
+    "my/pictres": "'my/pictures'?",
+    "my/other": "'my' holds no 'other'",
+    "cifar01": "'cifar10'?",
+    "Digits": "'digits'?",
+    "pictures.parquet": "is a file",
+    "my/empty": "is empty",
+}
+
+
+@pytest.mark.parametrize("name", MISTYPED)
+def test_a_mistyped_name_is_told_what_is_near(name, tmp_path, processor, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("my/pictures", "my/empty"):
+        Path(folder).mkdir(parents=True)
+    Path("pictures.parquet").touch()
+    with pytest.raises(OSError, match=re.escape(MISTYPED[name])) as caught:
+        load_image_dataset(name, "train", processor)
     assert "data root" not in str(caught.value)
 
 
