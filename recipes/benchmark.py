@@ -30,6 +30,7 @@ import yaml
 
 from hf_robust_clip.command_line import CommandLine, packaged_config, read_command
 from hf_robust_clip.digests import digest, file_digest
+from hf_robust_clip.environment import library_versions
 from hf_robust_clip.hub import dump_recipe
 from hf_robust_clip.report import (
     RobustnessReport,
@@ -405,11 +406,13 @@ def asked_pictures(benchmark: Benchmark) -> str:
 
 
 def weights_digest(name: str) -> str:
-    """A digest of the weights and settings in a checkpoint's folder; of what is no folder, its name."""
+    """A digest of the weights, settings and tokenizer in a checkpoint's folder; of what is no folder, its name. The
+    package's version belongs to it: another may train and attack otherwise.
+    """
     files = sorted(Path(name).iterdir()) if Path(name).is_dir() else []
     kept = [file for file in files if file.suffix in WEIGHTS and file.name != "report.json"]
     told = [f"{file.name} {digest_of(file, file.stat().st_size, file.stat().st_mtime_ns)}" for file in kept]
-    return digest("\n".join(told).encode()) if told else digest(name.encode())
+    return digest("\n".join([library_versions()["hf_robust_clip"], *(told or [name])]).encode())
 
 
 @lru_cache(maxsize=4096)
@@ -431,7 +434,10 @@ def finished(folder: Path, source: Mapping[str, Any], made_of: str) -> bool:
 
 def held_out(folder: Path) -> tuple[float, float]:
     """Clean and robust accuracy on the held-out training images."""
-    (report,), _ = load_reports(folder / "report.json")
+    reports, _ = load_reports(folder / "report.json")
+    if len(reports) != 1:
+        raise ValueError(f"tasks of {folder.name}: learning rates are compared on one task, not {len(reports)}.")
+    (report,) = reports
     return report.clean_accuracy, max(report.robust_accuracy.items())[1]
 
 
