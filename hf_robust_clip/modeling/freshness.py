@@ -28,7 +28,7 @@ def module_key(modules: Iterable[nn.Module], tensors: Sequence[Tensor]) -> tuple
     hooks or a replaced `forward`, with dropout in training, and of kinds whose state isn't all in tensors and plain
     settings (quantised ones, say).
     """
-    settings = []
+    settings: list[Any] = []
     for module in modules:
         own = vars(module)
         unclear = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own

@@ -333,7 +333,11 @@ class RobustClipTrainer(ResumingTrainer):
         self._check_batch(inputs, "labels" in objective.needs)
         in_update = int(num_items_in_batch) if num_items_in_batch else images * processes
         with still_texts(self.classifier(), self.teacher):
-            terms = self._terms_of(model, inputs, in_update)
+            batch = self.make_batch(inputs, self.attackable(model), in_update)
+            adv = self._attacked(batch, self.attackable(model)) if objective.attacked else batch.stacked
+            batch.student = as_objectives_call(model, self.classifier(), objective)
+            with self.accelerator.autocast():
+                terms = objective(batch, adv)
         finite = torch.stack([term.detach() for term in terms.values()]).isfinite()
         if not finite.all():
             name = list(terms)[int((~finite).int().argmax())]
@@ -346,15 +350,6 @@ class RobustClipTrainer(ResumingTrainer):
             for name, term in terms.items():
                 self._terms[name] = self._terms.get(name, 0) + share * term.detach()
         return share * torch.stack(list(terms.values())).sum()
-
-    def _terms_of(self, model: nn.Module, inputs: dict[str, Any], in_update: int) -> dict[str, Tensor]:
-        """The objective's terms, by name, on attacked images."""
-        objective, core = self.training_objective, self.attackable(model)
-        batch = self.make_batch(inputs, core, in_update)
-        adv = self._attacked(batch, core) if objective.attacked else batch.stacked
-        batch.student = as_objectives_call(model, self.classifier(), objective)
-        with self.accelerator.autocast():
-            return objective(batch, adv)
 
     def _attacked(self, batch: Batch, core: nn.Module) -> Tensor:
         """All rows of `batch.stacked`, those that the objective chooses attacked."""
