@@ -68,6 +68,7 @@ class ClassTexts(Model):
         self._others: dict[tuple[str, ...] | None, tuple[tuple | None, Tensor]] = {}  # those of `text_embeds`
         self._fixed: Fixed | None = None  # those of a `fixed_class_embeds`
         self._under_attack = False  # whether forwards are those of an attack, on images that were looked at
+        self._differentiable = False  # whether one of that attack has found that all layers have a gradient
 
     def set_classes(
         self,
@@ -288,16 +289,17 @@ class ClassTexts(Model):
 
         Nothing on the text side must change inside, save that other tensors are put in the place of its parameters
         (`functional_call`), which is noticed. Nor does a forward inside look at the values of pixels, for which it
-        would have to wait for the device: check them where they come from (`check_pixels`), before.
+        would have to wait for the device: check them where they come from (`check_pixels`), before. That no layer is
+        quantised, which hides a gradient, only the first forward inside that is differentiated looks at.
         """
-        before = self._fixed, self._under_attack
+        before = self._fixed, self._under_attack, self._differentiable
         if self.class_names and not self._is_fixed():
             self._fixed = self._fix()
-        self._under_attack = True
+        self._under_attack, self._differentiable = True, False
         try:
             yield
         finally:
-            self._fixed, self._under_attack = before
+            self._fixed, self._under_attack, self._differentiable = before
 
     def encode_classes(self, shared_prefix: bool = True, classes: slice = slice(None)) -> Tensor:
         """The unit-length class embeddings of the stored prompts, by the text tower as it is now: (C, D), or (B, C, D)
