@@ -363,8 +363,9 @@ def test_a_key_away_from_the_cpu_sees_changes_that_could_cancel_out(monkeypatch)
     assert away([second, first]) != known
     places = torch.cat([first, second]).index_select(0, torch.tensor([0, 1, 9, 3, 4, 5, 6, 7, 8, 2, 10, 11]))
     assert away([*places.split(6)]) != known
-    monkeypatch.setattr(freshness, "PIECE", 8192)
     rows = torch.randn(3, 2048, generator=torch.Generator().manual_seed(1))
+    assert away([rows.flip(0)]) != away([rows])
+    monkeypatch.setattr(freshness, "PIECE", 8192)
     keys = away([rows])
     assert len(keys) == 3 and away([rows.flip(0)]) == keys[::-1] != keys
 
