@@ -70,17 +70,24 @@ class RandomResizedCrop:
         check_whole(1, size=size)
         for i, picture in enumerate(pictures):
             _check_picture(picture, f"pictures[{i}]")
-        return torch.stack([self._view(picture, size, seed) for picture in pictures])
+        boxes_B4, mirrored_B = self._drawn(pictures, seed)
+        crops = (_crop(picture, *box) for picture, box in zip(pictures, boxes_B4.tolist(), strict=True))
+        views_BCHW = torch.cat([F.interpolate(crop, (size, size), mode="bicubic", antialias=True) for crop in crops])
+        mirrored_B111 = mirrored_B.to(views_BCHW.device)[:, None, None, None]
+        return torch.where(mirrored_B111, views_BCHW.flip(3), views_BCHW).clamp(0, 1)
 
-    def _view(self, picture_CHW: Tensor, size: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(picture_key(picture_CHW, seed))
-        draws_1R = torch.rand(1, DRAWS, generator=generator, dtype=torch.float64)
-        boxes_14, mirrored_1 = self.boxes(picture_CHW.shape[1], picture_CHW.shape[2], draws_1R)
-        top, left, height, width = boxes_14[0].tolist()
-        crop_CHW = picture_CHW[:, top : top + height, left : left + width]
-        crop_CHW = crop_CHW.float() / 255 if crop_CHW.dtype == torch.uint8 else crop_CHW.float()
-        view_1CHW = F.interpolate(crop_CHW[None], (size, size), mode="bicubic", antialias=True)
-        return (view_1CHW.flip(3) if mirrored_1[0] else view_1CHW)[0].clamp(0, 1)
+    def _drawn(self, pictures: Sequence[Tensor], seed: int) -> tuple[Tensor, Tensor]:
+        """`boxes` of one view of each picture, (B, 4) and (B,)."""
+        here = all(picture.device.type == "cpu" for picture in pictures)
+        keys = [picture_key(picture, seed) for picture in (pictures if here else _on_the_cpu(pictures))]
+        generators = [torch.Generator().manual_seed(key) for key in keys]
+        draws_BR = torch.stack([torch.rand(DRAWS, generator=own, dtype=torch.float64) for own in generators])
+        boxes_B4, mirrored_B = torch.zeros(len(draws_BR), 4, dtype=torch.long), torch.zeros(len(draws_BR)).bool()
+        shapes = [tuple(picture.shape[1:]) for picture in pictures]
+        for height, width in dict.fromkeys(shapes):
+            rows = torch.tensor([shape == (height, width) for shape in shapes])
+            boxes_B4[rows], mirrored_B[rows] = self.boxes(height, width, draws_BR[rows])
+        return boxes_B4, mirrored_B
 
     def boxes(self, height: int, width: int, draws_NR: Tensor) -> tuple[Tensor, Tensor]:
         """N boxes (N, 4) in a picture, int64 (top, left, height, width) in its pixels, and which views to mirror (N,).
@@ -102,6 +109,19 @@ class RandomResizedCrop:
         anywhere_N2 = (draws_NR[:, 2 * TRIES : 2 * TRIES + 2] * (room_N2 + 1)).long()
         places_N2 = torch.where(fits_N1, anywhere_N2, room_N2 // 2)
         return torch.cat([places_N2, sides_N2], dim=1), draws_NR[:, -1] < self.flip
+
+
+def _crop(picture_CHW: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
+    """A box of a picture as floats in [0, 1], (1, 3, height, width)."""
+    crop_1CHW = picture_CHW[None, :, top : top + height, left : left + width]
+    return crop_1CHW.float() / 255 if crop_1CHW.dtype == torch.uint8 else crop_1CHW.float()
+
+
+def _on_the_cpu(pictures: Sequence[Tensor]) -> list[Tensor]:
+    """Grey levels of pictures, (3, H, W) uint8 each, on the CPU: another device is waited for once."""
+    levels = [grey_levels(picture) if picture.is_floating_point() else picture for picture in pictures]
+    rows = torch.cat([own.flatten() for own in levels]).cpu().split([own.numel() for own in levels])
+    return [row.view(own.shape) for row, own in zip(rows, levels, strict=True)]
 
 
 def _check_picture(picture: Tensor, name: str) -> None:

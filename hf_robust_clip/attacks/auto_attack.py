@@ -121,7 +121,8 @@ def auto_attack(
     """AutoAttack on images in memory: the survivors of each member are batched anew for the next.
 
     For whole datasets, several processes and runs that can be resumed, see `evaluate_robustness`. Freeze the
-    classifier's parameters before: FAB's backward would fill their `.grad`.
+    classifier's parameters before: FAB's backward would fill their `.grad`. Call it inside the classifier's
+    `fixed_class_embeds()`, or every forward looks whether its texts have changed, for which a GPU is waited for.
 
     Args:
         logits_fn: images to float32 logits, one column per class.

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import is_
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..prompts.access import active_prompts, check_bound_classes, coupled_parameters
+from ..prompts.access import active_prompts, check_bound_classes, coupled_parameters, prompt_layers
+from ..prompts.layer import ClipPromptLayer
 from .descriptions import before_the_class, check_descriptions, default_template, texts_of
-from .freshness import module_key
+from .freshness import SameParts, module_key
 from .shared_prefix import PackedTexts, end_positions, pack_texts
 from .texts import DESCRIPTION, check_classes, check_told_apart
 
@@ -25,6 +26,23 @@ else:
 TEXT_MEMORY = 2**30  # bytes that the activations of class prompts may take where no gradient is taken of them
 OF_CLASSES = ("class_names", "templates", "descriptions", "context_length", "class_token_ids", "text_counts",
               "_packed", "_known", "_others")  # fmt: skip
+
+
+@dataclass(eq=False)
+class Fixed:
+    """Class embeddings that stand still as long as the text side consists of what they were made by.
+
+    Args:
+        embeds: (C, D) or (B, C, D), without a graph.
+        parts: of the text side.
+        prompted: its layers that carry prompts.
+        key: of the frozen text side and the texts; None where it is trainable, and where that can't be told.
+    """
+
+    embeds: Tensor
+    parts: SameParts
+    prompted: list[ClipPromptLayer]
+    key: tuple | None
 
 
 class ClassTexts(Model):
@@ -48,8 +66,9 @@ class ClassTexts(Model):
         self._packed: dict[tuple, PackedTexts] = {}
         self._known: tuple[tuple | None, Tensor] | None = None  # class embeddings, with the key of what they rest on
         self._others: dict[tuple[str, ...] | None, tuple[tuple | None, Tensor]] = {}  # those of `text_embeds`
-        self._fixed: tuple[list[torch.nn.Parameter], Tensor] | None = None  # those of a `fixed_class_embeds`
+        self._fixed: Fixed | None = None  # those of a `fixed_class_embeds`
         self._under_attack = False  # whether forwards are those of an attack, on images that were looked at
+        self._differentiable = False  # whether one of that attack has found that all layers have a gradient
 
     def set_classes(
         self,
@@ -145,7 +164,7 @@ class ClassTexts(Model):
     def class_embeds(self) -> Tensor:
         """The class embeddings (C, D) or (B, C, D): with a graph while text parameters are trainable."""
         if self._fixed is not None and (torch.compiler.is_compiling() or self._is_fixed()):
-            return self._fixed[1]
+            return self._fixed.embeds
         return self.encode_classes() if self.text_is_trainable() else self._fresh_class_embeds()
 
     @torch.compiler.disable
@@ -212,7 +231,8 @@ class ClassTexts(Model):
             raise ValueError("the model has no classes; call set_classes(class_names) first.")
         if self.text_is_trainable():
             raise ValueError("text_embeds are those of a frozen text side, and this one is trained; freeze it.")
-        key = self._text_key()
+        key = self._fixed.key if self._fixed is not None and self._is_fixed() else None
+        key = self._text_key() if key is None else key
         if key is None or self._others.get(name, (None,))[0] != key:
             with self._for_good():
                 self._others[name] = key, make()
@@ -246,9 +266,22 @@ class ClassTexts(Model):
         return self.class_token_ids.shape[1]
 
     def _is_fixed(self) -> bool:
-        """Whether the text side consists of the very parameters that it had when its embeddings were fixed."""
-        own = self.text_parameters()
-        return self._fixed is not None and len(own) == len(self._fixed[0]) and all(map(is_, own, self._fixed[0]))
+        """Whether text side and texts are the very ones that they were when the embeddings were fixed."""
+        return self._fixed is not None and self._fixed.parts.hold(self._beside(self._fixed.prompted))
+
+    def _beside(self, prompted: Sequence[ClipPromptLayer]) -> list[object]:
+        """What class embeddings depend on beside what is in the text side's modules."""
+        coupled = [parameter for layer in prompted for parameter in layer.coupled_parameters()]
+        return [*self.text_modules, self.class_token_ids, *coupled]
+
+    def _fix(self) -> Fixed:
+        """The class embeddings as they are now, without a graph."""
+        prompted, frozen = prompt_layers(self.text_model), not self.text_is_trainable()
+        with torch.no_grad():
+            embeds = self.class_embeds
+        known = self._known if frozen else None
+        parts = SameParts(self.text_modules, self._beside(prompted))
+        return Fixed(embeds, parts, prompted, None if known is None else known[0])
 
     @contextmanager
     def fixed_class_embeds(self) -> Iterator[None]:
@@ -256,17 +289,17 @@ class ClassTexts(Model):
 
         Nothing on the text side must change inside, save that other tensors are put in the place of its parameters
         (`functional_call`), which is noticed. Nor does a forward inside look at the values of pixels, for which it
-        would have to wait for the device: check them where they come from (`check_pixels`), before.
+        would have to wait for the device: check them where they come from (`check_pixels`), before. That no layer is
+        quantised, which hides a gradient, only the first forward inside that is differentiated looks at.
         """
-        before = self._fixed, self._under_attack
+        before = self._fixed, self._under_attack, self._differentiable
         if self.class_names and not self._is_fixed():
-            with torch.no_grad():
-                self._fixed = self.text_parameters(), self.class_embeds
-        self._under_attack = True
+            self._fixed = self._fix()
+        self._under_attack, self._differentiable = True, False
         try:
             yield
         finally:
-            self._fixed, self._under_attack = before
+            self._fixed, self._under_attack, self._differentiable = before
 
     def encode_classes(self, shared_prefix: bool = True, classes: slice = slice(None)) -> Tensor:
         """The unit-length class embeddings of the stored prompts, by the text tower as it is now: (C, D), or (B, C, D)

@@ -86,7 +86,7 @@ class ZeroShotClassifier(ClassTexts):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no part in the `fixed_class_embeds` of what it is a copy of."""
-        return {**self.__dict__, "_fixed": None, "_under_attack": False}
+        return {**self.__dict__, "_fixed": None, "_under_attack": False, "_differentiable": False}
 
     def require_processor(self) -> Any:
         """The processor; raises ValueError if none was set."""
@@ -251,7 +251,9 @@ class ZeroShotClassifier(ClassTexts):
 
     def _normalised(self, pixel_values: Tensor, class_prompts: Tensor | None) -> Tensor:
         if pixel_values.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            check_differentiable(self.image_modules[0])
+            if not self._differentiable:
+                check_differentiable(self.image_modules[0])
+            self._differentiable = self._under_attack
         side, layer = self.config.vision_config.image_size, pixel_layer(self.image_modules[0])
         units = None if layer is None else layer.in_units()
         if layer is None and class_prompts is not None:

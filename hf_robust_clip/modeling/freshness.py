@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
+from operator import is_
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 KNOWN = ("torch.nn.modules.", "transformers.models.clip.", "transformers.models.siglip.",
          "transformers.activations", "peft.tuners.lora.",
          "peft.utils.other", "hf_robust_clip.")  # fmt: skip
-_ROW = 2048  # values whose weighted sums are taken together
+PIECE = 2**25  # bytes away from the CPU that are hashed together; three times as many are taken for it
+_ROW = 2048  # words whose weighted sums are taken together
+_SETTINGS = frozenset({bool, int, float, str})
+_PARTS = ("_parameters", "_buffers", "_modules")
 
 
 def module_key(modules: Iterable[nn.Module], tensors: Sequence[Tensor]) -> tuple | None:
@@ -24,15 +28,32 @@ def module_key(modules: Iterable[nn.Module], tensors: Sequence[Tensor]) -> tuple
     hooks or a replaced `forward`, with dropout in training, and of kinds whose state isn't all in tensors and plain
     settings (quantised ones, say).
     """
-    settings = []
+    settings: list[Any] = []
     for module in modules:
         own = vars(module)
         unclear = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
         if unclear or not type(module).__module__.startswith(KNOWN) or _drops(module):
             return None
-        plain = ((name, _plain(value)) for name, value in own.items() if name != "training")
-        settings.append((type(module), tuple((name, value) for name, value in plain if value)))
+        settings.append(type(module))
+        settings.append(tuple(_settings(own)))
     return tuple(settings), content_key(tensors)
+
+
+def _settings(own: dict[str, Any]) -> Iterator[Any]:
+    """Names and values of a module's settings, and the names of its parts."""
+    for name, value in own.items():
+        if type(value) in _SETTINGS:
+            if name != "training":
+                yield name
+                yield value
+        elif value is None or (isinstance(value, dict) and not value):
+            continue
+        elif name in _PARTS:
+            yield name
+            yield tuple(value)
+        elif plain := _plain(value):
+            yield name
+            yield plain
 
 
 def _drops(module: nn.Module) -> bool:
@@ -53,23 +74,49 @@ def _plain(value: Any) -> tuple:
     return ()
 
 
+class SameParts:
+    """Whether modules have the very parameters and submodules that they had when this was made: told in microseconds,
+    but blind to what is written into them.
+
+    Args:
+        modules: with all that is in them.
+        further: what else must be the same objects.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], further: Iterable[Any]):
+        inside = [part for module in modules for part in module.modules()]
+        self._tables = [table for module in inside for table in (module._modules, module._parameters)]
+        self._parts = self._now(further)
+
+    def _now(self, further: Iterable[Any]) -> list[Any]:
+        return [*further, *(part for table in self._tables for part in table.values())]
+
+    def hold(self, further: Iterable[Any]) -> bool:
+        """Whether they do, and `further` are those of then."""
+        now = self._now(further)
+        return len(now) == len(self._parts) and all(map(is_, now, self._parts))
+
+
+@torch.no_grad()
 def content_key(tensors: Sequence[Tensor]) -> tuple:
-    """Shapes, types and content of tensors, in their order: 128 bits for those on the CPU, 64 each elsewhere."""
+    """Shapes, types and content of tensors, in their order: 128 bits of those on the CPU, 64 of each `PIECE` of those
+    on another device.
+    """
     here = xxhash.xxh3_128()
     away: dict[torch.device, list[Tensor]] = {}
     shapes = []
     for tensor in tensors:
-        tensor = tensor.detach()
         shapes.append((tuple(tensor.shape), tensor.dtype, tensor.device))
         if tensor.is_meta or not tensor.numel():
             continue
         if tensor.device.type == "cpu":
             here.update(as_bytes(tensor).numpy().data)
         else:
-            away.setdefault(tensor.device, []).append(device_key(tensor))
-    return tuple(shapes), here.digest(), tuple(tuple(torch.stack(keys).tolist()) for keys in away.values())
+            away.setdefault(tensor.device, []).append(tensor)
+    return tuple(shapes), here.digest(), tuple(tuple(device_keys(own).tolist()) for own in away.values())
 
 
+@torch.no_grad()
 def weights_digest(model: nn.Module) -> str:
     """16 hexadecimal digits of all of a model's own weights, to the precision of bfloat16, which a cast to another
     type leaves alone. What adapters add doesn't count.
@@ -79,23 +126,47 @@ def weights_digest(model: nn.Module) -> str:
         if not any(part in name for part in ("clip_prompt_", "lora_", ".modules_to_save.")):
             plain = name.replace(".base_layer", "").replace(".original_module", "")
             found.update(f"{plain} {tuple(value.shape)}".encode())
-            found.update(as_bytes(value.detach().bfloat16().cpu()).numpy().data)
+            found.update(as_bytes(value.bfloat16().cpu()).numpy().data)
     return found.hexdigest()
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The content of a tensor as a row of bytes, not copied where it is contiguous."""
-    return tensor.detach().contiguous().flatten().view(torch.uint8)
+    """The content of a tensor as a row of bytes, not copied where it is contiguous; under `torch.no_grad`."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
-def device_key(tensor: Tensor) -> Tensor:
-    """A whole number that changes with every value and its place, computed where the tensor is: sums with odd weights,
-    in whole numbers that wrap around.
+@torch.no_grad()
+def device_keys(tensors: Iterable[Tensor]) -> Tensor:
+    """Whole numbers, int64, one for each piece of tensors on one device, computed there in few operations: one of them
+    changes with every bit and with its place.
+
+    Of a piece, the sum over its 32-bit words v_ij, in rows of 2048, of r_i * c_j * v_ij with odd r and c, in whole
+    numbers that wrap around at 64 bits.
     """
-    values = as_bytes(tensor)
-    values = nn.functional.pad(values, (0, -len(values) % (8 * _ROW))).view(torch.int64).view(-1, _ROW)
-    rows = (values * _odd(_ROW, values.device)).sum(dim=1)
-    return (rows * _odd(len(rows), values.device)).sum()
+    found = []
+    weights: Tensor | None = None
+    for parts in _pieces(as_bytes(tensor) for tensor in tensors):
+        missing = -sum(map(len, parts)) % (4 * _ROW)
+        words = torch.cat([*parts, parts[0].new_zeros(missing)]).view(torch.int32).view(-1, _ROW)
+        if weights is None:
+            weights = _odd(_ROW + PIECE // (4 * _ROW), words.device)
+        rows = (words * weights[:_ROW]).sum(dim=1)
+        found.append((rows * weights[_ROW : _ROW + len(rows)]).sum())
+    return torch.stack(found)
+
+
+def _pieces(rows: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Rows of bytes one after another, as pieces of `PIECE` bytes each, the last of what is left."""
+    parts: list[Tensor] = []
+    room = PIECE
+    for row in rows:
+        while len(row) > room:
+            yield [*parts, row[:room]]
+            row, parts, room = row[room:], [], PIECE
+        parts.append(row)
+        room -= len(row)
+    if parts:
+        yield parts
 
 
 def _odd(count: int, device: torch.device) -> Tensor:

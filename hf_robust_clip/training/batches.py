@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,6 +116,18 @@ def in_bfloat16(student: Callable[..., ZeroShotOutput]) -> Callable[..., ZeroSho
         return output
 
     return call
+
+
+@contextmanager
+def still_texts(*models: ZeroShotClassifier | None) -> Iterator[None]:
+    """Inside, the class embeddings of models with a frozen text side stand still (`fixed_class_embeds`): what they
+    depend on is looked at once for all forwards, and images are not looked at, which were checked.
+    """
+    with ExitStack() as stack:
+        for model in models:
+            if model is not None and not model.text_is_trainable():
+                stack.enter_context(model.fixed_class_embeds())
+        yield
 
 
 def as_objectives_call(

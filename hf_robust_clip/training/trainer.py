@@ -39,6 +39,7 @@ from .batches import (
     in_bfloat16,
     own_images_of_last_batch,
     share_of_update,
+    still_texts,
     with_further,
     without_fill,
 )
@@ -331,13 +332,12 @@ class RobustClipTrainer(ResumingTrainer):
         inputs = dict(inputs)
         self._check_batch(inputs, "labels" in objective.needs)
         in_update = int(num_items_in_batch) if num_items_in_batch else images * processes
-        classifier, attackable = self.classifier(), self.attackable(model)
-        batch = self.make_batch(inputs, attackable, in_update)
-        adv = self._attacked(batch, attackable) if objective.attacked else batch.stacked
-        batch.student = as_objectives_call(model, classifier, objective)
-        fixed = nullcontext() if classifier.text_is_trainable() else classifier.fixed_class_embeds()
-        with self.accelerator.autocast(), fixed:
-            terms = objective(batch, adv)
+        with still_texts(self.classifier(), self.teacher):
+            batch = self.make_batch(inputs, self.attackable(model), in_update)
+            adv = self._attacked(batch, self.attackable(model)) if objective.attacked else batch.stacked
+            batch.student = as_objectives_call(model, self.classifier(), objective)
+            with self.accelerator.autocast():
+                terms = objective(batch, adv)
         finite = torch.stack([term.detach() for term in terms.values()]).isfinite()
         if not finite.all():
             name = list(terms)[int((~finite).int().argmax())]
@@ -443,9 +443,10 @@ class RobustClipTrainer(ResumingTrainer):
             return cross_entropy(core(pixel_values=adv_BCHW).logits, labels)
 
         steps, seed = self.args.eval_attack_steps, self.args.seed << 32
-        with self.attacking(core), without_class_prompts(core):
-            adv = self.perturb(attack_loss, images, steps, seed, self._blindness)
-        clean, attacked = self._judged(core, images, "clean"), self._judged(core, adv, "attacked")
+        with still_texts(self.classifier()):
+            with self.attacking(core), without_class_prompts(core):
+                adv = self.perturb(attack_loss, images, steps, seed, self._blindness)
+            clean, attacked = self._judged(core, images, "clean"), self._judged(core, adv, "attacked")
         for found in (clean, attacked):
             check_logits(found.logits, "the model")
         if self.defence is not None and not self.is_in_train:

@@ -3,8 +3,9 @@
     python tests/benchmarks/auto_attack_speed.py --model out/pmgaft --radius 16/255 --images 128
 
 The plain run attacks an `nn.Module` that encodes all class prompts in every forward, with the parameters as
-loaded; `--cached_text` gives it cached class embeddings. Ours runs in float32 and `fast` (gradients in bfloat16,
-every break confirmed in float32). All run in one process, one after the other, `--rounds` times in turn.
+loaded; `--cached_text` gives it class embeddings that are encoded once. Ours runs in float32 and `fast` (gradients in
+bfloat16, every break confirmed in float32), inside `fixed_class_embeds` as `evaluate_robustness` runs it. All run in
+one process, one after the other, `--rounds` times in turn.
 
     python tests/benchmarks/auto_attack_speed.py --device cuda
 
@@ -50,14 +51,14 @@ class PlainClassifier(torch.nn.Module):
 
     def __init__(self, model: CLIPForZeroShotClassification, cached: bool):
         super().__init__()
-        self.model, self.cached = model, cached
+        self.model = model
+        self.text_CD = model.class_embeds.detach().clone() if cached else None
 
     def forward(self, pixels: Tensor) -> Tensor:
-        if self.cached:
-            return self.model(pixel_values=pixels).logits.clone()
         image = self.model.get_image_features(pixel_values=(pixels - self.model.image_mean) / self.model.image_std)
         image = torch.nn.functional.normalize(image.pooler_output, dim=-1)
-        return self.model.logit_scale.exp() * image @ self.model.encode_classes().T
+        text_CD = self.model.encode_classes() if self.text_CD is None else self.text_CD
+        return self.model.logit_scale.exp() * image @ text_CD.T
 
 
 def seconds(run: Callable[[], Tensor], device: str) -> tuple[float, float, Tensor]:
@@ -163,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         return adv
 
     def ours(fast: bool, suite: AutoAttack = suite, told: bool = True) -> Tensor:
-        with without_gradients(model):
+        with without_gradients(model), model.fixed_class_embeds():
             adv, left = auto_attack(
                 logits, images, labels, threat_model, version=suite, batch_size=options.batch_size,
                 fast_logits_fn=fast_logits if fast else None,
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     def one_gradient(judge: Callable[[Tensor], Tensor] = logits) -> None:
         torch.autograd.grad(judge(some).sum(), some)
 
-    with torch.enable_grad(), without_gradients(model):  # kernels are loaded and chosen
+    with torch.enable_grad(), without_gradients(model), model.fixed_class_embeds():  # kernels are loaded and chosen
         one_gradient(fast_logits)
         operations = count_operations(one_gradient) / len(some)  # of an image, forward and back to its pixels
     stands: dict[str, Tensor] = {}

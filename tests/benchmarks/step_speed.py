@@ -5,7 +5,8 @@ checked to give the same loss, adversarial images and weight gradients. What is 
 
 `ours`      the objective `PMGAFT.released_preset()` and `pgd`: class embeddings computed once from prompts cut after
             the longest EOS, text tower frozen, attack differentiates the pixels alone, teacher without a graph, one
-            student forward for adversarial and clean images.
+            student forward for adversarial and clean images. As in the trainer, the embeddings stand still in a step
+            (`still_texts`): whether anything changed on the text side is looked at once for student and teacher each.
 `released`  written anew after the structure of the released code: the text tower reads all 77 tokens of all prompts in
             every forward (attack, adversarial, teacher, clean); every parameter of student and teacher has gradients
             on, so that the attack and the loss also differentiate both text towers and the teacher; same-size bicubic
@@ -28,7 +29,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,7 +59,7 @@ from hf_robust_clip.modeling import PAPER_TEMPLATE, CLIPForZeroShotClassificatio
 from hf_robust_clip.objectives.base import Batch
 from hf_robust_clip.objectives.pmg_aft import PMGAFT
 from hf_robust_clip.threat_model import ThreatModel
-from hf_robust_clip.training.batches import in_bfloat16
+from hf_robust_clip.training.batches import in_bfloat16, still_texts
 
 EPS = 1 / 255
 NUM_STEPS = 2
@@ -186,9 +187,15 @@ class Ours:
 
     def step(self) -> None:
         self.optimizer.zero_grad()
-        batch = self.batch()
-        sum(self.losses(batch, self.attack(batch)).values()).backward()
+        with self.still_texts():
+            batch = self.batch()
+            terms = self.losses(batch, self.attack(batch))
+        sum(terms.values()).backward()
         self.optimizer.step()
+
+    def still_texts(self) -> AbstractContextManager[None]:
+        """Inside, the texts are looked at once for student and teacher, as in a step of the trainer."""
+        return still_texts(self.student, self.teacher)
 
 
 class Released:
@@ -441,7 +448,8 @@ def run_parts(args: argparse.Namespace, classes: int) -> None:
         "losses and backward, two student forwards": lambda: separately(start_BCHW),
         "optimizer": ours.optimizer.step,
     }
-    times = alternate(parts, args)
+    with ours.still_texts():
+        times = alternate(parts, args)
     whole = statistics.median(times["whole step"])
     for name, values in times.items():
         median = statistics.median(values)

@@ -1,17 +1,19 @@
 """Class embeddings are those of the text side as it is, whatever way it was changed; the same in parts as whole."""
 
 import copy
+import itertools
 
 import pytest
 import torch
+from counting import Operations
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import CLASS_NAMES
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 
-from hf_robust_clip.modeling import CLIPForZeroShotClassification, class_texts
-from hf_robust_clip.modeling.freshness import content_key, device_key, module_key, weights_digest
+from hf_robust_clip.modeling import CLIPForZeroShotClassification, class_texts, freshness
+from hf_robust_clip.modeling.freshness import content_key, device_keys, module_key, weights_digest
 
 NEAR = dict(rtol=0, atol=1e-12)
 LORA = LoraConfig(r=2, lora_alpha=4, target_modules=r".*text_model.*q_proj", init_lora_weights=False)
@@ -309,7 +311,7 @@ def test_the_memory_of_an_ensemble_of_imagenet_size_stays_small(tiny_clip):
 def test_a_key_changes_with_every_value_and_its_place(dtype):
     values = torch.rand(5, 1001, generator=torch.Generator().manual_seed(0)) * 200
     values = values > 100 if dtype is torch.bool else values.to(dtype)
-    for key in (lambda t: content_key([t]), lambda t: int(device_key(t))):
+    for key in (lambda t: content_key([t]), lambda t: device_keys([t]).tolist()):
         known = key(values)
         assert key(values.clone()) == known
         for place in (0, 2500, 5004):
@@ -318,6 +320,63 @@ def test_a_key_changes_with_every_value_and_its_place(dtype):
             assert key(other.view_as(values)) != known
         assert key(values.flip(0)) != known and key(values.roll(2048)) != known
     assert content_key([values]) != content_key([values.flatten()])
+
+
+def made_of_all_kinds():
+    """Tensors with more and fewer bytes than a word, one that isn't contiguous and one that shares a storage's end."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(4, 9, generator=generator)
+    return [values.T[1:4], values[:, 0].bfloat16(), torch.tensor([True, False, True]), torch.zeros(0, 3),
+            torch.tensor(2.5), torch.arange(250, 255).to(torch.uint8)[1:], torch.tensor([2**40, -1])]  # fmt: skip
+
+
+def away(tensors):
+    return device_keys(tensors).tolist()
+
+
+@pytest.mark.parametrize("piece", [8192, freshness.PIECE])
+def test_a_key_away_from_the_cpu_changes_with_every_bit(piece, monkeypatch):
+    monkeypatch.setattr(freshness, "PIECE", piece)
+    tensors = made_of_all_kinds()
+    tensors.insert(0, torch.zeros(8192 - 50, dtype=torch.uint8))  # with the small pieces the third one is divided
+    known, flipped = away(tensors), 0
+    assert away([tensor.clone() for tensor in tensors]) == known and len(known) == (2 if piece == 8192 else 1)
+    for place in range(1, len(tensors)):
+        whole = tensors[place].contiguous().flatten().view(torch.uint8)
+        for byte in range(len(whole)):
+            for bit in range(8):
+                changed = whole.clone()
+                changed[byte] ^= 1 << bit
+                other = changed.view(tensors[place].dtype).view(tensors[place].shape)
+                assert away([*tensors[:place], other, *tensors[place + 1 :]]) != known
+                flipped += 1
+    assert flipped == 8 * (48 + 8 + 3 + 4 + 4 + 16)
+
+
+def test_a_key_away_from_the_cpu_sees_changes_that_could_cancel_out(monkeypatch):
+    """Signs, which are the highest bits, and values that change places within a piece and between pieces."""
+    first, second = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    known = away([first, second])
+    for one, other in itertools.combinations(range(12), 2):
+        signs = torch.ones(12).index_fill(0, torch.tensor([one, other]), -1).view(2, 6)
+        assert away([first * signs[0], second * signs[1]]) != known
+    assert away([second, first]) != known
+    places = torch.cat([first, second]).index_select(0, torch.tensor([0, 1, 9, 3, 4, 5, 6, 7, 8, 2, 10, 11]))
+    assert away([*places.split(6)]) != known
+    rows = torch.randn(3, 2048, generator=torch.Generator().manual_seed(1))
+    assert away([rows.flip(0)]) != away([rows])
+    monkeypatch.setattr(freshness, "PIECE", 8192)
+    keys = away([rows])
+    assert len(keys) == 3 and away([rows.flip(0)]) == keys[::-1] != keys
+
+
+def test_few_operations_make_the_key_of_many_tensors(monkeypatch):
+    """As on another device; on a card each of them is a kernel, save for views."""
+    tensors = [torch.randn(16, 16) for _ in range(100)]
+    monkeypatch.setattr(freshness, "PIECE", 8192 * 5)
+    with Operations() as seen:
+        keys = device_keys(tensors)
+    assert len(keys) == 3 and seen.count < 40
 
 
 def test_the_digest_of_weights_outlives_casts_and_adapters_and_sees_training(tiny_clip):

@@ -123,3 +123,27 @@ def test_more_steps_of_an_attack_look_no_more_often():
                 step_size="2/255")  # fmt: skip
         counts.append(looks.count)
     assert counts[0] == counts[1]
+
+
+def test_whether_layers_are_quantised_is_looked_at_once_in_an_attack_and_each_time_elsewhere():
+    model, images = classifier_of(None).float(), make_images(2).float()
+    layer = model.vision_model.encoder.layers[-1]
+
+    def refuses(pixels):
+        try:
+            model(pixels)
+        except ValueError:
+            return True
+        return False
+
+    found = []
+    with model.fixed_class_embeds():
+        found.append(refuses(images.requires_grad_()))
+        torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+        found.append(refuses(images))
+        with model.fixed_class_embeds():
+            found.append(refuses(images))
+    found += [refuses(images), refuses(images.detach())]
+    with model.fixed_class_embeds():
+        found += [refuses(images.detach()), refuses(images), refuses(images)]
+    assert found == [False, False, True, True, False, False, True, True]

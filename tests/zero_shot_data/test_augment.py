@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from counting import Operations
 from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 from tiny import make_processor
 
-from hf_robust_clip.crops import RandomResizedCrop
+from hf_robust_clip.crops import RandomResizedCrop, _on_the_cpu, picture_key
 from hf_robust_clip.zero_shot_data.loading import ImageDataset, collate_images, load_image_dataset
 
 SIZE = 8
@@ -207,6 +208,21 @@ def test_floats_draw_like_their_grey_levels(kind):
     picture = noise()
     bytes_, floats = (RandomResizedCrop()([x], 12, 7) for x in (picture, picture.to(kind) / 255))
     torch.testing.assert_close(bytes_, floats, rtol=0, atol=1e-6 if kind != torch.float16 else 1e-3)
+
+
+def test_pictures_of_another_device_are_fetched_together_with_the_same_keys():
+    pictures = [noise(5, 7, 0), noise(6, 5, 1).float() / 255, noise(5, 7, 2).half() / 255, noise(9, 9, 3)[:, ::2]]
+    with Operations() as seen:
+        fetched = _on_the_cpu(pictures[:1] * 10)
+    assert len(fetched) == 10 and seen.count <= 2
+    for own, other in zip(pictures, _on_the_cpu(pictures), strict=True):
+        assert picture_key(own, 7) == picture_key(other, 7) != picture_key(other, 8)
+
+
+def test_pictures_of_one_size_are_drawn_for_together():
+    with Operations() as seen:
+        RandomResizedCrop()([noise(40, 50, seed) for seed in range(30)], SIZE, 0)
+    assert seen.count / 30 < 8
 
 
 def test_layout_in_memory_does_not_count():
