@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 from reports import INFO, write_folder
 
-from hf_robust_clip.report import CONTROLS, load_card_info, load_reports, regenerate_card
+from hf_robust_clip.report import CONTROLS, load_card_info, load_reports, paired_difference, regenerate_card
 from hf_robust_clip.report.collection import MADE, make_collection, read_collection
 
 ROOT = Path(__file__).parent.parent.parent / "hub_cards"
@@ -44,7 +44,7 @@ def test_published_card(folder):
 
 def test_the_index_page_is_that_of_its_cards():
     entries, left = read_collection(ROOT / "hf-robust-clip")
-    assert len(entries) == 14 and not left
+    assert len(entries) == 15 and not left
     assert (ROOT / "hf-robust-clip/README.md").read_text(encoding="utf-8") == make_collection(
         "hf-robust-clip", entries
     )
@@ -127,3 +127,25 @@ def test_attacks_through_a_defence_leave_no_more_than_blind_ones(file):
 
 def test_the_table_of_defences_is_there():
     assert [file.stem for file in DEFENCES] == ["digits-clip", "earlier-mini-clip", "mini-clip"]
+
+
+def test_the_mini_benchmarks_figures_are_those_of_its_reports():
+    reports, _ = load_reports(ROOT / "mini-benchmark/reports.json")
+    table = (ROOT / "mini-benchmark/table.md").read_text(encoding="utf-8")
+    runs: dict[str, list] = {}
+    for report in reports:
+        if report.attack == "PGD-20" and report.task.startswith("CIFAR-10"):
+            runs.setdefault(report.name.split(", seed")[0], []).append([report])
+    assert {name: len(own) for name, own in runs.items() if len(own) != 3} == {"pretrained": 1}
+    theirs = runs["PMG-AFT (released), 1e-3"]
+    for name, own in runs.items():
+        if own is not theirs:
+            told = [
+                str(paired_difference(own, theirs, eps, resamples=1)).split()[0] for eps in (0.0, 1 / 255, 2 / 255)
+            ]
+            lines = [line.replace("**", "") for line in table.splitlines() if line.startswith(f"| {name} | ")]
+            assert any(
+                re.match(re.escape(f"| {name} | {told[0]} [") + ".*?" + re.escape(told[2]), line) for line in lines
+            )
+            mean = sum(run[0].clean_accuracy for run in own) / len(own)
+            assert any(line.startswith(f"| {name} | {100 * mean:.1f} ") for line in lines), name
