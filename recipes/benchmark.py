@@ -16,6 +16,7 @@ and writes tables of what is finished. `--cards_dir hub_cards` puts the cards wh
 """
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -30,8 +31,11 @@ import yaml
 
 from hf_robust_clip.command_line import CommandLine, packaged_config, read_command
 from hf_robust_clip.digests import digest, file_digest
+from hf_robust_clip.digits_clip import EMBEDDED_MODEL
 from hf_robust_clip.environment import library_versions
 from hf_robust_clip.hub import dump_recipe
+from hf_robust_clip.modeling.checkpoints import read_config
+from hf_robust_clip.names import task_titles
 from hf_robust_clip.report import (
     RobustnessReport,
     as_markdown,
@@ -53,6 +57,7 @@ from hf_robust_clip.runs.grid import Cell, check_cells, finished_cells, held, ru
 from hf_robust_clip.runs.interruptions import one_line_errors
 from hf_robust_clip.runs.shared import quiet_loading
 from hf_robust_clip.storage import whole_file, write_text
+from hf_robust_clip.threat_model import parse_radius
 
 PICTURES = "imagenet-pictures"
 WEIGHTS = (".safetensors", ".bin", ".json", ".txt")  # of files in a checkpoint's folder
@@ -115,7 +120,7 @@ class Benchmark:
         owner: of the cards' repositories.
         prefix: of their names, before that of the model.
         limits: what the models can't do, for cards and table.
-        flags: of every training, beside its config; those of a model go before them.
+        flags: of every training, beside its config; those of a model override them.
         seeds: each model is trained once with each, and tables tell mean and standard deviation over them; none takes
             the configs' own seed. Of several a card is of the first, since it is of one checkpoint.
         models: rows of the tables.
@@ -165,6 +170,8 @@ class Benchmark:
             raise ValueError("partial=true writes tables, which only leaves to other runs; give one of them.")
         for asked, told in [("only", self.only), *((f"models of {own.name}", own.models) for own in self.evaluations)]:
             check_known(asked, told, [model.name for model in self.models])
+        for model in self.models:
+            check_once(f"learning_rates of {model.name}", [str(float(rate)) for rate in model.learning_rates])
         check_once("names of models", [model.name for model in self.models])
         check_once("titles of models", [model.title for model in self.models])
         check_once("names of evaluations", [evaluation.name for evaluation in self.evaluations])
@@ -215,7 +222,7 @@ def check_known(asked: str, told: Sequence[str], known: Sequence[str]) -> None:
 def check_once(what: str, told: Sequence[str]) -> None:
     """Raise ValueError for a text that is there twice."""
     if twice := [text for text in told if told.count(text) > 1]:
-        raise ValueError(f"{what}: {twice[0]!r} is there twice; rename one.")
+        raise ValueError(f"{what}: {twice[0]!r} is there twice; leave one.")
 
 
 COMMAND = CommandLine({"": (Benchmark,)}, {}, ("name", "start", "output_dir", "models", "evaluations"))
@@ -614,18 +621,49 @@ def run(benchmark: Benchmark) -> None:
         os.environ["HF_ROBUST_CLIP_DATA_ROOT"] = benchmark.data_root
     if benchmark.baseline is not None:
         check_known("baseline", [benchmark.baseline], [model.title for model in benchmark.models])
+    check_start(benchmark)
     cells = cells_of(benchmark)
+    check_tables(benchmark)
     failed: dict[str, str] = {}
     if not benchmark.partial:
         times = benchmark.out / "seconds.csv"
         failed = run_cells(cells, times, benchmark.jobs, benchmark.keep_going)
     if not benchmark.only and (benchmark.partial or benchmark.keep_going or not failed):
         write(benchmark, finished_cells(cells))
+        say(f"tables: {benchmark.cards / benchmark.name / 'table.md'}")
     if failed:
         *others, last = [f"{name}: {reason}" for name, reason in failed.items()]
         for line in others:
             say(f"error: {line}")
         raise ValueError(last)
+
+
+def check_start(benchmark: Benchmark) -> None:
+    """Raise OSError for a start, or a row's folder, that can't be read: before what is finished is made anew."""
+    for name in dict.fromkeys([benchmark.start, *(model.folder for model in benchmark.chosen if model.folder)]):
+        if name != EMBEDDED_MODEL:
+            read_config(name, {})
+
+
+def check_tables(benchmark: Benchmark) -> None:
+    """Raise ValueError for groups without tasks or of tasks that no evaluation has, and for a radius of the trade-off
+    that one lacks.
+    """
+    whole = replace(benchmark, only=())
+    firsts = [(own, models_of(whole, own)[0]) for own in whole.evaluations if models_of(whole, own)]
+    runs = [asked_evaluation(whole, evaluation, model) for evaluation, model in firsts]
+    tasks = {title for run in runs for title in task_titles([(task.name, task.dataset) for task in run.tasks])}
+    for group, named in benchmark.groups.items():
+        if unknown := [task for task in named if task not in tasks] or ([] if named else ["no task"]):
+            raise ValueError(f"groups[{group!r}] has {unknown[0]!r}; tasks are {sorted(tasks)}.")
+    if benchmark.tradeoff_radius is None:
+        return
+    radius = parse_radius(benchmark.tradeoff_radius, "tradeoff_radius")
+    for settings in [settings for run in runs for settings in run.evaluations]:
+        own = [threat.eps for threat in settings.threat_models()] if settings.attack.has_radii else []
+        if not any(math.isclose(radius, eps) for eps in own):
+            told = f"is not among the radii of an evaluation: {list(settings.radii)}"
+            raise ValueError(f"tradeoff_radius={benchmark.tradeoff_radius!r} {told}.")
 
 
 def write(benchmark: Benchmark, done: Iterable[str]) -> None:

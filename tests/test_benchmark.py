@@ -191,12 +191,16 @@ def test_other_weights_are_measured_anew():
         (["--jobs", "x"], "jobs"),
         (["--only", "[nobody]"], "nobody"),
         (["--partial", "--only", "[te_coa]"], "partial"),
+        (["--start", "nowhere"], "nowhere"),
+        (["--tradeoff_radius", "3/255"], "tradeoff_radius"),
+        (["--groups", "{all: [letters]}"], "letters"),
+        (["--groups", "{all: []}"], "groups"),
         (["--models", "[{name: a, title: b}, {name: a, title: c}]", "--evaluations", "[{name: e, config: f}]"], "'a'"),
         (["--models", "[{name: a, title: b}, {name: c, title: b}]", "--evaluations", "[{name: e, config: f}]"], "'b'"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_run(words, name, capsys):
-    Path("own.yaml").write_text(json.dumps(SMALL))
+    Path("own.yaml").write_text(json.dumps(SMALL).replace('"tecoa"', '"digits-clip/tecoa"'))
     with pytest.raises(SystemExit) as end:
         script.main(["--config", "own.yaml", *words])
     (line,) = capsys.readouterr().err.splitlines()

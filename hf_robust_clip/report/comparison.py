@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..threat_model import parse_radius
 from .report import RobustnessReport
 from .tables import Cells, as_markdown, figure_heads, grouped_tasks
 
@@ -43,9 +44,14 @@ class Difference:
 
 
 def paired_difference(
-    ours: Runs, theirs: Runs, eps: float = 0.0, *, resamples: int = RESAMPLES, seed: int = 0
+    ours: Runs, theirs: Runs, eps: float | str = 0.0, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Difference:
     """By how much one model is more accurate than another, on the same images under the same attack.
+
+        first, _ = load_reports("out/tecoa-seed0/report.json")         # one report for each task
+        second, _ = load_reports("out/tecoa-seed1/report.json")
+        others, _ = load_reports("out/pmg_aft/report.json")
+        print(paired_difference([first, second], [others], "2/255"))  # +3.1 [1.2, 5.0], in points
 
     Of S runs of ours and R of theirs, with outcomes a_sti and b_rti in {0, 1} on the N_t images of T tasks,
 
@@ -65,20 +71,23 @@ def paired_difference(
     in 93, 88 and 82 where their accuracies spread by 1, 2 and 5 points (standard deviation).
 
     Args:
-        ours, theirs: of each run its reports, one for each task; the tasks are the same everywhere.
-        eps: radius in units of [0, 1]; 0 for clean images.
+        ours, theirs: a list of runs, each a list of its reports, one for each task; the tasks are the same everywhere.
+        eps: radius in units of [0, 1], float or fraction such as `"2/255"`; 0 for clean images.
         resamples: how often images and runs are drawn.
         seed: of the draws.
 
-    Raises ValueError for no runs, tasks that differ or are there twice, reports of other images, classes, attacks or
-    radii, and for reports without outcomes, or without some at the radius.
+    Returns `value`, `low` and `high` in [-1, 1]; as text they are in points of a hundred.
+    Raises TypeError for what is no list of runs; ValueError for no runs, tasks that differ or are there twice, reports
+    of other images, classes, attacks or radii, and for reports without outcomes, or without some at the radius.
     """
     if resamples < 1:
         raise ValueError(f"resamples={resamples!r} must be at least 1.")
     reports = [report for own in _by_task(ours, theirs) for report in own]
+    eps = parse_radius(eps, "eps") if isinstance(eps, str) else eps
     radii = [own for own in (0.0, *reports[0].robust_accuracy) if math.isclose(own, eps)]
     if not radii:
-        raise ValueError(f"eps={eps!r} has no outcomes in the reports; they have {list(reports[0].robust_accuracy)}.")
+        known = ["0.0", *(reports[0].threat(own).radius for own in reports[0].robust_accuracy)]
+        raise ValueError(f"eps={eps!r} has no outcomes in the reports; they have {', '.join(known)}.")
     return _difference(ours, theirs, radii[0], _Drawn(reports, radii, resamples, seed))
 
 
@@ -136,6 +145,10 @@ def _drawn_means(right_NS: np.ndarray, resamples: int, draws: np.random.Generato
 
 def _by_task(ours: Runs, theirs: Runs) -> list[list[RobustnessReport]]:
     """Of each task our reports, then theirs. Raises ValueError for what makes no pairs."""
+    for what, runs in (("ours", ours), ("theirs", theirs)):
+        are_runs = isinstance(runs, Sequence) and all(isinstance(run, Sequence) for run in runs)
+        if not are_runs or not all(isinstance(report, RobustnessReport) for run in runs for report in run):
+            raise TypeError(f"{what} must be a list of runs, each a list of reports, as load_reports(path)[0] is.")
     if not ours or not theirs:
         raise ValueError(f"{'theirs' if ours else 'ours'} is empty; give the reports of at least one run.")
     runs = [*ours, *theirs]

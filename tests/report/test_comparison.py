@@ -130,6 +130,9 @@ def test_wrong_runs_are_refused():
             paired_difference(ours, theirs)
     with pytest.raises(ValueError, match="eps="):
         paired_difference([[own]], [[own]], 2 / 255)
+    for wrong in ("report.json", [make_report()], [None]):
+        with pytest.raises(TypeError, match="ours must be a list of runs"):
+            paired_difference(wrong, [[make_report()]])
     with pytest.raises(ValueError, match="resamples="):
         paired_difference([[own]], [[own]], resamples=0)
 
