@@ -229,6 +229,7 @@ class _Evaluation:
             raise ValueError(f"{defence.name} meets images in one order: use 1, not {self.world} processes.")
         plan = settings.plan(len(model.class_names))
         self.stages = [Stage(threat, member, view) for threat in settings.threat_models() for view, member in plan]
+        self.texts = model.class_token_ids
         self.show = progress and self.rank == 0
         self.flags: dict[str, bool] = {}
         self.remarks: tuple[str, ...] = ()
@@ -426,6 +427,8 @@ class _Evaluation:
             seconds += _now(images.device) - start
             if self.defence.defends:
                 check_logits(prediction.logits, self.defence.name)
+            if self.model.class_token_ids is not self.texts:
+                raise ValueError(f"{self.defence.name} changed the classifier's classes; it must put them back.")
             stands.append(self.verdicts(prediction, images, labels, attacked=stage is not None))
             alarms += alarms_of(prediction, labels)
             fallbacks += 0 if prediction.fell_back is None else int(prediction.fell_back.sum())

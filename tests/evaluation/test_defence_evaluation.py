@@ -363,3 +363,16 @@ def test_predictions_that_fell_back_are_counted_and_reported():
     """Half of eight images, clean and at two radii."""
     assert run(Failing()).defence["fallbacks"] == 12
     assert run(Failing(), batch_size=3).defence["fallbacks"] == 15
+
+
+class Renaming(Toy):
+    """Leaves the classifier with its classes in another order."""
+
+    def _predict(self, classifier, images_BCHW, state, seed, path):
+        classifier.set_classes(sorted(classifier.class_names))
+        return super()._predict(classifier, images_BCHW, state, seed, path)
+
+
+def test_a_defence_that_leaves_other_classes_is_refused():
+    with pytest.raises(ValueError, match="Renaming changed the classifier's classes"):
+        run(Renaming(), prompted=False, count=4)
