@@ -173,6 +173,10 @@ class Benchmark:
         for model in self.models:
             check_once(f"learning_rates of {model.name}", [str(float(rate)) for rate in model.learning_rates])
         check_once("names of models", [model.name for model in self.models])
+        taken = [*(evaluation.name for evaluation in self.evaluations), "tuning", "cards", PICTURES]
+        for name in [own.name for model in self.models if model.config for own in self.runs_of(model)]:
+            if name in taken or Path(name).name != name:
+                raise ValueError(f"models: {name!r} can't be the name of a folder beside {', '.join(taken)}.")
         check_once("titles of models", [model.title for model in self.models])
         check_once("names of evaluations", [evaluation.name for evaluation in self.evaluations])
 

@@ -192,6 +192,8 @@ def test_other_weights_are_measured_anew():
         (["--only", "[nobody]"], "nobody"),
         (["--partial", "--only", "[te_coa]"], "partial"),
         (["--start", "nowhere"], "nowhere"),
+        (["--models", "[{name: pgd, title: a, config: tecoa}]"], "pgd"),
+        (["--models", "[{name: ../a, title: a, config: tecoa}]"], "../a"),
         (["--tradeoff_radius", "3/255"], "tradeoff_radius"),
         (["--groups", "{all: [letters]}"], "letters"),
         (["--groups", "{all: []}"], "groups"),
