@@ -576,8 +576,8 @@ def attack_part(
         plot_accuracy(place / f"{file}.png", reports)
         plots = f"![accuracy against eps]({file}.png)\n"
     if benchmark.tradeoff_radius is not None:
-        groups = benchmark.groups or None
-        plot_tradeoff(place / f"{file}_tradeoff.png", reports, benchmark.tradeoff_radius, further, groups)
+        groups, names = benchmark.groups or None, [model.title for model in benchmark.models]
+        plot_tradeoff(place / f"{file}_tradeoff.png", reports, benchmark.tradeoff_radius, further, groups, names)
         plots += f"\n![clean against robust]({file}_tradeoff.png)\n"
     tables = f"{as_markdown(figures_by_task(reports, further))}\n\n{groups_part(benchmark, reports, further)}"
     differences = ""

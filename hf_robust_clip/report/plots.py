@@ -85,6 +85,7 @@ def plot_tradeoff(
     radius: float | str,
     further: Sequence[Sequence[RobustnessReport]] = (),
     groups: Mapping[str, Sequence[str]] | None = None,
+    names: Sequence[str] = (),
 ) -> None:
     """Write a PNG of robust against clean accuracy: a panel for each task, a point for each model, 95 % intervals.
 
@@ -96,6 +97,7 @@ def plot_tradeoff(
             a model, among a small point for each run with their convex hull, in place of intervals; a line leads from
             one to the next of the models than which no other is better in both means.
         groups: by name their tasks; a panel is then of the mean over the tasks of a group. See `each_run`.
+        names: of models, in an order that gives each its colour and marker: the same in several plots.
 
     Raises ValueError for no reports, several norms, a report without the radius, and as `over_runs` does.
     """
@@ -109,7 +111,7 @@ def plot_tradeoff(
             raise ValueError(f"the report of {report.name}, {report.task} has no radius {radius}.")
     several = bool(further)
     single = _both(each_run(reports, further, groups), eps) if several else {}
-    styles, points = _styles(rows["name"]), _both(rows, eps)
+    styles, points = _styles([*names, *rows["name"]]), _both(rows, eps)
     attacks = " or ".join(sorted(set(rows["full_attack"])))
     panels = list(dict.fromkeys(rows["task"]))
     threat = ThreatModel(eps, norm)  # type: ignore[arg-type]

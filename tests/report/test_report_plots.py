@@ -288,3 +288,12 @@ def test_a_defended_curve_is_called_by_its_defence(tmp_path, monkeypatch):
     plot_accuracy(tmp_path / "a.png", defended[:1])
     labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert labels[0] == f"{defended[0].name} with {defended[0].defence['name']}"
+
+
+def test_a_model_has_the_colour_that_it_has_in_another_plot(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    reports = [make_report(name=name, robust_accuracy={4 / 255: 0.25}) for name in ("a", "b", "c")]
+    for some in (reports, reports[2:]):
+        plot_tradeoff(tmp_path / "a.png", some, "4/255", names=["a", "b", "c"])
+    first, second = ({c.get_label(): c[0].get_color() for c in figure.axes[0].containers} for figure in figures)
+    assert second == {"c": first["c"]} and len(set(first.values())) == 3
