@@ -4,7 +4,8 @@
     python recipes/benchmark.py --config recipes/configs/digits-clip/prompt_benchmark.yaml
 
 Each model is a training by one of the packaged configs and some flags, each evaluation such a config too. What is
-finished is not repeated, unless its settings or the weights that it was made of changed: a killed run goes on.
+finished is not repeated, unless its settings, the weights that it was made of or the package's version changed: a
+killed run goes on.
 
 `--jobs 12` lets so many processes share the work, whose cells are trainings with a learning rate that is tried,
 trainings with a seed, and evaluations of one checkpoint: first all rates of the models in the file's order, then all
@@ -75,7 +76,7 @@ class Model:
         config: a packaged config by which it is trained; without one it is the model in `folder`, or the start.
         flags: of its training, beside the config.
         folder: of a model that another run has made.
-        learning_rates: tried for a few updates on held-out images; the best is taken.
+        learning_rates: tried, each judged on held-out images; the best is taken.
     """
 
     name: str
@@ -380,8 +381,14 @@ def run_training(
 def asked_evaluation(benchmark: Benchmark, evaluation: Evaluation, model: Model) -> evaluate.EvaluationRun:
     """An evaluation of one checkpoint, which goes on where it was left."""
     folder = benchmark.out / evaluation.name / model.name
+    config = packaged_config(evaluation.config)
     own = {"model_name_or_path": benchmark.folder_of(model), "output_dir": str(folder), "resume": True}
-    return evaluate.read(words({**own, **evaluation.flags}), packaged_config(evaluation.config))
+    asked = {**own, **evaluation.flags}
+    tasks = asked.get("tasks", yaml.safe_load(config.read_text(encoding="utf-8")).get("tasks", []))
+    if benchmark.pictures and any(Path(task["dataset"]).name == PICTURES for task in tasks):  # those of this run
+        made = str(benchmark.out / PICTURES)
+        asked["tasks"] = [{**t, "dataset": made} if Path(t["dataset"]).name == PICTURES else t for t in tasks]
+    return evaluate.read(words(asked), config)
 
 
 def is_evaluated(benchmark: Benchmark, evaluation: Evaluation, model: Model) -> bool:
@@ -533,11 +540,7 @@ def write_tables(
 
 
 def check_compared(benchmark: Benchmark, reports: Sequence[RobustnessReport]) -> None:
-    """Raise ValueError for groups of tasks that nothing was evaluated on, and for defences, which aren't compared."""
-    tasks = {report.task for report in reports}
-    for group, named in benchmark.groups.items():
-        if unknown := [task for task in named if task not in tasks]:
-            raise ValueError(f"groups[{group!r}] has {unknown[0]!r}; tasks are {sorted(tasks)}.")
+    """Raise ValueError for defences, which aren't compared."""
     if (benchmark.baseline or benchmark.groups) and any(report.defence for report in reports):
         raise ValueError("baseline and groups are of models without a defence; leave them out.")
 

@@ -215,8 +215,6 @@ def test_a_baseline_and_tasks_that_are_not_there_are_refused():
     own = read("own.yaml")
     with pytest.raises(ValueError, match="baseline: there is no model 'after'"):
         script.run(replace(own, baseline="after"))
-    with pytest.raises(ValueError, match=r"groups\['a'\].*'cats'"):
-        script.check_compared(replace(own, groups={"a": ["cats"]}), [make_report()])
     defended = make_report(attack_target="adaptive", defence=make_defence())
     with pytest.raises(ValueError, match="baseline and groups"):
         script.check_compared(replace(own, baseline="before"), [defended])
@@ -230,3 +228,10 @@ def short(real):
         return real([*words, *steps], config)
 
     return read
+
+
+def test_pictures_are_those_that_this_run_makes():
+    own = replace(read(packaged_config("mini-clip/benchmark")), output_dir="elsewhere")
+    (run,) = [script.asked_evaluation(own, one, own.models[0]) for one in own.evaluations if one.name == "pgd"]
+    made = [task.dataset for task in run.tasks if "pictures" in task.dataset]
+    assert made == [str(Path("elsewhere") / script.PICTURES)] and len(run.tasks) == 6

@@ -36,14 +36,13 @@ from measuring import (
     card_told,
     clear_card,
     exact_dtype,
-    keep,
     on_card,
     print_figures,
     resident_peak,
     timed,
     told_if_failed,
 )  # fmt: skip
-from prompt_speed import NUM_TOKENS, Ours, Released, Task, compared_on_card, figures_of, print_table
+from prompt_speed import NUM_TOKENS, Ours, Released, Task, figures_of, print_table, report_on_card
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -266,11 +265,7 @@ def run(args: argparse.Namespace) -> None:
     if len(args.only) == 2:
         check(args)
     if args.device == "cuda":
-        figures: dict[str, Any] = {}
-        for name in args.only:
-            figures[name] = measure_cuda(args, name)
-            keep(__file__, args, figures)
-        print_figures(__file__, args, compared_on_card(figures))
+        report_on_card(__file__, args, measure_cuda)
         return
     times, peaks = measure(args)
     alike = {}

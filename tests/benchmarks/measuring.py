@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import __version__ as transformers_version
 
+from hf_robust_clip.storage import write_text
+
 GIB = 2**30
 PEAK_TFLOPS = 989  # of dense matrix products in bfloat16, H100 SXM
 PROFILED_CALLS = 3
@@ -207,19 +209,11 @@ def float32_told() -> str:
     return f"products in {products}, convolutions in {convolutions}"
 
 
-def write_whole(file: Path, text: str) -> None:
-    """The text in place of what the file held: whoever is stopped meanwhile leaves one or the other."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
-
-
 def keep(file: str, args: argparse.Namespace, figures: dict[str, Any], *, complete: bool = False) -> str:
     """What was measured so far, where, and with which settings, as a line of JSON; written where --output says."""
     line = json.dumps(about(file, args) | {"complete": complete, "figures": figures})
     if getattr(args, "output", None):
-        write_whole(args.output, line + "\n")
+        write_text(args.output, line + "\n")
     return line
 
 

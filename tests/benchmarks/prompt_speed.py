@@ -36,6 +36,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -377,6 +378,17 @@ def measure_cuda(args: argparse.Namespace, name: str) -> dict[str, Any]:
     return found
 
 
+def report_on_card(
+    file: str, args: argparse.Namespace, measure: Callable[[argparse.Namespace, str], dict[str, Any]]
+) -> None:
+    """Measure each way that is asked for, keeping what there is, and print all with their ratios."""
+    figures: dict[str, Any] = {}
+    for name in args.only:
+        figures[name] = measure(args, name)
+        keep(file, args, figures)
+    print_figures(file, args, compared_on_card(figures))
+
+
 def compared_on_card(figures: dict[str, Any]) -> dict[str, Any]:
     """What was found of ours and released on a card, with the ratios of time and memory where both fitted."""
     ours, released = figures.get("ours", {}), figures.get("released", {})
@@ -392,11 +404,7 @@ def run(args: argparse.Namespace) -> None:
     if len(args.only) == 2:
         check(args)
     if args.device == "cuda":
-        figures: dict[str, Any] = {}
-        for name in args.only:
-            figures[name] = measure_cuda(args, name)
-            keep(__file__, args, figures)
-        print_figures(__file__, args, compared_on_card(figures))
+        report_on_card(__file__, args, measure_cuda)
         return
     times = measure_cpu(args)
     gc.collect()

@@ -91,19 +91,6 @@ def test_no_kernels_are_an_error():
         measuring.kernels_seen(SimpleNamespace(events=lambda: Record().events()[2:]), calls=1)
 
 
-def test_a_file_that_was_begun_is_not_left(tmp_path, monkeypatch):
-    file = tmp_path / "figures.json"
-    measuring.write_whole(file, "{}")
-
-    def stopped(*given: object, **named: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(measuring.Path, "replace", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        measuring.write_whole(file, "[]")
-    assert file.read_text() == "{}"
-
-
 def test_operations_of_a_product_and_its_gradients():
     left, right = torch.ones(2, 3, requires_grad=True), torch.ones(3, 5, requires_grad=True)
     assert measuring.count_operations(lambda: (left @ right).sum().backward()) == 3 * 2 * 2 * 3 * 5

@@ -46,7 +46,6 @@ from measuring import (
     told_if_failed,
     use_told,
     used,
-    write_whole,
 )  # fmt: skip
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,6 +55,7 @@ from hf_robust_clip import CLIPForZeroShotClassification, RobustClipConfig, Robu
 from hf_robust_clip.command_line import packaged_config
 from hf_robust_clip.modeling import scratch
 from hf_robust_clip.runs import train
+from hf_robust_clip.storage import write_text
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -470,7 +470,7 @@ def load() -> dict[str, Any]:
 
 
 def save(costs: Mapping[str, Any], file: Path) -> None:
-    write_whole(file, json.dumps(costs, indent=1) + "\n")
+    write_text(file, json.dumps(costs, indent=1) + "\n")
 
 
 def main(words: list[str] | None = None) -> None:
