@@ -94,6 +94,7 @@ class Evaluation:
     Args:
         name: of its folder.
         models: names of those that it is of; all where there are none.
+        first_seeds: of so many of the benchmark's seeds, from the first; null takes all.
         title: of a defence in it: what is put before the names of models.
     """
 
@@ -101,6 +102,7 @@ class Evaluation:
     config: str
     flags: Mapping[str, Any] = field(default_factory=dict)
     models: Sequence[str] = ()
+    first_seeds: int | None = None
     title: str | None = None
 
 
@@ -171,6 +173,10 @@ class Benchmark:
             raise ValueError("partial=true writes tables, which only leaves to other runs; give one of them.")
         for asked, told in [("only", self.only), *((f"models of {own.name}", own.models) for own in self.evaluations)]:
             check_known(asked, told, [model.name for model in self.models])
+        for own in self.evaluations:
+            if own.first_seeds is not None and not 1 <= own.first_seeds <= len(self.seeds):
+                told = f"must be 1 to {len(self.seeds)}, the number of seeds" if self.seeds else "is of no seeds"
+                raise ValueError(f"first_seeds={own.first_seeds} of {own.name} {told}.")
         for model in self.models:
             check_once(f"learning_rates of {model.name}", [str(float(rate)) for rate in model.learning_rates])
         check_once("names of models", [model.name for model in self.models])
@@ -256,7 +262,7 @@ def cells_of(benchmark: Benchmark) -> list[Cell]:
         evaluation_cell(benchmark, evaluation, run, trainings.get(run.name), pictures)
         for evaluation in benchmark.evaluations
         for model in models_of(benchmark, evaluation)
-        for run in benchmark.runs_of(model)
+        for run in benchmark.runs_of(model)[: evaluation.first_seeds]
     ]
     cells = [*pictures, *(cell for own in tries.values() for cell in own), *trainings.values(), *measured]
     check_cells(cells)
@@ -534,7 +540,8 @@ def write_tables(
     else:
         further = [by_attack(run) for run in runs[1:]]
         for attack, own in by_attack(runs[0]).items():
-            parts.append(attack_part(benchmark, place, own, [run.get(attack, []) for run in further]))
+            again = [run[attack] for run in further if attack in run]
+            parts.append(attack_part(benchmark, place, own, again))
     parts += [tuning_part(benchmark, chosen)] if any(chosen.values()) else []
     (place / "table.md").write_text("\n".join(parts), encoding="utf-8")
 
@@ -573,9 +580,11 @@ def attack_part(
     attack = reports[0].attack
     file = "".join(c if c.isalnum() else "_" for c in attack.lower())
     about, plots = "Accuracy in percent, clean and at each L-inf radius", ""
+    seeds = ", ".join(map(str, benchmark.seeds[: 1 + len(further)]))
     if further:
-        about += f"; mean and standard deviation over the seeds {', '.join(map(str, benchmark.seeds))}"
+        about += f"; mean and standard deviation over the seeds {seeds}"
     else:
+        about += f"; models of seed {seeds}" if seeds else ""
         plot_accuracy(place / f"{file}.png", reports)
         plots = f"![accuracy against eps]({file}.png)\n"
     if benchmark.tradeoff_radius is not None:
@@ -683,7 +692,7 @@ def write(benchmark: Benchmark, done: Iterable[str]) -> None:
     for evaluation in benchmark.evaluations:
         lacking = []
         for model in models_of(benchmark, evaluation):
-            seeded = benchmark.runs_of(model)
+            seeded = benchmark.runs_of(model)[: evaluation.first_seeds]
             if not done.issuperset(f"{evaluation.name} of {own.name}" for own in seeded):
                 lacking.append(model.title)
                 continue

@@ -160,6 +160,25 @@ def test_a_model_is_trained_once_with_each_seed(monkeypatch):
         script.cells_of(replace(own, seeds=(1, 1)))
 
 
+def test_an_evaluation_is_of_so_many_seeds_from_the_first():
+    small = json.loads(json.dumps(SMALL)) | {"seeds": [3, 4]}
+    (every,) = small["evaluations"]
+    small["evaluations"].append({**every, "name": "few", "first_seeds": 1, "flags": {"evaluation.attacks": ["pgd-2"]}})
+    Path("own.yaml").write_text(json.dumps(small).replace('"tecoa"', '"digits-clip/tecoa"'))
+    own = read("own.yaml")
+    cells = [cell.name for cell in script.cells_of(own)]
+    assert [name for name in cells if name.startswith("few")] == ["few of digits-clip", "few of te_coa-seed3"]
+    for first_seeds, seeds in ((0, (3, 4)), (3, (3, 4)), (1, ())):
+        wrong = replace(own.evaluations[1], first_seeds=first_seeds)
+        with pytest.raises(ValueError, match="first_seeds="):
+            replace(own, evaluations=(wrong,), seeds=seeds)
+    every = [[make_report(name="TeCoA", attack=attack) for attack in ("PGD-2", "PGD-1")[-count:]] for count in (2, 1)]
+    script.write_tables(replace(own, tradeoff_radius=None), every, {})
+    text = Path("out/cards/small/table.md").read_text()
+    one, both = text[text.index("## PGD-2") : text.index("## PGD-1")], text[text.index("## PGD-1") :]
+    assert "models of seed 3" in one and "±" not in one and "over the seeds 3, 4" in both and "±" in both
+
+
 def test_other_weights_are_measured_anew():
     Path("own.yaml").write_text(json.dumps(SMALL).replace('"tecoa"', '"digits-clip/tecoa"'))
     own = read("own.yaml")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_robust_clip.modeling import image_kernels
-from hf_robust_clip.modeling.image_kernels import PatchProduct, image_attention
+from hf_robust_clip.modeling.image_kernels import AttentionByProducts, PatchProduct, image_attention
 
 PLACES = [{}, {"padding": 1}, {"dilation": 2}, {"stride": 2}, {"groups": 3}, {"padding": "valid"}, {"bias": True}]
 
@@ -86,7 +86,7 @@ def test_lora_on_the_patches_is_the_convolution_with_its_update(tiny_clip):
 @pytest.fixture
 def chosen(tiny_clip):
     def find(device: str = "cpu", cast: torch.dtype | None = torch.bfloat16, tokens: int = 17, **changes) -> bool:
-        """Whether the plain kernel is taken."""
+        """Whether attention is two products."""
         tower = tiny_clip(dtype=changes.get("weights", torch.float32)).image_modules[0]
         tower.encoder.layers[0].gradient_checkpointing = changes.get("checkpointing", False)
         autocast = nullcontext() if cast is None else torch.autocast("cpu", cast)
@@ -97,12 +97,55 @@ def chosen(tiny_clip):
     return find
 
 
-def test_the_plain_attention_is_for_gradients_of_few_tokens_in_half_precision(chosen):
+ATTENTION = nn.functional.scaled_dot_product_attention
+ASKED = [
+    ({}, True),
+    ({"scale": 0.3}, True),
+    ({"attn_mask": None, "dropout_p": 0.0, "is_causal": False}, True),  # as transformers calls it
+    ({"attn_mask": torch.ones(5, 5, dtype=torch.bool).tril()}, False),
+    ({"is_causal": True}, False),
+    ({"dropout_p": 1.0}, False),
+]
+
+
+@pytest.mark.parametrize(("asked", "taken"), ASKED)
+def test_attention_by_products_is_attention_with_its_gradients(asked, taken, monkeypatch):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    seen, own = [], image_kernels.attention_by_products
+    monkeypatch.setattr(image_kernels, "attention_by_products", lambda *a, **k: (seen.append(1), own(*a, **k))[1])
+
+    def value_and_gradients(by_name: bool) -> list[torch.Tensor]:
+        named = dict(zip(("query", "key", "value"), inputs, strict=True))
+        value = ATTENTION(**named, **asked) if by_name else ATTENTION(*inputs, **asked)
+        return [value, *torch.autograd.grad((value * torch.arange(4.0)).sum(), inputs)]
+
+    wanted = value_and_gradients(False)
+    for by_name in (False, True):
+        del seen[:]
+        with AttentionByProducts():
+            given = value_and_gradients(by_name)
+        assert bool(seen) == taken
+        for one, other in zip(wanted, given, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(4, 4, dtype=torch.bool).tril(), None])
+def test_a_mask_given_by_its_place_is_kept(mask):
+    query, key, value = torch.randn(3, 1, 1, 4, 2, dtype=torch.float64)
+    with AttentionByProducts():
+        given = ATTENTION(query, key, value, mask)
+    torch.testing.assert_close(given, ATTENTION(query, key, value, mask))
+
+
+def test_attention_by_products_is_for_few_tokens_in_bfloat16(chosen):
     assert chosen()
     assert chosen(cast=None, weights=torch.bfloat16)
+    assert chosen(tokens=257)
+    assert chosen(gradient=False)
     assert not chosen(cast=None)
-    assert not chosen(tokens=257)
-    assert not chosen(gradient=False)
+    assert not chosen(cast=None, weights=torch.float16)
+    assert not chosen(tokens=577)
     assert not chosen(checkpointing=True)
     assert not chosen(device="meta")
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -121,6 +164,16 @@ def test_bfloat16_gradients_are_those_of_float32_up_to_rounding(tiny_clip, tiny_
 
     whole, half = gradient(False), gradient(True)
     assert 0 < float((half - whole).norm() / whole.norm()) < 0.1
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_each_layer_of_the_image_encoder_takes_its_attention_by_products(family, tiny_clip, monkeypatch):
+    model = tiny_clip(dtype=torch.bfloat16) if family == "clip" else tiny_siglip().to(torch.bfloat16)
+    side, seen = model.input_size, []
+    own = image_kernels.attention_by_products
+    monkeypatch.setattr(image_kernels, "attention_by_products", lambda *a, **k: (seen.append(1), own(*a, **k))[1])
+    model.encode_images(torch.rand(2, 3, side, side, dtype=torch.bfloat16))
+    assert len(seen) == model.config.vision_config.num_hidden_layers
 
 
 def test_gradients_through_checkpointed_layers_are_there_in_bfloat16(tiny_clip, tiny_batch):
