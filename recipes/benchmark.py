@@ -13,7 +13,7 @@ seeds of each, then the evaluations in their order. Figures are the same for any
 each process has fewer threads, which may round otherwise. `out/seconds.csv` tells what each cell took, `<folder>.log`
 what it printed. Several runs may be started on one folder: none repeats what another is at work on. `--only "[a, b]"`
 trains and evaluates these alone; `--keep_going` goes on with the others when a cell fails; `--partial` runs nothing,
-and writes tables of what is finished. `--cards_dir hub_cards` puts the cards where they are kept.
+and writes tables and cards of what is finished. `--cards_dir hub_cards` puts the cards where they are kept.
 """
 
 import json
@@ -137,7 +137,7 @@ class Benchmark:
         only: names of models; the others, and the tables, are left to other runs.
         jobs: processes that share the work.
         keep_going: whether other cells are begun when one has failed. The run ends with an error anyway.
-        partial: whether tables are made of what is finished, and nothing is run.
+        partial: whether tables and cards are made of what is finished, and nothing is run.
     """
 
     name: str = ""
@@ -451,9 +451,16 @@ def finished(folder: Path, source: Mapping[str, Any], made_of: str) -> bool:
     if not all(file.is_file() for file in files):
         return False
     _, recipe, own = files
-    left, asked = yaml.safe_load(recipe.read_text(encoding="utf-8")), yaml.safe_load(dump_recipe(source))
-    same = all(left.get(key) == asked.get(key) for key in {*left, *asked} - {*PLACES})
-    return same and own.read_text(encoding="utf-8") == made_of
+    left, asked = (told_of(text) for text in (recipe.read_text(encoding="utf-8"), dump_recipe(source)))
+    return left == asked and own.read_text(encoding="utf-8") == made_of
+
+
+def told_of(recipe: str) -> dict[str, Any]:
+    """The settings of a run that its figures depend on: not places, nor how many images are attacked at once."""
+    told = {key: value for key, value in yaml.safe_load(recipe).items() if key not in PLACES}
+    if "evaluation" in told:
+        told["evaluation"] = {key: value for key, value in told["evaluation"].items() if key != "batch_size"}
+    return told
 
 
 def held_out(folder: Path) -> tuple[float, float]:
@@ -529,7 +536,7 @@ def write_tables(
     place = benchmark.cards / benchmark.name
     place.mkdir(parents=True, exist_ok=True)
     every = with_seeds(benchmark, runs)
-    save_reports(place / "report.json", every)
+    save_reports(place / "reports.json", every)
     save_csv(place / "report.csv", every)
     limits = "".join(f"- {line}\n" for line in benchmark.limits.splitlines())
     parts = [f"# {benchmark.heading}\n\n{benchmark.about}{limits}"]
@@ -577,10 +584,10 @@ def attack_part(
     further: Sequence[Sequence[RobustnessReport]],
 ) -> str:
     """The table and the plots of one attack; `further` has the reports of other seeds."""
-    attack = reports[0].attack
+    attack, seeds = reports[0].attack, ", ".join(map(str, benchmark.seeds[: 1 + len(further)]))
+    groups = benchmark.groups if len({report.task for report in reports}) > 1 else {}  # of one task: that task again
     file = "".join(c if c.isalnum() else "_" for c in attack.lower())
     about, plots = "Accuracy in percent, clean and at each L-inf radius", ""
-    seeds = ", ".join(map(str, benchmark.seeds[: 1 + len(further)]))
     if further:
         about += f"; mean and standard deviation over the seeds {seeds}"
     else:
@@ -588,26 +595,29 @@ def attack_part(
         plot_accuracy(place / f"{file}.png", reports)
         plots = f"![accuracy against eps]({file}.png)\n"
     if benchmark.tradeoff_radius is not None:
-        groups, names = benchmark.groups or None, [model.title for model in benchmark.models]
-        plot_tradeoff(place / f"{file}_tradeoff.png", reports, benchmark.tradeoff_radius, further, groups, names)
+        names = [model.title for model in benchmark.models]
+        radius = benchmark.tradeoff_radius
+        plot_tradeoff(place / f"{file}_tradeoff.png", reports, radius, further, groups or None, names)
         plots += f"\n![clean against robust]({file}_tradeoff.png)\n"
-    tables = f"{as_markdown(figures_by_task(reports, further))}\n\n{groups_part(benchmark, reports, further)}"
+    tables = f"{as_markdown(figures_by_task(reports, further))}\n\n{groups_part(groups, reports, further)}"
     differences = ""
-    if benchmark.baseline is not None:
-        told = differences_told(reports, further, baseline=benchmark.baseline, groups=benchmark.groups)
+    if benchmark.baseline in {report.name for report in reports}:  # else it is not finished, or not asked for
+        told = differences_told(reports, further, baseline=benchmark.baseline, groups=groups)
         differences = f"\n### Paired differences to {benchmark.baseline}\n\n{told}\n"
     return f"## {attack}\n\n{about}.\n\n{tables}{plots}{differences}"
 
 
 def groups_part(
-    benchmark: Benchmark, reports: Sequence[RobustnessReport], further: Sequence[Sequence[RobustnessReport]]
+    groups: Mapping[str, Sequence[str]],
+    reports: Sequence[RobustnessReport],
+    further: Sequence[Sequence[RobustnessReport]],
 ) -> str:
     """The means over groups of tasks under one attack, where there are groups."""
-    if not benchmark.groups:
+    if not groups:
         return ""
     about = "The same as unweighted mean over the tasks of a group"
     about += "; the standard deviation is that of the seeds' means." if further else "."
-    return f"{about}\n\n{as_markdown(figures_by_task(reports, further, benchmark.groups))}\n\n"
+    return f"{about}\n\n{as_markdown(figures_by_task(reports, further, groups))}\n\n"
 
 
 def tuning_part(benchmark: Benchmark, chosen: Mapping[str, str | None]) -> str:
@@ -703,14 +713,13 @@ def write(benchmark: Benchmark, done: Iterable[str]) -> None:
         raise ValueError(f"output_dir={benchmark.output_dir!r}: no evaluation is finished, so there is no table yet.")
     tried = [model for model in benchmark.models if model.config and is_tried(benchmark, model, done)]
     chosen = {model.name: best_rate(benchmark, model) for model in tried}
+    check_compared(benchmark, [report for run in runs for report in run])
+    write_cards(benchmark, runs[0])
     if missing:
         line = f"Unfinished, and left out of the tables: {'; '.join(missing)}."
         say(line)
         rows = tuple(model for model in benchmark.models if model in tried or not model.config)
         benchmark = replace(benchmark, models=rows, evaluations=(), limits=f"{line}\n{benchmark.limits}")
-    else:
-        check_compared(benchmark, [report for run in runs for report in run])
-        write_cards(benchmark, runs[0])
     write_tables(benchmark, runs, chosen)
 
 

@@ -85,7 +85,7 @@ def test_a_small_benchmark_is_made_once(monkeypatch):
     assert len(seen) == 3  # two learning rates, and the best of them
     place = Path("out/cards")
     assert {path.name for path in (place / "small").iterdir()} == {
-        "report.json", "report.csv", "table.md", "pgd_1.png", "pgd_1_tradeoff.png",
+        "reports.json", "report.csv", "table.md", "pgd_1.png", "pgd_1_tradeoff.png",
     }  # fmt: skip
     text = (place / "small/table.md").read_text()
     assert "clean / 8/255" in text and "| TeCoA |" in text and "## Learning rates" in text and "- One step." in text
@@ -136,14 +136,14 @@ def test_a_model_is_trained_once_with_each_seed(monkeypatch):
     monkeypatch.setattr(train, "read", short(train.read))
     script.main(["--config", "own.yaml"])
     assert [(run.training.seed, run.training.learning_rate) for run in seen] == [(3, 0.01), (4, 0.01)]
-    runs, _ = load_reports("out/cards/small/report.json")
+    runs, _ = load_reports("out/cards/small/reports.json")
     assert [report.name for report in runs] == ["before", "TeCoA, seed 3", "TeCoA, seed 4"]
     mean = sum(report.clean_accuracy for report in runs[1:]) / 2
     text = Path("out/cards/small/table.md").read_text()
     assert f"| TeCoA | {100 * mean:.1f} ± " in text and "over the seeds 3, 4" in text
-    assert "### Paired differences to before" in text and "all of them: digits (n=4): clean / 8/255" in text
+    assert "### Paired differences to before" in text and "digits (n=4): clean / 8/255" in text
     difference = paired_difference([[run] for run in runs[1:]], [[runs[0]]])
-    assert text.count(f"| TeCoA | {difference} / ") == 2, "of the group, and of its only task"
+    assert text.count(f"| TeCoA | {difference} / ") == 1 and "all of them" not in text, "the group has the only task"
     (of_first,), (start,) = load_reports("out/cards/hf-robust-clip/digits-te-coa/report.json")
     assert (of_first.outcomes, start.outcomes) == (runs[1].outcomes, runs[0].outcomes)
     assert of_first.model == "hf-robust-clip/digits-te-coa"
@@ -173,8 +173,11 @@ def test_an_evaluation_is_of_so_many_seeds_from_the_first():
         with pytest.raises(ValueError, match="first_seeds="):
             replace(own, evaluations=(wrong,), seeds=seeds)
     every = [[make_report(name="TeCoA", attack=attack) for attack in ("PGD-2", "PGD-1")[-count:]] for count in (2, 1)]
-    script.write_tables(replace(own, tradeoff_radius=None), every, {})
+    groups = {"all of them": [every[0][0].task]}
+    script.write_tables(replace(own, tradeoff_radius=None, baseline="before", groups=groups), every, {})
     text = Path("out/cards/small/table.md").read_text()
+    assert "Paired differences" not in text, "of the baseline there is no report"
+    assert "all of them" not in text, "the mean over one task is told already"
     one, both = text[text.index("## PGD-2") : text.index("## PGD-1")], text[text.index("## PGD-1") :]
     assert "models of seed 3" in one and "±" not in one and "over the seeds 3, 4" in both and "±" in both
 
@@ -201,6 +204,9 @@ def test_other_weights_are_measured_anew():
     moved = replace(own, output_dir="elsewhere")
     assert script.is_evaluated(moved, moved.evaluations[0], moved.models[1]), "what is moved is still finished"
     assert not script.is_evaluated(replace(moved, pictures={"cat": [1]}), moved.evaluations[0], moved.models[1])
+    for key, value, same in (("batch_size", 7, True), ("radii", ["4/255"], False)):
+        asked = replace(moved.evaluations[0], flags={**moved.evaluations[0].flags, f"evaluation.{key}": value})
+        assert script.is_evaluated(moved, asked, moved.models[1]) == same
 
 
 @pytest.mark.parametrize(
