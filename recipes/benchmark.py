@@ -708,7 +708,8 @@ def write(benchmark: Benchmark, done: Iterable[str]) -> None:
                 continue
             for reports, own in zip(runs, seeded, strict=False):
                 reports += reports_of(benchmark, evaluation, own)
-        missing += [f"{evaluation.name}: {', '.join(lacking)}"] if lacking else []
+        every = len(lacking) == len(models_of(benchmark, evaluation))
+        missing += [f"{evaluation.name}: {'all rows' if every else ', '.join(lacking)}"] if lacking else []
     if not any(runs):
         raise ValueError(f"output_dir={benchmark.output_dir!r}: no evaluation is finished, so there is no table yet.")
     tried = [model for model in benchmark.models if model.config and is_tried(benchmark, model, done)]

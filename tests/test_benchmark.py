@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
@@ -149,6 +150,12 @@ def test_a_model_is_trained_once_with_each_seed(monkeypatch):
     assert of_first.model == "hf-robust-clip/digits-te-coa"
     card = Path("out/cards/hf-robust-clip/digits-te-coa/README.md").read_text()
     assert "One step." in card and "This is the model of seed 3" in card
+    more = {**small, "evaluations": [*small["evaluations"], {**small["evaluations"][0], "name": "later"}]}
+    Path("more.yaml").write_text(json.dumps(more).replace('"tecoa"', '"digits-clip/tecoa"'))
+    shutil.rmtree("out/cards")
+    script.main(["--config", "more.yaml", "--partial"])
+    assert Path("out/cards/hf-robust-clip/digits-te-coa/README.md").read_text() == card, "cards of what is finished"
+    assert "left out of the tables: later: all rows." in Path("out/cards/small/table.md").read_text()
     Path("out/pgd/te_coa-seed4/report.json").unlink()
     script.main(["--config", "own.yaml", "--partial"])
     text = Path("out/cards/small/table.md").read_text()
