@@ -473,10 +473,19 @@ def held_out(folder: Path) -> tuple[float, float]:
 
 
 def reports_of(benchmark: Benchmark, evaluation: Evaluation, model: Model) -> list[RobustnessReport]:
-    """What an evaluation of a model found, as tables call it."""
+    """What an evaluation of a model found, as tables call it; the set of pictures by its name, wherever it is."""
     title = f"{evaluation.title} on {model.title}" if evaluation.title else model.title
     reports, _ = load_reports(benchmark.out / evaluation.name / model.name / "report.json")
-    return [replace(report, name=title, model=benchmark.id_of(model)) for report in reports]
+    made = str(benchmark.out / PICTURES)
+    return [
+        replace(
+            report,
+            name=title,
+            model=benchmark.id_of(model),
+            dataset=PICTURES if report.dataset == made else report.dataset,
+        )
+        for report in reports
+    ]
 
 
 def are_written(benchmark: Benchmark) -> bool:
@@ -524,8 +533,9 @@ def write_cards(benchmark: Benchmark, reports: Sequence[RobustnessReport]) -> No
             base_model=benchmark.start_id, limits=limits, plot=None, license="apache-2.0",
         )  # fmt: skip
         save_reports(folder / "report.json", own, before, card=info)
-        recipe = (trained / "recipe.yaml").read_text(encoding="utf-8")
-        (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        recipe = yaml.safe_load((trained / "recipe.yaml").read_text(encoding="utf-8"))
+        recipe["output_dir"] = f"out/{benchmark.name}/{trained.name}"  # wherever it was trained
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         make_card(own, before, info).save(folder / "README.md")
 
 

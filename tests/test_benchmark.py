@@ -150,6 +150,8 @@ def test_a_model_is_trained_once_with_each_seed(monkeypatch):
     assert of_first.model == "hf-robust-clip/digits-te-coa"
     card = Path("out/cards/hf-robust-clip/digits-te-coa/README.md").read_text()
     assert "One step." in card and "This is the model of seed 3" in card
+    recipe = Path("out/cards/hf-robust-clip/digits-te-coa/recipe.yaml").read_text()
+    assert "output_dir: out/small/te_coa-seed3\n" in recipe, "wherever it was trained"
     more = {**small, "evaluations": [*small["evaluations"], {**small["evaluations"][0], "name": "later"}]}
     Path("more.yaml").write_text(json.dumps(more).replace('"tecoa"', '"digits-clip/tecoa"'))
     shutil.rmtree("out/cards")

@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,13 @@ ROOT = HERE.parents[1]
 COSTS = HERE / "training_costs.json"
 README = ROOT / "recipes/README.md"
 BENCHMARK = "digits-clip/methods_benchmark"
-FIGURES = ROOT / "hub_cards/methods-benchmark/report.csv"
 NAMES = ("cat", "dog", "ship", "truck")
 TEXTS = {name: [f"a {name} {number}" for number in range(5)] for name in NAMES}  # as many of each as SAFT's
-START, TOLD, BASELINE = "pretrained", ("trained classes", "held-out classes"), "TeCoA"
+START, BASELINE = "pretrained", "TeCoA"
+PROMPTS = ("CoOp", "APT-V", "APT-VLI", "FAP")  # which train prompts alone: their costs are not told here
 MEMORY_OF = ("TeCoA", "FARE", "PMG-AFT (released)", "TGA-ZSR", "ACL (labels)", "AdvCL")
 MEASURED_SIZES, TOLD_SIZES = ("tiny", "S/32", "B/32", "B/16", "L/14"), ("B/32", "B/16", "L/14")
 ADAMW, FLOAT32, GIB = 8, 4, 2**30
-RADIUS = 24 / 255
 IN_MEMORY_TABLE = 64  # images
 DISTINCT = 32  # a multiple of the number of classes
 
@@ -374,35 +373,94 @@ def cost_told(own: Mapping[str, Any], base: Mapping[str, Any] | None, images: in
 # ---- tables
 
 
-def robustness() -> dict[str, dict[tuple[str, str], list[float]]]:
-    """By method, what each seed came to: by images, and by clean or robust accuracy (APGD at 24/255), in percent."""
+@dataclass(frozen=True)
+class Figures:
+    """A benchmark of methods: where its report is, under which attack and radius it is told, and by what short names
+    which tasks, of several their mean.
+    """
+
+    benchmark: str
+    attack: str
+    radius: float
+    groups: Mapping[str, Sequence[str]]
+
+    @property
+    def report(self) -> Path:
+        return ROOT / "hub_cards" / self.benchmark / "report.csv"
+
+    @property
+    def heads(self) -> list[str]:
+        return [f"{told}: {group}" for told in ("clean", self.attack) for group in self.groups]
+
+
+DIGITS = Figures(
+    "methods-benchmark", "APGD", 24 / 255, {"trained on": ["trained classes"], "held out": ["held-out classes"]}
+)
+SMALL_CLIP = Figures(
+    "mini-benchmark",
+    "PGD-20",
+    2 / 255,
+    {
+        "CIFAR-10": ["CIFAR-10 (fine-tuned on)"],
+        "other sets": ["PACS without sketches", "Fashion-MNIST", "digits"],
+        "never seen": ["ImageNet pictures", "PACS sketches"],
+    },
+)
+
+
+def robustness(figures: Figures) -> dict[str, list[float]]:
+    """By method, clean and then robust accuracy of each group, in percent: means over tasks and seeds."""
     found: dict[str, dict[tuple[str, str], list[float]]] = {}
-    with FIGURES.open(encoding="utf-8", newline="") as file:
+    with figures.report.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             name, metric = row["name"].partition(", seed ")[0], row["metric"]
-            told = not row["member"] and not row["judge"] and row["attack"].startswith("APGD")
-            if told and (metric == "accuracy" or (metric == "robust_accuracy" and float(row["eps"]) == RADIUS)):
-                values = found.setdefault(name, {}).setdefault((row["task"], metric), [])
+            own = not row["member"] and not row["judge"] and row["attack"].startswith(figures.attack)
+            asked = {"accuracy": 0.0, "robust_accuracy": figures.radius}
+            if own and float(row["eps"]) == asked.get(metric):
+                values = found.setdefault(name, {}).setdefault((metric, row["task"]), [])
                 values.append(100 * float(row["value"]))
-    return found
+    return {
+        name: [
+            statistics.mean(statistics.mean(own[metric, task]) for task in tasks)
+            for metric in ("accuracy", "robust_accuracy")
+            for tasks in figures.groups.values()
+        ]
+        for name, own in found.items()
+    }
+
+
+def changes(figures: Figures) -> dict[str, list[float]]:
+    """`robustness` of each method less that before it, those first that gained most under attack where the last group
+    is.
+    """
+    found = robustness(figures)
+    start = found.pop(START)
+    told = {name: [after - before for after, before in zip(own, start, strict=True)] for name, own in found.items()}
+    return dict(sorted(told.items(), key=lambda row: -row[1][-1]))
+
+
+def needs_told(counted: Mapping[str, Any]) -> str:
+    return ", ".join(counted["needs"]) or "nothing"
+
+
+def small_clip(costs: Mapping[str, Any]) -> str:
+    """The table of methods by the small CLIP that was fine-tuned on CIFAR-10."""
+    needs = {title: needs_told(own) for title, own in costs["passes"].items()} | dict.fromkeys(PROMPTS, "labels")
+    rows = [[name, needs[name], *map("{:+.1f}".format, own)] for name, own in changes(SMALL_CLIP).items()]
+    return as_markdown(["", "needs", *SMALL_CLIP.heads], rows)
 
 
 def which_method(costs: Mapping[str, Any]) -> str:
-    """The table of methods, those first that gained most on the digits that weren't trained on."""
-    mean = {name: {key: statistics.mean(own) for key, own in of.items()} for name, of in robustness().items()}
-    start, base, timed = mean.pop(START), costs["passes"][BASELINE]["forward_passes"], costs["measured"]["methods"]
+    """The table of methods by the digits, with what they cost."""
+    base, timed = costs["passes"][BASELINE]["forward_passes"], costs["measured"]["methods"]
     rows = []
-    for name, own in mean.items():
+    for name, own in changes(DIGITS).items():
         counted = costs["passes"][name]
-        change = [own[task, m] - start[task, m] for m in ("accuracy", "robust_accuracy") for task in TOLD]
         seconds = f"{timed[name]['seconds'] / timed[BASELINE]['seconds']:.1f}" if name in timed else "-"
-        told = [f"{value:+.1f}" for value in change]
         cost = [f"{counted['forward_passes'] / base:.1f}", seconds]
-        rows.append((change[3], [name, ", ".join(counted["needs"]) or "nothing", *told, *cost]))
-    rows.sort(key=lambda row: -row[0])
-    heads = ["", "needs", "clean: trained on", "held out", "APGD: trained on", "held out", "passes", "seconds"]
+        rows.append([name, needs_told(counted), *map("{:+.1f}".format, own), *cost])
     about = f"`seconds`: measured, {setting_told(costs)}, median of {costs['measured']['repeats']} updates."
-    return f"{as_markdown(heads, [row for _, row in rows])}\n\n{about}"
+    return f"{as_markdown(['', 'needs', *DIGITS.heads, 'passes', 'seconds'], rows)}\n\n{about}"
 
 
 def setting_told(costs: Mapping[str, Any]) -> str:
@@ -445,7 +503,11 @@ def as_markdown(heads: list[str], rows: list[list[str]]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"which method": which_method, "memory": memory_table}
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "small CLIP": small_clip,
+    "which method": which_method,
+    "memory": memory_table,
+}
 
 
 def parts(text: str) -> Iterator[tuple[str, int, int]]:
