@@ -456,9 +456,11 @@ def finished(folder: Path, source: Mapping[str, Any], made_of: str) -> bool:
 
 
 def told_of(recipe: str) -> dict[str, Any]:
-    """The settings of a run that its figures depend on: not places, nor how many images are attacked at once."""
+    """The settings of a run that its figures depend on: not places, nor, but for a defence, which may put images
+    together, how many are attacked at once.
+    """
     told = {key: value for key, value in yaml.safe_load(recipe).items() if key not in PLACES}
-    if "evaluation" in told:
+    if "evaluation" in told and "defence" not in told:
         told["evaluation"] = {key: value for key, value in told["evaluation"].items() if key != "batch_size"}
     return told
 
@@ -476,16 +478,8 @@ def reports_of(benchmark: Benchmark, evaluation: Evaluation, model: Model) -> li
     """What an evaluation of a model found, as tables call it; the set of pictures by its name, wherever it is."""
     title = f"{evaluation.title} on {model.title}" if evaluation.title else model.title
     reports, _ = load_reports(benchmark.out / evaluation.name / model.name / "report.json")
-    made = str(benchmark.out / PICTURES)
-    return [
-        replace(
-            report,
-            name=title,
-            model=benchmark.id_of(model),
-            dataset=PICTURES if report.dataset == made else report.dataset,
-        )
-        for report in reports
-    ]
+    reports = [replace(report, name=title, model=benchmark.id_of(model)) for report in reports]
+    return [replace(own, dataset=PICTURES) if Path(own.dataset).name == PICTURES else own for own in reports]
 
 
 def are_written(benchmark: Benchmark) -> bool:

@@ -216,6 +216,8 @@ def test_other_weights_are_measured_anew():
     for key, value, same in (("batch_size", 7, True), ("radii", ["4/255"], False)):
         asked = replace(moved.evaluations[0], flags={**moved.evaluations[0].flags, f"evaluation.{key}": value})
         assert script.is_evaluated(moved, asked, moved.models[1]) == same
+    few, many = (f"defence: BaFTA\nevaluation: {{batch_size: {size}}}\n" for size in (1, 2))
+    assert script.told_of(few) != script.told_of(many), "its figures may depend on which images come together"
 
 
 @pytest.mark.parametrize(

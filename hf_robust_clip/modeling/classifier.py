@@ -246,7 +246,7 @@ class ZeroShotClassifier(ClassTexts):
         tower = self.image_modules[0]
         if torch.compiler.is_compiling():
             return self.encode_pixels(pixels_BCHW, interpolate_pos_encoding)
-        with image_attention(tower, pixels_BCHW, self.num_image_tokens):
+        with image_attention(tower, pixels_BCHW):
             return self.encode_pixels(pixels_BCHW, interpolate_pos_encoding)
 
     def _normalised(self, pixel_values: Tensor, class_prompts: Tensor | None) -> Tensor:

@@ -55,7 +55,8 @@ def use_convolution(tower: nn.Module) -> None:
 
 
 class AttentionByProducts(TorchFunctionMode):
-    """Lets attention without a mask, dropout or grouped heads be two matrix products, in the inputs' own precision:
+    """Lets attention of at most `PRODUCT_TOKENS` tokens (more would fill memory), without a mask, dropout or grouped
+    heads, be two matrix products, in the inputs' own precision:
 
         softmax(q k^T / sqrt(d)) v
 
@@ -68,7 +69,9 @@ class AttentionByProducts(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and _is_plain(args[3:], kwargs):
-            return attention_by_products(*args[:3], **{key: kwargs[key] for key in _PLAIN if key in kwargs})
+            query: Tensor = args[0] if args else kwargs["query"]
+            if query.shape[-2] <= PRODUCT_TOKENS:
+                return attention_by_products(*args[:3], **{key: kwargs[key] for key in _PLAIN if key in kwargs})
         return func(*args, **kwargs)
 
 
@@ -87,13 +90,13 @@ def attention_by_products(query: Tensor, key: Tensor, value: Tensor, scale: floa
     return torch.softmax((query * scale) @ key.transpose(-1, -2), dim=-1) @ value
 
 
-def image_attention(tower: nn.Module, pixels_BCHW: Tensor, tokens: int) -> AbstractContextManager[object]:
-    """The attention kernel for a forward of the image tower: on a CPU in bfloat16, of at most `PRODUCT_TOKENS` tokens
-    (more would fill memory), `AttentionByProducts`; else torch's choice.
+def image_attention(tower: nn.Module, pixels_BCHW: Tensor) -> AbstractContextManager[object]:
+    """The attention kernel for a forward of the image tower: on a CPU in bfloat16 `AttentionByProducts`, else torch's
+    choice.
 
     With gradient checkpointing it is torch's too: a layer that runs again must take the same one.
     """
-    if pixels_BCHW.device.type != "cpu" or tokens > PRODUCT_TOKENS:
+    if pixels_BCHW.device.type != "cpu":
         return nullcontext()
     autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     if (autocast or next(tower.parameters()).dtype) != torch.bfloat16:

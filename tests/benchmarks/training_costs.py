@@ -375,8 +375,8 @@ def cost_told(own: Mapping[str, Any], base: Mapping[str, Any] | None, images: in
 
 @dataclass(frozen=True)
 class Figures:
-    """A benchmark of methods: where its report is, under which attack and radius it is told, and by what short names
-    which tasks, of several their mean.
+    """A benchmark of methods: where its report is, under which attack and radius it is told, and by what names which
+    tasks, of several their mean.
     """
 
     benchmark: str
@@ -400,11 +400,7 @@ SMALL_CLIP = Figures(
     "mini-benchmark",
     "PGD-20",
     2 / 255,
-    {
-        "CIFAR-10": ["CIFAR-10 (fine-tuned on)"],
-        "other sets": ["PACS without sketches", "Fashion-MNIST", "digits"],
-        "never seen": ["ImageNet pictures", "PACS sketches"],
-    },
+    yaml.safe_load(packaged_config("mini-clip/benchmark").read_text(encoding="utf-8"))["groups"],
 )
 
 

@@ -85,13 +85,13 @@ def test_lora_on_the_patches_is_the_convolution_with_its_update(tiny_clip):
 
 @pytest.fixture
 def chosen(tiny_clip):
-    def find(device: str = "cpu", cast: torch.dtype | None = torch.bfloat16, tokens: int = 17, **changes) -> bool:
+    def find(device: str = "cpu", cast: torch.dtype | None = torch.bfloat16, **changes) -> bool:
         """Whether attention is two products."""
         tower = tiny_clip(dtype=changes.get("weights", torch.float32)).image_modules[0]
         tower.encoder.layers[0].gradient_checkpointing = changes.get("checkpointing", False)
         autocast = nullcontext() if cast is None else torch.autocast("cpu", cast)
         with torch.set_grad_enabled(changes.get("gradient", True)), autocast:
-            kernel = image_attention(tower, torch.rand(1, 3, 8, 8, device=device), tokens)
+            kernel = image_attention(tower, torch.rand(1, 3, 8, 8, device=device))
         return not isinstance(kernel, nullcontext)
 
     return find
@@ -130,6 +130,14 @@ def test_attention_by_products_is_attention_with_its_gradients(asked, taken, mon
             torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("tokens", "taken"), [(257, True), (577, False)])
+def test_attention_by_products_is_for_few_tokens(tokens, taken, monkeypatch):
+    own = torch.ones(1, 1, tokens, 2)
+    monkeypatch.setattr(image_kernels, "attention_by_products", lambda *given, **named: None)
+    with AttentionByProducts():
+        assert (ATTENTION(own, own, own) is None) == (ATTENTION(query=own, key=own, value=own) is None) == taken
+
+
 @pytest.mark.parametrize("mask", [torch.ones(4, 4, dtype=torch.bool).tril(), None])
 def test_a_mask_given_by_its_place_is_kept(mask):
     query, key, value = torch.randn(3, 1, 1, 4, 2, dtype=torch.float64)
@@ -138,14 +146,12 @@ def test_a_mask_given_by_its_place_is_kept(mask):
     torch.testing.assert_close(given, ATTENTION(query, key, value, mask))
 
 
-def test_attention_by_products_is_for_few_tokens_in_bfloat16(chosen):
+def test_attention_by_products_is_for_bfloat16_on_a_cpu(chosen):
     assert chosen()
     assert chosen(cast=None, weights=torch.bfloat16)
-    assert chosen(tokens=257)
     assert chosen(gradient=False)
     assert not chosen(cast=None)
     assert not chosen(cast=None, weights=torch.float16)
-    assert not chosen(tokens=577)
     assert not chosen(checkpointing=True)
     assert not chosen(device="meta")
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
