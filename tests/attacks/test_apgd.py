@@ -26,9 +26,10 @@ def attack(logits_fn, images, labels, threat_model, *, loss, num_steps=10, num_t
 def compare_with_authors(logits_fn, images, labels, threat_model, **settings):
     """Each image alone: the same images fall, at the same points. Theirs go on after a fall. Returns who fell.
 
-    L2 lengths are rounded in another order, so that a point may differ once in a while.
+    L2 lengths are rounded in another order: where two losses are equal but for that, an image may take another way.
+    Which one does depends on the processor.
     """
-    found = []
+    found, parted = [], []
     for i in range(len(images)):
         image, label, ours, theirs = images[i : i + 1], labels[i : i + 1], [], []
         adv = attack(recorded(logits_fn, ours), image, label, threat_model, **settings)
@@ -37,7 +38,8 @@ def compare_with_authors(logits_fn, images, labels, threat_model, **settings):
         assert found[-1] == bool(fallen(logits_fn, authors, label))
         assert len(ours) == len(theirs) if not found[-1] else 0 < len(ours) <= len(theirs)
         apart = (torch.cat(ours) - torch.cat(theirs[: len(ours)])).abs().amax(dim=(1, 2, 3))
-        assert apart.max() <= 2e-6 if threat_model.norm == "linf" else (apart <= 1e-4).double().mean() > 0.9
+        parted.append(bool(apart.max() > 2e-6))
+    assert sum(parted) <= (threat_model.norm == "l2")
     return torch.tensor(found)
 
 
