@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 def library_versions() -> dict[str, str]:
@@ -38,3 +42,20 @@ def hardware() -> str:
         ]
         processor = names[0] if names else processor
     return f"CPU {processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether a kind of device (`"cpu"`, `"cuda"`) is about as fast in bfloat16 as in float32. A processor without
+    AVX-512 or other instructions for it is not: of matrix products it makes a hundredth, and training takes ten times
+    as long.
+    """
+    import torch
+
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not there in builds without oneDNN
+    return device != "cpu" or asked is None or bool(asked())
+
+
+@cache
+def tell_float32(asked: str) -> None:
+    """Say once that a setting asked for bfloat16 and got float32."""
+    logger.warning("%s is float32 here: this processor has no instructions for bfloat16.", asked)

@@ -40,6 +40,13 @@ def through_transformers_adapters() -> Iterator[None]:
         raise
 
 
+@pytest.fixture(autouse=True)
+def bfloat16_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any processor a test gets the precision that it asks for."""
+    for module in ("evaluation.settings", "training.config"):
+        monkeypatch.setattr(f"hf_robust_clip.{module}.multiplies_bfloat16", lambda device: True)
+
+
 @functools.cache
 def _classifier(seed: int, dtype: torch.dtype) -> CLIPForZeroShotClassification:
     processor = make_processor()

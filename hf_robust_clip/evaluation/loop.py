@@ -22,7 +22,7 @@ from ..attacks.suites import Member, find_adversarial, is_optimising, is_randomi
 from ..checks import BLIND_ABOVE, Blindness, check_logits, checked_labels
 from ..defences.base import Defence, Traits
 from ..defences.undefended import Undefended
-from ..environment import hardware, library_versions
+from ..environment import hardware, library_versions, tell_float32
 from ..metrics import right_throughout
 from ..modeling import ZeroShotClassifier, descriptions_digest, without_gradients
 from ..names import check_shown
@@ -248,7 +248,7 @@ class _Evaluation:
             model,
             seed=settings.seed,
             eot=settings.eot,
-            fast=settings.precision == "fast",
+            fast=settings.is_fast(model.device),
             on_gradient=self.blindness,
         )
 
@@ -275,6 +275,8 @@ class _Evaluation:
         """
         if self.settings.precision == "fast" and self.model.dtype != torch.float32:  # autocast leaves float64 alone
             raise ValueError(f"precision='fast' is for models in float32, this one is in {self.model.dtype}.")
+        if self.settings.precision == "fast" and not self.scene.fast and self.rank == 0:
+            tell_float32("precision='fast'")
         few = [self.dataset[i] for i in own[:4]] or [self.dataset[0]]
         images_BCHW = collate_images(few)["pixel_values"].to(self.model.device)
         self.model.check_pixels(images_BCHW, values=True)

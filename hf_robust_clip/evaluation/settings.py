@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+
 from ..attacks.suites import PGD, Member, Suite
 from ..attacks.views import View
 from ..checks import check_choice, check_whole
 from ..defences.base import Defence
+from ..environment import library_versions, multiplies_bfloat16
 from ..modeling import ZeroShotClassifier
+from ..report import RobustnessReport
 from ..threat_model import ThreatModel
 from .attack_views import VIEWS, AttackView, Static
 
@@ -32,7 +36,8 @@ class EvaluationSettings:
         batch_size: images per forward; results don't depend on it beyond rounding.
         seed: of all that attacks draw.
         precision: `"fp32"`, or `"fast"`: gradients and queries in bfloat16, every break confirmed in float32, so that
-            no image is counted as broken that isn't. Fewer breaks may be found.
+            no image is counted as broken that isn't. Fewer breaks may be found. On a processor that would be slower
+            in bfloat16 it is `"fp32"`, and the report says so.
         num_workers: processes that load pictures ahead.
         eot: draws of the defence whose logits are averaged before the loss, in each gradient through it: the gradient
             is that of the mean prediction. Views that don't go through a defence take no such gradient.
@@ -70,10 +75,14 @@ class EvaluationSettings:
         """What the attacks see, in words."""
         return self.attack.about or self.view.about
 
+    def is_fast(self, device: torch.device) -> bool:
+        """Whether gradients are in bfloat16 on a device."""
+        return self.precision == "fast" and multiplies_bfloat16(device.type)
+
     def precision_with(self, model: ZeroShotClassifier) -> str:
-        """The arithmetic of an evaluation of a model."""
+        """The arithmetic of an evaluation of a model where it is."""
         own = str(model.dtype).removeprefix("torch.")
-        return own if self.precision == "fp32" else f"{own}, gradients in bfloat16"
+        return f"{own}, gradients in bfloat16" if self.is_fast(model.device) else own
 
     def threat_models(self) -> list[ThreatModel]:
         """One for each radius, ascending. Raises ValueError if there is none, or a radius is 0, and for any beside
@@ -119,6 +128,16 @@ class EvaluationSettings:
         if (self.view.to_the_end or to_the_end) and "counts" in own:
             own = {**own, "counts": "the iterate of highest loss"}
         return {**own, "eot": self.eot} if self.seen.goes_through else own
+
+    def made(self, report: RobustnessReport) -> bool:
+        """Whether a report, of a model without a defence, is of an evaluation by these settings and this version of
+        the package. Of model, images and prompts a report tells the names, and it may be of another precision.
+        """
+        count, radii = len(report.class_names), [threat.eps for threat in self.threat_models()]
+        asked = self.attack.name(count), self.attack_parameters(count), self.norm, self.seed, radii
+        told = report.attack, report.attack_parameters, report.norm, report.seed, list(report.robust_accuracy)
+        same_version = report.library_versions.get("hf_robust_clip") == library_versions()["hf_robust_clip"]
+        return asked == told and same_version and not report.defence
 
     def check_against(self, defence: Defence) -> None:
         """Raise ValueError unless what is attacked goes with what is judged."""

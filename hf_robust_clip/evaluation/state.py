@@ -224,6 +224,7 @@ def fingerprint_of(
     threats, num_classes = settings.threat_models(), len(model.class_names)
     own = library_versions()["hf_robust_clip"]  # another version may attack otherwise
     attack = own, settings.attack.name(num_classes), settings.attack.parameters(threats, num_classes)
+    precision = "fast" if settings.is_fast(model.device) else "fp32"
     views = [view for view, _ in settings.plan(num_classes)]
     whole = defence.traits.episodic and not defence.traits.couples_images
     batches = "" if whole else f" batches of {settings.batch_size}"
@@ -232,7 +233,7 @@ def fingerprint_of(
         "classes": prompt_hash(model.class_names, model.templates, descriptions_digest(model.descriptions)),
         "dataset": f"{shown_name(dataset.dataset_id)} {dataset.revision} {dataset.split}, {len(dataset)} images like "
         f"{dataset_digest(dataset, every=True)}",
-        "attack": f"{attack} {settings.norm} {[t.eps for t in threats]} seed {settings.seed} {settings.precision}",
+        "attack": f"{attack} {settings.norm} {[t.eps for t in threats]} seed {settings.seed} {precision}",
         "defence": f"{defence.name} {defence.parameters()} {_digest(_tensors(defence))} {views} eot "
         f"{settings.eot}{batches}",
         **({} if pixels is None else {"pictures": pixels}),

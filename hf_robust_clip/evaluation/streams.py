@@ -179,7 +179,7 @@ class _Stream:
     ):
         self.dataset, self.settings, self.model = dataset, settings, model
         self.plan = settings.plan(len(model.class_names))
-        fast = settings.precision == "fast"
+        fast = settings.is_fast(model.device)
         self.beginning = Scene(defence, model, None, settings.seed, settings.eot, fast)
 
     def run(self, rows: Sequence[int], num_first: int, threat: ThreatModel | None) -> tuple[int, int]:
