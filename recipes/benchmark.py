@@ -14,8 +14,12 @@ each process has fewer threads, which may round otherwise. `out/seconds.csv` tel
 what it printed. Several runs may be started on one folder: none repeats what another is at work on. `--only "[a, b]"`
 trains and evaluates these alone; `--keep_going` goes on with the others when a cell fails; `--partial` runs nothing,
 and writes tables and cards of what is finished. `--cards_dir hub_cards` puts the cards where they are kept.
+
+A row beside those that are there already costs its own cells: `--only "[mine]"` makes these, then `--partial --earlier
+hub_cards/mini-benchmark` writes tables of them and of the rows whose reports are in that folder.
 """
 
+import csv
 import json
 import math
 import os
@@ -30,6 +34,7 @@ from typing import Any
 import datasets
 import yaml
 
+from hf_robust_clip.arguments import Images
 from hf_robust_clip.command_line import CommandLine, packaged_config, read_command
 from hf_robust_clip.digests import digest, file_digest
 from hf_robust_clip.digits_clip import EMBEDDED_MODEL
@@ -63,7 +68,11 @@ from hf_robust_clip.threat_model import parse_radius
 PICTURES = "imagenet-pictures"
 WEIGHTS = (".safetensors", ".bin", ".json", ".txt")  # of files in a checkpoint's folder
 PLACES = ("output_dir", "model_name_or_path")  # settings that no figure depends on: of the model, its weights tell
+TRIES = "learning_rates.csv"
 MADE_OF = ".made_of"  # a file in a cell's folder: digest of the weights, and the pictures, that it was made of
+
+Reports = list[RobustnessReport]
+Tries = Mapping[str, tuple[float, float]]  # clean and robust accuracy on held-out images, by learning rate
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,8 @@ class Benchmark:
         jobs: processes that share the work.
         keep_going: whether other cells are begun when one has failed. The run ends with an error anyway.
         partial: whether tables and cards are made of what is finished, and nothing is run.
+        earlier: with partial, a folder of tables that another run of this benchmark has written: rows that aren't
+            finished here are taken from it, where their evaluations are as asked. Their cards stay as they are.
     """
 
     name: str = ""
@@ -165,12 +176,15 @@ class Benchmark:
     jobs: int = 1
     keep_going: bool = False
     partial: bool = False
+    earlier: str | None = None
 
     def __post_init__(self) -> None:
         if self.jobs < 1:
             raise ValueError(f"jobs={self.jobs} must be at least 1.")
         if self.partial and self.only:
             raise ValueError("partial=true writes tables, which only leaves to other runs; give one of them.")
+        if self.earlier is not None and not self.partial:
+            raise ValueError(f"earlier={self.earlier!r} is read by partial=true alone; give both, or leave it out.")
         for asked, told in [("only", self.only), *((f"models of {own.name}", own.models) for own in self.evaluations)]:
             check_known(asked, told, [model.name for model in self.models])
         for own in self.evaluations:
@@ -332,16 +346,20 @@ def rate_folder(benchmark: Benchmark, model: Model, rate: str) -> Path:
     return benchmark.out / "tuning" / f"{model.name}-{rate}"
 
 
-def best_rate(benchmark: Benchmark, model: Model) -> str | None:
-    """The learning rate that did best on held-out images, the first of equals; None where none are tried."""
-    found = {rate: sum(held_out(rate_folder(benchmark, model, rate))) for rate in model.learning_rates}
-    return max(found, key=found.__getitem__) if found else None
+def tries_of(benchmark: Benchmark, model: Model) -> Tries:
+    """What each learning rate of a row gave."""
+    return {rate: held_out(rate_folder(benchmark, model, rate)) for rate in model.learning_rates}
+
+
+def best_of(tries: Tries) -> str:
+    """The learning rate that did best on held-out images, the first of equals."""
+    return max(tries, key=lambda rate: sum(tries[rate]))
 
 
 def best_flags(benchmark: Benchmark, model: Model) -> dict[str, str]:
-    """`best_rate` as a flag."""
-    best = best_rate(benchmark, model)
-    return {} if best is None else {"learning_rate": best}
+    """The best learning rate as a flag, where some are tried."""
+    tries = tries_of(benchmark, model)
+    return {"learning_rate": best_of(tries)} if tries else {}
 
 
 def asked_training(benchmark: Benchmark, model: Model, folder: Path, flags: Mapping[str, Any]) -> train.TrainingRun:
@@ -533,10 +551,8 @@ def write_cards(benchmark: Benchmark, reports: Sequence[RobustnessReport]) -> No
         make_card(own, before, info).save(folder / "README.md")
 
 
-def write_tables(
-    benchmark: Benchmark, runs: Sequence[Sequence[RobustnessReport]], chosen: Mapping[str, str | None]
-) -> None:
-    """Tables and plots of everything; `runs` has the reports of each seed."""
+def write_tables(benchmark: Benchmark, runs: Sequence[Sequence[RobustnessReport]], tried: Mapping[str, Tries]) -> None:
+    """Tables and plots of everything; `runs` has the reports of each seed, `tried` learning rates by title."""
     place = benchmark.cards / benchmark.name
     place.mkdir(parents=True, exist_ok=True)
     every = with_seeds(benchmark, runs)
@@ -553,7 +569,9 @@ def write_tables(
         for attack, own in by_attack(runs[0]).items():
             again = [run[attack] for run in further if attack in run]
             parts.append(attack_part(benchmark, place, own, again))
-    parts += [tuning_part(benchmark, chosen)] if any(chosen.values()) else []
+    if tried:
+        save_tries(place / TRIES, tried)
+        parts.append(tuning_part(benchmark, tried))
     (place / "table.md").write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -565,12 +583,18 @@ def check_compared(benchmark: Benchmark, reports: Sequence[RobustnessReport]) ->
 
 def with_seeds(benchmark: Benchmark, runs: Sequence[Sequence[RobustnessReport]]) -> list[RobustnessReport]:
     """The reports of all seeds, which their names tell, but for what isn't trained here."""
-    trained = {model.title for model in benchmark.models if model.config} if benchmark.seeds else set()
+    titles = [seeded_titles(benchmark, number) for number in range(len(runs))]
     return [
-        replace(report, name=f"{report.name}, seed {benchmark.seeds[number]}") if report.name in trained else report
-        for number, run in enumerate(runs)
+        replace(report, name=own.get(report.name, report.name))
+        for own, run in zip(titles, runs, strict=True)
         for report in run
     ]
+
+
+def seeded_titles(benchmark: Benchmark, number: int) -> dict[str, str]:
+    """What rows are called in files: by title that with the seed, but for what isn't trained here."""
+    after = f", seed {benchmark.seeds[number]}" if benchmark.seeds else ""
+    return {model.title: model.title + (after if model.config else "") for model in benchmark.models}
 
 
 def by_attack(reports: Sequence[RobustnessReport]) -> dict[str, list[RobustnessReport]]:
@@ -624,16 +648,14 @@ def groups_part(
     return f"{about}\n\n{as_markdown(figures_by_task(reports, further, groups))}\n\n"
 
 
-def tuning_part(benchmark: Benchmark, chosen: Mapping[str, str | None]) -> str:
+def tuning_part(benchmark: Benchmark, tried: Mapping[str, Tries]) -> str:
     """What each learning rate gave on held-out images."""
-    tried = [model for model in benchmark.models if model.learning_rates]
-    rates = sorted({rate for model in tried for rate in model.learning_rates}, key=float)
+    rates = sorted({rate for tries in tried.values() for rate in tries}, key=float)
     lines = ["| | " + " | ".join(rates) + " | chosen |", "|---|" + "---|" * (len(rates) + 1)]
-    for model in tried:
-        figures = {rate: held_out(rate_folder(benchmark, model, rate)) for rate in model.learning_rates}
-        told = {rate: f"{100 * clean:.1f} / {100 * robust:.1f}" for rate, (clean, robust) in figures.items()}
+    for title, tries in tried.items():
+        told = {rate: f"{100 * clean:.1f} / {100 * robust:.1f}" for rate, (clean, robust) in tries.items()}
         cells = " | ".join(told.get(rate, "-") for rate in rates)
-        lines.append(f"| {model.title} | {cells} | {chosen[model.name]} |")
+        lines.append(f"| {title} | {cells} | {best_of(tries)} |")
     after = "" if benchmark.tuning_steps is None else f" after {benchmark.tuning_steps} updates"
     about = (
         f"Clean accuracy / robust accuracy, in percent, on held-out training images{after}; the rate with the highest "
@@ -641,6 +663,68 @@ def tuning_part(benchmark: Benchmark, chosen: Mapping[str, str | None]) -> str:
         + (f" Tried with seed {benchmark.seeds[0]} alone." if len(benchmark.seeds) > 1 else "")
     )
     return f"## Learning rates\n\n{about}\n\n" + "\n".join(lines) + "\n"
+
+
+def save_tries(path: Path, tried: Mapping[str, Tries]) -> None:
+    """What each learning rate gave, by title, as CSV."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["model", "learning_rate", "clean", "robust"])
+        table.writerows([title, rate, *own] for title, tries in tried.items() for rate, own in tries.items())
+
+
+def load_tries(path: Path) -> dict[str, dict[str, tuple[float, float]]]:
+    """What `save_tries` wrote; nothing where there is no file. Raises ValueError for another file."""
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    if not path.is_file():
+        return found
+    with path.open(encoding="utf-8", newline="") as file:
+        try:
+            for row in csv.DictReader(file):
+                found.setdefault(row["model"], {})[row["learning_rate"]] = float(row["clean"]), float(row["robust"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{str(path)!r} is no table of learning rates: {error}.") from None
+    return found
+
+
+class Earlier:
+    """What another run has written: reports and learning rates, or nothing where there is no folder.
+
+    Raises OSError or ValueError for a folder without readable reports.
+    """
+
+    def __init__(self, folder: str | None):
+        self.reports = [] if folder is None else load_reports(Path(folder) / "reports.json")[0]
+        self.tries = {} if folder is None else load_tries(Path(folder) / TRIES)
+
+    def reports_of(self, benchmark: Benchmark, evaluation: Evaluation, model: Model, number: int) -> Reports:
+        """What an evaluation of a row with the seed of this number would give, as tables call it; nothing unless there
+        is a report for each task and attack, by the same settings and version of the package.
+        """
+        run, title = asked_evaluation(benchmark, evaluation, model), seeded_titles(benchmark, number)[model.title]
+        own, found = [report for report in self.reports if report.name == title], []
+        for task, name in zip(run.tasks, task_titles([(task.name, task.dataset) for task in run.tasks]), strict=True):
+            of_task = [report for report in own if report.task == name and is_of(report, task, run.texts.templates)]
+            for settings in run.evaluations:
+                found.append(next((report for report in of_task if settings.made(report)), None))
+        whole = [replace(report, name=model.title) for report in found if report is not None]
+        return whole if len(whole) == len(found) else []
+
+
+def is_of(report: RobustnessReport, task: Images, templates: Sequence[str]) -> bool:
+    """Whether a report is of the images of a task, as far as its settings tell, and by its prompts."""
+    prompts = [task.template] if isinstance(task.template, str) else templates
+    few = task.max_images is None or report.num_images <= task.max_images
+    return few and (not prompts or list(prompts) == list(report.templates or ()))
+
+
+def check_images(reports: Sequence[RobustnessReport]) -> None:
+    """Raise ValueError where a task has other images in an earlier report than in another under the same attack."""
+    known: dict[tuple[str, str], Any] = {}
+    for report in reports:
+        images = None if report.outcomes is None else report.outcomes.images
+        if known.setdefault((report.task, report.attack), images) != images:
+            raise ValueError(f"earlier: {report.task} has other images in reports of {report.name} than in others.")
 
 
 def run(benchmark: Benchmark) -> None:
@@ -701,36 +785,68 @@ def write(benchmark: Benchmark, done: Iterable[str]) -> None:
 
     Raises ValueError where no evaluation of any row is.
     """
-    done, missing = set(done), []
-    runs: list[list[RobustnessReport]] = [[] for _ in benchmark.seeds or (None,)]
-    for evaluation in benchmark.evaluations:
-        lacking = []
-        for model in models_of(benchmark, evaluation):
-            seeded = benchmark.runs_of(model)[: evaluation.first_seeds]
-            if not done.issuperset(f"{evaluation.name} of {own.name}" for own in seeded):
-                lacking.append(model.title)
-                continue
-            for reports, own in zip(runs, seeded, strict=False):
-                reports += reports_of(benchmark, evaluation, own)
-        every = len(lacking) == len(models_of(benchmark, evaluation))
-        missing += [f"{evaluation.name}: {'all rows' if every else ', '.join(lacking)}"] if lacking else []
+    done, earlier = set(done), Earlier(benchmark.earlier)
+    here = reports_by_seed(benchmark, lambda evaluation, run, number: reports_here(benchmark, evaluation, run, done))
+    own = {report.name for report in here[0]}
+
+    def anywhere(evaluation: Evaluation, run: Model, number: int) -> Reports:
+        taken = run.config and run.title in own  # a row is of one training: another has other weights
+        return reports_here(benchmark, evaluation, run, done) or (
+            [] if taken else earlier.reports_of(benchmark, evaluation, run, number)
+        )
+
+    missing: list[str] = []
+    runs = reports_by_seed(benchmark, anywhere, missing)
     if not any(runs):
         raise ValueError(f"output_dir={benchmark.output_dir!r}: no evaluation is finished, so there is no table yet.")
-    tried = [model for model in benchmark.models if model.config and is_tried(benchmark, model, done)]
-    chosen = {model.name: best_rate(benchmark, model) for model in tried}
-    check_compared(benchmark, [report for run in runs for report in run])
-    write_cards(benchmark, runs[0])
+    every = [report for run in runs for report in run]
+    check_compared(benchmark, every)
+    if benchmark.earlier is not None:
+        check_images(every)
+    write_cards(benchmark, here[0])
+    tried = {
+        model.title: tries for model in benchmark.models if (tries := tries_told(benchmark, model, done, earlier))
+    }
     if missing:
         line = f"Unfinished, and left out of the tables: {'; '.join(missing)}."
         say(line)
-        rows = tuple(model for model in benchmark.models if model in tried or not model.config)
+        names = {name for report in every for name in (report.name, report.name.split(" on ")[-1])}
+        rows = tuple(model for model in benchmark.models if model.title in names)
         benchmark = replace(benchmark, models=rows, evaluations=(), limits=f"{line}\n{benchmark.limits}")
-    write_tables(benchmark, runs, chosen)
+    write_tables(benchmark, runs, tried)
 
 
-def is_tried(benchmark: Benchmark, model: Model, done: Iterable[str]) -> bool:
-    """Whether all learning rates of a row were."""
-    return {f"learning rate {rate} of {model.name}" for rate in model.learning_rates} <= set(done)
+def reports_by_seed(
+    benchmark: Benchmark, reports_of_run: Callable[[Evaluation, Model, int], Reports], missing: list[str] | None = None
+) -> list[Reports]:
+    """For each seed the reports of the rows of which there are those of every seed; `missing` is told the others."""
+    runs: list[Reports] = [[] for _ in benchmark.seeds or (None,)]
+    for evaluation in benchmark.evaluations:
+        lacking, rows = [], models_of(benchmark, evaluation)
+        for model in rows:
+            seeded = benchmark.runs_of(model)[: evaluation.first_seeds]
+            found = [reports_of_run(evaluation, run, number) for number, run in enumerate(seeded)]
+            if not all(found):
+                lacking.append(model.title)
+                continue
+            for reports, own in zip(runs, found, strict=False):
+                reports += own
+        if lacking and missing is not None:
+            missing.append(f"{evaluation.name}: {'all rows' if len(lacking) == len(rows) else ', '.join(lacking)}")
+    return runs
+
+
+def reports_here(benchmark: Benchmark, evaluation: Evaluation, run: Model, done: set[str]) -> Reports:
+    """What this run has finished of an evaluation."""
+    return reports_of(benchmark, evaluation, run) if f"{evaluation.name} of {run.name}" in done else []
+
+
+def tries_told(benchmark: Benchmark, model: Model, done: Iterable[str], earlier: Earlier) -> Tries:
+    """What a row's learning rates gave, here or earlier; nothing unless all were tried."""
+    if {f"learning rate {rate} of {model.name}" for rate in model.learning_rates} <= set(done):
+        return tries_of(benchmark, model)
+    tries = earlier.tries.get(model.title, {})
+    return {rate: tries[rate] for rate in model.learning_rates} if set(model.learning_rates) <= set(tries) else {}
 
 
 def main(argv: Sequence[str]) -> None:

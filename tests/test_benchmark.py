@@ -86,7 +86,7 @@ def test_a_small_benchmark_is_made_once(monkeypatch):
     assert len(seen) == 3  # two learning rates, and the best of them
     place = Path("out/cards")
     assert {path.name for path in (place / "small").iterdir()} == {
-        "reports.json", "report.csv", "table.md", "pgd_1.png", "pgd_1_tradeoff.png",
+        "reports.json", "report.csv", "table.md", "pgd_1.png", "pgd_1_tradeoff.png", "learning_rates.csv",
     }  # fmt: skip
     text = (place / "small/table.md").read_text()
     assert "clean / 8/255" in text and "| TeCoA |" in text and "## Learning rates" in text and "- One step." in text
@@ -169,6 +169,73 @@ def test_a_model_is_trained_once_with_each_seed(monkeypatch):
         script.cells_of(replace(own, seeds=(1, 1)))
 
 
+def table(place="out/cards/small"):
+    """Each row of a table's first part, by title."""
+    lines = (Path(place) / "table.md").read_text().split("###")[0].splitlines()
+    return {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| ")}
+
+
+def test_a_row_is_added_to_those_that_another_run_has_made():
+    small = json.loads(json.dumps(SMALL).replace('"tecoa"', '"digits-clip/tecoa"'))
+    small |= {"seeds": [3, 4], "flags": {"save_strategy": "no"}, "baseline": "before"}
+    mine = {**small["models"][1], "name": "mine", "title": "Mine", "config": "digits-clip/fare"}
+    both = {**small, "models": [*small["models"], mine]}
+    Path("own.yaml").write_text(json.dumps(small))
+    Path("both.yaml").write_text(json.dumps({**both, "output_dir": "new"}))
+    script.main(["--config", "own.yaml"])
+    shutil.move("out/cards/small", "published")
+    shutil.rmtree("out")
+    script.main(["--config", "both.yaml", "--only", "[mine]"])
+    words = ["--config", "both.yaml", "--partial", "--cards_dir", "there", "--earlier"]
+    script.main([*words, "published"])
+    found, old = table("there/small"), table("published")
+    assert found.keys() >= {"before", "TeCoA", "Mine"}
+    assert [found[name] for name in ("before", "TeCoA")] == [old[name] for name in ("before", "TeCoA")]
+    text = Path("there/small/table.md").read_text()
+    assert "Unfinished" not in text and "| TeCoA | " in text.split("## Learning rates")[1]
+    assert [path.name for path in Path("there/hf-robust-clip").iterdir()] == ["digits-mine"], "cards of what is new"
+    reports, _ = load_reports("there/small/reports.json")
+    assert [report.name for report in reports] == [
+        "before", "TeCoA, seed 3", "Mine, seed 3", "TeCoA, seed 4", "Mine, seed 4",
+    ]  # fmt: skip
+    rates = (Path("there/small") / script.TRIES).read_text().splitlines()
+    assert rates[0] == "model,learning_rate,clean,robust" and len(rates) == 5
+    script.main([*words, "there/small"])
+    assert Path("there/small/table.md").read_text() == text, "a folder may be read and written anew"
+
+
+def test_what_another_run_has_measured_otherwise_is_left_out(capsys):
+    small = json.loads(json.dumps(SMALL).replace('"tecoa"', '"digits-clip/tecoa"'))
+    small["models"] = small["models"][:1]
+    Path("own.yaml").write_text(json.dumps(small))
+    script.main(["--config", "own.yaml"])
+    shutil.copytree("out/cards/small", "published")
+    flags = small["evaluations"][0]["flags"]
+    for other in ({"max_images": 3}, {"evaluation.radii": ["4/255", "8/255"]}, {"evaluation.seed": 1}, {
+        "evaluation.attacks": "pgd-2"}, {"template": "a {}"}, {"dataset_name": "fashion_mnist"}):  # fmt: skip
+        changed = {**small, "output_dir": "new", "evaluations": [{**small["evaluations"][0], "flags": flags | other}]}
+        Path("new.yaml").write_text(json.dumps(changed))
+        with pytest.raises(SystemExit):
+            script.main(["--config", "new.yaml", "--partial", "--earlier", "published"])
+        assert "no evaluation is finished" in capsys.readouterr().err, other
+    reports, _ = load_reports("published/reports.json")
+    of_other = replace(reports[0], name="TeCoA", outcomes=replace(reports[0].outcomes, images="0" * 16))
+    with pytest.raises(ValueError, match="earlier"):
+        script.check_images([reports[0], of_other])
+    older = replace(reports[0], library_versions={**reports[0].library_versions, "hf_robust_clip": "0.0.1"})
+    own = read("own.yaml")
+    run = script.asked_evaluation(own, own.evaluations[0], own.models[0])
+    assert [run.evaluations[0].made(report) for report in (reports[0], older)] == [True, False]
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", "model,learning_rate,clean,robust\nTeCoA,1e-3,much,1\n"])
+def test_another_table_than_of_learning_rates_is_refused(text):
+    assert script.load_tries(Path("own.csv")) == {}
+    Path("own.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"own\.csv"):
+        script.load_tries(Path("own.csv"))
+
+
 def test_an_evaluation_is_of_so_many_seeds_from_the_first():
     small = json.loads(json.dumps(SMALL)) | {"seeds": [3, 4]}
     (every,) = small["evaluations"]
@@ -227,6 +294,8 @@ def test_other_weights_are_measured_anew():
         (["--jobs", "x"], "jobs"),
         (["--only", "[nobody]"], "nobody"),
         (["--partial", "--only", "[te_coa]"], "partial"),
+        (["--earlier", "published"], "earlier"),
+        (["--partial", "--earlier", "nowhere"], "nowhere"),
         (["--start", "nowhere"], "nowhere"),
         (["--models", "[{name: pgd, title: a, config: tecoa}]"], "pgd"),
         (["--models", "[{name: ../a, title: a, config: tecoa}]"], "../a"),
