@@ -15,11 +15,10 @@ what it printed. Several runs may be started on one folder: none repeats what an
 trains and evaluates these alone; `--keep_going` goes on with the others when a cell fails; `--partial` runs nothing,
 and writes tables and cards of what is finished. `--cards_dir hub_cards` puts the cards where they are kept.
 
-A row beside those that are there already costs its own cells: `--only "[mine]"` makes these, then `--partial --earlier
+A row beside those that are there costs its own cells alone: `--only "[mine]"` makes them, then `--partial --earlier
 hub_cards/mini-benchmark` writes tables of them and of the rows whose reports are in that folder.
 """
 
-import csv
 import json
 import math
 import os
@@ -34,7 +33,6 @@ from typing import Any
 import datasets
 import yaml
 
-from hf_robust_clip.arguments import Images
 from hf_robust_clip.command_line import CommandLine, packaged_config, read_command
 from hf_robust_clip.digests import digest, file_digest
 from hf_robust_clip.digits_clip import EMBEDDED_MODEL
@@ -68,7 +66,7 @@ from hf_robust_clip.threat_model import parse_radius
 PICTURES = "imagenet-pictures"
 WEIGHTS = (".safetensors", ".bin", ".json", ".txt")  # of files in a checkpoint's folder
 PLACES = ("output_dir", "model_name_or_path")  # settings that no figure depends on: of the model, its weights tell
-TRIES = "learning_rates.csv"
+ROWS = "rows.json"  # beside the tables: by title what a row was made of, and what its learning rates gave
 MADE_OF = ".made_of"  # a file in a cell's folder: digest of the weights, and the pictures, that it was made of
 
 Reports = list[RobustnessReport]
@@ -148,7 +146,7 @@ class Benchmark:
         keep_going: whether other cells are begun when one has failed. The run ends with an error anyway.
         partial: whether tables and cards are made of what is finished, and nothing is run.
         earlier: with partial, a folder of tables that another run of this benchmark has written: rows that aren't
-            finished here are taken from it, where their evaluations are as asked. Their cards stay as they are.
+            finished here are taken from it, where training and evaluation are as asked. Their cards stay as they are.
     """
 
     name: str = ""
@@ -569,9 +567,7 @@ def write_tables(benchmark: Benchmark, runs: Sequence[Sequence[RobustnessReport]
         for attack, own in by_attack(runs[0]).items():
             again = [run[attack] for run in further if attack in run]
             parts.append(attack_part(benchmark, place, own, again))
-    if tried:
-        save_tries(place / TRIES, tried)
-        parts.append(tuning_part(benchmark, tried))
+    parts += [tuning_part(benchmark, tried)] if tried else []
     (place / "table.md").write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -665,57 +661,88 @@ def tuning_part(benchmark: Benchmark, tried: Mapping[str, Tries]) -> str:
     return f"## Learning rates\n\n{about}\n\n" + "\n".join(lines) + "\n"
 
 
-def save_tries(path: Path, tried: Mapping[str, Tries]) -> None:
-    """What each learning rate gave, by title, as CSV."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["model", "learning_rate", "clean", "robust"])
-        table.writerows([title, rate, *own] for title, tries in tried.items() for rate, own in tries.items())
-
-
-def load_tries(path: Path) -> dict[str, dict[str, tuple[float, float]]]:
-    """What `save_tries` wrote; nothing where there is no file. Raises ValueError for another file."""
-    found: dict[str, dict[str, tuple[float, float]]] = {}
-    if not path.is_file():
-        return found
-    with path.open(encoding="utf-8", newline="") as file:
-        try:
-            for row in csv.DictReader(file):
-                found.setdefault(row["model"], {})[row["learning_rate"]] = float(row["clean"]), float(row["robust"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{str(path)!r} is no table of learning rates: {error}.") from None
-    return found
-
-
 class Earlier:
-    """What another run has written: reports and learning rates, or nothing where there is no folder.
+    """What another run has written: reports, of what they were made, and learning rates; nothing without a folder.
 
-    Raises OSError or ValueError for a folder without readable reports.
+    Raises ValueError for a folder without, or with other files.
     """
 
     def __init__(self, folder: str | None):
-        self.reports = [] if folder is None else load_reports(Path(folder) / "reports.json")[0]
-        self.tries = {} if folder is None else load_tries(Path(folder) / TRIES)
+        self.reports: Reports = []
+        self.rows: dict[str, dict[str, Any]] = {}
+        if folder is None:
+            return
+        for file in ("reports.json", ROWS):
+            if not (Path(folder) / file).is_file():
+                raise ValueError(f"earlier={folder!r} has no {file}; name a folder of tables, such as cards/NAME.")
+        self.reports, _ = load_reports(Path(folder) / "reports.json")
+        try:
+            self.rows = json.loads((Path(folder) / ROWS).read_text(encoding="utf-8"))
+            for row in self.rows.values():
+                _, _, tries = row["trained"], row["evaluated"].values(), row["learning_rates"]
+                row["learning_rates"] = {
+                    rate: (float(clean), float(robust)) for rate, (clean, robust) in tries.items()
+                }
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"earlier={folder!r}: {ROWS} can't be read ({type(error).__name__}: {error}).") from None
 
     def reports_of(self, benchmark: Benchmark, evaluation: Evaluation, model: Model, number: int) -> Reports:
-        """What an evaluation of a row with the seed of this number would give, as tables call it; nothing unless there
-        is a report for each task and attack, by the same settings and version of the package.
+        """What an evaluation of a row with the seed of this number gave, as tables call it; nothing where training or
+        evaluation was another one, or a task's report is missing.
         """
+        told = self.rows.get(model.title)
+        if told is None or not self.has(benchmark, model):
+            return []
+        if told["evaluated"].get(evaluation.name) != evaluated_by(benchmark, evaluation, model):
+            return []
         run, title = asked_evaluation(benchmark, evaluation, model), seeded_titles(benchmark, number)[model.title]
         own, found = [report for report in self.reports if report.name == title], []
-        for task, name in zip(run.tasks, task_titles([(task.name, task.dataset) for task in run.tasks]), strict=True):
-            of_task = [report for report in own if report.task == name and is_of(report, task, run.texts.templates)]
-            for settings in run.evaluations:
-                found.append(next((report for report in of_task if settings.made(report)), None))
-        whole = [replace(report, name=model.title) for report in found if report is not None]
-        return whole if len(whole) == len(found) else []
+        for task in task_titles([(task.name, task.dataset) for task in run.tasks]):
+            for attack in [settings.attack for settings in run.evaluations]:
+                alike = [r for r in own if r.task == task and r.attack == attack.name(len(r.class_names))]
+                found += [replace(report, name=model.title) for report in alike[:1]]
+        return found if len(found) == len(run.tasks) * len(run.evaluations) else []
+
+    def has(self, benchmark: Benchmark, model: Model) -> bool:
+        """Whether a row was trained as asked."""
+        return self.rows.get(model.title, {}).get("trained") == trained_by(benchmark, model)
 
 
-def is_of(report: RobustnessReport, task: Images, templates: Sequence[str]) -> bool:
-    """Whether a report is of the images of a task, as far as its settings tell, and by its prompts."""
-    prompts = [task.template] if isinstance(task.template, str) else templates
-    few = task.max_images is None or report.num_images <= task.max_images
-    return few and (not prompts or list(prompts) == list(report.templates or ()))
+def trained_by(benchmark: Benchmark, model: Model) -> str:
+    """A digest of what a row is made of: the weights that it starts from, the settings of its training, the learning
+    rates that were tried, and the package's version.
+    """
+    row = next(own for own in benchmark.models if own.title == model.title)
+    source = asked_training(benchmark, row, benchmark.out / row.name, {}).source if row.config else {}
+    told = told_of(dump_recipe(source)), [str(rate) for rate in row.learning_rates], benchmark.tuning_steps
+    start = benchmark.start if row.config else benchmark.folder_of(row)
+    return digest(f"{weights_digest(start)} {json.dumps(told, sort_keys=True)}".encode())
+
+
+def evaluated_by(benchmark: Benchmark, evaluation: Evaluation, model: Model) -> str:
+    """A digest of the settings of an evaluation, and of the set of pictures by its labels."""
+    told = told_of(dump_recipe(asked_evaluation(benchmark, evaluation, model).source))
+    text = json.dumps(told, sort_keys=True).replace(json.dumps(str(benchmark.out / PICTURES)), json.dumps(PICTURES))
+    return digest(f"{text} {asked_pictures(benchmark)}".encode())
+
+
+def save_rows(benchmark: Benchmark, reports: Sequence[RobustnessReport], tried: Mapping[str, Tries]) -> None:
+    """For another run that takes rows from this one: `Earlier`."""
+    titles = {report.name for report in reports}
+    told = {
+        model.title: {
+            "trained": trained_by(benchmark, model),
+            "evaluated": {
+                own.name: evaluated_by(benchmark, own, model)
+                for own in benchmark.evaluations
+                if model in models_of(benchmark, own)
+            },
+            "learning_rates": tried.get(model.title, {}),
+        }
+        for model in benchmark.models
+        if model.title in titles
+    }
+    write_text(benchmark.cards / benchmark.name / ROWS, json.dumps(told, indent=1) + "\n")
 
 
 def check_images(reports: Sequence[RobustnessReport]) -> None:
@@ -807,6 +834,7 @@ def write(benchmark: Benchmark, done: Iterable[str]) -> None:
     tried = {
         model.title: tries for model in benchmark.models if (tries := tries_told(benchmark, model, done, earlier))
     }
+    whole = benchmark
     if missing:
         line = f"Unfinished, and left out of the tables: {'; '.join(missing)}."
         say(line)
@@ -814,6 +842,7 @@ def write(benchmark: Benchmark, done: Iterable[str]) -> None:
         rows = tuple(model for model in benchmark.models if model.title in names)
         benchmark = replace(benchmark, models=rows, evaluations=(), limits=f"{line}\n{benchmark.limits}")
     write_tables(benchmark, runs, tried)
+    save_rows(whole, every, tried)
 
 
 def reports_by_seed(
@@ -845,8 +874,7 @@ def tries_told(benchmark: Benchmark, model: Model, done: Iterable[str], earlier:
     """What a row's learning rates gave, here or earlier; nothing unless all were tried."""
     if {f"learning rate {rate} of {model.name}" for rate in model.learning_rates} <= set(done):
         return tries_of(benchmark, model)
-    tries = earlier.tries.get(model.title, {})
-    return {rate: tries[rate] for rate in model.learning_rates} if set(model.learning_rates) <= set(tries) else {}
+    return earlier.rows[model.title]["learning_rates"] if earlier.has(benchmark, model) else {}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -86,7 +86,7 @@ def test_a_small_benchmark_is_made_once(monkeypatch):
     assert len(seen) == 3  # two learning rates, and the best of them
     place = Path("out/cards")
     assert {path.name for path in (place / "small").iterdir()} == {
-        "reports.json", "report.csv", "table.md", "pgd_1.png", "pgd_1_tradeoff.png", "learning_rates.csv",
+        "reports.json", "report.csv", "table.md", "pgd_1.png", "pgd_1_tradeoff.png", "rows.json",
     }  # fmt: skip
     text = (place / "small/table.md").read_text()
     assert "clean / 8/255" in text and "| TeCoA |" in text and "## Learning rates" in text and "- One step." in text
@@ -198,8 +198,6 @@ def test_a_row_is_added_to_those_that_another_run_has_made():
     assert [report.name for report in reports] == [
         "before", "TeCoA, seed 3", "Mine, seed 3", "TeCoA, seed 4", "Mine, seed 4",
     ]  # fmt: skip
-    rates = (Path("there/small") / script.TRIES).read_text().splitlines()
-    assert rates[0] == "model,learning_rate,clean,robust" and len(rates) == 5
     script.main([*words, "there/small"])
     assert Path("there/small/table.md").read_text() == text, "a folder may be read and written anew"
 
@@ -222,18 +220,61 @@ def test_what_another_run_has_measured_otherwise_is_left_out(capsys):
     of_other = replace(reports[0], name="TeCoA", outcomes=replace(reports[0].outcomes, images="0" * 16))
     with pytest.raises(ValueError, match="earlier"):
         script.check_images([reports[0], of_other])
-    older = replace(reports[0], library_versions={**reports[0].library_versions, "hf_robust_clip": "0.0.1"})
+
+
+def test_what_another_run_has_trained_otherwise_is_left_out(monkeypatch):
+    small = json.loads(json.dumps(SMALL).replace('"tecoa"', '"digits-clip/tecoa"'))
+    Path("own.yaml").write_text(json.dumps({**small, "seeds": [0, 1]}))
     own = read("own.yaml")
-    run = script.asked_evaluation(own, own.evaluations[0], own.models[0])
-    assert [run.evaluations[0].made(report) for report in (reports[0], older)] == [True, False]
+    model, (evaluation,) = own.models[1], own.evaluations
+    earlier = script.Earlier(None)
+    earlier.rows = {model.title: {
+        "trained": script.trained_by(own, model), "learning_rates": {"1e-4": (1.0, 0.5)},
+        "evaluated": {evaluation.name: script.evaluated_by(own, evaluation, model)},
+    }}  # fmt: skip
+    earlier.reports = [make_report(name="TeCoA, seed 1", task="digits", attack="PGD-1")]
+    assert [report.name for report in earlier.reports_of(own, evaluation, model, 1)] == ["TeCoA"]
+    assert earlier.reports_of(own, evaluation, model, 0) == [], "of another seed"
+    moved = replace(own, output_dir="elsewhere", seeds=(3, 1))
+    assert earlier.reports_of(moved, evaluation, moved.runs_of(model)[1], 1), "in another folder, beside another seed"
+    for changed in (
+        replace(own, models=[own.models[0], replace(model, flags={**model.flags, "attack_steps": 1})]),
+        replace(own, models=[own.models[0], replace(model, learning_rates=["1e-4"])]),
+        replace(own, tuning_steps=2),
+        replace(own, flags={"eps": "1/255"}),
+        replace(own, start="elsewhere"),
+    ):
+        assert earlier.reports_of(changed, evaluation, changed.models[1], 1) == []
+        assert script.tries_told(changed, changed.models[1], [], earlier) == {}
+    assert script.tries_told(own, model, [], earlier) == {"1e-4": (1.0, 0.5)}
+    monkeypatch.setattr(script, "library_versions", lambda: {"hf_robust_clip": "0.0.1"})
+    assert earlier.reports_of(own, evaluation, model, 1) == []
 
 
-@pytest.mark.parametrize("text", ["a,b\n1,2\n", "model,learning_rate,clean,robust\nTeCoA,1e-3,much,1\n"])
-def test_another_table_than_of_learning_rates_is_refused(text):
-    assert script.load_tries(Path("own.csv")) == {}
-    Path("own.csv").write_text(text)
-    with pytest.raises(ValueError, match=r"own\.csv"):
-        script.load_tries(Path("own.csv"))
+def test_committed_tables_are_of_the_configs_as_they_are(monkeypatch):
+    """Whoever changes a config makes the tables of it anew."""
+    monkeypatch.chdir(RECIPES.parent)
+    own = read(packaged_config("mini-clip/benchmark"))
+    earlier = script.Earlier("hub_cards/mini-benchmark")
+    monkeypatch.setattr(script, "library_versions", lambda: earlier.reports[0].library_versions)
+    for evaluation in own.evaluations:
+        for model in script.models_of(own, evaluation):
+            there = {report.attack for report in earlier.reports if report.name.split(", seed")[0] == model.title}
+            if "PGD-20" in there and evaluation.name.endswith("pgd"):
+                runs = own.runs_of(model)[: evaluation.first_seeds]
+                assert all(earlier.reports_of(own, evaluation, run, number) for number, run in enumerate(runs)), model
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', '{"a": {"trained": "", "evaluated": {}}}',
+    '{"a": {"trained": "", "evaluated": {}, "learning_rates": {"1e-3": [1]}}}'])  # fmt: skip
+def test_other_files_than_those_of_tables_are_refused(text):
+    Path("there").mkdir()
+    with pytest.raises(ValueError, match="earlier="):
+        script.Earlier("there")
+    shutil.copy(Path(__file__).parents[1] / "hub_cards/mini-benchmark/reports.json", "there")
+    (Path("there") / script.ROWS).write_text(text)
+    with pytest.raises(ValueError, match="earlier="):
+        script.Earlier("there")
 
 
 def test_an_evaluation_is_of_so_many_seeds_from_the_first():
@@ -295,7 +336,7 @@ def test_other_weights_are_measured_anew():
         (["--only", "[nobody]"], "nobody"),
         (["--partial", "--only", "[te_coa]"], "partial"),
         (["--earlier", "published"], "earlier"),
-        (["--partial", "--earlier", "nowhere"], "nowhere"),
+        (["--partial", "--earlier", "nowhere"], "earlier"),
         (["--start", "nowhere"], "nowhere"),
         (["--models", "[{name: pgd, title: a, config: tecoa}]"], "pgd"),
         (["--models", "[{name: ../a, title: a, config: tecoa}]"], "../a"),

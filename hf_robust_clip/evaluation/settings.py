@@ -12,9 +12,8 @@ from ..attacks.suites import PGD, Member, Suite
 from ..attacks.views import View
 from ..checks import check_choice, check_whole
 from ..defences.base import Defence
-from ..environment import library_versions, multiplies_bfloat16
+from ..environment import multiplies_bfloat16
 from ..modeling import ZeroShotClassifier
-from ..report import RobustnessReport
 from ..threat_model import ThreatModel
 from .attack_views import VIEWS, AttackView, Static
 
@@ -128,16 +127,6 @@ class EvaluationSettings:
         if (self.view.to_the_end or to_the_end) and "counts" in own:
             own = {**own, "counts": "the iterate of highest loss"}
         return {**own, "eot": self.eot} if self.seen.goes_through else own
-
-    def made(self, report: RobustnessReport) -> bool:
-        """Whether a report, of a model without a defence, is of an evaluation by these settings and this version of
-        the package. Of model, images and prompts a report tells the names, and it may be of another precision.
-        """
-        count, radii = len(report.class_names), [threat.eps for threat in self.threat_models()]
-        asked = self.attack.name(count), self.attack_parameters(count), self.norm, self.seed, radii
-        told = report.attack, report.attack_parameters, report.norm, report.seed, list(report.robust_accuracy)
-        same_version = report.library_versions.get("hf_robust_clip") == library_versions()["hf_robust_clip"]
-        return asked == told and same_version and not report.defence
 
     def check_against(self, defence: Defence) -> None:
         """Raise ValueError unless what is attacked goes with what is judged."""
