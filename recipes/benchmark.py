@@ -522,9 +522,8 @@ def write_pictures(benchmark: Benchmark) -> None:
     write_text(folder / MADE_OF, asked_pictures(benchmark))
 
 
-def write_cards(benchmark: Benchmark, reports: Sequence[RobustnessReport]) -> None:
-    """A folder for each model that was trained here; `reports` are those of the first seed."""
-    before = [report for report in reports if report.name == benchmark.start_title]
+def write_cards(benchmark: Benchmark, reports: Sequence[RobustnessReport], before: Sequence[RobustnessReport]) -> None:
+    """A folder for each model that was trained here; `reports` are those of the first seed, `before` of the start."""
     for model in benchmark.models:
         own = [replace(report, model=benchmark.id_of(model)) for report in reports if report.name == model.title]
         if not model.config or not own:
@@ -830,7 +829,7 @@ def write(benchmark: Benchmark, done: Iterable[str]) -> None:
     check_compared(benchmark, every)
     if benchmark.earlier is not None:
         check_images(every)
-    write_cards(benchmark, here[0])
+    write_cards(benchmark, here[0], [report for report in runs[0] if report.name == benchmark.start_title])
     tried = {
         model.title: tries for model in benchmark.models if (tries := tries_told(benchmark, model, done, earlier))
     }

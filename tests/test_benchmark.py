@@ -194,6 +194,8 @@ def test_a_row_is_added_to_those_that_another_run_has_made():
     text = Path("there/small/table.md").read_text()
     assert "Unfinished" not in text and "| TeCoA | " in text.split("## Learning rates")[1]
     assert [path.name for path in Path("there/hf-robust-clip").iterdir()] == ["digits-mine"], "cards of what is new"
+    card, before = load_reports("there/hf-robust-clip/digits-mine/report.json")
+    assert [report.name for report in (*card, *before)] == ["Mine", "before"], "the start is an earlier row, too"
     reports, _ = load_reports("there/small/reports.json")
     assert [report.name for report in reports] == [
         "before", "TeCoA, seed 3", "Mine, seed 3", "TeCoA, seed 4", "Mine, seed 4",
