@@ -37,6 +37,7 @@ from hf_robust_clip.command_line import CommandLine, packaged_config, read_comma
 from hf_robust_clip.digests import digest, file_digest
 from hf_robust_clip.digits_clip import EMBEDDED_MODEL
 from hf_robust_clip.environment import library_versions
+from hf_robust_clip.evaluation.settings import EvaluationSettings
 from hf_robust_clip.hub import dump_recipe
 from hf_robust_clip.modeling.checkpoints import read_config
 from hf_robust_clip.names import task_titles
@@ -697,14 +698,21 @@ class Earlier:
         run, title = asked_evaluation(benchmark, evaluation, model), seeded_titles(benchmark, number)[model.title]
         own, found = [report for report in self.reports if report.name == title], []
         for task in task_titles([(task.name, task.dataset) for task in run.tasks]):
-            for attack in [settings.attack for settings in run.evaluations]:
-                alike = [r for r in own if r.task == task and r.attack == attack.name(len(r.class_names))]
+            for settings in run.evaluations:
+                alike = [report for report in own if report.task == task and is_by(report, settings)]
                 found += [replace(report, name=model.title) for report in alike[:1]]
         return found if len(found) == len(run.tasks) * len(run.evaluations) else []
 
     def has(self, benchmark: Benchmark, model: Model) -> bool:
         """Whether a row was trained as asked."""
         return self.rows.get(model.title, {}).get("trained") == trained_by(benchmark, model)
+
+
+def is_by(report: RobustnessReport, settings: EvaluationSettings) -> bool:
+    """Whether a report is of these attacks at these radii."""
+    count, radii = len(report.class_names), [threat.eps for threat in settings.threat_models()]
+    asked = settings.attack.name(count), settings.attack_parameters(count), radii
+    return asked == (report.attack, report.attack_parameters, list(report.robust_accuracy))
 
 
 def trained_by(benchmark: Benchmark, model: Model) -> str:
@@ -816,10 +824,13 @@ def write(benchmark: Benchmark, done: Iterable[str]) -> None:
     own = {report.name for report in here[0]}
 
     def anywhere(evaluation: Evaluation, run: Model, number: int) -> Reports:
-        taken = run.config and run.title in own  # a row is of one training: another has other weights
-        return reports_here(benchmark, evaluation, run, done) or (
-            [] if taken else earlier.reports_of(benchmark, evaluation, run, number)
-        )
+        found = reports_here(benchmark, evaluation, run, done)
+        if run.config and benchmark.earlier is not None:  # a row is of one run: trained elsewhere, other weights
+            return found if run.title in own else earlier.reports_of(benchmark, evaluation, run, number)
+        return found or earlier.reports_of(benchmark, evaluation, run, number)
+
+    def is_earlier(model: Model) -> bool:
+        return model.title not in own and earlier.has(benchmark, model)
 
     missing: list[str] = []
     runs = reports_by_seed(benchmark, anywhere, missing)
@@ -831,7 +842,9 @@ def write(benchmark: Benchmark, done: Iterable[str]) -> None:
         check_images(every)
     write_cards(benchmark, here[0], [report for report in runs[0] if report.name == benchmark.start_title])
     tried = {
-        model.title: tries for model in benchmark.models if (tries := tries_told(benchmark, model, done, earlier))
+        model.title: tries
+        for model in benchmark.models
+        if (tries := tries_told(benchmark, model, () if is_earlier(model) else done, earlier))
     }
     whole = benchmark
     if missing:

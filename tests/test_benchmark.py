@@ -234,9 +234,13 @@ def test_what_another_run_has_trained_otherwise_is_left_out(monkeypatch):
         "trained": script.trained_by(own, model), "learning_rates": {"1e-4": (1.0, 0.5)},
         "evaluated": {evaluation.name: script.evaluated_by(own, evaluation, model)},
     }}  # fmt: skip
-    earlier.reports = [make_report(name="TeCoA, seed 1", task="digits", attack="PGD-1")]
+    (settings,) = script.asked_evaluation(own, evaluation, model).evaluations
+    report = make_report(robust_accuracy={8 / 255: 0.5}, name="TeCoA, seed 1", task="digits", attack="PGD-1")
+    parameters = settings.attack_parameters(len(report.class_names))
+    earlier.reports = [replace(report, attack_parameters=own) for own in ({"num_steps": 9}, parameters)]
     assert [report.name for report in earlier.reports_of(own, evaluation, model, 1)] == ["TeCoA"]
     assert earlier.reports_of(own, evaluation, model, 0) == [], "of another seed"
+    assert earlier.reports_of(own, evaluation, model, 1)[0].attack_parameters == parameters, "not of another attack"
     moved = replace(own, output_dir="elsewhere", seeds=(3, 1))
     assert earlier.reports_of(moved, evaluation, moved.runs_of(model)[1], 1), "in another folder, beside another seed"
     for changed in (
