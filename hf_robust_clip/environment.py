@@ -46,7 +46,7 @@ def hardware() -> str:
 
 def multiplies_bfloat16(device: str) -> bool:
     """Whether a kind of device (`"cpu"`, `"cuda"`) is about as fast in bfloat16 as in float32. A processor without
-    AVX-512 or other instructions for it is not: of matrix products it makes a hundredth, and training takes ten times
+    AVX-512 or other instructions for it is not: of matrix products it makes a sixtieth, and training takes ten times
     as long.
     """
     import torch
