@@ -178,6 +178,7 @@ def table(place="out/cards/small"):
 def test_a_row_is_added_to_those_that_another_run_has_made():
     small = json.loads(json.dumps(SMALL).replace('"tecoa"', '"digits-clip/tecoa"'))
     small |= {"seeds": [3, 4], "flags": {"save_strategy": "no"}, "baseline": "before"}
+    small["models"][1]["learning_rates"] = ["1e-3"]
     mine = {**small["models"][1], "name": "mine", "title": "Mine", "config": "digits-clip/fare"}
     both = {**small, "models": [*small["models"], mine]}
     Path("own.yaml").write_text(json.dumps(small))
