@@ -690,10 +690,9 @@ class Earlier:
         """What an evaluation of a row with the seed of this number gave, as tables call it; nothing where training or
         evaluation was another one, or a task's report is missing.
         """
-        told = self.rows.get(model.title)
-        if told is None or not self.has(benchmark, model):
+        if not self.has(benchmark, model):
             return []
-        if told["evaluated"].get(evaluation.name) != evaluated_by(benchmark, evaluation, model):
+        if self.rows[model.title]["evaluated"].get(evaluation.name) != evaluated_by(benchmark, evaluation, model):
             return []
         run, title = asked_evaluation(benchmark, evaluation, model), seeded_titles(benchmark, number)[model.title]
         own, found = [report for report in self.reports if report.name == title], []
@@ -705,7 +704,7 @@ class Earlier:
 
     def has(self, benchmark: Benchmark, model: Model) -> bool:
         """Whether a row was trained as asked."""
-        return self.rows.get(model.title, {}).get("trained") == trained_by(benchmark, model)
+        return model.title in self.rows and self.rows[model.title]["trained"] == trained_by(benchmark, model)
 
 
 def is_by(report: RobustnessReport, settings: EvaluationSettings) -> bool:

@@ -9,6 +9,7 @@ from training_script import arguments, digits
 from hf_robust_clip import EvaluationSettings, evaluate_robustness
 from hf_robust_clip.attacks.suites import PGD
 from hf_robust_clip.environment import multiplies_bfloat16, tell_float32
+from hf_robust_clip.evaluation.attack_views import Scene
 
 
 @pytest.fixture
@@ -46,14 +47,16 @@ def test_settings_that_contradict_one_another_are_refused_all_the_same(tmp_path)
 
 
 @pytest.mark.usefixtures("old_processor")
-def test_a_fast_evaluation_is_the_plain_one_and_its_report_says_so(caplog, tmp_path):
+def test_a_fast_evaluation_is_the_plain_one_and_its_report_says_so(caplog, monkeypatch):
+    rough, real = [], Scene.cheaper
+    monkeypatch.setattr(Scene, "cheaper", lambda scene, logits_fn: rough.append(scene) or real(scene, logits_fn))
     model, data = digits(8)
     model.float().eval().requires_grad_(False)
     settings = EvaluationSettings(["8/255", "16/255"], attack=PGD(3))
     names = dict(name="name", task="task", model_id="id")
     plain, fast = (
-        evaluate_robustness(model, data, replace(settings, precision=own), **names, state_dir=tmp_path)
-        for own in ("fp32", "fast")
+        evaluate_robustness(model, data, replace(settings, precision=own), **names) for own in ("fp32", "fast")
     )
+    assert not rough, "no gradient was asked for in bfloat16"
     assert fast.precision == plain.precision == "float32" and fast.outcomes == plain.outcomes
     assert [record.getMessage().split()[0] for record in caplog.records] == ["precision='fast'"]
