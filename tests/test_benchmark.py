@@ -16,6 +16,12 @@ from hf_robust_clip.command_line import packaged_config, read_command
 from hf_robust_clip.hub import dump_recipe
 from hf_robust_clip.report import load_reports
 from hf_robust_clip.runs import evaluate, train
+from hf_robust_clip.runs.benchmark import Benchmark, run
+from hf_robust_clip.runs.benchmark.asked import asked_evaluation, evaluated_by, told_of, trained_by, words
+from hf_robust_clip.runs.benchmark.cells import cells_of, evaluated, is_evaluated, run_training
+from hf_robust_clip.runs.benchmark.earlier import ROWS, Earlier, check_images, tries_told
+from hf_robust_clip.runs.benchmark.settings import MADE_OF, PICTURES, models_of
+from hf_robust_clip.runs.benchmark.tables import check_compared, write_tables
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -28,7 +34,7 @@ CONFIGS = sorted((RECIPES / "configs").glob("*/*benchmark.yaml"))
 
 def read(config):
     given = read_command(script.COMMAND, [], config)
-    return given.group(script.Benchmark, given.made())
+    return given.group(Benchmark, given.made())
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -38,12 +44,10 @@ def test_every_run_of_a_benchmark_is_read(config):
     for model in benchmark.models:
         if model.config:
             flags = {"model_name_or_path": benchmark.start, "output_dir": "new", **model.flags}
-            train.read(script.words(flags), packaged_config(model.config))
+            train.read(words(flags), packaged_config(model.config))
     for evaluation in benchmark.evaluations:
         assert set(evaluation.models) <= set(names)
-        found = evaluate.read(
-            script.words({"output_dir": "new", **evaluation.flags}), packaged_config(evaluation.config)
-        )
+        found = evaluate.read(words({"output_dir": "new", **evaluation.flags}), packaged_config(evaluation.config))
         assert bool(found.defence) == bool(evaluation.title)
 
 
@@ -119,7 +123,7 @@ def test_what_was_measured_of_an_earlier_training_is_deleted(monkeypatch):
     old.parent.mkdir(parents=True)
     old.write_text("{}")
     monkeypatch.setattr(train, "train", lambda run: None)
-    script.run_training(own, own.models[1], own.out / "te_coa", dict)
+    run_training(own, own.models[1], own.out / "te_coa", dict)
     assert not old.parent.exists()
 
 
@@ -166,7 +170,7 @@ def test_a_model_is_trained_once_with_each_seed(monkeypatch):
     assert len(seen) == 2 and not Path("out/pgd/te_coa-seed4/report.json").exists(), "nothing is run"
     own = read("own.yaml")
     with pytest.raises(ValueError, match="seeds="):
-        script.cells_of(replace(own, seeds=(1, 1)))
+        cells_of(replace(own, seeds=(1, 1)))
 
 
 def table(place="out/cards/small"):
@@ -222,7 +226,7 @@ def test_what_another_run_has_measured_otherwise_is_left_out(capsys):
     reports, _ = load_reports("published/reports.json")
     of_other = replace(reports[0], name="TeCoA", outcomes=replace(reports[0].outcomes, images="0" * 16))
     with pytest.raises(ValueError, match="earlier"):
-        script.check_images([reports[0], of_other])
+        check_images([reports[0], of_other])
 
 
 def test_what_another_run_has_trained_otherwise_is_left_out(monkeypatch):
@@ -230,12 +234,12 @@ def test_what_another_run_has_trained_otherwise_is_left_out(monkeypatch):
     Path("own.yaml").write_text(json.dumps({**small, "seeds": [0, 1]}))
     own = read("own.yaml")
     model, (evaluation,) = own.models[1], own.evaluations
-    earlier = script.Earlier(None)
+    earlier = Earlier(None)
     earlier.rows = {model.title: {
-        "trained": script.trained_by(own, model), "learning_rates": {"1e-4": (1.0, 0.5)},
-        "evaluated": {evaluation.name: script.evaluated_by(own, evaluation, model)},
+        "trained": trained_by(own, model), "learning_rates": {"1e-4": (1.0, 0.5)},
+        "evaluated": {evaluation.name: evaluated_by(own, evaluation, model)},
     }}  # fmt: skip
-    (settings,) = script.asked_evaluation(own, evaluation, model).evaluations
+    (settings,) = asked_evaluation(own, evaluation, model).evaluations
     report = make_report(robust_accuracy={8 / 255: 0.5}, name="TeCoA, seed 1", task="digits", attack="PGD-1")
     parameters = settings.attack_parameters(len(report.class_names))
     earlier.reports = [replace(report, attack_parameters=own) for own in ({"num_steps": 9}, parameters)]
@@ -252,9 +256,9 @@ def test_what_another_run_has_trained_otherwise_is_left_out(monkeypatch):
         replace(own, start="elsewhere"),
     ):
         assert earlier.reports_of(changed, evaluation, changed.models[1], 1) == []
-        assert script.tries_told(changed, changed.models[1], [], earlier) == {}
-    assert script.tries_told(own, model, [], earlier) == {"1e-4": (1.0, 0.5)}
-    monkeypatch.setattr(script, "library_versions", lambda: {"hf_robust_clip": "0.0.1"})
+        assert tries_told(changed, changed.models[1], [], earlier) == {}
+    assert tries_told(own, model, [], earlier) == {"1e-4": (1.0, 0.5)}
+    monkeypatch.setattr("hf_robust_clip.runs.benchmark.asked.library_versions", lambda: {"hf_robust_clip": "0.0.1"})
     assert earlier.reports_of(own, evaluation, model, 1) == []
 
 
@@ -262,11 +266,13 @@ def test_committed_tables_are_of_the_configs_as_they_are(monkeypatch):
     """Whoever changes a config makes the tables of it anew."""
     monkeypatch.chdir(RECIPES.parent)
     own = read(packaged_config("mini-clip/benchmark"))
-    earlier = script.Earlier("hub_cards/mini-benchmark")
-    monkeypatch.setattr(script, "library_versions", lambda: earlier.reports[0].library_versions)
+    earlier = Earlier("hub_cards/mini-benchmark")
+    monkeypatch.setattr(
+        "hf_robust_clip.runs.benchmark.asked.library_versions", lambda: earlier.reports[0].library_versions
+    )
     titles = {report.name.split(", seed")[0] for report in earlier.reports}
     (pgd,) = [evaluation for evaluation in own.evaluations if evaluation.name == "pgd"]
-    rows = [model for model in script.models_of(own, pgd) if model.title in titles]
+    rows = [model for model in models_of(own, pgd) if model.title in titles]
     assert len(rows) >= 8
     for model in rows:
         assert all(earlier.reports_of(own, pgd, run, number) for number, run in enumerate(own.runs_of(model))), model
@@ -277,11 +283,11 @@ def test_committed_tables_are_of_the_configs_as_they_are(monkeypatch):
 def test_other_files_than_those_of_tables_are_refused(text):
     Path("there").mkdir()
     with pytest.raises(ValueError, match="earlier="):
-        script.Earlier("there")
+        Earlier("there")
     shutil.copy(Path(__file__).parents[1] / "hub_cards/mini-benchmark/reports.json", "there")
-    (Path("there") / script.ROWS).write_text(text)
+    (Path("there") / ROWS).write_text(text)
     with pytest.raises(ValueError, match="earlier="):
-        script.Earlier("there")
+        Earlier("there")
 
 
 def test_an_evaluation_is_of_so_many_seeds_from_the_first():
@@ -290,7 +296,7 @@ def test_an_evaluation_is_of_so_many_seeds_from_the_first():
     small["evaluations"].append({**every, "name": "few", "first_seeds": 1, "flags": {"evaluation.attacks": ["pgd-2"]}})
     Path("own.yaml").write_text(json.dumps(small).replace('"tecoa"', '"digits-clip/tecoa"'))
     own = read("own.yaml")
-    cells = [cell.name for cell in script.cells_of(own)]
+    cells = [cell.name for cell in cells_of(own)]
     assert [name for name in cells if name.startswith("few")] == ["few of digits-clip", "few of te_coa-seed3"]
     for first_seeds, seeds in ((0, (3, 4)), (3, (3, 4)), (1, ())):
         wrong = replace(own.evaluations[1], first_seeds=first_seeds)
@@ -298,7 +304,7 @@ def test_an_evaluation_is_of_so_many_seeds_from_the_first():
             replace(own, evaluations=(wrong,), seeds=seeds)
     every = [[make_report(name="TeCoA", attack=attack) for attack in ("PGD-2", "PGD-1")[-count:]] for count in (2, 1)]
     groups = {"all of them": [every[0][0].task]}
-    script.write_tables(replace(own, tradeoff_radius=None, baseline="before", groups=groups), every, {})
+    write_tables(replace(own, tradeoff_radius=None, baseline="before", groups=groups), every, {})
     text = Path("out/cards/small/table.md").read_text()
     assert "Paired differences" not in text, "of the baseline there is no report"
     assert "all of them" not in text, "the mean over one task is told already"
@@ -309,14 +315,14 @@ def test_an_evaluation_is_of_so_many_seeds_from_the_first():
 def test_other_weights_are_measured_anew():
     Path("own.yaml").write_text(json.dumps(SMALL).replace('"tecoa"', '"digits-clip/tecoa"'))
     own = read("own.yaml")
-    evaluation = next(cell for cell in script.cells_of(own) if cell.name == "pgd of te_coa")
+    evaluation = next(cell for cell in cells_of(own) if cell.name == "pgd of te_coa")
     weights = Path("out/te_coa/model.safetensors")
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"these")
-    run = script.asked_evaluation(own, own.evaluations[0], own.models[1])
+    run = asked_evaluation(own, own.evaluations[0], own.models[1])
     evaluation.folder.mkdir(parents=True)
     for name, text in (("report.json", "{}"), ("recipe.yaml", dump_recipe(run.source)),
-                       (script.MADE_OF, script.evaluated(own, own.models[1]))):  # fmt: skip
+                       (MADE_OF, evaluated(own, own.models[1]))):  # fmt: skip
         (evaluation.folder / name).write_text(text)
     assert evaluation.finished()
     weights.write_bytes(b"those")
@@ -326,13 +332,13 @@ def test_other_weights_are_measured_anew():
     assert evaluation.finished()
     Path("out").rename("elsewhere")
     moved = replace(own, output_dir="elsewhere")
-    assert script.is_evaluated(moved, moved.evaluations[0], moved.models[1]), "what is moved is still finished"
-    assert not script.is_evaluated(replace(moved, pictures={"cat": [1]}), moved.evaluations[0], moved.models[1])
+    assert is_evaluated(moved, moved.evaluations[0], moved.models[1]), "what is moved is still finished"
+    assert not is_evaluated(replace(moved, pictures={"cat": [1]}), moved.evaluations[0], moved.models[1])
     for key, value, same in (("batch_size", 7, True), ("radii", ["4/255"], False)):
         asked = replace(moved.evaluations[0], flags={**moved.evaluations[0].flags, f"evaluation.{key}": value})
-        assert script.is_evaluated(moved, asked, moved.models[1]) == same
+        assert is_evaluated(moved, asked, moved.models[1]) == same
     few, many = (f"defence: BaFTA\nevaluation: {{batch_size: {size}}}\n" for size in (1, 2))
-    assert script.told_of(few) != script.told_of(many), "its figures may depend on which images come together"
+    assert told_of(few) != told_of(many), "its figures may depend on which images come together"
 
 
 @pytest.mark.parametrize(
@@ -367,10 +373,10 @@ def test_a_baseline_and_tasks_that_are_not_there_are_refused():
     Path("own.yaml").write_text(json.dumps(SMALL))
     own = read("own.yaml")
     with pytest.raises(ValueError, match="baseline: there is no model 'after'"):
-        script.run(replace(own, baseline="after"))
+        run(replace(own, baseline="after"))
     defended = make_report(attack_target="adaptive", defence=make_defence())
     with pytest.raises(ValueError, match="baseline and groups"):
-        script.check_compared(replace(own, baseline="before"), [defended])
+        check_compared(replace(own, baseline="before"), [defended])
 
 
 def short(real):
@@ -385,6 +391,6 @@ def short(real):
 
 def test_pictures_are_those_that_this_run_makes():
     own = replace(read(packaged_config("mini-clip/benchmark")), output_dir="elsewhere")
-    (run,) = [script.asked_evaluation(own, one, own.models[0]) for one in own.evaluations if one.name == "pgd"]
+    (run,) = [asked_evaluation(own, one, own.models[0]) for one in own.evaluations if one.name == "pgd"]
     made = [task.dataset for task in run.tasks if "pictures" in task.dataset]
-    assert made == [str(Path("elsewhere") / script.PICTURES)] and len(run.tasks) == 6
+    assert made == [str(Path("elsewhere") / PICTURES)] and len(run.tasks) == 6
