@@ -19,7 +19,8 @@ from hf_robust_clip.runs import evaluate, train
 from hf_robust_clip.runs.benchmark import Benchmark, run
 from hf_robust_clip.runs.benchmark.asked import asked_evaluation, evaluated_by, told_of, trained_by, words
 from hf_robust_clip.runs.benchmark.cells import cells_of, evaluated, is_evaluated, run_training
-from hf_robust_clip.runs.benchmark.earlier import ROWS, Earlier, check_images, tries_told
+from hf_robust_clip.runs.benchmark.earlier import ROWS, Earlier, tries_told
+from hf_robust_clip.runs.benchmark.measured import check_images
 from hf_robust_clip.runs.benchmark.settings import MADE_OF, PICTURES, models_of
 from hf_robust_clip.runs.benchmark.tables import check_compared, write_tables
 
@@ -77,7 +78,7 @@ SMALL = {
 }  # fmt: skip
 
 
-def test_a_small_benchmark_is_made_once(monkeypatch):
+def test_a_small_benchmark_is_made_once(monkeypatch, capsys):
     small = json.loads(json.dumps(SMALL))
     small["models"][1]["flags"].pop("max_steps")
     small["models"][1]["flags"]["save_strategy"] = "no"
@@ -115,6 +116,13 @@ def test_a_small_benchmark_is_made_once(monkeypatch):
     assert "output_dir: out/te_coa\n" in Path("out/te_coa/recipe.yaml").read_text()
     script.main(["--config", "own.yaml"])
     assert len(seen) == 8
+    report, before = Path("out/pgd/te_coa/report.json"), (place / "small/table.md").read_bytes()
+    images = load_reports(report)[0][0].outcomes.images
+    report.write_text(report.read_text().replace(images, "0" * len(images)))
+    with pytest.raises(SystemExit):
+        script.main(["--config", "own.yaml", "--partial"])
+    assert "digits has other images" in capsys.readouterr().err, "a dataset was changed between two cells"
+    assert (place / "small/table.md").read_bytes() == before
 
 
 def test_what_was_measured_of_an_earlier_training_is_deleted(monkeypatch):
@@ -225,7 +233,7 @@ def test_what_another_run_has_measured_otherwise_is_left_out(capsys):
         assert "no evaluation is finished" in capsys.readouterr().err, other
     reports, _ = load_reports("published/reports.json")
     of_other = replace(reports[0], name="TeCoA", outcomes=replace(reports[0].outcomes, images="0" * 16))
-    with pytest.raises(ValueError, match="earlier"):
+    with pytest.raises(ValueError, match="other images"):
         check_images([reports[0], of_other])
 
 

@@ -91,15 +91,6 @@ def save_rows(benchmark: Benchmark, reports: Sequence[RobustnessReport], tried: 
     write_text(benchmark.cards / benchmark.name / ROWS, json.dumps(told, indent=1) + "\n")
 
 
-def check_images(reports: Sequence[RobustnessReport]) -> None:
-    """Raise ValueError where a task has other images in an earlier report than in another under the same attack."""
-    known: dict[tuple[str, str], Any] = {}
-    for report in reports:
-        images = None if report.outcomes is None else report.outcomes.images
-        if known.setdefault((report.task, report.attack), images) != images:
-            raise ValueError(f"earlier: {report.task} has other images in reports of {report.name} than in others.")
-
-
 def tries_told(benchmark: Benchmark, model: Model, done: Iterable[str], earlier: Earlier) -> Tries:
     """What a row's learning rates gave, here or earlier; nothing unless all were tried."""
     if {f"learning rate {rate} of {model.name}" for rate in model.learning_rates} <= set(done):

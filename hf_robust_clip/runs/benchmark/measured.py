@@ -80,3 +80,17 @@ def with_seeds(benchmark: Benchmark, runs: Sequence[Sequence[RobustnessReport]])
         for own, run in zip(titles, runs, strict=True)
         for report in run
     ]
+
+
+def check_images(reports: Sequence[RobustnessReport]) -> None:
+    """Raise ValueError where as many images of a task are others in one report than in another under the same attack:
+    a dataset was changed between two cells, or another run had another copy.
+    """
+    known: dict[tuple[str, str, int], RobustnessReport] = {}
+    for report in reports:
+        first = known.setdefault((report.task, report.attack, report.num_images), report)
+        if first.outcomes and report.outcomes and first.outcomes.images != report.outcomes.images:
+            raise ValueError(
+                f"{report.task} has other images in the report of {report.name} than in that of {first.name}: its "
+                "dataset was changed meanwhile. Evaluate both on one copy, in a new output_dir."
+            )

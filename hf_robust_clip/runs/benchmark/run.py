@@ -14,8 +14,8 @@ from ...threat_model import parse_radius
 from ..grid import finished_cells, run_cells, say
 from .asked import asked_evaluation
 from .cells import cells_of
-from .earlier import Earlier, check_images, save_rows, tries_told
-from .measured import Reports, reports_by_seed, reports_here
+from .earlier import Earlier, save_rows, tries_told
+from .measured import Reports, check_images, reports_by_seed, reports_here
 from .settings import Benchmark, Evaluation, Model, check_known, models_of
 from .tables import check_compared, write_cards, write_tables
 
@@ -76,7 +76,7 @@ def check_tables(benchmark: Benchmark) -> None:
 def write(benchmark: Benchmark, done: Iterable[str]) -> None:
     """Tables, plots and cards. An evaluation of a row is left out, and named, unless all seeds are finished.
 
-    Raises ValueError where no evaluation of any row is.
+    Raises ValueError where no evaluation of any row is, and for reports of one task on different images.
     """
     done, earlier = set(done), Earlier(benchmark.earlier)
     here = reports_by_seed(benchmark, lambda evaluation, run, number: reports_here(benchmark, evaluation, run, done))
@@ -97,8 +97,7 @@ def write(benchmark: Benchmark, done: Iterable[str]) -> None:
         raise ValueError(f"output_dir={benchmark.output_dir!r}: no evaluation is finished, so there is no table yet.")
     every = [report for run in runs for report in run]
     check_compared(benchmark, every)
-    if benchmark.earlier is not None:
-        check_images(every)
+    check_images(every)
     write_cards(benchmark, here[0], [report for report in runs[0] if report.name == benchmark.start_title])
     tried = {
         model.title: tries
