@@ -17,11 +17,17 @@ from hf_robust_clip.hub import dump_recipe
 from hf_robust_clip.report import load_reports
 from hf_robust_clip.runs import evaluate, train
 from hf_robust_clip.runs.benchmark import Benchmark, run
-from hf_robust_clip.runs.benchmark.asked import asked_evaluation, evaluated_by, told_of, trained_by, words
-from hf_robust_clip.runs.benchmark.cells import cells_of, evaluated, is_evaluated, run_training
+from hf_robust_clip.runs.benchmark.cells import cells_of, checkpoint_digest, is_evaluated, run_training
 from hf_robust_clip.runs.benchmark.earlier import ROWS, Earlier, tries_told
-from hf_robust_clip.runs.benchmark.measured import check_images
+from hf_robust_clip.runs.benchmark.results import check_images
 from hf_robust_clip.runs.benchmark.settings import MADE_OF, PICTURES, models_of
+from hf_robust_clip.runs.benchmark.single_runs import (
+    decisive_settings,
+    evaluation_digest,
+    evaluation_run,
+    training_digest,
+    words,
+)
 from hf_robust_clip.runs.benchmark.tables import check_compared, write_tables
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -244,10 +250,10 @@ def test_what_another_run_has_trained_otherwise_is_left_out(monkeypatch):
     model, (evaluation,) = own.models[1], own.evaluations
     earlier = Earlier(None)
     earlier.rows = {model.title: {
-        "trained": trained_by(own, model), "learning_rates": {"1e-4": (1.0, 0.5)},
-        "evaluated": {evaluation.name: evaluated_by(own, evaluation, model)},
+        "trained": training_digest(own, model), "learning_rates": {"1e-4": (1.0, 0.5)},
+        "evaluated": {evaluation.name: evaluation_digest(own, evaluation, model)},
     }}  # fmt: skip
-    (settings,) = asked_evaluation(own, evaluation, model).evaluations
+    (settings,) = evaluation_run(own, evaluation, model).evaluations
     report = make_report(robust_accuracy={8 / 255: 0.5}, name="TeCoA, seed 1", task="digits", attack="PGD-1")
     parameters = settings.attack_parameters(len(report.class_names))
     earlier.reports = [replace(report, attack_parameters=own) for own in ({"num_steps": 9}, parameters)]
@@ -266,7 +272,9 @@ def test_what_another_run_has_trained_otherwise_is_left_out(monkeypatch):
         assert earlier.reports_of(changed, evaluation, changed.models[1], 1) == []
         assert tries_told(changed, changed.models[1], [], earlier) == {}
     assert tries_told(own, model, [], earlier) == {"1e-4": (1.0, 0.5)}
-    monkeypatch.setattr("hf_robust_clip.runs.benchmark.asked.library_versions", lambda: {"hf_robust_clip": "0.0.1"})
+    monkeypatch.setattr(
+        "hf_robust_clip.runs.benchmark.single_runs.library_versions", lambda: {"hf_robust_clip": "0.0.1"}
+    )
     assert earlier.reports_of(own, evaluation, model, 1) == []
 
 
@@ -276,7 +284,7 @@ def test_committed_tables_are_of_the_configs_as_they_are(monkeypatch):
     own = read(packaged_config("mini-clip/benchmark"))
     earlier = Earlier("hub_cards/mini-benchmark")
     monkeypatch.setattr(
-        "hf_robust_clip.runs.benchmark.asked.library_versions", lambda: earlier.reports[0].library_versions
+        "hf_robust_clip.runs.benchmark.single_runs.library_versions", lambda: earlier.reports[0].library_versions
     )
     titles = {report.name.split(", seed")[0] for report in earlier.reports}
     (pgd,) = [evaluation for evaluation in own.evaluations if evaluation.name == "pgd"]
@@ -327,10 +335,10 @@ def test_other_weights_are_measured_anew():
     weights = Path("out/te_coa/model.safetensors")
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"these")
-    run = asked_evaluation(own, own.evaluations[0], own.models[1])
+    run = evaluation_run(own, own.evaluations[0], own.models[1])
     evaluation.folder.mkdir(parents=True)
     for name, text in (("report.json", "{}"), ("recipe.yaml", dump_recipe(run.source)),
-                       (MADE_OF, evaluated(own, own.models[1]))):  # fmt: skip
+                       (MADE_OF, checkpoint_digest(own, own.models[1]))):  # fmt: skip
         (evaluation.folder / name).write_text(text)
     assert evaluation.finished()
     weights.write_bytes(b"those")
@@ -346,7 +354,7 @@ def test_other_weights_are_measured_anew():
         asked = replace(moved.evaluations[0], flags={**moved.evaluations[0].flags, f"evaluation.{key}": value})
         assert is_evaluated(moved, asked, moved.models[1]) == same
     few, many = (f"defence: BaFTA\nevaluation: {{batch_size: {size}}}\n" for size in (1, 2))
-    assert told_of(few) != told_of(many), "its figures may depend on which images come together"
+    assert decisive_settings(few) != decisive_settings(many), "its figures may depend on which images come together"
 
 
 @pytest.mark.parametrize(
@@ -399,6 +407,6 @@ def short(real):
 
 def test_pictures_are_those_that_this_run_makes():
     own = replace(read(packaged_config("mini-clip/benchmark")), output_dir="elsewhere")
-    (run,) = [asked_evaluation(own, one, own.models[0]) for one in own.evaluations if one.name == "pgd"]
+    (run,) = [evaluation_run(own, one, own.models[0]) for one in own.evaluations if one.name == "pgd"]
     made = [task.dataset for task in run.tasks if "pictures" in task.dataset]
     assert made == [str(Path("elsewhere") / PICTURES)] and len(run.tasks) == 6

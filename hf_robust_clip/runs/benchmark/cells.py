@@ -13,10 +13,10 @@ from ...hub import dump_recipe
 from ...storage import write_text
 from .. import evaluate, train
 from ..grid import Cell, check_cells, held
-from .asked import asked_evaluation, asked_pictures, asked_training, rate_folder, told_of, weights_digest
-from .measured import best_of, tries_of
 from .pictures import are_written, write_pictures
+from .results import best_of, tries_of
 from .settings import MADE_OF, PICTURES, Benchmark, Evaluation, Model, models_of
+from .single_runs import decisive_settings, evaluation_run, pictures_labels, rate_folder, training_run, weights_digest
 
 
 def cells_of(benchmark: Benchmark) -> list[Cell]:
@@ -39,7 +39,7 @@ def cells_of(benchmark: Benchmark) -> list[Cell]:
         for model in models_of(benchmark, evaluation)
         for run in benchmark.runs_of(model)[: evaluation.first_seeds]
     ]
-    cells = [*pictures, *(cell for own in tries.values() for cell in own), *trainings.values(), *measured]
+    cells = [*pictures, *(cell for rates in tries.values() for cell in rates), *trainings.values(), *measured]
     check_cells(cells)
     return cells
 
@@ -74,7 +74,7 @@ def cell_of_training(
 ) -> Cell:
     """A training whose settings are right; after tries some flags are known only when it begins."""
     rates = {"learning_rate": model.learning_rates[0]} if tries else flags()
-    asked_training(benchmark, model, folder, rates)
+    training_run(benchmark, model, folder, rates)
     what, tried = (benchmark, model, folder, flags), [cell.folder for cell in tries]
     needs = tuple(cell.name for cell in tries)
     return Cell(name, folder, partial(run_training, *what, tried), partial(is_trained, *what), needs)
@@ -85,7 +85,7 @@ def evaluation_cell(
 ) -> Cell:
     """An evaluation of one checkpoint."""
     folder = benchmark.out / evaluation.name / model.name
-    asked_evaluation(benchmark, evaluation, model)
+    evaluation_run(benchmark, evaluation, model)
     trained = None if training is None else training.finished
     needs = [cell.name for cell in (training, *pictures) if cell is not None]
     return Cell(
@@ -99,7 +99,7 @@ def evaluation_cell(
 
 def is_trained(benchmark: Benchmark, model: Model, folder: Path, flags: Callable[[], Mapping[str, Any]]) -> bool:
     """Whether a training by these settings, of the start as it is, has left its report."""
-    run = asked_training(benchmark, model, folder, flags())
+    run = training_run(benchmark, model, folder, flags())
     return finished(folder, run.source, weights_digest(benchmark.start))
 
 
@@ -113,14 +113,14 @@ def run_training(
     """One training, or what a try by the same settings has left; what was measured of another in its folder is
     deleted before.
     """
-    run, made_of = asked_training(benchmark, model, folder, flags()), weights_digest(benchmark.start)
+    run, made_of = training_run(benchmark, model, folder, flags()), weights_digest(benchmark.start)
     (folder / "report.json").unlink(missing_ok=True)
     for evaluation in benchmark.evaluations:
         place = benchmark.out / evaluation.name / folder.name
         if folder.parent == benchmark.out and place.exists():
             with held(place, patient=True):  # another run may measure it
                 shutil.rmtree(place)
-    same = next((own for own in tried if finished(own, run.source, made_of)), None)
+    same = next((one for one in tried if finished(one, run.source, made_of)), None)
     if same is None:
         train.train(run)
     else:
@@ -132,16 +132,16 @@ def run_training(
 
 def is_evaluated(benchmark: Benchmark, evaluation: Evaluation, model: Model) -> bool:
     """Whether an evaluation by these settings, of the checkpoint as it is, has left its report."""
-    run = asked_evaluation(benchmark, evaluation, model)
-    return finished(Path(run.output_dir), run.source, evaluated(benchmark, model))
+    run = evaluation_run(benchmark, evaluation, model)
+    return finished(Path(run.output_dir), run.source, checkpoint_digest(benchmark, model))
 
 
 def run_evaluation(
     benchmark: Benchmark, evaluation: Evaluation, model: Model, trained: Callable[[], bool] | None
 ) -> None:
     """One evaluation. Raises ValueError where another run has begun to train the checkpoint by other settings."""
-    run = asked_evaluation(benchmark, evaluation, model)
-    folder, made_of = Path(run.output_dir), evaluated(benchmark, model)
+    run = evaluation_run(benchmark, evaluation, model)
+    folder, made_of = Path(run.output_dir), checkpoint_digest(benchmark, model)
     if trained is not None and not trained():
         raise ValueError(
             f"{benchmark.folder_of(model)!r} was trained anew meanwhile, by another run; start this again."
@@ -152,19 +152,18 @@ def run_evaluation(
     write_text(folder / MADE_OF, made_of)
 
 
-def evaluated(benchmark: Benchmark, model: Model) -> str:
+def checkpoint_digest(benchmark: Benchmark, model: Model) -> str:
     """What a row's figures depend on beside settings: weights, and the set of pictures."""
-    return digest(f"{weights_digest(benchmark.folder_of(model))} {asked_pictures(benchmark)}".encode())
+    return digest(f"{weights_digest(benchmark.folder_of(model))} {pictures_labels(benchmark)}".encode())
 
 
 def finished(folder: Path, source: Mapping[str, Any], made_of: str) -> bool:
     """Whether a run by these settings, of these weights, has left its report in a folder; this may have been moved."""
-    files = [folder / name for name in ("report.json", "recipe.yaml", MADE_OF)]
-    if not all(file.is_file() for file in files):
+    report, recipe, noted = (folder / name for name in ("report.json", "recipe.yaml", MADE_OF))
+    if not all(file.is_file() for file in (report, recipe, noted)):
         return False
-    _, recipe, own = files
-    left, asked = (told_of(text) for text in (recipe.read_text(encoding="utf-8"), dump_recipe(source)))
-    return left == asked and own.read_text(encoding="utf-8") == made_of
+    before, now = (decisive_settings(text) for text in (recipe.read_text(encoding="utf-8"), dump_recipe(source)))
+    return before == now and noted.read_text(encoding="utf-8") == made_of
 
 
 def best_flags(benchmark: Benchmark, model: Model) -> dict[str, str]:

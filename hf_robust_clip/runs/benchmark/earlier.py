@@ -12,9 +12,9 @@ from ...evaluation.settings import EvaluationSettings
 from ...names import task_titles
 from ...report import RobustnessReport, load_reports
 from ...storage import write_text
-from .asked import asked_evaluation, evaluated_by, trained_by
-from .measured import Reports, Tries, seeded_titles, tries_of
+from .results import Reports, Tries, seeded_titles, tries_of
 from .settings import Benchmark, Evaluation, Model, models_of
+from .single_runs import evaluation_digest, evaluation_run, training_digest
 
 ROWS = "rows.json"  # beside the tables: by title what a row was made of, and what its learning rates gave
 
@@ -50,45 +50,45 @@ class Earlier:
         """
         if not self.has(benchmark, model):
             return []
-        if self.rows[model.title]["evaluated"].get(evaluation.name) != evaluated_by(benchmark, evaluation, model):
+        if self.rows[model.title]["evaluated"].get(evaluation.name) != evaluation_digest(benchmark, evaluation, model):
             return []
-        run, title = asked_evaluation(benchmark, evaluation, model), seeded_titles(benchmark, number)[model.title]
-        own, found = [report for report in self.reports if report.name == title], []
+        run, title = evaluation_run(benchmark, evaluation, model), seeded_titles(benchmark, number)[model.title]
+        of_row, taken = [report for report in self.reports if report.name == title], []
         for task in task_titles([(task.name, task.dataset) for task in run.tasks]):
             for settings in run.evaluations:
-                alike = [report for report in own if report.task == task and is_by(report, settings)]
-                found += [replace(report, name=model.title) for report in alike[:1]]
-        return found if len(found) == len(run.tasks) * len(run.evaluations) else []
+                alike = [report for report in of_row if report.task == task and is_by(report, settings)]
+                taken += [replace(report, name=model.title) for report in alike[:1]]
+        return taken if len(taken) == len(run.tasks) * len(run.evaluations) else []
 
     def has(self, benchmark: Benchmark, model: Model) -> bool:
         """Whether a row was trained as asked."""
-        return model.title in self.rows and self.rows[model.title]["trained"] == trained_by(benchmark, model)
+        return model.title in self.rows and self.rows[model.title]["trained"] == training_digest(benchmark, model)
 
 
 def is_by(report: RobustnessReport, settings: EvaluationSettings) -> bool:
     """Whether a report is of these attacks at these radii."""
     count, radii = len(report.class_names), [threat.eps for threat in settings.threat_models()]
-    asked = settings.attack.name(count), settings.attack_parameters(count), radii
-    return asked == (report.attack, report.attack_parameters, list(report.robust_accuracy))
+    reported = report.attack, report.attack_parameters, list(report.robust_accuracy)
+    return reported == (settings.attack.name(count), settings.attack_parameters(count), radii)
 
 
 def save_rows(benchmark: Benchmark, reports: Sequence[RobustnessReport], tried: Mapping[str, Tries]) -> None:
     """For another run that takes rows from this one: `Earlier`."""
     titles = {report.name for report in reports}
-    told = {
+    rows = {
         model.title: {
-            "trained": trained_by(benchmark, model),
+            "trained": training_digest(benchmark, model),
             "evaluated": {
-                own.name: evaluated_by(benchmark, own, model)
-                for own in benchmark.evaluations
-                if model in models_of(benchmark, own)
+                evaluation.name: evaluation_digest(benchmark, evaluation, model)
+                for evaluation in benchmark.evaluations
+                if model in models_of(benchmark, evaluation)
             },
             "learning_rates": tried.get(model.title, {}),
         }
         for model in benchmark.models
         if model.title in titles
     }
-    write_text(benchmark.cards / benchmark.name / ROWS, json.dumps(told, indent=1) + "\n")
+    write_text(benchmark.cards / benchmark.name / ROWS, json.dumps(rows, indent=1) + "\n")
 
 
 def tries_told(benchmark: Benchmark, model: Model, done: Iterable[str], earlier: Earlier) -> Tries:

@@ -9,14 +9,14 @@ from pathlib import Path
 import datasets
 
 from ...storage import whole_file, write_text
-from .asked import asked_pictures
 from .settings import MADE_OF, PICTURES, Benchmark
+from .single_runs import pictures_labels
 
 
 def are_written(benchmark: Benchmark) -> bool:
     """Whether the set of pictures is there."""
-    told = benchmark.out / PICTURES / MADE_OF
-    return told.is_file() and told.read_text(encoding="utf-8") == asked_pictures(benchmark)
+    noted = benchmark.out / PICTURES / MADE_OF
+    return noted.is_file() and noted.read_text(encoding="utf-8") == pictures_labels(benchmark)
 
 
 def write_pictures(benchmark: Benchmark) -> None:
@@ -27,11 +27,11 @@ def write_pictures(benchmark: Benchmark) -> None:
     source = datasets.load_dataset(str(Path(root) / "imagenet-sample-images"), split="test")
     names = list(benchmark.pictures)
     new = {int(label): i for i, name in enumerate(names) for label in benchmark.pictures[name]}
-    own = source["label"]
-    rows = [i for i in range(len(source)) if own[i] in new]
+    labels = source["label"]
+    rows = [i for i in range(len(source)) if labels[i] in new]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     pictures = source.cast_column("image", datasets.Image(decode=False)).select(rows)
-    chosen = {"image": list(pictures["image"]), "label": [new[own[i]] for i in rows]}
+    chosen = {"image": list(pictures["image"]), "label": [new[labels[i]] for i in rows]}
     with whole_file(folder / "test-00000-of-00001.parquet") as draft:
         datasets.Dataset.from_dict(chosen, features=features).to_parquet(str(draft))
-    write_text(folder / MADE_OF, asked_pictures(benchmark))
+    write_text(folder / MADE_OF, pictures_labels(benchmark))

@@ -12,11 +12,11 @@ from ...modeling.checkpoints import read_config
 from ...names import task_titles
 from ...threat_model import parse_radius
 from ..grid import finished_cells, run_cells, say
-from .asked import asked_evaluation
 from .cells import cells_of
 from .earlier import Earlier, save_rows, tries_told
-from .measured import Reports, check_images, reports_by_seed, reports_here
+from .results import Reports, check_images, reports_by_seed, reports_here
 from .settings import Benchmark, Evaluation, Model, check_known, models_of
+from .single_runs import evaluation_run
 from .tables import check_compared, write_cards, write_tables
 
 
@@ -57,8 +57,8 @@ def check_tables(benchmark: Benchmark) -> None:
     that one lacks.
     """
     whole = replace(benchmark, only=())
-    firsts = [(own, models_of(whole, own)[0]) for own in whole.evaluations if models_of(whole, own)]
-    runs = [asked_evaluation(whole, evaluation, model) for evaluation, model in firsts]
+    rows = [(evaluation, models_of(whole, evaluation)) for evaluation in whole.evaluations]
+    runs = [evaluation_run(whole, evaluation, models[0]) for evaluation, models in rows if models]
     tasks = {title for run in runs for title in task_titles([(task.name, task.dataset) for task in run.tasks])}
     for group, named in benchmark.groups.items():
         if unknown := [task for task in named if task not in tasks] or ([] if named else ["no task"]):
@@ -67,10 +67,12 @@ def check_tables(benchmark: Benchmark) -> None:
         return
     radius = parse_radius(benchmark.tradeoff_radius, "tradeoff_radius")
     for settings in [settings for run in runs for settings in run.evaluations]:
-        own = [threat.eps for threat in settings.threat_models()] if settings.attack.has_radii else []
-        if not any(math.isclose(radius, eps) for eps in own):
-            told = f"is not among the radii of an evaluation: {list(settings.radii)}"
-            raise ValueError(f"tradeoff_radius={benchmark.tradeoff_radius!r} {told}.")
+        radii = [threat.eps for threat in settings.threat_models()] if settings.attack.has_radii else []
+        if not any(math.isclose(radius, eps) for eps in radii):
+            raise ValueError(
+                f"tradeoff_radius={benchmark.tradeoff_radius!r} is not among the radii of an evaluation: "
+                f"{list(settings.radii)}."
+            )
 
 
 def write(benchmark: Benchmark, done: Iterable[str]) -> None:
@@ -80,16 +82,16 @@ def write(benchmark: Benchmark, done: Iterable[str]) -> None:
     """
     done, earlier = set(done), Earlier(benchmark.earlier)
     here = reports_by_seed(benchmark, lambda evaluation, run, number: reports_here(benchmark, evaluation, run, done))
-    own = {report.name for report in here[0]}
+    measured_here = {report.name for report in here[0]}
 
     def anywhere(evaluation: Evaluation, run: Model, number: int) -> Reports:
-        found = reports_here(benchmark, evaluation, run, done)
+        reports = reports_here(benchmark, evaluation, run, done)
         if run.config and benchmark.earlier is not None:  # a row is of one run: trained elsewhere, other weights
-            return found if run.title in own else earlier.reports_of(benchmark, evaluation, run, number)
-        return found or earlier.reports_of(benchmark, evaluation, run, number)
+            return reports if run.title in measured_here else earlier.reports_of(benchmark, evaluation, run, number)
+        return reports or earlier.reports_of(benchmark, evaluation, run, number)
 
     def is_earlier(model: Model) -> bool:
-        return model.title not in own and earlier.has(benchmark, model)
+        return model.title not in measured_here and earlier.has(benchmark, model)
 
     missing: list[str] = []
     runs = reports_by_seed(benchmark, anywhere, missing)

@@ -121,17 +121,19 @@ class Benchmark:
             raise ValueError("partial=true writes tables, which only leaves to other runs; give one of them.")
         if self.earlier is not None and not self.partial:
             raise ValueError(f"earlier={self.earlier!r} is read by partial=true alone; give both, or leave it out.")
-        for asked, told in [("only", self.only), *((f"models of {own.name}", own.models) for own in self.evaluations)]:
-            check_known(asked, told, [model.name for model in self.models])
-        for own in self.evaluations:
-            if own.first_seeds is not None and not 1 <= own.first_seeds <= len(self.seeds):
-                told = f"must be 1 to {len(self.seeds)}, the number of seeds" if self.seeds else "is of no seeds"
-                raise ValueError(f"first_seeds={own.first_seeds} of {own.name} {told}.")
+        rows = [model.name for model in self.models]
+        check_known("only", self.only, rows)
+        for evaluation in self.evaluations:
+            check_known(f"models of {evaluation.name}", evaluation.models, rows)
+            first, seeds = evaluation.first_seeds, len(self.seeds)
+            if first is not None and not 1 <= first <= seeds:
+                mend = f"must be 1 to {seeds}, the number of seeds" if seeds else "is of no seeds"
+                raise ValueError(f"first_seeds={first} of {evaluation.name} {mend}.")
         for model in self.models:
             check_once(f"learning_rates of {model.name}", [str(float(rate)) for rate in model.learning_rates])
         check_once("names of models", [model.name for model in self.models])
         taken = [*(evaluation.name for evaluation in self.evaluations), "tuning", "cards", PICTURES]
-        for name in [own.name for model in self.models if model.config for own in self.runs_of(model)]:
+        for name in [run.name for model in self.models if model.config for run in self.runs_of(model)]:
             if name in taken or Path(name).name != name:
                 raise ValueError(f"models: {name!r} can't be the name of a folder beside {', '.join(taken)}.")
         check_once("titles of models", [model.title for model in self.models])
@@ -174,15 +176,15 @@ class Benchmark:
         return f"{self.owner}/{self.prefix}{model.name.replace('_', '-')}" if model.config else self.start_id
 
 
-def check_known(asked: str, told: Sequence[str], known: Sequence[str]) -> None:
+def check_known(argument: str, names: Sequence[str], known: Sequence[str]) -> None:
     """Raise ValueError for a name that there isn't."""
-    if unknown := [name for name in told if name not in known]:
-        raise ValueError(f"{asked}: there is no model {unknown[0]!r}; the names are {', '.join(known)}.")
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{argument}: there is no model {unknown[0]!r}; the names are {', '.join(known)}.")
 
 
-def check_once(what: str, told: Sequence[str]) -> None:
+def check_once(what: str, texts: Sequence[str]) -> None:
     """Raise ValueError for a text that is there twice."""
-    if twice := [text for text in told if told.count(text) > 1]:
+    if twice := [text for text in texts if texts.count(text) > 1]:
         raise ValueError(f"{what}: {twice[0]!r} is there twice; leave one.")
 
 

@@ -24,7 +24,7 @@ from ...report import (
     save_csv,
     save_reports,
 )
-from .measured import Tries, best_of, with_seeds
+from .results import Tries, best_of, with_seeds
 from .settings import Benchmark
 
 
@@ -43,9 +43,9 @@ def write_tables(benchmark: Benchmark, runs: Sequence[Sequence[RobustnessReport]
         parts.append(f"{as_markdown(figures_of_defences(rows))}\n\n![accuracies](accuracy.png)\n")
     else:
         further = [by_attack(run) for run in runs[1:]]
-        for attack, own in by_attack(runs[0]).items():
+        for attack, first in by_attack(runs[0]).items():
             again = [run[attack] for run in further if attack in run]
-            parts.append(attack_part(benchmark, place, own, again))
+            parts.append(attack_part(benchmark, place, first, again))
     parts += [tuning_part(benchmark, tried)] if tried else []
     (place / "table.md").write_text("\n".join(parts), encoding="utf-8")
 
@@ -58,10 +58,10 @@ def check_compared(benchmark: Benchmark, reports: Sequence[RobustnessReport]) ->
 
 def by_attack(reports: Sequence[RobustnessReport]) -> dict[str, list[RobustnessReport]]:
     """The reports of each attack."""
-    found: dict[str, list[RobustnessReport]] = {}
+    attacks: dict[str, list[RobustnessReport]] = {}
     for report in reports:
-        found.setdefault(report.attack, []).append(report)
-    return found
+        attacks.setdefault(report.attack, []).append(report)
+    return attacks
 
 
 def attack_part(
@@ -89,8 +89,8 @@ def attack_part(
     tables = f"{as_markdown(figures_by_task(reports, further))}\n\n{groups_part(groups, reports, further)}"
     differences = ""
     if benchmark.baseline in {report.name for report in reports}:  # else it is not finished, or not asked for
-        told = differences_told(reports, further, baseline=benchmark.baseline, groups=groups)
-        differences = f"\n### Paired differences to {benchmark.baseline}\n\n{told}\n"
+        table = differences_told(reports, further, baseline=benchmark.baseline, groups=groups)
+        differences = f"\n### Paired differences to {benchmark.baseline}\n\n{table}\n"
     return f"## {attack}\n\n{about}.\n\n{tables}{plots}{differences}"
 
 
@@ -112,8 +112,8 @@ def tuning_part(benchmark: Benchmark, tried: Mapping[str, Tries]) -> str:
     rates = sorted({rate for tries in tried.values() for rate in tries}, key=float)
     lines = ["| | " + " | ".join(rates) + " | chosen |", "|---|" + "---|" * (len(rates) + 1)]
     for title, tries in tried.items():
-        told = {rate: f"{100 * clean:.1f} / {100 * robust:.1f}" for rate, (clean, robust) in tries.items()}
-        cells = " | ".join(told.get(rate, "-") for rate in rates)
+        figures = {rate: f"{100 * clean:.1f} / {100 * robust:.1f}" for rate, (clean, robust) in tries.items()}
+        cells = " | ".join(figures.get(rate, "-") for rate in rates)
         lines.append(f"| {title} | {cells} | {best_of(tries)} |")
     after = "" if benchmark.tuning_steps is None else f" after {benchmark.tuning_steps} updates"
     about = (
@@ -127,8 +127,8 @@ def tuning_part(benchmark: Benchmark, tried: Mapping[str, Tries]) -> str:
 def write_cards(benchmark: Benchmark, reports: Sequence[RobustnessReport], before: Sequence[RobustnessReport]) -> None:
     """A folder for each model that was trained here; `reports` are those of the first seed, `before` of the start."""
     for model in benchmark.models:
-        own = [replace(report, model=benchmark.id_of(model)) for report in reports if report.name == model.title]
-        if not model.config or not own:
+        after = [replace(report, model=benchmark.id_of(model)) for report in reports if report.name == model.title]
+        if not model.config or not after:
             continue
         folder, trained = benchmark.cards / benchmark.id_of(model), benchmark.out / benchmark.runs_of(model)[0].name
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,8 +143,8 @@ def write_cards(benchmark: Benchmark, reports: Sequence[RobustnessReport], befor
             load_card_info(trained / "report.json"), repo_id=benchmark.id_of(model),
             base_model=benchmark.start_id, limits=limits, plot=None, license="apache-2.0",
         )  # fmt: skip
-        save_reports(folder / "report.json", own, before, card=info)
+        save_reports(folder / "report.json", after, before, card=info)
         recipe = yaml.safe_load((trained / "recipe.yaml").read_text(encoding="utf-8"))
         recipe["output_dir"] = f"out/{benchmark.name}/{trained.name}"  # wherever it was trained
         (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-        make_card(own, before, info).save(folder / "README.md")
+        make_card(after, before, info).save(folder / "README.md")

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...report import RobustnessReport, load_reports
-from .asked import rate_folder
 from .settings import PICTURES, Benchmark, Evaluation, Model, models_of
+from .single_runs import rate_folder
 
 Reports = list[RobustnessReport]
 Tries = Mapping[str, tuple[float, float]]  # clean and robust accuracy on held-out images, by learning rate
@@ -23,12 +23,12 @@ def reports_by_seed(
         lacking, rows = [], models_of(benchmark, evaluation)
         for model in rows:
             seeded = benchmark.runs_of(model)[: evaluation.first_seeds]
-            found = [reports_of_run(evaluation, run, number) for number, run in enumerate(seeded)]
-            if not all(found):
+            by_seed = [reports_of_run(evaluation, run, number) for number, run in enumerate(seeded)]
+            if not all(by_seed):
                 lacking.append(model.title)
                 continue
-            for reports, own in zip(runs, found, strict=False):
-                reports += own
+            for of_seed, reports in zip(runs, by_seed, strict=False):
+                of_seed += reports
         if lacking and missing is not None:
             missing.append(f"{evaluation.name}: {'all rows' if len(lacking) == len(rows) else ', '.join(lacking)}")
     return runs
@@ -44,7 +44,7 @@ def reports_of(benchmark: Benchmark, evaluation: Evaluation, model: Model) -> li
     title = f"{evaluation.title} on {model.title}" if evaluation.title else model.title
     reports, _ = load_reports(benchmark.out / evaluation.name / model.name / "report.json")
     reports = [replace(report, name=title, model=benchmark.id_of(model)) for report in reports]
-    return [replace(own, dataset=PICTURES) if Path(own.dataset).name == PICTURES else own for own in reports]
+    return [replace(one, dataset=PICTURES) if Path(one.dataset).name == PICTURES else one for one in reports]
 
 
 def tries_of(benchmark: Benchmark, model: Model) -> Tries:
@@ -76,8 +76,8 @@ def with_seeds(benchmark: Benchmark, runs: Sequence[Sequence[RobustnessReport]])
     """The reports of all seeds, which their names tell, but for what isn't trained here."""
     titles = [seeded_titles(benchmark, number) for number in range(len(runs))]
     return [
-        replace(report, name=own.get(report.name, report.name))
-        for own, run in zip(titles, runs, strict=True)
+        replace(report, name=seeded.get(report.name, report.name))
+        for seeded, run in zip(titles, runs, strict=True)
         for report in run
     ]
 
@@ -86,9 +86,9 @@ def check_images(reports: Sequence[RobustnessReport]) -> None:
     """Raise ValueError where as many images of a task are others in one report than in another under the same attack:
     a dataset was changed between two cells, or another run had another copy.
     """
-    known: dict[tuple[str, str, int], RobustnessReport] = {}
+    firsts: dict[tuple[str, str, int], RobustnessReport] = {}
     for report in reports:
-        first = known.setdefault((report.task, report.attack, report.num_images), report)
+        first = firsts.setdefault((report.task, report.attack, report.num_images), report)
         if first.outcomes and report.outcomes and first.outcomes.images != report.outcomes.images:
             raise ValueError(
                 f"{report.task} has other images in the report of {report.name} than in that of {first.name}: its "

@@ -26,24 +26,23 @@ def words(flags: Mapping[str, Any]) -> list[str]:
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in flags.items()]
 
 
-def asked_training(benchmark: Benchmark, model: Model, folder: Path, flags: Mapping[str, Any]) -> train.TrainingRun:
+def training_run(benchmark: Benchmark, model: Model, folder: Path, flags: Mapping[str, Any]) -> train.TrainingRun:
     """A row's training, with flags that go before its own."""
-    own = {"model_name_or_path": benchmark.start, "output_dir": str(folder), "overwrite": True}
-    asked = {**own, **benchmark.flags, **model.flags, **flags}
-    return train.read(words(asked), packaged_config(str(model.config)))
+    places = {"model_name_or_path": benchmark.start, "output_dir": str(folder), "overwrite": True}
+    return train.read(words({**places, **benchmark.flags, **model.flags, **flags}), packaged_config(str(model.config)))
 
 
-def asked_evaluation(benchmark: Benchmark, evaluation: Evaluation, model: Model) -> evaluate.EvaluationRun:
+def evaluation_run(benchmark: Benchmark, evaluation: Evaluation, model: Model) -> evaluate.EvaluationRun:
     """An evaluation of one checkpoint, which goes on where it was left."""
     folder = benchmark.out / evaluation.name / model.name
     config = packaged_config(evaluation.config)
-    own = {"model_name_or_path": benchmark.folder_of(model), "output_dir": str(folder), "resume": True}
-    asked = {**own, **evaluation.flags}
-    tasks = asked.get("tasks", yaml.safe_load(config.read_text(encoding="utf-8")).get("tasks", []))
+    places = {"model_name_or_path": benchmark.folder_of(model), "output_dir": str(folder), "resume": True}
+    flags = {**places, **evaluation.flags}
+    tasks = flags.get("tasks", yaml.safe_load(config.read_text(encoding="utf-8")).get("tasks", []))
     if benchmark.pictures and any(Path(task["dataset"]).name == PICTURES for task in tasks):  # those of this run
         made = str(benchmark.out / PICTURES)
-        asked["tasks"] = [{**t, "dataset": made} if Path(t["dataset"]).name == PICTURES else t for t in tasks]
-    return evaluate.read(words(asked), config)
+        flags["tasks"] = [{**t, "dataset": made} if Path(t["dataset"]).name == PICTURES else t for t in tasks]
+    return evaluate.read(words(flags), config)
 
 
 def rate_folder(benchmark: Benchmark, model: Model, rate: str) -> Path:
@@ -51,37 +50,41 @@ def rate_folder(benchmark: Benchmark, model: Model, rate: str) -> Path:
     return benchmark.out / "tuning" / f"{model.name}-{rate}"
 
 
-def asked_pictures(benchmark: Benchmark) -> str:
+def pictures_labels(benchmark: Benchmark) -> str:
     """The labels of the set of pictures."""
     return json.dumps({name: list(labels) for name, labels in benchmark.pictures.items()})
 
 
-def trained_by(benchmark: Benchmark, model: Model) -> str:
+def training_digest(benchmark: Benchmark, model: Model) -> str:
     """A digest of what a row is made of: the weights that it starts from, the settings of its training, the learning
     rates that were tried, and the package's version.
     """
-    row = next(own for own in benchmark.models if own.title == model.title)
-    source = asked_training(benchmark, row, benchmark.out / row.name, {}).source if row.config else {}
-    told = told_of(dump_recipe(source)), [str(rate) for rate in row.learning_rates], benchmark.tuning_steps
+    row = next(row for row in benchmark.models if row.title == model.title)  # `model` may be of a seed
+    source = training_run(benchmark, row, benchmark.out / row.name, {}).source if row.config else {}
+    settings = decisive_settings(dump_recipe(source))
+    rates = [str(rate) for rate in row.learning_rates]
     start = benchmark.start if row.config else benchmark.folder_of(row)
-    return digest(f"{weights_digest(start)} {json.dumps(told, sort_keys=True)}".encode())
+    text = json.dumps((settings, rates, benchmark.tuning_steps), sort_keys=True)
+    return digest(f"{weights_digest(start)} {text}".encode())
 
 
-def evaluated_by(benchmark: Benchmark, evaluation: Evaluation, model: Model) -> str:
+def evaluation_digest(benchmark: Benchmark, evaluation: Evaluation, model: Model) -> str:
     """A digest of the settings of an evaluation, and of the set of pictures by its labels."""
-    told = told_of(dump_recipe(asked_evaluation(benchmark, evaluation, model).source))
-    text = json.dumps(told, sort_keys=True).replace(json.dumps(str(benchmark.out / PICTURES)), json.dumps(PICTURES))
-    return digest(f"{text} {asked_pictures(benchmark)}".encode())
+    settings = decisive_settings(dump_recipe(evaluation_run(benchmark, evaluation, model).source))
+    made_here, anywhere = json.dumps(str(benchmark.out / PICTURES)), json.dumps(PICTURES)
+    text = json.dumps(settings, sort_keys=True).replace(made_here, anywhere)
+    return digest(f"{text} {pictures_labels(benchmark)}".encode())
 
 
-def told_of(recipe: str) -> dict[str, Any]:
+def decisive_settings(recipe: str) -> dict[str, Any]:
     """The settings of a run that its figures depend on: not places, nor, but for a defence, which may put images
     together, how many are attacked at once.
     """
-    told = {key: value for key, value in yaml.safe_load(recipe).items() if key not in PLACES}
-    if "evaluation" in told and "defence" not in told:
-        told["evaluation"] = {key: value for key, value in told["evaluation"].items() if key != "batch_size"}
-    return told
+    settings = {key: value for key, value in yaml.safe_load(recipe).items() if key not in PLACES}
+    if "evaluation" in settings and "defence" not in settings:
+        attack = settings["evaluation"].items()
+        settings["evaluation"] = {key: value for key, value in attack if key != "batch_size"}
+    return settings
 
 
 def weights_digest(name: str) -> str:
@@ -90,8 +93,8 @@ def weights_digest(name: str) -> str:
     """
     files = sorted(Path(name).iterdir()) if Path(name).is_dir() else []
     kept = [file for file in files if file.suffix in WEIGHTS and file.name != "report.json"]
-    told = [f"{file.name} {digest_of(file, file.stat().st_size, file.stat().st_mtime_ns)}" for file in kept]
-    return digest("\n".join([library_versions()["hf_robust_clip"], *(told or [name])]).encode())
+    digests = [f"{file.name} {digest_of(file, file.stat().st_size, file.stat().st_mtime_ns)}" for file in kept]
+    return digest("\n".join([library_versions()["hf_robust_clip"], *(digests or [name])]).encode())
 
 
 @lru_cache(maxsize=4096)
