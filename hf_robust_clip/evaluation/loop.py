@@ -7,55 +7,38 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from ..attacks.suites import Member, find_adversarial, is_optimising, is_randomised, plain_victim, run_member
-from ..checks import BLIND_ABOVE, Blindness, check_logits, checked_labels
+from ..attacks.suites import find_adversarial, is_optimising, is_randomised, plain_victim, run_member
+from ..checks import Blindness, check_logits, checked_labels
 from ..defences.base import Defence, Traits
 from ..defences.undefended import Undefended
-from ..environment import hardware, library_versions, tell_float32
-from ..metrics import right_throughout
-from ..modeling import ZeroShotClassifier, descriptions_digest, without_gradients
+from ..environment import tell_float32
+from ..modeling import ZeroShotClassifier, without_gradients
 from ..names import check_shown
 from ..prediction import Prediction
 from ..processes import Processes, everyone, together
-from ..report import RobustnessReport, accuracies, blind_warning, choose_examples, percent, prompt_hash
-from ..report.outcomes import Outcomes, make_outcomes
+from ..report import RobustnessReport, blind_warning, choose_examples
 from ..secrets import refuse_tokens
-from ..threat_model import ThreatModel
-from ..zero_shot_data.fingerprint import dataset_digest, pictures_digest
 from ..zero_shot_data.loading import ImageDataset, collate_images
-from .adversarial import AdversarialLog, Kept, SaveAdversarial, check_saving, save_adversarial
-from .attack_views import AttackView, Scene
+from .adversarial import AdversarialLog, SaveAdversarial, check_saving
+from .attack_views import Scene
 from .controls import controls_of
-from .detection import Alarm, alarms_of, detection
+from .detection import Alarm, alarms_of
 from .gradients import blind_views
-from .settings import EvaluationSettings
+from .settings import EvaluationSettings, Stage
 from .state import Found, State, fingerprint_of
+from .summary import Summary
 
 logger = logging.getLogger(__name__)
 REMARKED = 16  # images by which a defence says what must be said of it
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One attack at one radius, and what it sees."""
-
-    threat_model: ThreatModel
-    member: Member
-    view: AttackView
-
-    def __str__(self) -> str:
-        return f"{self.member.name} at {self.threat_model}"
 
 
 def evaluate_robustness(
@@ -144,10 +127,11 @@ def evaluate_robustness(
         raise ValueError(f"there is one class, {model.class_names[0]!r}: nothing can go wrong; set_classes more.")
     with model.prepared_for(dataset), without_gradients(model), model.fixed_class_embeds():
         evaluation = _Evaluation(model, dataset, settings, defence, processes, state_dir, progress, save)
-        found = evaluation.run()
-        report = evaluation.report(found, name, task, model_id)
+        summary = evaluation.summary(evaluation.run())
+        report = summary.report(name, task, model_id)
         if save is not None:
-            together(lambda: evaluation.save(found, report), processes)
+            first, folder = evaluation.rank == 0, evaluation.state.folder
+            together(lambda: summary.save_pictures(save, folder, report) if first else None, processes)
     warning = blind_warning([report])
     if warning is not None and evaluation.rank == 0:
         logger.warning("%s", warning)
@@ -227,8 +211,7 @@ class _Evaluation:
         self.in_order = not defence.traits.episodic or defence.traits.couples_images
         if self.world > 1 and self.in_order:
             raise ValueError(f"{defence.name} meets images in one order: use 1, not {self.world} processes.")
-        plan = settings.plan(len(model.class_names))
-        self.stages = [Stage(threat, member, view) for threat in settings.threat_models() for view, member in plan]
+        self.stages = settings.stages(len(model.class_names))
         self.texts = model.class_token_ids
         self.show = progress and self.rank == 0
         self.flags: dict[str, bool] = {}
@@ -268,6 +251,23 @@ class _Evaluation:
         finally:
             self.state.close()
         return self.state.gathered()
+
+    def summary(self, found: Found) -> Summary:
+        """What a report is made of; every process must ask for it."""
+        everywhere = everyone(self.flags, self.processes)
+        return Summary(
+            model=self.model,
+            dataset=self.dataset,
+            settings=self.settings,
+            defence=self.defence,
+            stages=self.stages,
+            found=found,
+            controls=list(self.controls),
+            flags={flag: any(each[flag] for each in everywhere) for flag in self.flags},
+            remarks=everyone(self.remarks, self.processes)[0],
+            tuned=self.tuned,
+            saved_as=None if self.saving is None else self.saving.pixels,
+        )
 
     def check_model(self, own: range) -> None:
         """Look for random numbers and for optimisation inside the classifier, on a few images; the defence must take
@@ -461,133 +461,6 @@ class _Evaluation:
             victim = stage.view.victim(self.scene, images_BCHW[rows])
             found.append(find_adversarial(stage.member, victim, images_BCHW[rows], labels_B[rows], stage.threat_model))
         return torch.cat(found)
-
-    def report(self, found: Found, name: str, task: str, model_id: str) -> RobustnessReport:
-        """What all processes found together."""
-        model, settings, stages = self.model, self.settings, self.stages
-        everywhere = everyone(self.flags, self.processes)
-        flags = {key: any(each[key] for each in everywhere) for key in self.flags}
-        share, descriptions = found.accuracies(0, len(stages)), descriptions_digest(model.descriptions)
-        after_each: dict[float, dict[str, float]] = {}
-        for stage, value in zip(stages, share[1:], strict=True):
-            after_each.setdefault(stage.threat_model.eps, {})[stage.member.name] = value
-        return RobustnessReport(
-            name=name,
-            task=task,
-            model=model_id,
-            model_revision=getattr(model.config, "_commit_hash", None) or "local",
-            dataset=self.dataset.dataset_id,
-            dataset_revision=self.dataset.revision,
-            split=self.dataset.split,
-            num_images=len(found.levels),
-            class_names=tuple(model.class_names),
-            prompt_hash=prompt_hash(model.class_names, model.templates, descriptions),
-            attack=settings.attack.name(len(model.class_names)),
-            attack_parameters=settings.attack_parameters(
-                len(model.class_names), to_the_end=self.defence.traits.couples_images
-            ),
-            view=settings.seen,
-            attack_resolution=model.input_size,
-            norm=settings.norm,
-            model_flags=flags,
-            zero_gradient_share=found.blindness(found.gradients),
-            seed=settings.seed,
-            precision=settings.precision_with(model),
-            library_versions=library_versions(),
-            hardware=hardware(),
-            measurements=(
-                *accuracies(share[0], after_each, self.per_class(found), self.controls_found(found)),
-                *detection(found.alarms, [(stage.threat_model.eps, stage.member.name) for stage in stages]),
-                *(() if self.saving is None else self.all_kept(found).measurements()),
-            ),
-            defence=self.about_defence(found) if self.defence.defends else None,
-            templates=tuple(model.templates),
-            descriptions=descriptions,
-            standard_attack=settings.attack.is_standard,
-            outcomes=self.outcomes(found),
-        )
-
-    def outcomes(self, found: Found) -> Outcomes | None:
-        """On which images the defence was right, clean and up to each radius; None where not all were judged."""
-        if sorted(found.levels) != list(range(len(self.dataset))):
-            return None
-        right_NS = right_throughout(found.right(0, len(self.stages)))[np.argsort(list(found.levels))]
-        last = {0.0: 0} | {stage.threat_model.eps: number for number, stage in enumerate(self.stages, start=1)}
-        return make_outcomes(pictures_digest(self.dataset), {eps: right_NS[:, stage] for eps, stage in last.items()})
-
-    def all_kept(self, found: Found) -> Kept:
-        """What all processes kept of adversarial pictures."""
-        assert self.saving is not None
-        stages = [(stage.threat_model, stage.member.name, stage.view.name) for stage in self.stages]
-        labels, withstood = ({index: row[i] for index, row in found.levels.items()} for i in (0, 1))
-        return Kept(withstood, labels, found.saved, stages, self.saving.pixels)
-
-    def save(self, found: Found, report: RobustnessReport) -> None:
-        """Write the adversarial pictures of all processes, on the first of them."""
-        if self.rank == 0 and self.saving is not None:
-            adapted = any(isinstance(module, BaseTunerLayer) for module in self.model.modules())
-            plain = self.model.config.model_type == "clip" and not adapted and not self.defence.defends
-            normalisation = self.model.normalisation if plain else None
-            save_adversarial(
-                self.saving, self.all_kept(found), self.state.folder, report, self.dataset, normalisation=normalisation
-            )
-
-    def per_class(self, found: Found) -> dict[str, tuple[int, int, int]]:
-        """By class name: images, and how many of them the defence got right when clean and at the end."""
-        labels = torch.tensor([row[0] for row in found.levels.values()])
-        right_NS = torch.from_numpy(found.right(0, len(self.stages)))
-        clean_N, end_N = right_NS[:, 0], right_NS.all(dim=1)
-        own = {class_name: labels == index for index, class_name in enumerate(self.model.class_names)}
-        return {
-            class_name: (int(rows.sum()), int((rows & clean_N).sum()), int((rows & end_N).sum()))
-            for class_name, rows in own.items()
-        }
-
-    def controls_found(self, found: Found) -> dict[str, dict[float, float]]:
-        """By control its accuracy at each radius, 0 for clean; the last attack at a radius counts."""
-        radii = [0.0, *(stage.threat_model.eps for stage in self.stages)]
-        return {
-            name: dict(zip(radii, found.accuracies(judge, len(self.stages)), strict=True))
-            for judge, name in enumerate(self.controls, start=1)
-        }
-
-    def about_defence(self, found: Found) -> dict[str, Any]:
-        """What the report says of the defence."""
-        remarks = (*everyone(self.remarks, self.processes)[0], *self.blind_attacks(found))
-        return {
-            **({"remarks": list(remarks)} if remarks else {}),
-            "name": self.defence.name,
-            "parameters": self.defence.parameters(),
-            "traits": asdict(self.defence.traits),
-            "tuned": self.tuned,
-            "fallbacks": found.fallbacks,
-            "ms_per_image": 1000 * found.seconds / len(found.levels),
-            **({} if self.defence.traits.episodic else {"stream": self.about_stream(found)}),
-        }
-
-    def blind_attacks(self, found: Found) -> tuple[str, ...]:
-        """Which of several attacks got too many gradients of zero: in the share of all of them it would drown."""
-        stages: dict[str, list[int]] = {}
-        for number, stage in enumerate(self.stages, start=1):
-            stages.setdefault(stage.member.name, []).append(number)
-        shares = {name: found.blindness(own) for name, own in stages.items() if len(stages) > 1}
-        blind = [f"{name} {percent(share)}" for name, share in shares.items() if share > BLIND_ABOVE]
-        told = "attacks that were (partly) blind, with the share of their gradients that was exactly zero"
-        return (f"{told}: {', '.join(blind)}",) if blind else ()
-
-    def about_stream(self, found: Found) -> dict[str, Any]:
-        """In which order the images came, and how often their class changed: sorted by class they make another stream
-        than shuffled.
-        """
-        labels = [found.levels[index][0] for index in sorted(found.levels)]
-        changes = sum(one != other for one, other in itertools.pairwise(labels))
-        if 1 < len(set(labels)) == changes + 1 < len(labels):
-            logger.warning("the stream has the images class by class; of shuffled ones the figures may be others.")
-        return {
-            "order": "of the dataset",
-            "images_in_order": dataset_digest(self.dataset, every=True),
-            "class_changes": changes,
-        }
 
 
 def _parts(count: int, one_by_one: bool) -> list[slice]:

@@ -22,6 +22,18 @@ MANY_CLASSES = 1000  # for so many no suite leaves an attack out
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One attack at one radius, and what it sees."""
+
+    threat_model: ThreatModel
+    member: Member
+    view: AttackView
+
+    def __str__(self) -> str:
+        return f"{self.member.name} at {self.threat_model}"
+
+
+@dataclass(frozen=True)
 class EvaluationSettings:
     """How hard to attack.
 
@@ -116,6 +128,11 @@ class EvaluationSettings:
             view = member.view or (self.view.asked if member.by_queries else self.view)
             found.append((view, replace(member, view=view)))
         return found
+
+    def stages(self, num_classes: int) -> list[Stage]:
+        """Every attack of the plan at each radius, from the smallest radius on."""
+        plan = self.plan(num_classes)
+        return [Stage(threat, member, view) for threat in self.threat_models() for view, member in plan]
 
     def attack_parameters(self, num_classes: int, *, to_the_end: bool = False) -> dict[str, Any]:
         """The suite's, with what the view makes of them, in JSON types.
