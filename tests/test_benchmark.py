@@ -272,6 +272,12 @@ def test_what_another_run_has_trained_otherwise_is_left_out(monkeypatch):
         assert earlier.reports_of(changed, evaluation, changed.models[1], 1) == []
         assert tries_told(changed, changed.models[1], [], earlier) == {}
     assert tries_told(own, model, [], earlier) == {"1e-4": (1.0, 0.5)}
+    for rates, same in ((model.learning_rates, True), ([], False)):  # another stands in the place of the config's own
+        two = [
+            replace(model, learning_rates=rates, flags={**model.flags, "learning_rate": r}) for r in ("1e-3", "1e-2")
+        ]
+        digests = {training_digest(replace(own, models=[own.models[0], row]), row) for row in two}
+        assert (len(digests) == 1) == same
     monkeypatch.setattr(
         "hf_robust_clip.runs.benchmark.single_runs.library_versions", lambda: {"hf_robust_clip": "0.0.1"}
     )
@@ -287,11 +293,13 @@ def test_committed_tables_are_of_the_configs_as_they_are(monkeypatch):
         "hf_robust_clip.runs.benchmark.single_runs.library_versions", lambda: earlier.reports[0].library_versions
     )
     titles = {report.name.split(", seed")[0] for report in earlier.reports}
-    (pgd,) = [evaluation for evaluation in own.evaluations if evaluation.name == "pgd"]
-    rows = [model for model in models_of(own, pgd) if model.title in titles]
-    assert len(rows) >= 8
-    for model in rows:
-        assert all(earlier.reports_of(own, pgd, run, number) for number, run in enumerate(own.runs_of(model))), model
+    left = {title for title in titles if title != own.start_title}
+    for pgd in [evaluation for evaluation in own.evaluations if evaluation.name in ("pgd", "prompts_pgd")]:
+        for model in [model for model in models_of(own, pgd) if model.title in titles]:
+            by_seed = [earlier.reports_of(own, pgd, run, number) for number, run in enumerate(own.runs_of(model))]
+            assert all(by_seed), model
+            left -= {model.title}
+    assert len(titles) >= 8 and not left
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', '{"a": {"trained": "", "evaluated": {}}}',

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from pandas import DataFrame
 
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", "#7A4FBF")
+_FIRST, _COLOURS = "#000000", ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", "#7A4FBF")
 FRONT = "no model is better in both"
 _MARKERS, _DASHES = "osD^vP>X", ("-", "--", "-.", ":")
 
@@ -312,11 +312,11 @@ def write_figure(figure: Figure, path: str | Path) -> None:
 
 
 def _styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dash by label; told apart in grey by the marker."""
+    """Colour, marker and dash by label: black is the first alone, and no two of 56 have one colour and one marker."""
     return {
         label: {
-            "color": _COLOURS[i % len(_COLOURS)],
-            "marker": _MARKERS[(i + i // len(_MARKERS)) % len(_MARKERS)],
+            "color": _COLOURS[(i - 1) % len(_COLOURS)] if i else _FIRST,
+            "marker": _MARKERS[i % len(_MARKERS)],
             "linestyle": _DASHES[i % len(_DASHES)],
         }
         for i, label in enumerate(dict.fromkeys(labels))

@@ -297,3 +297,14 @@ def test_a_model_has_the_colour_that_it_has_in_another_plot(tmp_path, monkeypatc
         plot_tradeoff(tmp_path / "a.png", some, "4/255", names=["a", "b", "c"])
     first, second = ({c.get_label(): c[0].get_color() for c in figure.axes[0].containers} for figure in figures)
     assert second == {"c": first["c"]} and len(set(first.values())) == 3
+
+
+def test_many_models_are_told_apart(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    reports = [make_report(name=f"model {i}", robust_accuracy={4 / 255: 0.25}) for i in range(21)]
+    plot_tradeoff(tmp_path / "a.png", reports, "4/255")
+    lines = [container[0] for container in figures[0].axes[0].containers]
+    assert len(lines) == len({(line.get_color(), line.get_marker()) for line in lines}) == 21
+    assert [line.get_color() for line in lines].count(lines[0].get_color()) == 1, (
+        "the first is what the others are beside"
+    )

@@ -57,14 +57,14 @@ def pictures_labels(benchmark: Benchmark) -> str:
 
 def training_digest(benchmark: Benchmark, model: Model) -> str:
     """A digest of what a row is made of: the weights that it starts from, the settings of its training, the learning
-    rates that were tried, and the package's version.
+    rates that were tried in place of the config's own, and the package's version.
     """
     row = next(row for row in benchmark.models if row.title == model.title)  # `model` may be of a seed
-    source = training_run(benchmark, row, benchmark.out / row.name, {}).source if row.config else {}
-    settings = decisive_settings(dump_recipe(source))
     rates = [str(rate) for rate in row.learning_rates]
+    flags = {"learning_rate": rates[0]} if rates else {}
+    source = training_run(benchmark, row, benchmark.out / row.name, flags).source if row.config else {}
     start = benchmark.start if row.config else benchmark.folder_of(row)
-    text = json.dumps((settings, rates, benchmark.tuning_steps), sort_keys=True)
+    text = json.dumps((decisive_settings(dump_recipe(source)), rates, benchmark.tuning_steps), sort_keys=True)
     return digest(f"{weights_digest(start)} {text}".encode())
 
 
