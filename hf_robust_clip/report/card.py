@@ -248,7 +248,7 @@ def make_card(reports: Sequence[RobustnessReport], before: Sequence[RobustnessRe
                 for text in r.templates or ()
             )
         ),
-        attacks=[_attack_table(own) for own in _by_attack([*before, *reports])],
+        attacks=_attack_tables([*before, *reports]),
         defences=defences,
         defended=defended,
         flags=[
@@ -407,8 +407,29 @@ def _parameters(report: RobustnessReport) -> dict[str, Any]:
     return {name: value for name, value in report.attack_parameters.items() if name != "left_out"}
 
 
-def _attack_table(reports: Sequence[RobustnessReport]) -> dict[str, Any]:
-    """What the template says of one attack."""
+def _attack_tables(reports: Sequence[RobustnessReport]) -> list[dict[str, Any]]:
+    """What the template says of each attack; those of one name are told apart by the parameters they differ in."""
+    found, tables = _by_attack(reports), []
+    for own in found:
+        used = _kind(own[0])
+        others = [_kind(other[0]) for other in found if other[0].full_attack == own[0].full_attack]
+        differing = {key: value for key, value in used.items() if any(other.get(key) != value for other in others)}
+        tables.append(_attack_table(own, ", ".join(filter(None, [own[0].full_attack, _told(differing)]))))
+    return tables
+
+
+def _kind(report: RobustnessReport) -> dict[str, Any]:
+    """What an attack of one name may differ in from another."""
+    return {"norm": "L-inf" if report.norm == "linf" else "L2", **_parameters(report)}
+
+
+def _told(parameters: dict[str, Any]) -> str:
+    """Parameters of an attack or a defence, by name."""
+    return ", ".join(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in parameters.items())
+
+
+def _attack_table(reports: Sequence[RobustnessReport], name: str) -> dict[str, Any]:
+    """What the template says of one attack, by what name."""
     first = reports[0]
     rows = frame(reports)
     after = rows[rows["member"].notna()]
@@ -419,10 +440,10 @@ def _attack_table(reports: Sequence[RobustnessReport]) -> dict[str, Any]:
             tasks += [] if report.task in tasks else [report.task]
     columns, figures = _figures(reports)
     return {
-        "name": first.full_attack,
+        "name": name,
         "target": first.view.name,
         "target_text": first.view.text,
-        "parameters": ", ".join(f"{name.replace('_', ' ')} {_plain(v)}" for name, v in _parameters(first).items()),
+        "parameters": _told(_parameters(first)),
         "left_out": [f"{what} on {', '.join(tasks)}" for what, tasks in left_out.items()],
         "columns": columns,
         "rows": [
@@ -496,7 +517,7 @@ def _defence_table(reports: Sequence[RobustnessReport]) -> dict[str, Any]:
         "name": f"{first['name']} on {reports[0].name}, {reports[0].task}",
         "kind": " and ".join(kind) or "neither randomised nor optimising",
         "tuned": f"{first.get('tuned', 0):,}",
-        "parameters": ", ".join(f"{name.replace('_', ' ')} {_plain(v)}" for name, v in first["parameters"].items()),
+        "parameters": _told(first["parameters"]),
         "columns": columns,
         "rows": rows,
         "fallbacks": max(report.defence["fallbacks"] for report in reports),  # type: ignore[index]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _FIRST, _COLOURS = "#000000", ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", "#7A4FBF")
 FRONT = "no model is better in both"
+MOST_BANDS = 12
 _MARKERS, _DASHES = "osD^vP>X", ("-", "--", "-.", ":")
 
 
@@ -49,7 +50,7 @@ def plain_text() -> Iterator[None]:
 @plain_text()
 def plot_accuracy(path: str | Path, reports: Sequence[RobustnessReport]) -> None:
     """Write a PNG of accuracy against eps: a panel for each task (and attack, if they differ), a line for each model,
-    95 % bands.
+    95 % bands, unless more than `MOST_BANDS` models would lie under each other's.
 
     A model has one colour, marker and dash in all panels. Raises ValueError for no reports, several norms, and a model
     twice in a panel.
@@ -57,6 +58,7 @@ def plot_accuracy(path: str | Path, reports: Sequence[RobustnessReport]) -> None
     reports = [replace(report, name=titled(report)) for report in reports]
     rows, norm = _panel_rows(reports)
     styles = _styles(report.name for report in reports)
+    banded = len(styles) <= MOST_BANDS
     attacks = list(dict.fromkeys(rows["full_attack"]))
     panels = [(key, own) for key, own in rows.groupby(["task", "full_attack"], sort=False)]
     titles = [task if len(attacks) == 1 else f"{task}, {attack}" for (task, attack), _ in panels]
@@ -66,7 +68,8 @@ def plot_accuracy(path: str | Path, reports: Sequence[RobustnessReport]) -> None
             points = line.sort_values("eps")
             radii, style = points["eps"] * (255 if norm == "linf" else 1), styles[name]
             axis.plot(radii, points["value"], markersize=4, label=name, **style)
-            axis.fill_between(radii, points["low"], points["high"], color=style["color"], alpha=0.12, linewidth=0)
+            if banded:
+                axis.fill_between(radii, points["low"], points["high"], color=style["color"], alpha=0.12, linewidth=0)
         sizes = sorted(set(panel["n"]))
         axis.set_title(
             f"{axis.get_title()}\nn = {' to '.join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))}", fontsize=10

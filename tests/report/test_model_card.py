@@ -211,13 +211,16 @@ def test_without_autoattack_the_card_says_what_is_missing():
 
 
 def test_other_parameters_targets_and_norms_make_other_tables():
-    slow = make_report(attack_parameters={"num_steps": 20, "step_size": 0.003})
+    slow = make_report(attack_parameters={**OWN[0].attack_parameters, "step_size": 0.003})
     flags = {"randomised": True, "optimising": False}
     through = make_report(attack_target="adaptive", model_flags=flags, defence=make_defence())
     card = make_card([OWN[0], slow, through, make_report(norm="l2", robust_accuracy={0.5: 0.5}), slow], [], INFO)
     text = card.text + "\n"
     assert re.findall(r"^### (.*)", text, re.MULTILINE) == [
-        *("PGD-20", "PGD-20", "PGD-20 (adaptive)", "PGD-20"),
+        "PGD-20, norm L-inf, step size 0.1 / 0.2",
+        "PGD-20, norm L-inf, step size 0.003",
+        "PGD-20 (adaptive)",
+        "PGD-20, norm L2, step size 0.1 / 0.2",
         "tapt on TeCoA, trained classes",
     ]
     assert [len(table) for table in tables(text)[1:]] == [2, 3, 2, 2, 5]
@@ -225,6 +228,14 @@ def test_other_parameters_targets_and_norms_make_other_tables():
     assert f"Attack: {KNOWN_VIEWS['adaptive'].text} (`attack_target: adaptive`)" in text
     assert "before the attack: randomised **yes**, optimising no." in text
     assert len(card.data.eval_results) == len({row.unique_identifier for row in card.data.eval_results}) == 9
+
+
+def test_attacks_of_one_name_are_told_apart_by_what_they_differ_in():
+    fewer = [auto_attack(task=f"of {n}", attack_parameters={"version": "standard", "num_targets": n}) for n in (9, 6)]
+    text = make_card([*OWN, *fewer], BEFORE, INFO).text
+    assert re.findall(r"^### (.*)", text, re.MULTILINE) == [
+        *("PGD-20", "AutoAttack, num targets 9", "AutoAttack, num targets 6")
+    ]
 
 
 def test_a_defence_stands_beside_its_controls_and_the_attack_through_it():

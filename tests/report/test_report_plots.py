@@ -8,7 +8,7 @@ from reports import defence_rows, make_report
 
 from hf_robust_clip.metrics import wilson_interval
 from hf_robust_clip.report import plot, plot_accuracy, plot_defences, plot_examples, plot_tradeoff, table
-from hf_robust_clip.report.plots import FRONT, _hull, choose_examples
+from hf_robust_clip.report.plots import FRONT, MOST_BANDS, _hull, choose_examples
 
 
 @pytest.mark.parametrize("norms", [(), ("l2", "linf")])
@@ -308,3 +308,10 @@ def test_many_models_are_told_apart(tmp_path, monkeypatch):
     assert [line.get_color() for line in lines].count(lines[0].get_color()) == 1, (
         "the first is what the others are beside"
     )
+
+
+@pytest.mark.parametrize(("count", "bands"), [(MOST_BANDS, MOST_BANDS), (MOST_BANDS + 1, 0)])
+def test_bands_are_drawn_where_they_can_be_told_apart(count, bands, tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    plot_accuracy(tmp_path / "a.png", [make_report(name=f"model {i}") for i in range(count)])
+    assert len(figures[0].axes[0].collections) == bands and len(figures[0].axes[0].lines) == count + 1
