@@ -44,7 +44,7 @@ def test_published_card(folder):
 
 def test_the_index_page_is_that_of_its_cards():
     entries, left = read_collection(ROOT / "hf-robust-clip")
-    assert len(entries) == 25 and not left
+    assert len(entries) == len(card_folders(ROOT / "hf-robust-clip")) and not left
     assert (ROOT / "hf-robust-clip/README.md").read_text(encoding="utf-8") == make_collection(
         "hf-robust-clip", entries
     )
